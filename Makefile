@@ -1,0 +1,32 @@
+# Needs Python 3.11 and the package index; everything else is installed into .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+export TF_CPP_MIN_LOG_LEVEL ?= 2
+
+.PHONY: demo test lint bench bench-env clean
+
+demo: .venv/experiments
+	$(BIN)/python experiments/data_hyper_cleaning.py --out runs/demo
+
+test: .venv/test
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+lint: .venv/test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+bench: .venv/bench
+	$(BIN)/python benchmarks/hyper_cleaning.py
+
+bench-env:
+	$(PYTHON) benchmarks/environment.py
+
+.venv/%: pyproject.toml setup.py
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[$*]'
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache

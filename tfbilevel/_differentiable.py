@@ -1,0 +1,266 @@
+"""Keras optimizers as pure, differentiable update rules."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+SUPPORTED = (
+    keras.optimizers.SGD,
+    keras.optimizers.Adam,
+    keras.optimizers.AdamW,
+    keras.optimizers.RMSprop,
+    keras.optimizers.Adagrad,
+    keras.optimizers.Adadelta,
+    keras.optimizers.Adamax,
+    keras.optimizers.Lion,
+    keras.optimizers.Ftrl,
+)
+
+# Keras's base optimizer writes every change as an assignment to a Keras variable,
+# which a StatelessScope turns into a tensor. The TensorFlow mixin overrides these
+# methods with assignments to tf.Variable, which no gradient flows through; the
+# pure class takes the base versions back.
+_PURE_METHODS = (
+    "assign",
+    "assign_add",
+    "assign_sub",
+    "_var_key",
+    "_apply_weight_decay",
+    "_backend_update_step",
+    "_backend_apply_gradients",
+    "add_variable_from_reference",
+    "stateless_apply",
+)
+
+
+class OptimizerState(NamedTuple):
+    """What an update rule carries from one step to the next.
+
+    Attributes:
+        iteration: how many updates were made, an integer scalar.
+        learning_rate: the rate, a scalar of the variables' dtype; `()` where a
+            `LearningRateSchedule` computes it from `iteration`.
+        slots: momentum, second moments and the like, a list of tensors.
+    """
+
+    iteration: tf.Tensor
+    learning_rate: Any
+    slots: list
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class UpdateRule:
+    """A Keras optimizer's update as a pure function of tensors.
+
+    See `tb.differentiable`, which makes it. `learning_rate` is the constant rate as
+    the user wrote it, `None` where a schedule holds it (`scheduled`).
+    """
+
+    optimizer: keras.optimizers.Optimizer
+
+    def __post_init__(self) -> None:
+        _require_supported(self.optimizer)
+        rate = self.optimizer._learning_rate
+        scheduled = not isinstance(rate, keras.Variable)
+        object.__setattr__(self, "scheduled", scheduled)
+        object.__setattr__(self, "learning_rate", None)
+        if not scheduled:
+            # Keras rounds the rate to float32. The shortest decimal that rounds to
+            # the same float32 gives back what was written, so that float64
+            # variables move at 0.1 and not at 0.10000000149; float32 ones see no
+            # difference.
+            with tf.init_scope():
+                written = float(str(rate.numpy()))
+            object.__setattr__(self, "learning_rate", written)
+        object.__setattr__(self, "_built", {})
+
+    def init(self, variables: Any) -> OptimizerState:
+        """The state before the first update of `variables`, any nest of tensors."""
+        built = self._pure(variables)
+        leaves = tf.nest.flatten(variables)
+        rate: Any = ()
+        if not self.scheduled:
+            rate = tf.constant(self.learning_rate, _widest(leaves))
+        slots = [make() for make in built.initial_slots]
+        return OptimizerState(tf.constant(0, tf.int64), rate, slots)
+
+    def update(
+        self, gradients: Any, state: OptimizerState, variables: Any
+    ) -> tuple[Any, OptimizerState]:
+        """One update: (variables, state) after the step along `gradients`."""
+        built = self._pure(variables)
+        values = built.safe(tf.nest.flatten(gradients))
+        rate = [] if self.scheduled else [state.learning_rate]
+        flat, carried = built.optimizer.stateless_apply(
+            [state.iteration, *rate, *state.slots], values, tf.nest.flatten(variables)
+        )
+        slots = carried[1 + len(rate) :]
+        new_rate = carried[1] if rate else ()
+        return (
+            tf.nest.pack_sequence_as(variables, flat),
+            OptimizerState(carried[0], new_rate, slots),
+        )
+
+    def _pure(self, variables: Any) -> "_Pure":
+        leaves = tf.nest.flatten(variables)
+        key = tuple((tuple(leaf.shape), leaf.dtype.name) for leaf in leaves)
+        if key not in self._built:
+            with tf.init_scope():
+                self._built[key] = _Pure(self.optimizer, leaves)
+        return self._built[key]
+
+
+def differentiable(optimizer: keras.optimizers.Optimizer) -> UpdateRule:
+    r"""Turn a Keras optimizer into a pure, differentiable update rule.
+
+        state = rule.init(variables)
+        variables, state = rule.update(gradients, state, variables)
+
+    Nothing is assigned, so gradients flow through every update: into the
+    variables, the gradients, the slots and the learning rate, which is part of the
+    state. The trajectory is Keras's own. One update costs what Keras's does.
+
+    Supported: SGD (plain, momentum, Nesterov), Adam (also amsgrad), AdamW, RMSprop,
+    Adagrad, Adadelta, Adamax, Lion and Ftrl, with a constant rate or a
+    `LearningRateSchedule`. The derivative of Lion's sign is zero, as it is almost
+    everywhere.
+
+    Adam divides by the root of a mean square, whose derivative is infinite at zero:
+    a coordinate that never had a gradient (a pixel that is always black) would turn
+    every derivative into NaN. Its gradient is nudged to 1e-17 in magnitude, which
+    moves no weight by more than 1e-10 of a step and leaves derivatives finite.
+
+    Args:
+        optimizer: a Keras optimizer; it is read, never changed.
+
+    Returns:
+        An object with `init(variables) -> state` and `update(gradients, state,
+        variables) -> (variables, state)`; `variables` is any nest of tensors with
+        static shapes.
+
+    Raises:
+        ValueError: for an optimizer or option that is not known to be
+            differentiable (Nadam, Muon, clipping, averaging, accumulation, ...).
+
+    Example:
+        >>> rule = tb.differentiable(keras.optimizers.SGD(0.5, momentum=0.9))
+        >>> y = tf.constant([1.0, 2.0])
+        >>> y, state = rule.update(tf.constant([1.0, 1.0]), rule.init(y), y)
+        >>> y.numpy().tolist()
+        [0.5, 1.5]
+    """
+    return UpdateRule(optimizer)
+
+
+class _Pure:
+    """A pure optimizer built for variables of given shapes and dtypes."""
+
+    def __init__(self, original: keras.optimizers.Optimizer, leaves: list):
+        for leaf in leaves:
+            if not leaf.shape.is_fully_defined():
+                raise ValueError(
+                    "The variables of a differentiable optimizer need static shapes. "
+                    "Give every lower variable a fixed shape. "
+                    f"Received: shape {leaf.shape}"
+                )
+        kind = type(original)
+        base = keras.optimizers.Optimizer.__mro__
+        plain = next(c for c in base if c.__name__ == "BaseOptimizer")
+        pure = type(
+            f"Pure{kind.__name__}",
+            (kind,),
+            {name: getattr(plain, name) for name in _PURE_METHODS},
+        )
+        optimizer = pure.from_config(original.get_config())
+        rate = optimizer._learning_rate
+        if isinstance(rate, keras.Variable):
+            # Keras stores the rate in float32; the state holds it in the
+            # variables' own precision.
+            wide = keras.Variable(
+                rate.numpy(), dtype=_widest(leaves).name, trainable=False
+            )
+            optimizer._variables[optimizer._variables.index(rate)] = wide
+            optimizer._learning_rate = wide
+        templates = [
+            keras.Variable(np.zeros(leaf.shape, leaf.dtype.as_numpy_dtype))
+            for leaf in leaves
+        ]
+        optimizer.build(templates)
+        self.optimizer = optimizer
+        slots = 2 if isinstance(rate, keras.Variable) else 1
+        self.initial_slots = [_maker(v.numpy()) for v in optimizer.variables[slots:]]
+        self._nudge = isinstance(original, keras.optimizers.Adam)
+
+    def safe(self, gradients: list) -> list:
+        """The gradients, kept away from the one point where Adam has no derivative."""
+        return [_away_from_zero(g) for g in gradients] if self._nudge else gradients
+
+
+def _maker(value: np.ndarray) -> Callable[[], tf.Tensor]:
+    first = value.flat[0]
+    if (value == first).all():
+        # A fill, not a constant as large as the weights in every graph.
+        return lambda: tf.fill(value.shape, tf.constant(first, value.dtype))
+    return lambda: tf.constant(value)
+
+
+def _away_from_zero(gradient: tf.Tensor) -> tf.Tensor:
+    # The square must be a normal number of the dtype. The correction is a constant:
+    # the derivative with respect to the gradient stays one.
+    smallest = tf.constant(
+        1e-150 if gradient.dtype == tf.float64 else 1e-17, gradient.dtype
+    )
+    correction = tf.where(
+        tf.abs(gradient) < smallest, smallest - gradient, tf.zeros_like(gradient)
+    )
+    return gradient + tf.stop_gradient(correction)
+
+
+def _widest(leaves: list) -> tf.DType:
+    return max((leaf.dtype for leaf in leaves), key=lambda dtype: dtype.size)
+
+
+def _require_supported(optimizer: Any) -> None:
+    names = ", ".join(kind.__name__ for kind in SUPPORTED)
+    if not isinstance(optimizer, keras.optimizers.Optimizer):
+        raise ValueError(
+            "`optimizer` must be a Keras optimizer, such as "
+            f"keras.optimizers.SGD(0.1). Received: optimizer={optimizer!r}"
+        )
+    if type(optimizer) not in SUPPORTED:
+        raise ValueError(
+            f"{type(optimizer).__name__} is not a differentiable optimizer: its "
+            "derivatives are not known to be right (hidden state, matrix roots or a "
+            f"custom update). Use one of {names}. Received: optimizer={optimizer!r}"
+        )
+    options = {
+        "use_ema": optimizer.use_ema,
+        "gradient_accumulation_steps": optimizer.gradient_accumulation_steps,
+        "loss_scale_factor": optimizer.loss_scale_factor,
+        "clipnorm": optimizer.clipnorm,
+        "global_clipnorm": optimizer.global_clipnorm,
+        "clipvalue": optimizer.clipvalue,
+        "exclude_from_weight_decay": getattr(
+            optimizer, "_exclude_from_weight_decay", None
+        )
+        or getattr(optimizer, "_exclude_from_weight_decay_pattern", None),
+    }
+    for name, value in options.items():
+        if value:
+            raise ValueError(
+                f"A differentiable optimizer cannot use `{name}`: its derivatives "
+                "are not supported. Create the optimizer without it (clip or scale "
+                f"inside the loss if needed). Received: {name}={value!r}"
+            )
+    rate = optimizer._learning_rate
+    schedule = keras.optimizers.schedules.LearningRateSchedule
+    if not isinstance(rate, (keras.Variable, schedule)):
+        raise ValueError(
+            "The learning rate of a differentiable optimizer must be a number or a "
+            "LearningRateSchedule, because a function may change between calls. "
+            f"Received: learning_rate={rate!r}"
+        )

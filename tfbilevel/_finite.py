@@ -1,0 +1,44 @@
+"""NaN and infinity: found in the step, named, never replaced."""
+
+from typing import Any
+
+import tensorflow as tf
+
+from tfbilevel import _structure as structure
+from tfbilevel._method import Step
+
+QUANTITIES = (
+    "the upper loss",
+    "the lower loss",
+    "the upper gradient",
+    "the lower variables",
+)
+
+
+class NonFiniteError(FloatingPointError):
+    """A quantity of an outer step was NaN or infinite."""
+
+    def __init__(self, code: int, step: int):
+        self.quantity, self.step = QUANTITIES[code], step
+        super().__init__(
+            f"{self.quantity} became NaN or infinite at outer step {step}. All "
+            "variables keep their values from before that step. Usual causes: (a) a "
+            "learning rate too large for the curvature, (b) log or division of zero "
+            "in a loss, (c) NaN in the data. Lower the rates, guard the loss, or let "
+            'fit pass over such steps with compile(on_nonfinite="skip"). '
+            f"Received: {self.quantity}, step={step}"
+        )
+
+
+def first_nonfinite(step: Step) -> tf.Tensor:
+    """The index into QUANTITIES of the first one that is not finite, else -1."""
+    quantities: list[Any] = [
+        [step.metrics[name]] if name in step.metrics else []
+        for name in ("upper_loss", "lower_loss")
+    ]
+    quantities += [step.upper_gradient, step.lower]
+    code = tf.constant(-1)
+    for index in reversed(range(len(quantities))):
+        fine = structure.all_finite(quantities[index])
+        code = tf.where(fine, code, index)
+    return code

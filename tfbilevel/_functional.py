@@ -1,0 +1,90 @@
+"""Keras models as functions of their weights."""
+
+import dataclasses
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Functional:
+    """A Keras model as a pure function; see `tb.functional`, which makes it."""
+
+    model: keras.layers.Layer
+
+    def initial(self) -> list[tf.Tensor]:
+        """The current values of the model's trainable variables, in its order."""
+        return [tf.identity(v.value) for v in self.model.trainable_variables]
+
+    def __call__(
+        self, variables: Any, inputs: Any, training: bool | None = None
+    ) -> Any:
+        """The model's outputs at these values of its trainable variables.
+
+        Args:
+            variables: tensors like `initial()`, in any nest that flattens to it.
+            inputs: what the model is called with.
+            training: handed to the model; `None`: not given.
+        """
+        own = self.model.trainable_variables
+        values = tf.nest.flatten(variables)
+        if len(values) != len(own):
+            raise ValueError(
+                "`variables` must hold one tensor per trainable variable of the "
+                "model, in the order of `.initial()`. "
+                f"Received: {len(values)} tensors for {len(own)} variables"
+            )
+        keywords = {} if training is None else {"training": training}
+        with keras.StatelessScope(list(zip(own, values, strict=True))):
+            return self.model(inputs, **keywords)
+
+
+def functional(model: keras.layers.Layer) -> Functional:
+    """A Keras model or layer as a pure function of its trainable variables.
+
+        outputs = functional(model)(variables, inputs, training=None)
+
+    Gradients flow to `variables`. The model itself is not changed: its
+    non-trainable state (BatchNorm statistics, dropout seeds) is read as it is and
+    what a call would have written to it is dropped.
+
+    Args:
+        model: a built Keras model or layer.
+
+    Returns:
+        A callable with `.initial()`, the list of current values to start from.
+
+    Raises:
+        ValueError: if the model is not built, or on a call with the wrong number of
+            variables.
+
+    Example:
+        >>> dense = keras.layers.Dense(2, kernel_initializer="ones")
+        >>> dense.build((None, 3))
+        >>> network = tb.functional(dense)
+        >>> kernel, bias = network.initial()
+        >>> network([2.0 * kernel, bias], tf.ones([1, 3])).numpy().tolist()
+        [[6.0, 6.0]]
+    """
+    require_built(model, "model")
+    return Functional(model)
+
+
+def require_built(layer: Any, name: str) -> None:
+    """Raise unless `layer` is a built Keras layer with trainable variables."""
+    if not isinstance(layer, keras.layers.Layer):
+        raise ValueError(
+            f"`{name}` must be a Keras layer or model. Received: {name}={layer!r}"
+        )
+    if not layer.built:
+        raise ValueError(
+            f"`{name}` must be built, so that its variables exist. Call it once on a "
+            f"batch, give it an Input, or call {name}.build(input_shape). "
+            f"Received: {layer!r}, not built"
+        )
+    if not layer.trainable_variables:
+        raise ValueError(
+            f"`{name}` must have trainable variables, or there is nothing to choose "
+            f"at its level. Received: {layer!r} without any"
+        )

@@ -1,0 +1,100 @@
+"""Small Keras layers for the two commonest upper models."""
+
+import keras
+import tensorflow as tf
+
+from tfbilevel._inner import require_count
+
+
+@keras.saving.register_keras_serializable("tfbilevel")
+class ExampleWeights(keras.layers.Layer):
+    """One learned weight per training example.
+
+        weights = activation(x)[index],      x = 0 at the start
+
+    With the sigmoid every weight starts at 0.5 and stays in (0, 1).
+
+    Args:
+        count: number of training examples, at least 1.
+        activation: what turns x into weights, as for any Keras layer.
+
+    Call it with the examples' indices (integers of any shape), or with `None` for
+    all weights in order, which saves the gather in full-batch problems.
+
+    Example:
+        >>> weights = tb.ExampleWeights(4)
+        >>> weights(tf.constant([0, 3])).numpy().tolist()
+        [0.5, 0.5]
+    """
+
+    def __init__(self, count: int, activation: str = "sigmoid", **keywords):
+        require_count(count, "count")
+        super().__init__(**keywords)
+        self.count = count
+        self.activation = keras.activations.get(activation)
+        self.logits = self.add_weight(
+            name="logits", shape=(count,), initializer="zeros"
+        )
+        self.built = True
+
+    def call(self, index):
+        logits = tf.convert_to_tensor(self.logits)
+        if index is not None:
+            logits = tf.gather(logits, index)
+        return self.activation(logits)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "count": self.count,
+            "activation": keras.activations.serialize(self.activation),
+        }
+
+
+@keras.saving.register_keras_serializable("tfbilevel")
+class FeaturePenalties(keras.layers.Layer):
+    """One learned L2 coefficient per input feature.
+
+        penalty = 1/2 * sum_{d, c} activation(x)_d W_{dc}^2,      x = 0 at the start
+
+    With the exponential every coefficient starts at 1 and stays positive.
+
+    Args:
+        count: number of features d, at least 1.
+        activation: what turns x into coefficients.
+
+    Call it with a kernel W of shape [count, ...] for the penalty, a scalar; the
+    property `coefficients` gives activation(x).
+
+    Example:
+        >>> penalties = tb.FeaturePenalties(3)
+        >>> float(penalties(tf.ones([3, 2])))
+        3.0
+    """
+
+    def __init__(self, count: int, activation: str = "exponential", **keywords):
+        require_count(count, "count")
+        super().__init__(**keywords)
+        self.count = count
+        self.activation = keras.activations.get(activation)
+        self.logits = self.add_weight(
+            name="logits", shape=(count,), initializer="zeros"
+        )
+        self.built = True
+
+    @property
+    def coefficients(self):
+        """The coefficients, [count]."""
+        return self.activation(tf.convert_to_tensor(self.logits))
+
+    def call(self, kernel):
+        kernel = tf.convert_to_tensor(kernel)
+        squares = tf.reduce_sum(tf.reshape(kernel * kernel, [self.count, -1]), axis=1)
+        return 0.5 * tf.reduce_sum(tf.cast(self.coefficients, kernel.dtype) * squares)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "count": self.count,
+            "activation": keras.activations.serialize(self.activation),
+        }

@@ -1,0 +1,66 @@
+"""The interface of every bilevel method."""
+
+import abc
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import tensorflow as tf
+
+from tfbilevel._problem import Batches, Problem
+
+
+class Step(NamedTuple):
+    """What one outer step of a method computes.
+
+    Attributes:
+        upper_gradient: like the upper variables: what the upper optimizer receives.
+        lower: the lower variables after the step.
+        state: what the method carries to the next outer step.
+        metrics: name -> scalar tensor, for logs and diagnosis.
+    """
+
+    upper_gradient: Any
+    lower: Any
+    state: Any
+    metrics: dict[str, tf.Tensor]
+
+
+class Method(abc.ABC):
+    """A way to solve bilevel problems: one frozen object with one pure `step`.
+
+    A subclass is a frozen dataclass (`frozen=True, eq=False`) whose fields are its
+    hyperparameters. `init` and `step` take tensors and return tensors; they create
+    no variables and keep no Python state, so the same step runs eagerly, inside
+    `tf.function`, under XLA, in `BilevelModel.fit` and in `tb.minimize`.
+    """
+
+    def init(self, problem: Problem, upper: Any, lower: Any) -> Any:
+        """The state before the first step: a nest of tensors, `()` if none."""
+        del problem, upper, lower
+        return ()
+
+    @abc.abstractmethod
+    def step(
+        self, problem: Problem, upper: Any, lower: Any, batches: Batches, state: Any
+    ) -> Step:
+        """One outer step: the upper gradient and the new lower variables.
+
+        The caller applies the upper gradient, then `problem.project_upper`.
+        """
+
+    def objective(
+        self, problem: Problem, upper: Any, lower: Any, batches: Batches, state: Any
+    ) -> Callable[[Any], tf.Tensor]:
+        """The scalar function of x whose derivative at `upper` `step` estimates.
+
+        Whatever the method holds constant is computed at `upper` once. By default
+        f(x, y(x)), where y(x) are the lower variables after a step from x.
+        `tb.check_hypergradient` takes central differences of it.
+        """
+
+        def value(x: Any) -> tf.Tensor:
+            lower_after = self.step(problem, x, lower, batches, state).lower
+            here = problem.prepared(x, batches)
+            return here.problem.upper_loss(here.upper, lower_after, here.batches.upper)
+
+        return value

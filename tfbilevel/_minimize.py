@@ -1,0 +1,257 @@
+"""The outer loop for plain tensors, compiled whole."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import keras
+import tensorflow as tf
+
+from tfbilevel import _structure as structure
+from tfbilevel._differentiable import differentiable
+from tfbilevel._finite import NonFiniteError, first_nonfinite
+from tfbilevel._inner import require_count
+from tfbilevel._method import Method
+from tfbilevel._problem import Batches, Problem, require_batches
+
+
+class Point(NamedTuple):
+    """Where the outer loop is, as `stop` and `trace` see it.
+
+    Attributes:
+        step: how many outer steps led here, int32 scalar.
+        upper: the upper variables.
+        lower: the lower variables.
+        metrics: the metrics of the step that led here; `{}` before the first.
+    """
+
+    step: tf.Tensor
+    upper: Any
+    lower: Any
+    metrics: dict[str, tf.Tensor]
+
+
+class Result(NamedTuple):
+    """What `tb.minimize` returns.
+
+    Attributes:
+        upper: the upper variables at the end.
+        lower: the lower variables at the end.
+        state: the method's and the upper optimizer's state, to go on with.
+        steps: outer steps made; one number per start if `stop` returns a vector.
+        stopped: whether `stop` ended it; per start likewise.
+        metrics: the last step's metrics.
+        trace: what `trace` returned at every step, with a leading axis of steps;
+            `None` without `trace`.
+    """
+
+    upper: Any
+    lower: Any
+    state: Any
+    steps: tf.Tensor
+    stopped: tf.Tensor
+    metrics: dict[str, tf.Tensor]
+    trace: Any
+
+
+def minimize(
+    problem: Problem,
+    method: Method,
+    upper: Any,
+    lower: Any,
+    upper_optimizer: keras.optimizers.Optimizer,
+    batches: Batches | tf.data.Dataset | Callable[[tf.Tensor], Batches],
+    steps: int,
+    stop: Callable[[Point, Point], tf.Tensor] | None = None,
+    trace: Callable[[Point], Any] | None = None,
+    *,
+    state: Any = None,
+    jit_compile: bool = False,
+) -> Result:
+    """Solve a bilevel problem over plain tensors in one compiled loop.
+
+        x <- P( x - upper_optimizer(hypergradient) ),    `steps` times
+
+    For toys, tests and full-batch problems; `BilevelModel.fit` is for networks.
+    Traced once, all outer steps run in one call. Memory: one step's, plus the trace.
+
+    Many starts run as one problem when losses are sums over a leading axis that all
+    variables share: gradients do not mix. `stop` may then return one bool per
+    start; a start that has stopped keeps its values and its step count.
+
+    Args:
+        problem: the problem.
+        method: the method.
+        upper: x at the start, a nest of floating-point tensors.
+        lower: y at the start, likewise.
+        upper_optimizer: a Keras optimizer that `tb.differentiable` supports; it is
+            read, never changed.
+        batches: the same `tb.Batches` for every step, a dataset of them, or a
+            function of the step number (int32 scalar).
+        steps: most outer steps, at least 1.
+        stop: (point before, point after) -> bool, scalar or one per start.
+        trace: point after -> nest of tensors to record at every step.
+        state: the `state` of an earlier result, to continue it.
+        jit_compile: compile the loop with XLA.
+
+    Returns:
+        A `tb.Result`.
+
+    Raises:
+        ValueError: for variables, batches or optimizers of the wrong kind, or a
+            dataset with fewer elements than `steps`.
+        tb.NonFiniteError: if a loss, gradient or variable stops being finite.
+
+    Example:
+        >>> problem = tb.Problem(
+        ...     upper_loss=lambda x, y, batch: 0.5 * (y - 1.0) ** 2,
+        ...     lower_loss=lambda x, y, batch: 0.5 * (y - x) ** 2,
+        ... )
+        >>> inner = tb.InnerSolver(keras.optimizers.SGD(0.5), steps=20)
+        >>> result = tb.minimize(
+        ...     problem, tb.Unroll(inner), upper=0.0, lower=0.0,
+        ...     upper_optimizer=keras.optimizers.SGD(0.5),
+        ...     batches=tb.Batches(None, None), steps=30)
+        >>> round(float(result.upper), 4)
+        1.0
+    """
+    require_count(steps, "steps")
+    upper, lower = structure.to_tensors(upper), structure.to_tensors(lower)
+    structure.require_floating(upper, "upper")
+    structure.require_floating(lower, "lower")
+    rule = differentiable(upper_optimizer)
+    batch_at = _batch_source(batches, steps)
+    if state is None:
+        state = (method.init(problem, upper, lower), rule.init(upper))
+
+    def outer_step(k: tf.Tensor, x: Any, y: Any, carried: Any, batch: Batches) -> tuple:
+        step = method.step(problem, x, y, batch, carried[0])
+        moved, optimizer = rule.update(step.upper_gradient, carried[1], x)
+        moved = problem.projected_upper(moved)
+        after = Point(k + 1, moved, step.lower, step.metrics)
+        done = tf.constant(False)
+        if stop is not None:
+            done = stop(Point(k, x, y, {}), after)
+        record = () if trace is None else trace(after)
+        return after, (step.state, optimizer), first_nonfinite(step), done, record
+
+    def loop(x: Any, y: Any, carried: Any) -> tuple:
+        # Traced once, here, so that the loop knows what a step returns.
+        first = batch_at(tf.constant(0)) if callable(batches) else batch_spec
+        compiled = tf.function(outer_step, autograph=False).get_concrete_function(
+            *_specs((tf.constant(0), x, y, carried)), _specs(first)
+        )
+        like = compiled.structured_outputs
+        metrics = _zeros(like[0].metrics)
+        done = _zeros(like[3])
+        arrays = [
+            tf.TensorArray(leaf.dtype, steps, element_shape=leaf.shape)
+            for leaf in tf.nest.flatten(like[4])
+        ]
+
+        def unfinished(
+            k: Any, x: Any, y: Any, s: Any, bad: Any, done: Any, *_: Any
+        ) -> Any:
+            return (bad < 0) & ~tf.reduce_all(done)
+
+        def body(
+            k: Any,
+            x: Any,
+            y: Any,
+            s: Any,
+            bad: Any,
+            done: Any,
+            taken: Any,
+            m: Any,
+            a: Any,
+        ) -> tuple:
+            after, s, bad, now, record = compiled(k, x, y, s, batch_at(k))
+            taken = taken + tf.cast(~done, tf.int32)
+            frozen = done if done.shape.rank else tf.constant(False)
+            frozen = frozen | (bad >= 0)
+            return (
+                k + 1,
+                structure.where(frozen, x, after.upper),
+                structure.where(frozen, y, after.lower),
+                s,
+                bad,
+                done | now,
+                taken,
+                after.metrics,
+                [
+                    array.write(k, leaf)
+                    for array, leaf in zip(a, tf.nest.flatten(record), strict=True)
+                ],
+            )
+
+        k, x, y, carried, bad, done, taken, metrics, arrays = tf.while_loop(
+            unfinished,
+            body,
+            (
+                tf.constant(0),
+                x,
+                y,
+                carried,
+                tf.constant(-1),
+                done,
+                tf.zeros_like(done, tf.int32),
+                metrics,
+                arrays,
+            ),
+            maximum_iterations=steps,
+        )
+        record = tf.nest.pack_sequence_as(like[4], [array.stack() for array in arrays])
+        return k, x, y, carried, bad, done, taken, metrics, record
+
+    batch_spec = None if callable(batches) else _first(batches)
+    run = tf.function(loop, autograph=False, jit_compile=jit_compile)
+    k, upper, lower, state, bad, stopped, taken, metrics, record = run(
+        upper, lower, state
+    )
+    if int(bad) >= 0:
+        raise NonFiniteError(int(bad), int(k) - 1)
+    made = int(k)
+    record = tf.nest.map_structure(lambda leaf: leaf[:made], record)
+    return Result(
+        upper, lower, state, taken, stopped, metrics, None if trace is None else record
+    )
+
+
+def _batch_source(batches: Any, steps: int) -> Callable[[tf.Tensor], Batches]:
+    if isinstance(batches, tf.data.Dataset):
+        require_batches(batches.element_spec, "every element of the dataset `batches`")
+        count = int(batches.cardinality())
+        if 0 <= count < steps:
+            raise ValueError(
+                "`batches` must have an element for every step. Use `.repeat()` or "
+                f"lower `steps`. Received: {count} elements, steps={steps}"
+            )
+        iterator = iter(batches)
+        return lambda k: iterator.get_next()
+    if callable(batches):
+        return batches
+    require_batches(batches)
+    fixed = _to_tensors(batches)
+    return lambda k: fixed
+
+
+def _first(batches: Any) -> Any:
+    if isinstance(batches, tf.data.Dataset):
+        return batches.element_spec
+    return _to_tensors(batches)
+
+
+def _to_tensors(batches: Batches) -> Batches:
+    return tf.nest.map_structure(
+        lambda leaf: None if leaf is None else tf.convert_to_tensor(leaf), batches
+    )
+
+
+def _specs(values: Any) -> Any:
+    return tf.nest.map_structure(
+        lambda leaf: tf.TensorSpec.from_tensor(leaf) if tf.is_tensor(leaf) else leaf,
+        values,
+    )
+
+
+def _zeros(like: Any) -> Any:
+    return tf.nest.map_structure(lambda leaf: tf.zeros(leaf.shape, leaf.dtype), like)

@@ -1,0 +1,460 @@
+"""Bilevel training as a Keras model."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from tfbilevel import _structure as structure
+from tfbilevel._derivatives import UnconnectedGradientError
+from tfbilevel._finite import NonFiniteError, first_nonfinite
+from tfbilevel._functional import require_built
+from tfbilevel._inner import require_choice
+from tfbilevel._method import Method
+from tfbilevel._problem import Batches, Problem
+
+
+class BilevelModel(keras.Model):
+    """Two Keras models trained on two levels, with `compile` and `fit` as always.
+
+        min_x  f(x, y*(x))      with      y*(x) in argmin_y g(x, y)
+
+    x are the trainable variables of `upper`, y those of `lower`. `evaluate` and
+    `predict` are of the lower model. Weights, both optimizers and the method's state
+    are saved by `save_weights`, `ModelCheckpoint` and `BackupAndRestore`: a run
+    resumed at an epoch equals the uninterrupted one to the last bit, provided that
+    the dataset yields the same elements in each epoch.
+
+    Non-trainable state: within one outer step both losses are fixed functions.
+    Whatever a call would write to BatchNorm statistics or dropout seeds is dropped,
+    so every inner step sees the same masks and nothing leaks into the losses. After
+    the step, one evaluation of the lower loss at the new variables advances that
+    state once (only for models that have such state; it costs one forward pass).
+
+    Args:
+        upper: a built Keras layer or model.
+        lower: a built Keras layer or model.
+        upper_loss: (upper, lower, batch) -> scalar; the models themselves, called as
+            always, evaluated at the right variables.
+        lower_loss: (upper, lower, batch) -> scalar.
+        project_upper: list of tensors -> list of tensors, in the order of
+            `upper.trainable_variables`.
+        project_lower: likewise for the lower model.
+        lower_start: upper model -> list of tensors, where inner solves start.
+        prepare: (upper model, batches) -> batches, once per outer step.
+        **keywords: of `keras.Model`.
+
+    Raises:
+        ValueError: if a model is not built or has no trainable variables.
+
+    Example:
+        >>> weights = tb.ExampleWeights(6)
+        >>> network = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+        >>> def squared(network, batch):
+        ...     return tf.square(network(batch[0])[:, 0] - batch[1])
+        >>> model = tb.BilevelModel(
+        ...     weights, network,
+        ...     upper_loss=lambda upper, lower, batch: tf.reduce_mean(
+        ...         squared(lower, batch)),
+        ...     lower_loss=lambda upper, lower, batch: tf.reduce_mean(
+        ...         upper(None) * squared(lower, batch)))
+        >>> inner = tb.InnerSolver(keras.optimizers.SGD(0.1), steps=5)
+        >>> model.compile(tb.Unroll(inner), keras.optimizers.Adam(0.1))
+        >>> data = tf.data.Dataset.from_tensors((tf.ones([6, 2]), tf.zeros([6])))
+        >>> history = model.fit(tb.pair(data, data), epochs=2, verbose=0)
+        >>> sorted(history.history)
+        ['lower_loss', 'upper_loss']
+    """
+
+    def __init__(
+        self,
+        upper: keras.layers.Layer,
+        lower: keras.layers.Layer,
+        upper_loss: Callable,
+        lower_loss: Callable,
+        *,
+        project_upper: Callable | None = None,
+        project_lower: Callable | None = None,
+        lower_start: Callable | None = None,
+        prepare: Callable | None = None,
+        **keywords: Any,
+    ):
+        super().__init__(**keywords)
+        require_built(upper, "upper")
+        require_built(lower, "lower")
+        self.upper = upper
+        self.lower = lower
+        self._lower_loss = lower_loss
+        self.problem = Problem(
+            upper_loss=self._at_variables(upper_loss),
+            lower_loss=self._at_variables(lower_loss),
+            lower_start=lower_start and self._at_upper_variables(lower_start),
+            project_upper=project_upper,
+            project_lower=project_lower,
+            prepare=prepare and self._at_upper_variables(prepare),
+        )
+        self._progress = _Progress(name="progress")
+        self._carried: _Carried | None = None
+        self._trackers = _Trackers()
+        self.built = True
+
+    # The user's functions take models; the problem's take tensors.
+
+    def _at_variables(self, loss: Callable) -> Callable:
+        def at(x: list, y: list, batch: Any) -> tf.Tensor:
+            values = [
+                *zip(self.upper.trainable_variables, x, strict=True),
+                *zip(self.lower.trainable_variables, y, strict=True),
+            ]
+            with keras.StatelessScope(values):
+                return loss(self.upper, self.lower, batch)
+
+        return at
+
+    def _at_upper_variables(self, function: Callable) -> Callable:
+        def at(x: list, *arguments: Any) -> Any:
+            values = zip(self.upper.trainable_variables, x, strict=True)
+            with keras.StatelessScope(list(values)):
+                made = function(self.upper, *arguments)
+                return made if arguments else structure.to_tensors(list(made))
+
+        return at
+
+    def compile(
+        self,
+        method: Method,
+        upper_optimizer: keras.optimizers.Optimizer,
+        metrics: list | None = None,
+        jit_compile: bool | str = "auto",
+        steps_per_execution: int = 1,
+        on_nonfinite: str = "raise",
+        run_eagerly: bool = False,
+    ) -> None:
+        """Choose how to train.
+
+        Args:
+            method: a `tb.Method`.
+            upper_optimizer: a Keras optimizer for the upper variables, any of them.
+            metrics: Keras metrics of the lower model's predictions, for `evaluate`
+                and `validation_data`.
+            jit_compile: True: compile the step with XLA. False: do not. "auto": time
+                one step each way on the first batch, discard its result, keep the
+                faster; the choice is saved with the weights.
+            steps_per_execution: outer steps per compiled call.
+            on_nonfinite: "raise": stop with `tb.NonFiniteError` at the first NaN or
+                infinity, all variables as before that step. "skip": pass over such
+                steps and count them in the log entry `skipped`.
+            run_eagerly: run without compilation, for debugging.
+        """
+        if not isinstance(method, Method):
+            raise ValueError(
+                "`method` must be a tb.Method such as tb.Unroll(inner) or "
+                f"tb.ValueGap(...). Received: method={method!r}"
+            )
+        if not isinstance(upper_optimizer, keras.optimizers.Optimizer):
+            raise ValueError(
+                "`upper_optimizer` must be a Keras optimizer such as "
+                "keras.optimizers.Adam(0.01). "
+                f"Received: upper_optimizer={upper_optimizer!r}"
+            )
+        if jit_compile != "auto" and not isinstance(jit_compile, bool):
+            raise ValueError(
+                "`jit_compile` must be True, False or 'auto'. "
+                f"Received: jit_compile={jit_compile!r}"
+            )
+        require_choice(on_nonfinite, "on_nonfinite", ("raise", "skip"))
+        super().compile(
+            optimizer=upper_optimizer,
+            metrics=metrics,
+            jit_compile=False,
+            steps_per_execution=steps_per_execution,
+            run_eagerly=run_eagerly,
+        )
+        self.method = method
+        self._auto_jit = jit_compile == "auto" and not run_eagerly
+        self.jit_compile = jit_compile is True and not run_eagerly
+        self.on_nonfinite = on_nonfinite
+        self._carried = None
+        self._trackers = _Trackers()
+        upper_optimizer.build(self.upper.trainable_variables)
+
+    def compile_from_config(self, config: dict) -> None:
+        """Not restored with the model: call `compile` again after loading."""
+
+    def call(self, inputs: Any, training: bool | None = None) -> Any:
+        return self.lower(inputs, training=training)
+
+    @property
+    def metrics(self) -> list:
+        compiled = [] if self._compile_metrics is None else [self._compile_metrics]
+        return [*self._trackers.of.values(), *compiled]
+
+    @property
+    def outer_step(self) -> int:
+        """How many outer steps were made."""
+        return int(self._progress.step.numpy())
+
+    def fit(self, x: Any = None, *arguments: Any, **keywords: Any) -> Any:
+        """Train on a dataset of `tb.Batches`; everything else as `keras.Model.fit`.
+
+        `validation_data` is a dataset of (inputs, labels) for the lower model.
+
+        Raises:
+            ValueError: if `x` is not a dataset of `tb.Batches`.
+            tb.NonFiniteError: at the first NaN or infinity, unless they are skipped.
+        """
+        if not isinstance(x, tf.data.Dataset) or not isinstance(
+            x.element_spec, Batches
+        ):
+            spec = getattr(x, "element_spec", type(x))
+            raise ValueError(
+                "`x` must be a tf.data.Dataset of tb.Batches, so that the levels "
+                "cannot be swapped. Make it with tb.pair(upper_dataset, "
+                f"lower_dataset). Received: x={spec}"
+            )
+        self._ensure_carried()
+        if self._auto_jit and self.train_function is None:
+            self._choose_compilation(next(iter(x)))
+        keywords.setdefault("shuffle", False)
+        return super().fit(x, *arguments, **keywords)
+
+    def make_train_function(self, force: bool = False) -> None:
+        if self.train_function is not None and not force:
+            return
+        super().make_train_function(force)
+        compiled = self.train_function
+
+        def checked(iterator: Any) -> Any:
+            logs = compiled(iterator)
+            if self.on_nonfinite == "raise":
+                self._progress.raise_if_nonfinite()
+            return logs
+
+        self.train_function = checked
+
+    def train_step(self, data: Batches) -> dict[str, tf.Tensor]:
+        """One outer step; the only place where variables are assigned."""
+        x, y, state = self._read()
+        try:
+            step = self.method.step(self.problem, x, y, data, state)
+        except UnconnectedGradientError as error:
+            owner = self.upper if error.level == "upper" else self.lower
+            path = owner.trainable_variables[error.index].path
+            raise UnconnectedGradientError(
+                error.level, error.index, repr(path), error.source
+            ) from None
+        code = first_nonfinite(step)
+        latched = self._progress.bad_code.value
+        proceed = code < 0
+        if self.on_nonfinite == "raise":
+            proceed = proceed & (latched < 0)
+
+        def commit() -> tf.Tensor:
+            self._commit(step, data)
+            return tf.constant(True)
+
+        def refuse() -> tf.Tensor:
+            if self.on_nonfinite == "raise":
+                first = tf.where(latched < 0, code, latched)
+                self._progress.bad_code.assign(first)
+            return tf.constant(False)
+
+        tf.cond(proceed, commit, refuse)
+        logs = dict(step.metrics)
+        if self.on_nonfinite == "skip":
+            logs["skipped"] = tf.cast(code >= 0, tf.float32)
+        for name, tracker in self._trackers.named(logs).items():
+            kept = code < 0 if name != "skipped" else True
+            tracker.update_state(
+                tf.where(kept, tf.cast(logs[name], tf.float32), 0.0),
+                sample_weight=tf.cast(kept, tf.float32) if name != "skipped" else None,
+            )
+        return {name: self._trackers.of[name].result() for name in logs}
+
+    def test_step(self, data: Any) -> dict[str, tf.Tensor]:
+        inputs, labels, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        predictions = self(inputs, training=False)
+        if self._compile_metrics is None:
+            raise ValueError(
+                "`evaluate` and `validation_data` need metrics of the lower model. "
+                "Pass them: compile(..., metrics=["
+                "keras.metrics.SparseCategoricalAccuracy()]). Received: metrics=None"
+            )
+        self._compile_metrics.update_state(
+            labels, predictions, sample_weight=sample_weight
+        )
+        return self._compile_metrics.result()
+
+    def load_weights(self, filepath: Any, *arguments: Any, **keywords: Any) -> None:
+        if self.compiled:
+            self._ensure_carried()
+        super().load_weights(filepath, *arguments, **keywords)
+        chosen = int(self._progress.compilation.numpy())
+        if self.compiled and self._auto_jit and chosen != _UNDECIDED:
+            self._use_compilation(chosen == _XLA)
+
+    def save_weights(self, filepath: Any, *arguments: Any, **keywords: Any) -> None:
+        if self.compiled:
+            self._ensure_carried()
+        super().save_weights(filepath, *arguments, **keywords)
+
+    def _variables(self) -> tuple[list, list]:
+        return self.upper.trainable_variables, self.lower.trainable_variables
+
+    def _read(self) -> tuple[list, list, Any]:
+        upper, lower = self._variables()
+        return (
+            [tf.convert_to_tensor(v.value) for v in upper],
+            [tf.convert_to_tensor(v.value) for v in lower],
+            self._carried.read(),
+        )
+
+    def _commit(self, step: Any, data: Batches) -> None:
+        upper, lower = self._variables()
+        self.optimizer.apply(step.upper_gradient, upper)
+        if self.problem.project_upper is not None:
+            moved = [tf.convert_to_tensor(v.value) for v in upper]
+            projected = self.problem.projected_upper(moved)
+            for variable, value in zip(upper, projected, strict=True):
+                variable.assign(value)
+        for variable, value in zip(lower, step.lower, strict=True):
+            variable.assign(value)
+        self._carried.write(step.state)
+        self._progress.step.assign(self._progress.step.value + 1)
+        self._advance_fixed_state(data)
+
+    def _advance_fixed_state(self, data: Batches) -> None:
+        trainable = {id(v) for group in self._variables() for v in group}
+        owned = [*self.upper.variables, *self.lower.variables]
+        others = [v for v in owned if id(v) not in trainable]
+        if not others:
+            return
+        batch = data.lower_at(0)
+        with keras.StatelessScope() as scope:
+            self._lower_loss(self.upper, self.lower, batch)
+        for variable in others:
+            value = scope.get_current_value(variable)
+            if value is not None:
+                variable.assign(value)
+
+    def _ensure_carried(self) -> None:
+        if self._carried is None:
+            x, y = ([v.value for v in group] for group in self._variables())
+            x, y = structure.to_tensors(x), structure.to_tensors(y)
+            self._carried = _Carried(self.method.init(self.problem, x, y))
+
+    def _choose_compilation(self, data: Batches) -> None:
+        """Time one outer step with and without XLA; variables are not touched."""
+        seconds = []
+        for xla in (False, True):
+
+            def trial(x: list, y: list, state: Any, batches: Batches) -> Any:
+                return self.method.step(self.problem, x, y, batches, state)
+
+            compiled = tf.function(trial, jit_compile=xla, autograph=False)
+            arguments = (*self._read(), data)
+            try:
+                _wait(compiled(*arguments))
+            except UnconnectedGradientError:
+                return
+            except (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError):
+                if not xla:
+                    raise
+                seconds.append(float("inf"))
+                continue
+            best, spent = float("inf"), 0.0
+            for _ in range(5):
+                start = time.perf_counter()
+                _wait(compiled(*arguments))
+                elapsed = time.perf_counter() - start
+                best, spent = min(best, elapsed), spent + elapsed
+                if spent > 0.5:
+                    break
+            seconds.append(best)
+        self._use_compilation(seconds[1] < seconds[0])
+
+    def _use_compilation(self, xla: bool) -> None:
+        self._progress.compilation.assign(_XLA if xla else _GRAPH)
+        if self.jit_compile != xla or self.train_function is not None:
+            self.jit_compile = xla
+            self.make_train_function(force=True)
+
+
+_UNDECIDED, _GRAPH, _XLA = 0, 1, 2
+
+
+class _Progress(keras.layers.Layer):
+    """How far training is, saved with the weights."""
+
+    def __init__(self, **keywords: Any):
+        super().__init__(**keywords)
+
+        def scalar(name: str, dtype: str, value: int) -> Any:
+            return self.add_weight(
+                name=name,
+                shape=(),
+                dtype=dtype,
+                trainable=False,
+                initializer=keras.initializers.Constant(value),
+            )
+
+        self.step = scalar("step", "int64", 0)
+        self.bad_code = scalar("bad_code", "int32", -1)
+        self.compilation = scalar("compilation", "int32", _UNDECIDED)
+        self.built = True
+
+    def raise_if_nonfinite(self) -> None:
+        code = int(self.bad_code.numpy())
+        if code >= 0:
+            self.bad_code.assign(-1)
+            raise NonFiniteError(code, int(self.step.numpy()))
+
+
+class _Carried(keras.layers.Layer):
+    """A method's state in variables, so that it is saved with the weights."""
+
+    def __init__(self, state: Any):
+        super().__init__(name="method_state")
+        self._like = tf.nest.map_structure(lambda leaf: None, state)
+        self._cells = []
+        for index, leaf in enumerate(tf.nest.flatten(state)):
+            cell = self.add_weight(
+                name=f"state_{index}",
+                shape=leaf.shape,
+                dtype=leaf.dtype.name,
+                trainable=False,
+                initializer="zeros",
+            )
+            cell.assign(leaf)
+            self._cells.append(cell)
+        self.built = True
+
+    def read(self) -> Any:
+        values = [tf.convert_to_tensor(cell.value) for cell in self._cells]
+        return tf.nest.pack_sequence_as(self._like, values)
+
+    def write(self, state: Any) -> None:
+        for cell, leaf in zip(self._cells, tf.nest.flatten(state), strict=True):
+            cell.assign(leaf)
+
+
+class _Trackers:
+    """Means of the step's metrics over an epoch. Not part of what is saved."""
+
+    def __init__(self) -> None:
+        self.of: dict[str, keras.metrics.Mean] = {}
+
+    def named(self, names: Any) -> dict[str, keras.metrics.Mean]:
+        with tf.init_scope():
+            for name in names:
+                if name not in self.of:
+                    self.of[name] = keras.metrics.Mean(name=name)
+        return {name: self.of[name] for name in names}
+
+
+def _wait(result: Any) -> None:
+    for leaf in tf.nest.flatten(result):
+        leaf.numpy()
+        break

@@ -1,0 +1,80 @@
+"""Datasets of both levels' batches."""
+
+import tensorflow as tf
+
+from tfbilevel._inner import require_count
+from tfbilevel._problem import Batches, StackedBatches
+
+
+def pair(
+    upper_dataset: tf.data.Dataset,
+    lower_dataset: tf.data.Dataset,
+    lower_batches: int = 1,
+) -> tf.data.Dataset:
+    """Zip an upper and a lower dataset into a dataset of `tb.Batches`.
+
+    One element is the data of one outer step. The shorter dataset is repeated until
+    the longer one ends; a dataset of unknown length counts as the longer one.
+
+    Args:
+        upper_dataset: upper batches (validation data).
+        lower_dataset: lower batches (training data).
+        lower_batches: n, how many lower batches an outer step takes. With n > 1 the
+            lower batch has a leading axis n: inner step t takes slice t, a
+            stochastic linear solve goes on from there. With n = 1 every inner step
+            sees the same batch.
+
+    Returns:
+        A dataset of `tb.Batches`.
+
+    Raises:
+        ValueError: for anything but two datasets, an empty dataset, or fewer than
+            `lower_batches` lower batches.
+
+    Example:
+        >>> validation = tf.data.Dataset.range(2)
+        >>> training = tf.data.Dataset.range(10, 16)
+        >>> for batches in tb.pair(validation, training, lower_batches=2):
+        ...     print(int(batches.upper), batches.lower.numpy().tolist())
+        0 [10, 11]
+        1 [12, 13]
+        0 [14, 15]
+    """
+    require_count(lower_batches, "lower_batches")
+    for name, dataset in (
+        ("upper_dataset", upper_dataset),
+        ("lower_dataset", lower_dataset),
+    ):
+        if not isinstance(dataset, tf.data.Dataset):
+            raise ValueError(
+                f"`{name}` must be a tf.data.Dataset. Make one with "
+                "tf.data.Dataset.from_tensors(full_batch) or "
+                ".from_tensor_slices(arrays).batch(n). "
+                f"Received: {name}={type(dataset)}"
+            )
+        if int(dataset.cardinality()) == 0:
+            raise ValueError(f"`{name}` must not be empty. Received: 0 elements")
+    kind = Batches
+    if lower_batches > 1:
+        count = int(lower_dataset.cardinality())
+        if 0 <= count < lower_batches:
+            raise ValueError(
+                "`lower_batches` must not exceed the lower dataset's length. Repeat "
+                "the dataset or take fewer. Received: "
+                f"lower_batches={lower_batches} of {count}"
+            )
+        kind = StackedBatches
+        lower_dataset = lower_dataset.batch(lower_batches, drop_remainder=True)
+    upper_length = _length(upper_dataset)
+    lower_length = _length(lower_dataset)
+    if upper_length < lower_length:
+        upper_dataset = upper_dataset.repeat()
+    elif lower_length < upper_length:
+        lower_dataset = lower_dataset.repeat()
+    zipped = tf.data.Dataset.zip((upper_dataset, lower_dataset))
+    return zipped.map(lambda upper, lower: kind(upper=upper, lower=lower))
+
+
+def _length(dataset: tf.data.Dataset) -> float:
+    count = int(dataset.cardinality())
+    return float(count) if count >= 0 else float("inf")

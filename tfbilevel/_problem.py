@@ -1,0 +1,222 @@
+"""The bilevel problem and its batches."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import tensorflow as tf
+
+from tfbilevel import _structure as structure
+from tfbilevel._derivatives import (
+    add_partials,
+    fill_zeros,
+    require_connected,
+    vjp,
+)
+
+Loss = Callable[[Any, Any, Any], tf.Tensor]
+
+
+class Batches(NamedTuple):
+    """The data of one outer step, named so that the levels cannot be swapped.
+
+    Attributes:
+        upper: what `upper_loss` receives as its batch (validation data).
+        lower: what `lower_loss` receives as its batch (training data).
+    """
+
+    upper: Any
+    lower: Any
+
+    def lower_at(self, draw: Any) -> Any:
+        """The lower batch of one draw (inner step): here always the same."""
+        del draw
+        return self.lower
+
+
+class StackedBatches(Batches):
+    """Batches whose lower part has a leading axis: one slice per draw.
+
+    Inner step t takes slice t; a stochastic linear solve goes on after the last
+    inner step; draws beyond the last slice start again at the first.
+    """
+
+    __slots__ = ()
+
+    def lower_at(self, draw: Any) -> Any:
+        count = tf.shape(tf.nest.flatten(self.lower)[0])[0]
+        index = tf.math.floormod(tf.cast(draw, tf.int32), count)
+        return tf.nest.map_structure(lambda leaf: tf.gather(leaf, index), self.lower)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Problem:
+    r"""Choose upper variables x so that the lower problem's solution does well.
+
+        min_x  f(x, y*(x))      with      y*(x) in argmin_y g(x, y)
+
+    x and y are any `tf.nest` structures of floating-point tensors.
+
+    Args:
+        upper_loss: f, called as `upper_loss(x, y, batch) -> scalar tensor`.
+        lower_loss: g, called as `lower_loss(x, y, batch) -> scalar tensor`.
+        lower_start: x -> y, where every inner solve starts; differentiated through
+            by the methods that unroll. `None`: where the inner solver's `start`
+            says.
+        project_upper: x -> x, applied after every upper step (boxes, simplices).
+        project_lower: y -> y, applied after every lower step; part of the inner map
+            that unrolling differentiates.
+        prepare: (x, batches) -> batches, computed once per outer step and
+            differentiated through: features of a shared encoder that no inner
+            step changes.
+
+    Raises:
+        ValueError: if a loss or an option is not callable.
+
+    Example:
+        >>> import tensorflow as tf
+        >>> import tfbilevel as tb
+        >>> problem = tb.Problem(
+        ...     upper_loss=lambda x, y, batch: tf.reduce_sum((y - batch) ** 2),
+        ...     lower_loss=lambda x, y, batch: tf.reduce_sum((y - x * batch) ** 2),
+        ... )
+        >>> float(problem.lower_loss(tf.constant(2.0), tf.constant([1.0]), 1.0))
+        1.0
+    """
+
+    upper_loss: Loss
+    lower_loss: Loss
+    lower_start: Callable[[Any], Any] | None = None
+    project_upper: Callable[[Any], Any] | None = None
+    project_lower: Callable[[Any], Any] | None = None
+    prepare: Callable[[Any, Batches], Batches] | None = None
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if not callable(value) and not (value is None and field.default is None):
+                raise ValueError(
+                    f"`{field.name}` must be callable. Pass a function. "
+                    f"Received: {field.name}={value!r}"
+                )
+
+    def projected_upper(self, upper: Any) -> Any:
+        """`project_upper` applied, or the upper variables as they are."""
+        return _projected(self.project_upper, upper, "project_upper")
+
+    def projected_lower(self, lower: Any) -> Any:
+        """`project_lower` applied, or the lower variables as they are."""
+        return _projected(self.project_lower, lower, "project_lower")
+
+    def prepared(self, upper: Any, batches: Batches) -> "Prepared":
+        """This problem for one outer step, with `prepare` done.
+
+        The prepared batches' floating-point leaves join the upper variables, so a
+        method differentiates with respect to both without knowing it.
+        """
+        require_batches(batches)
+        if self.prepare is None:
+            return Prepared(self, upper, batches, _total_gradient(upper))
+        prepare = self.prepare
+
+        def floating_part(x: Any) -> tuple[list[tf.Tensor], Batches]:
+            made = prepare(x, batches)
+            require_batches(made, "what `prepare` returns")
+            return [leaf for leaf in tf.nest.flatten(made) if _is_floating(leaf)], made
+
+        floating, template, pullback = vjp(floating_part, upper)
+
+        def merged(joined: dict) -> Batches:
+            remaining = iter(joined["prepared"])
+            leaves = [
+                next(remaining) if _is_floating(leaf) else leaf
+                for leaf in tf.nest.flatten(template)
+            ]
+            return tf.nest.pack_sequence_as(template, leaves)
+
+        def upper_loss(joined: dict, y: Any, batch: Any) -> tf.Tensor:
+            del batch
+            return self.upper_loss(joined["upper"], y, merged(joined).upper)
+
+        def lower_loss(joined: dict, y: Any, draw: Any) -> tf.Tensor:
+            return self.lower_loss(joined["upper"], y, merged(joined).lower_at(draw))
+
+        def gradient(partial: dict, response: dict) -> Any:
+            joined = add_partials(partial, response)
+            through = pullback(fill_zeros(joined["prepared"], floating))[0]
+            total = add_partials(joined["upper"], through)
+            return require_connected(total, upper, "upper", "the problem")
+
+        start = self.lower_start
+        problem = dataclasses.replace(
+            self,
+            upper_loss=upper_loss,
+            lower_loss=lower_loss,
+            lower_start=None
+            if start is None
+            else lambda joined: start(joined["upper"]),
+            project_upper=None,
+            prepare=None,
+        )
+        joined = {"upper": upper, "prepared": floating}
+        return Prepared(problem, joined, _Draws(upper=(), lower=()), gradient)
+
+
+class Prepared(NamedTuple):
+    """One outer step's problem, in which nothing is left to prepare.
+
+    Attributes:
+        problem: its losses, with `prepare` folded in.
+        upper: its upper variables.
+        batches: its batches.
+        gradient: (partial, response) -> the gradient in the problem's own x, where
+            `partial` is the partial derivative of f in `upper` (`None` leaves count
+            as zero) and `response` is all that reaches f through y.
+    """
+
+    problem: Problem
+    upper: Any
+    batches: Batches
+    gradient: Callable[[Any, Any], Any]
+
+
+def _total_gradient(upper: Any) -> Callable[[Any, Any], Any]:
+    def gradient(partial: Any, response: Any) -> Any:
+        source = "the lower problem (lower loss, start and rate)"
+        response = require_connected(response, upper, "upper", source)
+        return add_partials(partial, response)
+
+    return gradient
+
+
+class _Draws(Batches):
+    """Stands for prepared batches: a lower batch is just its draw number."""
+
+    __slots__ = ()
+
+    def lower_at(self, draw: Any) -> Any:
+        return draw
+
+
+def _is_floating(leaf: Any) -> bool:
+    return tf.as_dtype(tf.convert_to_tensor(leaf).dtype).is_floating
+
+
+def _projected(project: Callable | None, variables: Any, name: str) -> Any:
+    if project is None:
+        return variables
+    projected = project(variables)
+    structure.require_like(
+        projected, variables, name, "return variables like those it is given"
+    )
+    return projected
+
+
+def require_batches(batches: Any, name: str = "`batches`") -> None:
+    """Raise unless `batches` is a `tb.Batches`."""
+    if not isinstance(batches, Batches):
+        raise ValueError(
+            f"{name} must be tb.Batches(upper=..., lower=...), so that the levels "
+            "cannot be swapped. Build it by name, or make a dataset of them with "
+            f"tb.pair(upper_dataset, lower_dataset). Received: {type(batches)}"
+        )

@@ -1,0 +1,123 @@
+"""Schedules: what a method's weight is at each outer step."""
+
+import abc
+import dataclasses
+import math
+from typing import Any
+
+import tensorflow as tf
+
+
+class Schedule(abc.ABC):
+    """A value for every step, computed inside the compiled step."""
+
+    @abc.abstractmethod
+    def __call__(self, step: tf.Tensor) -> tf.Tensor:
+        """The value at `step` (integer scalar, from 0), as a float64 scalar."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Constant(Schedule):
+    """The same value at every step.
+
+    Args:
+        value: the value, finite.
+
+    Example:
+        >>> float(tb.Constant(0.5)(tf.constant(7)))
+        0.5
+    """
+
+    value: float
+
+    def __post_init__(self) -> None:
+        _require_finite(value=self.value)
+
+    def __call__(self, step: tf.Tensor) -> tf.Tensor:
+        del step
+        return tf.constant(self.value, tf.float64)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LinearRamp(Schedule):
+    """start + (stop - start) * min(step / steps, 1).
+
+    Args:
+        start: value at step 0.
+        stop: value from step `steps` on.
+        steps: length of the ramp, at least 1.
+
+    Raises:
+        ValueError: if a value is not finite or `steps` is below 1.
+
+    Example:
+        >>> ramp = tb.LinearRamp(0.0, 0.2, steps=10)
+        >>> [round(float(ramp(tf.constant(k))), 3) for k in (0, 5, 10, 99)]
+        [0.0, 0.1, 0.2, 0.2]
+    """
+
+    start: float
+    stop: float
+    steps: int
+
+    def __post_init__(self) -> None:
+        _require_finite(start=self.start, stop=self.stop)
+        if self.steps < 1:
+            raise ValueError(
+                "`steps` must be at least 1. Use tb.Constant for a value that does "
+                f"not change. Received: steps={self.steps}"
+            )
+
+    def __call__(self, step: tf.Tensor) -> tf.Tensor:
+        progress = tf.minimum(tf.cast(step, tf.float64) / self.steps, 1.0)
+        return self.start + (self.stop - self.start) * progress
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Geometric(Schedule):
+    """start * ratio ** step.
+
+    Args:
+        start: value at step 0.
+        ratio: factor from one step to the next, positive.
+
+    Raises:
+        ValueError: if `start` is not finite or `ratio` is not positive.
+
+    Example:
+        >>> float(tb.Geometric(1.0, 0.5)(tf.constant(3)))
+        0.125
+    """
+
+    start: float
+    ratio: float
+
+    def __post_init__(self) -> None:
+        _require_finite(start=self.start, ratio=self.ratio)
+        if self.ratio <= 0:
+            raise ValueError(
+                "`ratio` must be positive. Use a ratio below 1 to decay, above 1 to "
+                f"grow. Received: ratio={self.ratio}"
+            )
+
+    def __call__(self, step: tf.Tensor) -> tf.Tensor:
+        ratio = tf.constant(self.ratio, tf.float64)
+        return self.start * tf.pow(ratio, tf.cast(step, tf.float64))
+
+
+def as_schedule(value: Any, name: str) -> Schedule:
+    """The schedule itself, or a number as a constant one."""
+    if isinstance(value, Schedule):
+        return value
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return Constant(float(value))
+    raise ValueError(
+        f"`{name}` must be a number or a schedule such as tb.LinearRamp(0.0, 0.2, "
+        f"steps=30000). Received: {name}={value!r}"
+    )
+
+
+def _require_finite(**values: float) -> None:
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise ValueError(f"`{name}` must be finite. Received: {name}={value}")

@@ -1,0 +1,157 @@
+"""Vector arithmetic on nests of tensors.
+
+Every structure is any `tf.nest` nest; arithmetic is leaf by leaf, and a scalar
+coefficient is cast to each leaf's dtype, so float32 and float64 leaves mix.
+"""
+
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+
+def scalar(value: Any, dtype: tf.DType) -> tf.Tensor:
+    """A number or scalar tensor in `dtype`.
+
+    `tf.cast` alone would round a Python number to float32 on its way to float64.
+    """
+    if tf.is_tensor(value):
+        return tf.cast(value, dtype)
+    return tf.convert_to_tensor(value, dtype)
+
+
+def distinct(a: Any) -> Any:
+    """The same values in tensors of their own.
+
+    A tape knows tensors by identity: if the lower variables start as the very
+    tensors of the upper ones (MAML), their derivatives would mix.
+    """
+    return tf.nest.map_structure(tf.identity, a)
+
+
+def add(a: Any, b: Any) -> Any:
+    """a + b."""
+    return tf.nest.map_structure(tf.add, a, b)
+
+
+def subtract(a: Any, b: Any) -> Any:
+    """a - b."""
+    return tf.nest.map_structure(tf.subtract, a, b)
+
+
+def scale(coefficient: Any, a: Any) -> Any:
+    """coefficient * a."""
+    return tf.nest.map_structure(lambda u: scalar(coefficient, u.dtype) * u, a)
+
+
+def add_scaled(a: Any, coefficient: Any, b: Any) -> Any:
+    """a + coefficient * b."""
+    return tf.nest.map_structure(
+        lambda u, v: u + scalar(coefficient, u.dtype) * v, a, b
+    )
+
+
+def dot(a: Any, b: Any) -> tf.Tensor:
+    """The inner product over all leaves, a scalar in the first leaf's dtype."""
+    products = [
+        tf.reduce_sum(u * v)
+        for u, v in zip(tf.nest.flatten(a), tf.nest.flatten(b), strict=True)
+    ]
+    total = products[0]
+    for product in products[1:]:
+        total = total + tf.cast(product, total.dtype)
+    return total
+
+
+def norm(a: Any) -> tf.Tensor:
+    """The Euclidean norm over all leaves (one global norm, not a sum of norms)."""
+    return tf.sqrt(dot(a, a))
+
+
+def zeros_like(a: Any) -> Any:
+    """Zeros of the same structure, shapes and dtypes."""
+    return tf.nest.map_structure(tf.zeros_like, a)
+
+
+def where(condition: tf.Tensor, a: Any, b: Any) -> Any:
+    """a where `condition` holds, else b.
+
+    `condition` is a scalar or has the leading axes of every leaf.
+    """
+
+    def choose(u: tf.Tensor, v: tf.Tensor) -> tf.Tensor:
+        missing = u.shape.rank - condition.shape.rank
+        shape = tf.concat([tf.shape(condition), tf.ones([missing], tf.int32)], axis=0)
+        return tf.where(tf.reshape(condition, shape), u, v)
+
+    return tf.nest.map_structure(choose, a, b)
+
+
+def all_finite(a: Any) -> tf.Tensor:
+    """Whether every entry of every floating-point leaf is finite: a scalar bool."""
+    finite = [
+        tf.reduce_all(tf.math.is_finite(leaf))
+        for leaf in tf.nest.flatten(a)
+        if leaf.dtype.is_floating
+    ]
+    return tf.reduce_all(tf.stack(finite)) if finite else tf.constant(True)
+
+
+def to_tensors(a: Any) -> Any:
+    """The same structure with every leaf (array, number, variable) a tensor."""
+    return tf.nest.map_structure(
+        lambda leaf: tf.convert_to_tensor(
+            leaf.value if isinstance(leaf, keras.Variable) else leaf
+        ),
+        a,
+    )
+
+
+def paths(a: Any, root: str) -> list[str]:
+    """A readable name for every leaf: `upper['rate']`, `lower[0]`, or just `upper`."""
+    return [
+        root + "".join(f"[{key!r}]" for key in path)
+        for path, _ in keras.tree.flatten_with_path(a)
+    ]
+
+
+def require_floating(a: Any, name: str) -> None:
+    """Raise unless `a` is a non-empty nest of floating-point tensors."""
+    leaves = tf.nest.flatten(a)
+    if not leaves:
+        raise ValueError(
+            f"`{name}` must hold at least one tensor. Pass a nest of "
+            f"floating-point tensors. Received: {name}={a!r}"
+        )
+    for leaf, path in zip(leaves, paths(a, name), strict=True):
+        dtype = getattr(leaf, "dtype", None)
+        if dtype is None or not tf.as_dtype(dtype).is_floating:
+            raise ValueError(
+                f"`{name}` must be a nest of floating-point tensors, because "
+                f"gradients are taken with respect to it. Cast {path} to a "
+                f"floating-point dtype or pass it in the batch. Received: "
+                f"{path} of dtype {dtype if dtype is not None else type(leaf)}"
+            )
+
+
+def require_like(a: Any, reference: Any, name: str, rule: str) -> None:
+    """Raise unless `a` has the structure, shapes and dtypes of `reference`."""
+    try:
+        tf.nest.assert_same_structure(a, reference)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"`{name}` must {rule}. Return the same nest. Received: {a!r} where "
+            f"{reference!r} was expected"
+        ) from error
+    for got, want, path in zip(
+        tf.nest.flatten(a),
+        tf.nest.flatten(reference),
+        paths(reference, name),
+        strict=True,
+    ):
+        if got.dtype != want.dtype or not got.shape.is_compatible_with(want.shape):
+            raise ValueError(
+                f"`{name}` must {rule}. Keep the shape and dtype of every leaf. "
+                f"Received: {path} of shape {got.shape} and dtype {got.dtype.name} "
+                f"where shape {want.shape} and dtype {want.dtype.name} was expected"
+            )

@@ -1,0 +1,3 @@
+"""The version, importable without TensorFlow."""
+
+__version__ = "0.1.0"
