@@ -1,0 +1,140 @@
+"""tfbilevel. Variants: plain, xla (one `Method.step` per call), fit (Keras)."""
+
+import argparse
+
+import keras
+import numpy as np
+import protocol
+import tensorflow as tf
+from tensorflow_losses import lower_loss, upper_loss, use_threads, wait
+
+import tfbilevel as tb
+
+
+def make_method(name: str, inner_steps: int) -> tb.Method:
+    lower_optimizer = keras.optimizers.SGD(protocol.LOWER_RATE)
+    if name == "v-pbgd":
+        inner = tb.InnerSolver(keras.optimizers.SGD(protocol.INNER_RATE), steps=1)
+        return tb.ValueGap(inner, lower_optimizer, protocol.WEIGHT[name])
+    if name == "g-pbgd":
+        return tb.GradientNorm(lower_optimizer, protocol.WEIGHT[name])
+    optimizer = keras.optimizers.SGD(protocol.UNROLL_RATE)
+    return tb.Unroll(tb.InnerSolver(optimizer, steps=inner_steps, start="cold"))
+
+
+class Steps:
+    """A compiled step, tensors in and tensors out."""
+
+    def __init__(self, arguments: argparse.Namespace, instance: protocol.Instance):
+        use_threads(arguments.threads)
+        problem = tb.Problem(upper_loss=upper_loss, lower_loss=lower_loss)
+        method = make_method(arguments.method, instance.inner_steps)
+        batches = _batches(instance)
+        x = tf.constant(instance.upper)
+        y = [tf.constant(leaf) for leaf in instance.lower]
+        self.start = self.now = (x, y, _state(method, problem, x, y, instance))
+
+        def step(x: tf.Tensor, y: list, state: object) -> tuple:
+            done = method.step(problem, x, y, batches, state)
+            gradient = done.upper_gradient
+            after = (x - protocol.UPPER_RATE * gradient, done.lower, done.state)
+            return gradient, after, done.metrics
+
+        self.step = tf.function(
+            step, autograph=False, jit_compile=arguments.variant == "xla"
+        )
+
+    def hypergradient(self) -> np.ndarray:
+        return self.step(*self.start)[0].numpy()
+
+    def run(self, steps: int) -> None:
+        for _ in range(steps):
+            _, self.now, _ = self.step(*self.now)
+        wait(self.now)
+
+
+class Fit:
+    """`BilevelModel.fit` with Keras models; it picks plain or XLA by itself."""
+
+    def __init__(self, arguments: argparse.Namespace, instance: protocol.Instance):
+        use_threads(arguments.threads)
+        self.instance = instance
+        self.per_execution = 1 if arguments.method == "rhg" else 10
+        weights = tb.ExampleWeights(len(instance.upper))
+        sizes = [len(bias) for bias in instance.lower[1::2]]
+        activations = ["sigmoid"] * (len(sizes) - 1) + [None]
+        network = keras.Sequential(
+            [
+                keras.Input([instance.train.shape[1]]),
+                *map(keras.layers.Dense, sizes, activations),
+            ]
+        )
+        weights.set_weights([instance.upper])
+        network.set_weights(instance.lower)
+
+        def cross_entropy(network: keras.Model, batch: tuple) -> tf.Tensor:
+            images, labels = batch
+            return tf.nn.sparse_softmax_cross_entropy_with_logits(
+                labels=labels, logits=network(images)
+            )
+
+        self.model = tb.BilevelModel(
+            weights,
+            network,
+            upper_loss=lambda upper, lower, batch: tf.reduce_mean(
+                cross_entropy(lower, batch)
+            ),
+            lower_loss=lambda upper, lower, batch: tf.reduce_mean(
+                upper(None) * cross_entropy(lower, batch)
+            ),
+        )
+        self.model.compile(
+            make_method(arguments.method, instance.inner_steps),
+            keras.optimizers.SGD(protocol.UPPER_RATE),
+            steps_per_execution=self.per_execution,
+        )
+        self.batches = _batches(instance)
+        self.data = tb.pair(
+            tf.data.Dataset.from_tensors(self.batches.upper),
+            tf.data.Dataset.from_tensors(self.batches.lower),
+        ).repeat()
+
+    def hypergradient(self) -> np.ndarray:
+        """Of the step that `fit` makes, which itself shows only where x moved to."""
+        method, problem = self.model.method, self.model.problem
+        x = [tf.constant(self.instance.upper)]
+        y = [tf.constant(leaf) for leaf in self.instance.lower]
+        state = _state(method, problem, x, y, self.instance)
+        return method.step(problem, x, y, self.batches, state).upper_gradient[0].numpy()
+
+    def run(self, steps: int) -> None:
+        self.model.fit(self.data, steps_per_epoch=steps, verbose=0)
+
+
+def _batches(instance: protocol.Instance) -> tb.Batches:
+    return tb.Batches(
+        upper=(tf.constant(instance.validation), tf.constant(instance.validation_labels)),
+        lower=(tf.constant(instance.train), tf.constant(instance.train_labels)),
+    )
+
+
+def _state(
+    method: tb.Method,
+    problem: tb.Problem,
+    x: object,
+    y: list,
+    instance: protocol.Instance,
+) -> object:
+    state = method.init(problem, x, y)
+    if isinstance(method, tb.ValueGap):
+        state["auxiliary"] = [tf.constant(leaf) for leaf in instance.auxiliary]
+    return state
+
+
+def build(arguments: argparse.Namespace, instance: protocol.Instance) -> Steps | Fit:
+    kind = Fit if arguments.variant == "fit" else Steps
+    return kind(arguments, instance)
+
+
+if __name__ == "__main__":
+    protocol.serve(build)

@@ -1,0 +1,178 @@
+"""What every contestant shares: the problem's numbers and the way it is driven.
+
+A contestant is a process. It reads one command per line from standard input and
+answers each with one line of JSON:
+
+    hypergradient PATH   the upper gradient of the first step, written as .npy
+    run N                seconds that N outer steps took, and what the memory did
+    quit
+
+Only NumPy is imported here, because the peers have an environment of their own.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+METHODS = ("v-pbgd", "g-pbgd", "rhg")
+NETS = ("linear", "mlp")
+
+UPPER_RATE = 0.1
+LOWER_RATE = 0.1
+INNER_RATE = 0.01  # of V-PBGD's second copy
+UNROLL_RATE = 0.1
+WEIGHT = {"v-pbgd": 0.1, "g-pbgd": 10.0}
+
+
+def scale(weight: float) -> float:
+    """The published step scale min(1 / gamma, 1)."""
+    return min(1.0 / (weight + 1e-8), 1.0)
+
+
+class Instance(NamedTuple):
+    """Data hyper-cleaning: one weight per training image, all arrays NumPy.
+
+    Attributes:
+        train: images, [n, 784], float32.
+        train_labels: [n], int32, half of them wrong.
+        validation: images, [m, 784].
+        validation_labels: [m], int32, right.
+        upper: the example weights' logits, [n].
+        lower: kernels [in, out] and biases [out], alternating.
+        auxiliary: V-PBGD's second copy of the lower variables.
+        inner_steps: length of the unrolled loop.
+    """
+
+    train: np.ndarray
+    train_labels: np.ndarray
+    validation: np.ndarray
+    validation_labels: np.ndarray
+    upper: np.ndarray
+    lower: list[np.ndarray]
+    auxiliary: list[np.ndarray]
+    inner_steps: int
+
+
+def make_instance(net: str, rows: int, inner_steps: int, seed: int = 0) -> Instance:
+    """Random numbers with the sizes, the range and the sparsity of MNIST."""
+    generator = np.random.default_rng(seed)
+    sizes = {"linear": [784, 10], "mlp": [784, 300, 10]}[net]
+
+    def images() -> np.ndarray:
+        pixels = generator.uniform(0.0, 1.0, [rows, 784])
+        return (pixels * (generator.uniform(size=[rows, 784]) > 0.8)).astype("float32")
+
+    def network() -> list[np.ndarray]:
+        leaves = []
+        for fan_in, units in zip(sizes[:-1], sizes[1:], strict=True):
+            for shape in ([fan_in, units], [units]):
+                leaf = generator.uniform(-1.0, 1.0, shape) / np.sqrt(fan_in)
+                leaves.append(leaf.astype("float32"))
+        return leaves
+
+    def labels() -> np.ndarray:
+        return generator.integers(0, 10, rows).astype("int32")
+
+    return Instance(
+        train=images(),
+        train_labels=labels(),
+        validation=images(),
+        validation_labels=labels(),
+        upper=generator.normal(size=rows).astype("float32"),
+        lower=network(),
+        auxiliary=network(),
+        inner_steps=inner_steps,
+    )
+
+
+def save(instance: Instance, path: pathlib.Path) -> None:
+    arrays = {}
+    for name, value in instance._asdict().items():
+        if isinstance(value, list):
+            arrays.update({f"{name}_{i}": leaf for i, leaf in enumerate(value)})
+        else:
+            arrays[name] = np.asarray(value)
+    np.savez(path, **arrays)
+
+
+def load(path: pathlib.Path) -> Instance:
+    with np.load(path) as arrays:
+        fields = {}
+        for name in Instance._fields:
+            if name in ("lower", "auxiliary"):
+                count = sum(key.startswith(f"{name}_") for key in arrays.files)
+                fields[name] = [arrays[f"{name}_{i}"] for i in range(count)]
+            else:
+                fields[name] = arrays[name]
+        fields["inner_steps"] = int(fields["inner_steps"])
+        return Instance(**fields)
+
+
+class Contestant(Protocol):
+    """One implementation of one method on one network."""
+
+    def hypergradient(self) -> np.ndarray:
+        """The upper gradient of the first step from the instance's start."""
+        ...
+
+    def run(self, steps: int) -> None:
+        """Make outer steps and wait until their results are there."""
+        ...
+
+
+def serve(build: Callable[[argparse.Namespace, Instance], Contestant]) -> None:
+    """Answer the driver's commands until it says quit."""
+    arguments = _arguments()
+    # Frameworks write to standard output as they please: the answers get their own.
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    instance = load(arguments.data)
+    # The framework is imported by now; what comes after is the method's.
+    baseline = resident()
+    contestant = build(arguments, instance)
+    for line in sys.stdin:
+        command, *operands = line.split()
+        if command == "quit":
+            break
+        if command == "hypergradient":
+            np.save(operands[0], contestant.hypergradient())
+            answer = {}
+        else:
+            start = time.perf_counter()
+            contestant.run(int(operands[0]))
+            answer = {"seconds": time.perf_counter() - start}
+        peak = peak_resident()
+        answers.write(json.dumps({**answer, "peak": peak, "baseline": baseline}) + "\n")
+
+
+def resident() -> int:
+    """Bytes of this process in memory now."""
+    return _status("VmRSS")
+
+
+def peak_resident() -> int:
+    """The most bytes this process ever had in memory."""
+    return _status("VmHWM")
+
+
+def _status(name: str) -> int:
+    for line in pathlib.Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return 1024 * int(line.split()[1])
+    raise RuntimeError(f"/proc/self/status has no {name}")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--method", choices=METHODS, required=True)
+    parser.add_argument("--variant", required=True)
+    parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--data", type=pathlib.Path, required=True)
+    return parser.parse_args()

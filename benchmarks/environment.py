@@ -1,0 +1,63 @@
+"""Create `.venv-bench`, the environment of the benchmarks' peers.
+
+    python3 benchmarks/environment.py
+
+The peers live apart from the library: they bring their own array packages and
+versions. Running this again installs only what is missing.
+"""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import venv
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+ENVIRONMENT = ROOT / ".venv-bench"
+PYTHON = ENVIRONMENT / ("Scripts" if os.name == "nt" else "bin") / "python"
+
+# Pinned: the CPU wheel of PyTorch; anything newer may pull GPU packages.
+TORCH = "torch==2.13.0"
+PEERS = ("higher==0.2.1", "jax", "cleanlab>=2", "scikit-learn", "psutil", "numpy")
+IMPORTED = ("torch", "higher", "jax", "cleanlab", "sklearn", "psutil")
+
+
+def main() -> int:
+    if not PYTHON.exists():
+        print(f"creating {ENVIRONMENT}", flush=True)
+        venv.EnvBuilder(with_pip=True).create(ENVIRONMENT)
+    # PyTorch first and alone, so that no peer can ask for another build of it.
+    for requirements in ((TORCH,), (TORCH, *PEERS)):
+        print("installing", " ".join(requirements), flush=True)
+        command = [PYTHON, "-m", "pip", "install", "--quiet", *requirements]
+        if subprocess.run(command).returncode != 0:
+            print(
+                f"error: pip could not install {' '.join(requirements)}; its message "
+                "stands above. Check the package index, then run this again.",
+                file=sys.stderr,
+            )
+            return 1
+    print(json.dumps(versions(), indent=2))
+    print(f"ready: {PYTHON}")
+    return 0
+
+
+def versions() -> dict[str, str]:
+    """Name -> version of every peer, as imported in the environment."""
+    code = (
+        "import importlib, importlib.metadata as m, json, sys\n"
+        f"names = {IMPORTED!r}\n"
+        "[importlib.import_module(name) for name in names]\n"
+        "shown = {'sklearn': 'scikit-learn'}\n"
+        "found = {n: m.version(shown.get(n, n)) for n in names}\n"
+        "print(json.dumps({'python': sys.version.split()[0], **found}))\n"
+    )
+    done = subprocess.run([PYTHON, "-c", code], capture_output=True, text=True)
+    if done.returncode != 0:
+        raise SystemExit(f"error: a peer cannot be imported:\n{done.stderr}")
+    return json.loads(done.stdout)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

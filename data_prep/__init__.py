@@ -1,0 +1,1 @@
+"""Tools that turn a published dataset's files into what the experiments read."""

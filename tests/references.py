@@ -1,0 +1,99 @@
+"""Slow, obvious NumPy: what the library computes, written a second time.
+
+Everything works on flat vectors and on an `Oracle`'s hand-written derivatives.
+"""
+
+import numpy as np
+from problems import Oracle, Vector
+
+
+def descend(oracle: Oracle, x: Vector, y: Vector, rate: float, steps: int) -> list:
+    """Gradient descent on g(x, .): the iterates y_0, ..., y_T."""
+    iterates = [y]
+    for _ in range(steps):
+        iterates.append(iterates[-1] - rate * oracle.g_y(x, iterates[-1]))
+    return iterates
+
+
+def unroll(
+    oracle: Oracle, x: Vector, iterates: list, rate: float, last: int | None = None
+) -> Vector:
+    """The reverse recursion over the last steps of gradient descent.
+
+        a <- f_y(y_T);   t = T-1, ..., T-K:  G += Phi_x(y_t)' a,  a <- Phi_y(y_t)' a
+
+    with Phi(x, y) = y - rate g_y(x, y).
+    """
+    steps = len(iterates) - 1
+    last = steps if last is None else last
+    adjoint = oracle.f_y(x, iterates[-1])
+    total = oracle.f_x(x, iterates[-1])
+    for t in reversed(range(steps - last, steps)):
+        total = total - rate * oracle.g_xy(x, iterates[t], adjoint)
+        adjoint = adjoint - rate * oracle.hessian(x) @ adjoint
+    return total
+
+
+def implicit(oracle: Oracle, x: Vector, y: Vector) -> Vector:
+    """f_x - g_xy v with g_yy v = f_y, all at y (solved or not)."""
+    v = np.linalg.solve(oracle.hessian(x), oracle.f_y(x, y))
+    return oracle.f_x(x, y) - oracle.g_xy(x, y, v)
+
+
+def value_gap(
+    oracle: Oracle, x: Vector, y: Vector, z: Vector | None, weight: float
+) -> tuple[Vector, Vector]:
+    """Both directions of one V-PBGD step; z is None where v does not depend on x."""
+    scale = min(1 / (weight + 1e-8), 1)
+    gap = oracle.g_x(x, y) - (0 if z is None else oracle.g_x(x, z))
+    d_x = scale * (oracle.f_x(x, y) + weight * gap)
+    d_y = scale * (oracle.f_y(x, y) + weight * oracle.g_y(x, y))
+    return d_x, d_y
+
+
+def gradient_norm(
+    oracle: Oracle, x: Vector, y: Vector, weight: float
+) -> tuple[Vector, Vector]:
+    """Both directions of one G-PBGD step."""
+    scale = min(1 / (weight + 1e-8), 1)
+    r = oracle.g_y(x, y)
+    d_x = scale * (oracle.f_x(x, y) + weight * oracle.g_xy(x, y, r))
+    d_y = scale * (oracle.f_y(x, y) + weight * oracle.hessian(x) @ r)
+    return d_x, d_y
+
+
+def sgd(gradient, y: Vector, rate: float, steps: int) -> Vector:
+    for _ in range(steps):
+        y = y - rate * gradient(y)
+    return y
+
+
+def momentum(
+    gradient, y: Vector, rate: float, steps: int, mu: float, nesterov: bool = False
+) -> Vector:
+    """Keras' form: the rate multiplies the gradient inside the velocity."""
+    velocity = np.zeros_like(y)
+    for _ in range(steps):
+        g = gradient(y)
+        velocity = mu * velocity - rate * g
+        y = y + (mu * velocity - rate * g if nesterov else velocity)
+    return y
+
+
+def adam(
+    gradient,
+    y: Vector,
+    rate: float,
+    steps: int,
+    beta_1: float = 0.9,
+    beta_2: float = 0.999,
+    epsilon: float = 1e-7,
+) -> Vector:
+    m, v = np.zeros_like(y), np.zeros_like(y)
+    for t in range(1, steps + 1):
+        g = gradient(y)
+        m = beta_1 * m + (1 - beta_1) * g
+        v = beta_2 * v + (1 - beta_2) * g * g
+        corrected = rate * np.sqrt(1 - beta_2**t) / (1 - beta_1**t)
+        y = y - corrected * m / (np.sqrt(v) + epsilon)
+    return y

@@ -1,0 +1,181 @@
+"""What every method promises, on every oracle problem, in one body.
+
+A new method is one line in METHODS: how to build it for an oracle, and the NumPy
+number that its first upper gradient must equal.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+import pytest
+import references
+import tensorflow as tf
+from problems import ORACLES, Oracle, Vector, flat
+
+import tfbilevel as tb
+
+STEPS = 28  # "converged": 0.45^28 = 2e-10
+FEW = 5
+WEIGHT = 1.7
+LOWER_RATE = 0.01
+
+
+def inner(oracle: Oracle, steps: int = STEPS) -> tb.InnerSolver:
+    return tb.InnerSolver(keras.optimizers.SGD(oracle.rate), steps)
+
+
+def rate() -> keras.optimizers.Optimizer:
+    return keras.optimizers.SGD(LOWER_RATE)
+
+
+def unroll(steps: int = FEW, **options: Any) -> Callable[[Oracle], tb.Method]:
+    return lambda oracle: tb.Unroll(inner(oracle, steps), **options)
+
+
+def implicit(solver: tb.LinearSolver) -> Callable[[Oracle], tb.Method]:
+    return lambda oracle: tb.Implicit(inner(oracle), solver)
+
+
+def exact(oracle: Oracle, x: Vector, y: Vector) -> tuple[Vector, Vector]:
+    """The true hypergradient and the true solution."""
+    del y
+    return oracle.hypergradient(x), oracle.solution(x)
+
+
+def finite(last: int | None = None) -> Callable:
+    """The reverse recursion over a few steps, far from solved."""
+
+    def expected(oracle: Oracle, x: Vector, y: Vector) -> tuple[Vector, Vector]:
+        iterates = references.descend(oracle, x, y, oracle.rate, FEW)
+        gradient = references.unroll(oracle, x, iterates, oracle.rate, last)
+        return gradient, iterates[-1]
+
+    return expected
+
+
+def value_gap(oracle: Oracle, x: Vector, y: Vector) -> tuple[Vector, Vector]:
+    """Three inner steps: z is far from solved, so its own value counts."""
+    z = references.descend(oracle, x, y, oracle.rate, 3)[-1]
+    d_x, d_y = references.value_gap(oracle, x, y, z, WEIGHT)
+    return d_x, y - LOWER_RATE * d_y
+
+
+def constant_value(oracle: Oracle, x: Vector, y: Vector) -> tuple[Vector, Vector]:
+    d_x, d_y = references.value_gap(oracle, x, y, None, WEIGHT)
+    return d_x, y - LOWER_RATE * d_y
+
+
+def gradient_norm(oracle: Oracle, x: Vector, y: Vector) -> tuple[Vector, Vector]:
+    d_x, d_y = references.gradient_norm(oracle, x, y, WEIGHT)
+    return d_x, y - LOWER_RATE * d_y
+
+
+class Row(NamedTuple):
+    """One method of the table: what it is, and (upper gradient, lower) expected."""
+
+    name: str
+    build: Callable[[Oracle], tb.Method]
+    expected: Callable[[Oracle, Vector, Vector], tuple[Vector, Vector]]
+
+
+METHODS = [
+    Row("unroll-replay", unroll(), finite()),
+    Row("unroll-checkpoint", unroll(memory="checkpoint"), finite()),
+    Row("unroll-tape", unroll(memory="tape"), finite()),
+    Row("unroll-replay-last", unroll(last=3), finite(3)),
+    Row("unroll-checkpoint-last", unroll(last=3, memory="checkpoint"), finite(3)),
+    Row("unroll-tape-last", unroll(last=3, memory="tape"), finite(3)),
+    Row("unroll-converged", unroll(STEPS), exact),
+    Row("implicit-cg", implicit(tb.ConjugateGradient(13, tolerance=1e-10)), exact),
+    Row("implicit-neumann", implicit(tb.Neumann(30, tolerance=0.0)), exact),
+    Row("implicit-fixed-point", implicit(tb.FixedPoint(30, tolerance=0.0)), exact),
+    Row(
+        "value-gap",
+        lambda oracle: tb.ValueGap(inner(oracle, 3), rate(), WEIGHT),
+        value_gap,
+    ),
+    Row(
+        "value-gap-constant",
+        lambda oracle: tb.ValueGap(None, rate(), WEIGHT),
+        constant_value,
+    ),
+    Row(
+        "gradient-norm",
+        lambda oracle: tb.GradientNorm(rate(), WEIGHT),
+        gradient_norm,
+    ),
+]
+
+# float64: the inner solve leaves 0.45^28 = 2e-10 times at most 28, relative.
+# float32: its rounding, times the few dozen operations behind each number.
+TOLERANCE = {"float64": 2e-8, "float32": 2e-5}
+MODES_AGREE = {"float64": 1e-12, "float32": 5e-6}
+
+
+def assert_close(got: Any, want: Vector, tolerance: float) -> None:
+    got = flat(got)
+    error = np.linalg.norm(got - want) / max(np.linalg.norm(want), 1e-3)
+    assert error < tolerance, f"relative error {error:.2e}: {got} is not {want}"
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("oracle", ORACLES, ids=lambda oracle: oracle.name)
+@pytest.mark.parametrize("row", METHODS, ids=lambda row: row.name)
+def test_contract(row: Row, oracle: Oracle, dtype: str) -> None:
+    upper, lower, batches = oracle.at(dtype)
+    method = row.build(oracle)
+    state = method.init(oracle.problem, upper, lower)
+    inputs = (upper, lower, batches, state)
+    before = [np.array(leaf) for leaf in tf.nest.flatten(inputs) if leaf is not None]
+
+    def step(x: Any, y: Any, data: tb.Batches, carried: Any) -> tb.Step:
+        return method.step(oracle.problem, x, y, data, carried)
+
+    graph = tf.function(step, autograph=False)
+    xla = tf.function(step, autograph=False, jit_compile=True)
+    results = [mode(*inputs) for mode in (step, graph, xla)]
+
+    # 1. An independent number, in every mode.
+    gradient, after = row.expected(oracle, flat(oracle.x), flat(oracle.y))
+    for result in results:
+        assert_close(result.upper_gradient, gradient, TOLERANCE[dtype])
+        assert_close(result.lower, after, TOLERANCE[dtype])
+
+    # 2. Eager = graph = XLA, state and metrics too.
+    eager = results[0]
+    for result in results[1:]:
+        tf.nest.assert_same_structure(result, eager)
+        # How small a residual is, and when it is small enough, is rounding.
+        loose = {"residual", "stationarity", "iterations", "gap"}
+        ours = result._replace(
+            metrics={k: v for k, v in result.metrics.items() if k not in loose}
+        )
+        theirs = eager._replace(
+            metrics={k: v for k, v in eager.metrics.items() if k not in loose}
+        )
+        for a, b in zip(tf.nest.flatten(ours), tf.nest.flatten(theirs), strict=True):
+            assert a.dtype == b.dtype and a.shape == b.shape
+            assert_close(a, flat(b), MODES_AGREE[dtype])
+
+    # 3. One trace over many calls, with other values and the state handed on.
+    for compiled in (graph, xla):
+        moved = tf.nest.map_structure(lambda leaf: leaf * 0.9, upper)
+        second = compiled(moved, eager.lower, batches, eager.state)
+        compiled(upper, second.lower, batches, second.state)
+        assert compiled.experimental_get_tracing_count() == 1
+
+    # 4. Inputs untouched.
+    now = [np.array(leaf) for leaf in tf.nest.flatten(inputs) if leaf is not None]
+    for a, b in zip(now, before, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+    # 5. Structures, shapes and dtypes of the variables they belong to.
+    for made, like in ((eager.upper_gradient, upper), (eager.lower, lower)):
+        tf.nest.assert_same_structure(made, like)
+        for a, b in zip(tf.nest.flatten(made), tf.nest.flatten(like), strict=True):
+            assert a.shape == b.shape and a.dtype == b.dtype
+    tf.nest.assert_same_structure(eager.state, state)
+    for name, metric in eager.metrics.items():
+        assert metric.shape.rank == 0, name
