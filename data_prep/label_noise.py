@@ -31,8 +31,7 @@ def pollute(
     """
     if not 0 <= rate < 1:
         raise ValueError(
-            "the pollution rate must be at least 0 and below 1. "
-            f"Received: rate={rate}"
+            f"the pollution rate must be at least 0 and below 1. Received: rate={rate}"
         )
     if rule not in RULES:
         raise ValueError(f"`rule` must be one of {RULES}. Received: rule={rule!r}")

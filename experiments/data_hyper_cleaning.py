@@ -11,7 +11,10 @@ variables: a classifier's weights y.
     g(x, y) = mean of s(x_i) * cross-entropy_i on polluted training data
               + reg * sum of squares of y
 
-An example is kept if x_i >= 0. Reproduces the hyper-cleaning tables of Shen and
+An example is kept if x_i >= 0. The penalty methods fit y to the validation data, so
+the step to report is chosen on a fourth part, `selection`: clean images that nothing
+else looks at. (The published tables take the best step on the test data; that number
+is written too, as `best_test_accuracy`.) Reproduces the hyper-cleaning tables of Shen and
 Chen (2023), arXiv:2302.05185; every method's and net's published settings are its
 defaults (aid-cg, aid-fp and neumann have none: theirs are our choice). The default
 dataset, `digits`, ships with the installed packages and takes about a minute.
@@ -102,7 +105,8 @@ DEFAULTS = {
 }
 METHODS = tuple(dict.fromkeys(method for method, _ in DEFAULTS))
 BASELINES = ("oracle", "val-only", "train+val")
-SIZES = {"digits": (2000, 1000, 2000)}
+PARTS = ("train", "validation", "test", "selection")
+SIZES = {"digits": (2000, 1000, 1500, 500)}
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -116,7 +120,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--pollution", choices=label_noise.RULES, default="published")
     add("--train-size", type=above(int), help="default 5000 (digits 2000)")
     add("--validation-size", type=above(int), help="default 5000 (digits 1000)")
-    add("--test-size", type=above(int), help="default 10000 (digits 2000)")
+    add("--test-size", type=above(int), help="default 10000 (digits 1500)")
+    add("--selection-size", type=above(int), help="default 5000 (digits 500)")
     add("--outer-steps", type=above(int))
     add("--inner-steps", type=above(int))
     add("--last", type=above(int), help="t-rhg: inner steps differentiated")
@@ -134,13 +139,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--memory", choices=("replay", "checkpoint", "tape"), default="replay")
     add("--jit", choices=("auto", "on", "off"), default="auto")
     args = parser.parse_args(argv)
-    for name, size in zip(
-        ("train_size", "validation_size", "test_size"),
-        SIZES.get(args.dataset, (5000, 5000, 10_000)),
-        strict=True,
-    ):
-        if getattr(args, name) is None:
-            setattr(args, name, size)
+    sizes = SIZES.get(args.dataset, (5000, 5000, 10_000, 5000))
+    for part, size in zip(PARTS, sizes, strict=True):
+        if getattr(args, f"{part}_size") is None:
+            setattr(args, f"{part}_size", size)
     if args.method not in BASELINES:
         fill_defaults(parser, args)
     return args
@@ -153,7 +155,9 @@ def fill_defaults(parser: experiment.Parser, args: argparse.Namespace) -> None:
             setattr(args, name, value)
         elif value is None:
             flag = "--" + name.replace("_", "-")
-            parser.error(f"{flag} means nothing to --method {args.method}: leave it out")
+            parser.error(
+                f"{flag} means nothing to --method {args.method}: leave it out"
+            )
     if args.last is not None and args.last > args.inner_steps:
         if "last" in vars(args) and args.method == "rhg":
             args.last = args.inner_steps
@@ -233,7 +237,9 @@ def cleaning_scores(keep: np.ndarray, clean: np.ndarray) -> dict[str, float]:
 
 def accuracy(network: keras.Model, part: tuple) -> tf.Tensor:
     pixels, labels = part
-    predictions = tf.argmax(network(pixels, training=False), axis=1, output_type="int32")
+    predictions = tf.argmax(
+        network(pixels, training=False), axis=1, output_type="int32"
+    )
     return 100 * tf.reduce_mean(tf.cast(predictions == labels, tf.float32))
 
 
@@ -276,8 +282,8 @@ def train_baseline(args: argparse.Namespace, data: dict, network: keras.Model) -
 def draw_curves(run: experiment.Run, args: argparse.Namespace) -> None:
     steps = run.column("step")
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
-    for name in ("test_accuracy", "validation_accuracy"):
-        left.plot(steps, run.column(name), label=name.replace("_", " "))
+    for part in PARTS[1:]:
+        left.plot(steps, run.column(f"{part}_accuracy"), label=part)
     for name in ("f1", "precision", "recall"):
         right.plot(steps, run.column(name), label=name)
     for axes, title in ((left, "accuracy"), (right, "clean examples kept")):
@@ -314,8 +320,8 @@ def draw_distrusted(
 def load_data(args: argparse.Namespace) -> dict:
     generator = np.random.default_rng(args.seed)
     whole = images.load_training_file(args.dataset, args.data_dir)
-    sizes = [args.train_size, args.validation_size, args.test_size]
-    train, validation, test = images.split(whole, sizes, generator)
+    sizes = [getattr(args, f"{part}_size") for part in PARTS]
+    train, *others = images.split(whole, sizes, generator)
     polluted, clean = label_noise.pollute(
         train.labels, args.pollution_rate, generator, args.pollution
     )
@@ -324,10 +330,9 @@ def load_data(args: argparse.Namespace) -> dict:
         flat = part.images.reshape(len(part.labels), -1)
         return tf.constant(flat), tf.constant(part.labels)
 
+    polluted_train = train._replace(labels=polluted)
     return {
-        "train": tensors(train._replace(labels=polluted)),
-        "validation": tensors(validation),
-        "test": tensors(test),
+        **dict(zip(PARTS, map(tensors, [polluted_train, *others]), strict=True)),
         "clean": clean,
         "true_labels": train.labels,
         "train_images": train.images,
@@ -384,8 +389,7 @@ def clean(
 
     @tf.function
     def accuracies() -> dict[str, tf.Tensor]:
-        parts = ("test", "validation")
-        return {f"{name}_accuracy": accuracy(network, data[name]) for name in parts}
+        return {f"{p}_accuracy": accuracy(network, data[p]) for p in PARTS[1:]}
 
     def evaluate() -> dict[str, float]:
         keep = weights.logits.numpy() >= 0
@@ -412,7 +416,8 @@ def clean(
 
 
 def summarise(args: argparse.Namespace, rows: list[dict]) -> dict:
-    final, chosen = rows[-1], best(rows, "validation_accuracy")
+    final, chosen = rows[-1], best(rows, "selection_accuracy")
+    published = best(rows, "test_accuracy")
     scores = ("test_accuracy", "precision", "recall", "f1")
     return {
         "method": args.method,
@@ -422,9 +427,10 @@ def summarise(args: argparse.Namespace, rows: list[dict]) -> dict:
         "seconds_per_outer_step": final["seconds"] / final["step"],
         **{name: chosen[name] for name in scores},
         "best_validation_step": int(chosen["step"]),
+        "best_validation_accuracy": chosen["selection_accuracy"],
         "final": {name: final[name] for name in scores},
-        "best_test_accuracy": best(rows, "test_accuracy")["test_accuracy"],
-        "f1_at_best_test_accuracy": best(rows, "test_accuracy")["f1"],
+        "best_test_accuracy": published["test_accuracy"],
+        "f1_at_best_test_accuracy": published["f1"],
         "best_f1": best(rows, "f1")["f1"],
     }
 

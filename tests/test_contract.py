@@ -134,7 +134,10 @@ def test_contract(row: Row, oracle: Oracle, dtype: str) -> None:
         return method.step(oracle.problem, x, y, data, carried)
 
     graph = tf.function(step, autograph=False)
-    xla = tf.function(step, autograph=False, jit_compile=True)
+    # Around the traced step: tracing it again would take longer than the rest.
+    xla = tf.function(
+        lambda *arguments: graph(*arguments), autograph=False, jit_compile=True
+    )
     results = [mode(*inputs) for mode in (step, graph, xla)]
 
     # 1. An independent number, in every mode.

@@ -183,8 +183,10 @@ class _Pure:
             wide = keras.Variable(
                 rate.numpy(), dtype=_widest(leaves).name, trainable=False
             )
-            optimizer._variables[optimizer._variables.index(rate)] = wide
-            optimizer._learning_rate = wide
+            optimizer._variables[1] = wide
+            # Past Keras's tracker, which would list it a second time, after the
+            # slots: the copy there, never updated, would win in stateless_apply.
+            object.__setattr__(optimizer, "_learning_rate", wide)
         templates = [
             keras.Variable(np.zeros(leaf.shape, leaf.dtype.as_numpy_dtype))
             for leaf in leaves

@@ -191,6 +191,12 @@ class BilevelModel(keras.Model):
         compiled = [] if self._compile_metrics is None else [self._compile_metrics]
         return [*self._trackers.of.values(), *compiled]
 
+    def get_metrics_result(self) -> dict[str, tf.Tensor]:
+        results = {name: metric.result() for name, metric in self._trackers.of.items()}
+        if self._compile_metrics is not None and self._compile_metrics.built:
+            results.update(self._compile_metrics.result())
+        return results
+
     @property
     def outer_step(self) -> int:
         """How many outer steps were made."""

@@ -113,7 +113,10 @@ class Fit:
 
 def _batches(instance: protocol.Instance) -> tb.Batches:
     return tb.Batches(
-        upper=(tf.constant(instance.validation), tf.constant(instance.validation_labels)),
+        upper=(
+            tf.constant(instance.validation),
+            tf.constant(instance.validation_labels),
+        ),
         lower=(tf.constant(instance.train), tf.constant(instance.train_labels)),
     )
 

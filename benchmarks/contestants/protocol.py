@@ -4,8 +4,10 @@ A contestant is a process. It reads one command per line from standard input and
 answers each with one line of JSON:
 
     hypergradient PATH   the upper gradient of the first step, written as .npy
-    run N                seconds that N outer steps took, and what the memory did
+    run N                seconds that N outer steps took: elapsed, and of all threads
     quit
+
+Every answer has the process's memory: `peak`, and `baseline` before the method began.
 
 Only NumPy is imported here, because the peers have an environment of their own.
 """
@@ -145,9 +147,12 @@ def serve(build: Callable[[argparse.Namespace, Instance], Contestant]) -> None:
             np.save(operands[0], contestant.hypergradient())
             answer = {}
         else:
-            start = time.perf_counter()
+            start, start_cpu = time.perf_counter(), time.process_time()
             contestant.run(int(operands[0]))
-            answer = {"seconds": time.perf_counter() - start}
+            answer = {
+                "seconds": time.perf_counter() - start,
+                "cpu_seconds": time.process_time() - start_cpu,
+            }
         peak = peak_resident()
         answers.write(json.dumps({**answer, "peak": peak, "baseline": baseline}) + "\n")
 

@@ -1,0 +1,516 @@
+"""BilevelModel: fit, callbacks, saving, resuming, and what it refuses."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import tfbilevel as tb
+
+TRAIN, VALIDATION, FEATURES, CLASSES = 7, 6, 4, 3
+
+
+def arrays(seed=0):
+    generator = np.random.default_rng(seed)
+    train = generator.normal(size=(TRAIN, FEATURES)).astype("float32")
+    validation = generator.normal(size=(VALIDATION, FEATURES)).astype("float32")
+    return (
+        (train, generator.integers(0, CLASSES, TRAIN)),
+        (validation, generator.integers(0, CLASSES, VALIDATION)),
+    )
+
+
+def full_batch(repeat=1):
+    train, validation = arrays()
+    full = tf.data.Dataset.from_tensors
+    return tb.pair(full(validation), full(train)).repeat(repeat)
+
+
+def network(*layers, seed=1):
+    keras.utils.set_random_seed(seed)
+    dense = [keras.layers.Dense(5, "tanh"), *layers, keras.layers.Dense(CLASSES)]
+    return keras.Sequential([keras.Input((FEATURES,)), *dense])
+
+
+def cross_entropy(model, batch, **keywords):
+    return tf.nn.sparse_softmax_cross_entropy_with_logits(
+        batch[1], model(batch[0], **keywords)
+    )
+
+
+def upper_loss(upper, lower, batch):
+    return tf.reduce_mean(cross_entropy(lower, batch))
+
+
+def lower_loss(upper, lower, batch):
+    return tf.reduce_mean(upper(None) * cross_entropy(lower, batch, training=True))
+
+
+def inner(steps=4, **keywords):
+    return tb.InnerSolver(keras.optimizers.SGD(0.3), steps, **keywords)
+
+
+def unroll():
+    return tb.Unroll(inner())
+
+
+def value_gap():
+    ramp = tb.LinearRamp(0.0, 1.0, 5)
+    return tb.ValueGap(inner(1), keras.optimizers.Adam(0.05), ramp)
+
+
+def implicit():
+    return tb.Implicit(
+        inner(start="cold"), tb.ConjugateGradient(9, damping=0.1, warm_start=True)
+    )
+
+
+def make(method=None, *layers, optimizer=None, jit_compile=False, **keywords):
+    model = tb.BilevelModel(
+        tb.ExampleWeights(TRAIN), network(*layers), upper_loss, lower_loss
+    )
+    model.compile(
+        method or unroll(),
+        optimizer or keras.optimizers.Adam(0.1),
+        jit_compile=jit_compile,
+        **keywords,
+    )
+    return model
+
+
+def weights(model):
+    return [v.numpy() for v in model.upper.variables + model.lower.variables]
+
+
+def assert_same(a, b):
+    for left, right in zip(a, b, strict=True):
+        np.testing.assert_array_equal(left, right)
+
+
+def assert_close(a, b, rtol=1e-5):
+    for left, right in zip(a, b, strict=True):
+        np.testing.assert_allclose(left, right, rtol=rtol, atol=1e-6)
+
+
+METHODS = {
+    "unroll": unroll,
+    "value_gap": value_gap,
+    "implicit": implicit,
+    "gradient_norm": lambda: tb.GradientNorm(keras.optimizers.SGD(0.1), 2.0),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_fit_does_what_minimize_does_on_plain_tensors(name):
+    """The same losses written over tensors, through the other loop."""
+    model = make(METHODS[name](), optimizer=keras.optimizers.SGD(2.0))
+    functional = tb.functional(model.lower)
+    lower = functional.initial()
+
+    def entropy(y, batch):
+        return tf.nn.sparse_softmax_cross_entropy_with_logits(
+            batch[1], functional(y, batch[0])
+        )
+
+    problem = tb.Problem(
+        lambda x, y, batch: tf.reduce_mean(entropy(y, batch)),
+        lambda x, y, batch: tf.reduce_mean(tf.sigmoid(x) * entropy(y, batch)),
+    )
+    train, validation = arrays()
+    result = tb.minimize(
+        problem,
+        METHODS[name](),
+        tf.zeros([TRAIN]),
+        lower,
+        keras.optimizers.SGD(2.0),
+        tb.Batches(upper=validation, lower=train),
+        steps=6,
+    )
+    model.fit(full_batch(3), epochs=2, verbose=0)
+    assert_close(weights(model), [result.upper.numpy(), *map(np.array, result.lower)])
+
+
+def test_history_reports_the_means_of_the_steps_metrics():
+    model = make()
+    rows = []
+    for _ in range(3):
+        x = [tf.convert_to_tensor(v.value) for v in model.upper.trainable_variables]
+        y = [tf.convert_to_tensor(v.value) for v in model.lower.trainable_variables]
+        batches = next(iter(full_batch()))
+        step = model.method.step(model.problem, x, y, batches, {})
+        rows.append(float(step.metrics["upper_loss"]))
+        model.fit(full_batch(), epochs=1, verbose=0)
+    again = make()
+    history = again.fit(full_batch(3), epochs=1, verbose=0).history
+    assert history["upper_loss"][0] == pytest.approx(np.mean(rows), rel=1e-6)
+    assert set(history) == {"upper_loss", "lower_loss"}
+
+
+def test_steps_per_execution_and_jit_change_nothing():
+    plain, packed, xla = make(), make(steps_per_execution=4), make(jit_compile=True)
+    for model in (plain, packed, xla):
+        model.fit(full_batch(8), epochs=1, verbose=0)
+        assert model.outer_step == 8
+    assert_close(weights(packed), weights(plain))
+    assert_close(weights(xla), weights(plain), rtol=1e-4)
+
+
+def test_eager_mode_equals_compiled_mode():
+    compiled, eager = make(value_gap()), make(value_gap(), run_eagerly=True)
+    for model in (compiled, eager):
+        model.fit(full_batch(3), epochs=1, verbose=0)
+    assert_close(weights(eager), weights(compiled))
+
+
+def test_automatic_compilation_decides_without_touching_variables():
+    auto, plain = make(jit_compile="auto"), make()
+    auto._ensure_carried()
+    before = weights(auto)
+    auto._choose_compilation(next(iter(full_batch())))
+    assert_same(before, weights(auto))
+    assert int(auto._progress.compilation.numpy()) in (1, 2)
+    auto.fit(full_batch(5), verbose=0)
+    plain.fit(full_batch(5), verbose=0)
+    assert_close(weights(auto), weights(plain), rtol=1e-4)
+
+
+def test_one_trace_over_a_thousand_steps():
+    traces = []
+
+    def counted(upper, lower, batch):
+        traces.append(1)
+        return upper_loss(upper, lower, batch)
+
+    model = tb.BilevelModel(tb.ExampleWeights(TRAIN), network(), counted, lower_loss)
+    model.compile(unroll(), keras.optimizers.SGD(0.1), jit_compile=False)
+    model.fit(full_batch(1), epochs=2, verbose=0)
+    once = len(traces)
+    model.fit(full_batch(500), epochs=2, verbose=0)
+    assert len(traces) == once
+
+
+def test_projections_hold_after_every_step():
+    model = tb.BilevelModel(
+        tb.ExampleWeights(TRAIN),
+        network(),
+        upper_loss,
+        lower_loss,
+        project_upper=lambda x: [tf.clip_by_value(v, -0.05, 0.05) for v in x],
+        project_lower=lambda y: [tf.clip_by_value(v, -0.2, 0.2) for v in y],
+    )
+    model.compile(unroll(), keras.optimizers.Adam(0.1), jit_compile=False)
+    model.fit(full_batch(4), verbose=0)
+    assert np.abs(model.upper.logits.numpy()).max() == pytest.approx(0.05)
+    assert max(np.abs(v).max() for v in weights(model)[1:]) <= 0.2 + 1e-7
+
+
+def test_learned_start_is_differentiated():
+    """MAML's shape: upper and lower are networks, inner solves start at upper."""
+    upper, lower = network(seed=3), network(seed=4)
+    model = tb.BilevelModel(
+        upper,
+        lower,
+        upper_loss,
+        lambda upper, lower, batch: tf.reduce_mean(cross_entropy(lower, batch)),
+        lower_start=lambda upper: upper.trainable_variables,
+    )
+    model.compile(unroll(), keras.optimizers.SGD(1.0), jit_compile=False)
+    start = [v.numpy() for v in upper.trainable_variables]
+    train, validation = arrays()
+    values = [tf.Variable(v) for v in start]
+    functional = tb.functional(lower)
+
+    def loss(y, batch):
+        return tf.reduce_mean(
+            tf.nn.sparse_softmax_cross_entropy_with_logits(
+                batch[1], functional(y, batch[0])
+            )
+        )
+
+    with tf.GradientTape() as tape:
+        y = [tf.convert_to_tensor(v) for v in values]
+        for _ in range(4):
+            with tf.GradientTape() as step:
+                step.watch(y)
+                value = loss(y, train)
+            y = [v - 0.3 * g for v, g in zip(y, step.gradient(value, y), strict=True)]
+        value = loss(y, validation)
+    gradients = tape.gradient(value, values)
+    model.fit(full_batch(), verbose=0)
+    moved = [v.numpy() for v in upper.trainable_variables]
+    expected = [v - g.numpy() for v, g in zip(start, gradients, strict=True)]
+    assert_close(moved, expected)
+
+
+def test_evaluate_and_predict_are_of_the_lower_model():
+    model = make(metrics=[keras.metrics.SparseCategoricalAccuracy("accuracy")])
+    (inputs, labels), _ = arrays()
+    data = tf.data.Dataset.from_tensor_slices((inputs, labels)).batch(3)
+    history = model.fit(full_batch(), validation_data=data, verbose=0).history
+    predicted = np.argmax(model.lower(inputs).numpy(), axis=1)
+    expected = np.mean(predicted == labels)
+    assert history["val_accuracy"][-1] == pytest.approx(expected)
+    assert model.evaluate(data, verbose=0, return_dict=True) == {
+        "accuracy": pytest.approx(expected)
+    }
+    assert_close([model.predict(inputs, verbose=0)], [model.lower(inputs).numpy()])
+
+
+def test_callbacks_work(tmp_path):
+    model = make()
+    callbacks = [
+        keras.callbacks.CSVLogger(str(tmp_path / "log.csv")),
+        keras.callbacks.TensorBoard(str(tmp_path / "tensorboard")),
+        keras.callbacks.ModelCheckpoint(
+            str(tmp_path / "best.weights.h5"),
+            monitor="upper_loss",
+            mode="min",
+            save_best_only=True,
+            save_weights_only=True,
+        ),
+        keras.callbacks.EarlyStopping(
+            monitor="upper_loss", mode="min", min_delta=1e9, patience=2
+        ),
+    ]
+    history = model.fit(full_batch(2), epochs=9, verbose=0, callbacks=callbacks)
+    assert len(history.history["upper_loss"]) == 3  # patience 2 after the first
+    header, *rows = (tmp_path / "log.csv").read_text().splitlines()
+    assert header == "epoch,lower_loss,upper_loss" and len(rows) == 3
+    logged = float(rows[0].split(",")[2])
+    assert logged == pytest.approx(history.history["upper_loss"][0])
+    assert list((tmp_path / "tensorboard").rglob("events*"))
+    other = make()
+    other.load_weights(str(tmp_path / "best.weights.h5"))
+    best = np.argmin(history.history["upper_loss"])
+    assert other.outer_step == 2 * (best + 1)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_saved_weights_continue_to_the_last_bit(name, tmp_path):
+    through, first = make(METHODS[name]()), make(METHODS[name]())
+    through.fit(full_batch(5), epochs=2, verbose=0)
+    first.fit(full_batch(5), epochs=1, verbose=0)
+    first.save_weights(str(tmp_path / "half.weights.h5"))
+    second = make(METHODS[name]())
+    second.load_weights(str(tmp_path / "half.weights.h5"))
+    second.fit(full_batch(5), epochs=1, verbose=0)
+    assert_same(weights(through), weights(second))
+
+
+def test_keras_backup_and_restore_resumes_to_the_last_bit(tmp_path):
+    class Interrupt(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            if epoch == 3:
+                raise KeyboardInterrupt
+
+    through = make(value_gap())
+    through.fit(full_batch(4), epochs=6, verbose=0)
+    backup = keras.callbacks.BackupAndRestore(str(tmp_path / "backup"))
+    with pytest.raises(KeyboardInterrupt):
+        make(value_gap()).fit(
+            full_batch(4), epochs=6, verbose=0, callbacks=[backup, Interrupt()]
+        )
+    resumed = make(value_gap())
+    backup = keras.callbacks.BackupAndRestore(str(tmp_path / "backup"))
+    resumed.fit(full_batch(4), epochs=6, verbose=0, callbacks=[backup])
+    assert resumed.outer_step == 24
+    assert_same(weights(through), weights(resumed))
+
+
+KILLED = """
+import pathlib, sys
+import keras, numpy as np
+sys.path.insert(0, {tests!r})
+import test_model
+from tfbilevel import experiment
+out = pathlib.Path({out!r})
+model = test_model.make(test_model.value_gap(), jit_compile="auto")
+class Tell(keras.callbacks.Callback):
+    def on_epoch_end(self, epoch, logs=None):
+        (out / "epoch").write_text(str(epoch))
+backup = [experiment.Backup(out / "backup", 5)] if {backup} else []
+model.fit(test_model.full_batch(5), epochs={epochs}, verbose=0,
+          callbacks=[*backup, Tell()])
+np.savez(out / "done.npz", *test_model.weights(model), jit=model.jit_compile)
+"""
+
+
+def test_a_fit_killed_and_resumed_equals_one_that_ran_through(tmp_path):
+    """SIGKILL in the middle of training, whatever it was doing, then resumed."""
+    epochs = 60
+
+    def start(out, backup=True):
+        out.mkdir(exist_ok=True)
+        code = KILLED.format(
+            tests=str(pathlib.Path(__file__).parent),
+            out=str(out),
+            backup=backup,
+            epochs=epochs,
+        )
+        return subprocess.Popen([sys.executable, "-c", code], env=os.environ)
+
+    victim = start(tmp_path)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if (tmp_path / "epoch").exists() and (tmp_path / "epoch").read_text() > "2":
+            break
+        time.sleep(0.02)
+    victim.send_signal(signal.SIGKILL)
+    assert victim.wait() == -signal.SIGKILL
+    assert not (tmp_path / "done.npz").exists()
+    assert start(tmp_path).wait() == 0
+    resumed = np.load(tmp_path / "done.npz")
+    # The compilation that the first sitting chose holds for the second one.
+    through = make(value_gap(), jit_compile=bool(resumed["jit"]))
+    through.fit(full_batch(5), epochs=epochs, verbose=0)
+    assert through.outer_step == 5 * epochs
+    for index, value in enumerate(weights(through)):
+        np.testing.assert_array_equal(value, resumed[f"arr_{index}"])
+
+
+def test_batch_normalization_statistics_move_once_per_outer_step():
+    normalise = keras.layers.BatchNormalization(momentum=0.75)
+    model = make(unroll(), normalise)
+    (inputs, _), _ = arrays()
+    model.fit(full_batch(), verbose=0)
+    hidden = model.lower.layers[0](inputs).numpy()  # with the weights after the step
+    np.testing.assert_allclose(
+        normalise.moving_mean.numpy(), 0.25 * hidden.mean(axis=0), rtol=1e-5, atol=1e-6
+    )
+    np.testing.assert_allclose(
+        normalise.moving_variance.numpy(),
+        0.75 + 0.25 * hidden.var(axis=0),
+        rtol=1e-5,
+        atol=1e-6,
+    )
+
+
+def test_dropout_masks_are_fixed_within_a_step_and_new_in_the_next():
+    dropout = keras.layers.Dropout(0.5, seed=3)
+    model = make(unroll(), dropout)
+    x = [tf.convert_to_tensor(v.value) for v in model.upper.trainable_variables]
+    y = [tf.convert_to_tensor(v.value) for v in model.lower.trainable_variables]
+    lower = next(iter(full_batch())).lower
+    first = float(model.problem.lower_loss(x, y, lower))
+    assert float(model.problem.lower_loss(x, y, lower)) == first
+    model.fit(full_batch(), verbose=0)
+    assert float(model.problem.lower_loss(x, y, lower)) != first
+    report = tb.check_hypergradient(
+        model.problem, unroll(), x, y, next(iter(full_batch())), probes=2
+    )
+    assert report.error < 5e-3  # float32: one function throughout
+
+
+class Breaks:
+    """An upper loss that is NaN at one outer step, by a counter in the data."""
+
+    def __call__(self, upper, lower, batch):
+        inputs, labels, poison = batch
+        loss = tf.reduce_mean(cross_entropy(lower, (inputs, labels)))
+        return loss + tf.cast(poison, loss.dtype)
+
+
+def poisoned(steps, bad):
+    train, validation = arrays()
+    poison = np.zeros(steps, "float32")
+    poison[bad] = np.nan
+    upper = tf.data.Dataset.from_tensor_slices(poison).map(
+        lambda p: (validation[0], validation[1], p)
+    )
+    return tb.pair(upper, tf.data.Dataset.from_tensors(train))
+
+
+@pytest.mark.parametrize("packed", [1, 3])
+def test_nonfinite_raises_and_keeps_everything_from_before(packed):
+    def build():
+        model = tb.BilevelModel(
+            tb.ExampleWeights(TRAIN), network(), Breaks(), lower_loss
+        )
+        model.compile(
+            value_gap(),
+            keras.optimizers.Adam(0.1),
+            jit_compile=False,
+            steps_per_execution=packed,
+        )
+        return model
+
+    model = build()
+    with pytest.raises(tb.NonFiniteError, match="upper loss .* outer step 4"):
+        model.fit(poisoned(9, bad=4), verbose=0)
+    reference = build()
+    reference.fit(poisoned(9, bad=8).take(4), verbose=0)
+    assert model.outer_step == 4
+    assert_same(weights(model), weights(reference))
+    assert_same(
+        [v.numpy() for v in model.optimizer.variables],
+        [v.numpy() for v in reference.optimizer.variables],
+    )
+
+
+def test_nonfinite_steps_can_be_skipped_and_are_counted():
+    model = tb.BilevelModel(tb.ExampleWeights(TRAIN), network(), Breaks(), lower_loss)
+    model.compile(
+        value_gap(), keras.optimizers.Adam(0.1), jit_compile=False, on_nonfinite="skip"
+    )
+    history = model.fit(poisoned(8, bad=[2, 5]), verbose=0).history
+    assert history["skipped"] == [pytest.approx(2 / 8)]
+    assert np.isfinite(history["upper_loss"][0])
+    assert model.outer_step == 6
+
+
+def test_unconnected_variable_is_named_by_its_path():
+    model = tb.BilevelModel(
+        tb.ExampleWeights(TRAIN, name="importance"),
+        network(),
+        upper_loss,
+        lambda upper, lower, batch: tf.reduce_mean(cross_entropy(lower, batch)),
+    )
+    model.compile(unroll(), keras.optimizers.Adam(0.1), jit_compile=False)
+    with pytest.raises(tb.UnconnectedGradientError, match="importance/logits"):
+        model.fit(full_batch(), verbose=0)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: make().fit(np.zeros([3, 2])), "Dataset of tb.Batches"),
+        (
+            lambda: make().fit(tf.data.Dataset.from_tensors((1.0, 2.0))),
+            "Dataset of tb.Batches",
+        ),
+        (
+            lambda: tb.BilevelModel(
+                tb.ExampleWeights(3),
+                keras.Sequential([keras.layers.Dense(2)]),
+                upper_loss,
+                lower_loss,
+            ),
+            "`lower` must be built",
+        ),
+        (
+            lambda: tb.BilevelModel(
+                keras.layers.Flatten(), network(), upper_loss, lower_loss
+            ),
+            "`upper`",
+        ),
+        (lambda: make().compile("unroll", keras.optimizers.SGD(0.1)), "`method`"),
+        (lambda: make().compile(unroll(), "sgd"), "`upper_optimizer`"),
+        (lambda: make(jit_compile="yes"), "`jit_compile`"),
+        (lambda: make(on_nonfinite="ignore"), "`on_nonfinite`"),
+        (
+            lambda: make().evaluate(tf.data.Dataset.from_tensors(arrays()[0])),
+            "need metrics",
+        ),
+    ],
+)
+def test_bad_input_gets_one_clear_error(call, message):
+    with pytest.raises(ValueError, match=message) as error:
+        call()
+    assert "Received" in str(error.value)
