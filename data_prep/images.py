@@ -7,7 +7,7 @@ are read through tensorflow-datasets from a folder that holds them prepared.
 import logging
 import os
 import pathlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 

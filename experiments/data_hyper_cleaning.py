@@ -14,10 +14,12 @@ variables: a classifier's weights y.
 An example is kept if x_i >= 0. The penalty methods fit y to the validation data, so
 the step to report is chosen on a fourth part, `selection`: clean images that nothing
 else looks at. (The published tables take the best step on the test data; that number
-is written too, as `best_test_accuracy`.) Reproduces the hyper-cleaning tables of Shen and
-Chen (2023), arXiv:2302.05185; every method's and net's published settings are its
-defaults (aid-cg, aid-fp and neumann have none: theirs are our choice). The default
-dataset, `digits`, ships with the installed packages and takes about a minute.
+is written too, as `best_test_accuracy`.)
+
+Reproduces the hyper-cleaning tables of Shen and Chen (2023), arXiv:2302.05185; every
+method's and net's published settings are its defaults (aid-cg, aid-fp and neumann
+have none: theirs are our choice). The default dataset, `digits`, ships with the
+installed packages and takes about a minute.
 """
 
 import argparse

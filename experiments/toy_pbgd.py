@@ -61,8 +61,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = experiment.Parser(description=__doc__)
     add, above = parser.add_argument, experiment.positive
     add("--method", choices=("v-pbgd", "g-pbgd"), default="v-pbgd")
-    add("--gammas", type=above(float), nargs="+", default=[10.0],
-        help="penalty weights, each stage starting where the last one ended")  # fmt: skip
+    add(
+        "--gammas", type=above(float), nargs="+", default=[10.0], help="stages' weights"
+    )
     add("--upper-lr", type=above(float), default=0.1, help="alpha_0: both rates")
     add("--tolerance", type=above(float), default=1e-5, help="projected gradient norm")
     add("--starts", type=above(int), default=1000)
@@ -78,11 +79,8 @@ def build_method(name: str, gamma: float, rate: float) -> tb.Method:
     return tb.ValueGap(None, optimizer, gamma)
 
 
-def solve(
-    method: str, gamma: float, rate: float, x: tf.Tensor, y: tf.Tensor, tolerance: float,
-    steps: int,
-) -> tb.Result:  # fmt: skip
-    step_size = rate * min(1 / gamma, 1)
+def solve(args: argparse.Namespace, gamma: float, x: tf.Tensor, y: tf.Tensor):
+    step_size = args.upper_lr * min(1 / gamma, 1)
 
     def projected_gradient_norm(before: tb.Point, after: tb.Point) -> tf.Tensor:
         moved = (before.upper - after.upper) ** 2 + (before.lower - after.lower) ** 2
@@ -90,13 +88,13 @@ def solve(
 
     return tb.minimize(
         PROBLEM,
-        build_method(method, gamma, rate),
+        build_method(args.method, gamma, args.upper_lr),
         upper=x,
         lower=y,
-        upper_optimizer=keras.optimizers.SGD(rate),
+        upper_optimizer=keras.optimizers.SGD(args.upper_lr),
         batches=tb.Batches(None, None),
-        steps=steps,
-        stop=lambda before, after: projected_gradient_norm(before, after) <= tolerance,
+        steps=args.outer_steps,
+        stop=lambda a, b: projected_gradient_norm(a, b) <= args.tolerance,
         trace=lambda point: tf.reduce_mean(tf.abs(point.upper + point.lower)),
     )
 
@@ -113,7 +111,7 @@ def draw(out: pathlib.Path, x: np.ndarray, y: np.ndarray) -> None:
     axes = figure.add_subplot(1, 2, 1, projection="3d", computed_zorder=False)
     axes.plot_surface(grid_x, grid_y, surface, cmap="viridis", alpha=0.6)
     axes.plot(line, -line, along, "k--", zorder=5, label="f(x, -x)")
-    axes.scatter(x, y, ends, color="red", s=24, zorder=6, label="end points")
+    axes.scatter(x, y, zs=ends, color="red", s=24, zorder=6, label="end points")
     axes.set(xlabel="x", ylabel="y", zlabel="f")
     axes.legend()
     axes.view_init(elev=35, azim=-60)
@@ -156,9 +154,7 @@ def main(argv: list[str] | None = None) -> dict:
     steps = np.zeros(args.starts, int)
     stopped, start, done = np.ones(args.starts, bool), time.perf_counter(), 0
     for gamma in args.gammas:
-        result = solve(
-            args.method, gamma, args.upper_lr, x, y, args.tolerance, args.outer_steps
-        )
+        result = solve(args, gamma, x, y)
         x, y = result.upper, result.lower
         steps += result.steps.numpy()
         stopped = result.stopped.numpy()

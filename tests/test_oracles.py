@@ -64,9 +64,7 @@ def test_hand_written_derivatives_are_those_of_the_losses(oracle):
 def test_hypergradient_is_the_derivative_at_the_solution(oracle):
     f, _ = losses(oracle)
     x = flat(oracle.x)
-    np.testing.assert_allclose(
-        oracle.g_y(x, oracle.solution(x)), 0.0, atol=1e-12
-    )
+    np.testing.assert_allclose(oracle.g_y(x, oracle.solution(x)), 0.0, atol=1e-12)
     np.testing.assert_allclose(
         oracle.hypergradient(x),
         difference(lambda x: f(x, oracle.solution(x)), x),

@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from tfbilevel import _structure as structure
 
-Pullback = Callable[[Any], tuple]
+Pullback = Callable[[Any], Any]
 
 
 def vjp(function: Callable, *primals: Any) -> tuple[Any, Any, Pullback]:
@@ -33,7 +33,7 @@ def vjp(function: Callable, *primals: Any) -> tuple[Any, Any, Pullback]:
         tape.watch(tf.nest.flatten(primals))
         value, auxiliary = function(*primals)
 
-    def pullback(cotangent: Any) -> tuple:
+    def pullback(cotangent: Any) -> Any:
         return tape.gradient(
             tf.nest.flatten(value),
             primals,
@@ -43,7 +43,7 @@ def vjp(function: Callable, *primals: Any) -> tuple[Any, Any, Pullback]:
     return value, auxiliary, pullback
 
 
-def value_and_partials(function: Callable, *primals: Any) -> tuple[tf.Tensor, tuple]:
+def value_and_partials(function: Callable, *primals: Any) -> tuple[tf.Tensor, Any]:
     """A scalar function's value and its partial derivative in every primal.
 
     Leaves that are not connected come back as `None`.

@@ -47,7 +47,7 @@ class OptimizerState(NamedTuple):
         slots: momentum, second moments and the like, a list of tensors.
     """
 
-    iteration: tf.Tensor
+    iteration: Any
     learning_rate: Any
     slots: list
 
@@ -93,10 +93,11 @@ class UpdateRule:
     ) -> tuple[Any, OptimizerState]:
         """One update: (variables, state) after the step along `gradients`."""
         built = self._pure(variables)
-        values = built.safe(tf.nest.flatten(gradients))
         rate = [] if self.scheduled else [state.learning_rate]
-        flat, carried = built.optimizer.stateless_apply(
-            [state.iteration, *rate, *state.slots], values, tf.nest.flatten(variables)
+        flat, carried = built.apply(
+            [state.iteration, *rate, *state.slots],
+            tf.nest.flatten(gradients),
+            tf.nest.flatten(variables),
         )
         slots = carried[1 + len(rate) :]
         new_rate = carried[1] if rate else ()
@@ -197,9 +198,11 @@ class _Pure:
         self.initial_slots = [_maker(v.numpy()) for v in optimizer.variables[slots:]]
         self._nudge = isinstance(original, keras.optimizers.Adam)
 
-    def safe(self, gradients: list) -> list:
-        """The gradients, kept away from the one point where Adam has no derivative."""
-        return [_away_from_zero(g) for g in gradients] if self._nudge else gradients
+    def apply(self, state: list, gradients: list, leaves: list) -> tuple[list, list]:
+        """Keras's own stateless update: (leaves, state) after it."""
+        if self._nudge:
+            gradients = [_away_from_zero(gradient) for gradient in gradients]
+        return self.optimizer.stateless_apply(state, gradients, leaves)
 
 
 def _maker(value: np.ndarray) -> Callable[[], tf.Tensor]:

@@ -25,7 +25,7 @@ class GradientNorm(Method):
     With w = gamma g_y held constant the exact gradients need one second-order
     product and no inner loop:
 
-        d_x = c ( f_x + g_xy w ),      d_y = c ( f_y + g_yy w ),    c = min(1 / gamma, 1)
+        d_x = c ( f_x + g_xy w ),   d_y = c ( f_y + g_yy w ),   c = min(1 / gamma, 1)
 
     Cost: one gradient of f, one gradient of g and one product. No extra copy of y.
     Assumes that stationary points of g(x, .) are its minimisers (it accepts saddles

@@ -90,7 +90,8 @@ class FeaturePenalties(keras.layers.Layer):
     def call(self, kernel):
         kernel = tf.convert_to_tensor(kernel)
         squares = tf.reduce_sum(tf.reshape(kernel * kernel, [self.count, -1]), axis=1)
-        return 0.5 * tf.reduce_sum(tf.cast(self.coefficients, kernel.dtype) * squares)
+        coefficients = tf.cast(tf.convert_to_tensor(self.coefficients), kernel.dtype)
+        return 0.5 * tf.reduce_sum(coefficients * squares)
 
     def get_config(self):
         return {

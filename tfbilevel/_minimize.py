@@ -216,7 +216,7 @@ def minimize(
     )
 
 
-def _batch_source(batches: Any, steps: int) -> Callable[[tf.Tensor], Batches]:
+def _batch_source(batches: Any, steps: int) -> Callable[[tf.Tensor], Any]:
     if isinstance(batches, tf.data.Dataset):
         require_batches(batches.element_spec, "every element of the dataset `batches`")
         count = int(batches.cardinality())

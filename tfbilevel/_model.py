@@ -191,7 +191,7 @@ class BilevelModel(keras.Model):
         compiled = [] if self._compile_metrics is None else [self._compile_metrics]
         return [*self._trackers.of.values(), *compiled]
 
-    def get_metrics_result(self) -> dict[str, tf.Tensor]:
+    def get_metrics_result(self) -> dict[str, Any]:
         results = {name: metric.result() for name, metric in self._trackers.of.items()}
         if self._compile_metrics is not None and self._compile_metrics.built:
             results.update(self._compile_metrics.result())
@@ -240,7 +240,7 @@ class BilevelModel(keras.Model):
 
         self.train_function = checked
 
-    def train_step(self, data: Batches) -> dict[str, tf.Tensor]:
+    def train_step(self, data: Batches) -> dict[str, Any]:
         """One outer step; the only place where variables are assigned."""
         x, y, state = self._read()
         try:
@@ -279,7 +279,7 @@ class BilevelModel(keras.Model):
             )
         return {name: self._trackers.of[name].result() for name in logs}
 
-    def test_step(self, data: Any) -> dict[str, tf.Tensor]:
+    def test_step(self, data: Any) -> dict[str, Any]:
         inputs, labels, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         predictions = self(inputs, training=False)
         if self._compile_metrics is None:

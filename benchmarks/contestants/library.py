@@ -29,7 +29,7 @@ class Steps:
         use_threads(arguments.threads)
         problem = tb.Problem(upper_loss=upper_loss, lower_loss=lower_loss)
         method = make_method(arguments.method, instance.inner_steps)
-        batches = _batches(instance)
+        batches = make_batches(instance)
         x = tf.constant(instance.upper)
         y = [tf.constant(leaf) for leaf in instance.lower]
         self.start = self.now = (x, y, _state(method, problem, x, y, instance))
@@ -93,7 +93,7 @@ class Fit:
             keras.optimizers.SGD(protocol.UPPER_RATE),
             steps_per_execution=self.per_execution,
         )
-        self.batches = _batches(instance)
+        self.batches = make_batches(instance)
         self.data = tb.pair(
             tf.data.Dataset.from_tensors(self.batches.upper),
             tf.data.Dataset.from_tensors(self.batches.lower),
@@ -105,13 +105,19 @@ class Fit:
         x = [tf.constant(self.instance.upper)]
         y = [tf.constant(leaf) for leaf in self.instance.lower]
         state = _state(method, problem, x, y, self.instance)
-        return method.step(problem, x, y, self.batches, state).upper_gradient[0].numpy()
+
+        @tf.function(autograph=False)
+        def gradient(x: list, y: list, state: object) -> tf.Tensor:
+            done = method.step(problem, x, y, self.batches, state)
+            return done.upper_gradient[0]
+
+        return gradient(x, y, state).numpy()
 
     def run(self, steps: int) -> None:
         self.model.fit(self.data, steps_per_epoch=steps, verbose=0)
 
 
-def _batches(instance: protocol.Instance) -> tb.Batches:
+def make_batches(instance: protocol.Instance) -> tb.Batches:
     return tb.Batches(
         upper=(
             tf.constant(instance.validation),

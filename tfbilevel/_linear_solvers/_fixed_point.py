@@ -39,7 +39,8 @@ class FixedPoint(LinearSolver):
     Example:
         >>> solver = tb.FixedPoint(30, rate=0.25)
         >>> b = tf.constant([2.0, 4.0])
-        >>> solver.solve(lambda v: 2.0 * v, b, None, None).value.numpy().round(3).tolist()
+        >>> solution = solver.solve(lambda v: 2.0 * v, b, None, None)
+        >>> solution.value.numpy().round(3).tolist()
         [1.0, 2.0]
 
     References:
@@ -82,7 +83,9 @@ class FixedPoint(LinearSolver):
             body,
             (
                 tf.constant(0),
-                structure.zeros_like(rhs) if start is None else start,
+                structure.zeros_like(rhs)
+                if start is None
+                else structure.where(rhs_norm > 0, start, structure.zeros_like(rhs)),
                 # Not known before the first product; anything above the goal.
                 tf.where(rhs_norm > 0, tf.constant(float("inf"), rhs_norm.dtype), 0),
             ),

@@ -39,7 +39,8 @@ class Neumann(LinearSolver):
     Example:
         >>> solver = tb.Neumann(30, rate=0.25)
         >>> b = tf.constant([2.0, 4.0])
-        >>> solver.solve(lambda v: 2.0 * v, b, None, None).value.numpy().round(3).tolist()
+        >>> solution = solver.solve(lambda v: 2.0 * v, b, None, None)
+        >>> solution.value.numpy().round(3).tolist()
         [1.0, 2.0]
 
     References:

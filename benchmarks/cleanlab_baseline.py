@@ -1,0 +1,79 @@
+"""cleanlab 2 as a baseline for finding wrong labels.
+
+    .venv-bench/bin/python benchmarks/cleanlab_baseline.py predictions.npz
+
+The file has three arrays: `labels` (n given labels, some wrong), `probabilities`
+(n x classes, from a model that has not seen these labels) and `clean` (n, 1 where
+the label was left alone). Prints one JSON line with precision, recall and F1 in percent
+and the seconds cleanlab took. A label counts as kept if cleanlab's default settings do
+not flag it; the positive class is clean, as for the published F1.
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+import time
+import zipfile
+
+import numpy as np
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("file", type=pathlib.Path)
+    arguments = parser.parse_args(argv)
+    try:
+        with np.load(arguments.file) as arrays:
+            labels = arrays["labels"].astype("int64").reshape(-1)
+            probabilities = arrays["probabilities"].astype("float64")
+            clean = arrays["clean"].astype(bool).reshape(-1)
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        parser.error(
+            f"{arguments.file} must be an .npz with the arrays labels, probabilities "
+            f"and clean ({error})"
+        )
+    if probabilities.ndim != 2 or not len(labels) == len(clean) == len(probabilities):
+        parser.error(
+            "labels and clean must have one entry per row of probabilities. Received "
+            f"shapes {labels.shape}, {clean.shape}, {probabilities.shape}"
+        )
+    print(json.dumps(find(labels, probabilities, clean)))
+    return 0
+
+
+def find(labels: np.ndarray, probabilities: np.ndarray, clean: np.ndarray) -> dict:
+    """What cleanlab keeps, scored against the mask."""
+    try:
+        import cleanlab
+        from cleanlab.filter import find_label_issues
+    except ImportError:
+        raise SystemExit(
+            "error: cleanlab is not installed here. Run this with "
+            ".venv-bench/bin/python, which `make bench-env` creates."
+        ) from None
+    # A model's float32 rows sum to one only nearly; cleanlab wants probabilities.
+    probabilities = probabilities / probabilities.sum(axis=1, keepdims=True)
+    start = time.perf_counter()
+    flagged = find_label_issues(labels=labels, pred_probs=probabilities)
+    seconds = time.perf_counter() - start
+    return {
+        **score(~np.asarray(flagged, bool), clean),
+        "kept": int((~flagged).sum()),
+        "seconds": seconds,
+        "cleanlab": cleanlab.__version__,
+    }
+
+
+def score(kept: np.ndarray, clean: np.ndarray) -> dict[str, float]:
+    """Precision, recall and F1 of `kept` as a guess of `clean`, in percent."""
+    right = float((kept & clean).sum())
+    precision = right / max(float(kept.sum()), 1.0)
+    recall = right / max(float(clean.sum()), 1.0)
+    total = precision + recall
+    f1 = 2.0 * precision * recall / total if total else 0.0
+    return {"precision": 100 * precision, "recall": 100 * recall, "f1": 100 * f1}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,137 @@
+"""Peak memory of the three ways to unroll, 784-300-10 in float32.
+
+    python benchmarks/memory.py --out runs/bench
+
+Each case is a process of its own. Its memory is the most it ever had less what it had
+with TensorFlow and the data loaded. `tape` at 200 steps of 5,000 images needs about
+8 GB; leave it out with `--cases` where that is too much.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+from typing import NamedTuple
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks" / "contestants"))
+
+import protocol  # noqa: E402
+
+
+class Case(NamedTuple):
+    memory: str
+    steps: int
+    rows: int
+
+
+CASES = {
+    "replay": Case("replay", 200, 5000),
+    "checkpoint": Case("checkpoint", 200, 5000),
+    "tape": Case("tape", 200, 5000),
+    "long": Case("checkpoint", 10_000, 500),
+    "long-full-batch": Case("checkpoint", 10_000, 5000),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/bench"))
+    parser.add_argument(
+        "--cases",
+        nargs="+",
+        choices=CASES,
+        default=("replay", "checkpoint", "tape", "long"),
+    )
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--measure", choices=CASES, help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    if arguments.measure:
+        print(json.dumps(measure(CASES[arguments.measure], arguments.threads)))
+        return 0
+    results = {}
+    for name in arguments.cases:
+        print(f"measuring {name} ...", file=sys.stderr, flush=True)
+        command = [sys.executable, __file__, f"--measure={name}"]
+        done = subprocess.run(
+            [*command, f"--threads={arguments.threads}"],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "2"},
+        )
+        if done.returncode != 0:
+            print(
+                f"error: {name} ended with status {done.returncode} (-9: out of "
+                f"memory):\n{done.stderr[-3000:]}",
+                file=sys.stderr,
+            )
+            return 1
+        results[name] = json.loads(done.stdout)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "memory.json").write_text(json.dumps(results, indent=2) + "\n")
+    text = table(results)
+    (arguments.out / "memory.md").write_text(text)
+    print(text)
+    return 0
+
+
+def measure(case: Case, threads: int) -> dict:
+    """One hypergradient, in this process."""
+    import library
+    import tensorflow as tf
+
+    import tfbilevel as tb
+
+    library.use_threads(threads)
+    instance = protocol.make_instance("mlp", case.rows, case.steps)
+    problem = tb.Problem(upper_loss=library.upper_loss, lower_loss=library.lower_loss)
+    unroll = library.make_method("rhg", case.steps)
+    method = tb.Unroll(unroll.inner, memory=case.memory)
+    batches = library.make_batches(instance)
+    x = tf.constant(instance.upper)
+    y = [tf.constant(leaf) for leaf in instance.lower]
+    # One product starts the thread pools, which are not the method's.
+    tf.matmul(tf.ones([256, 256]), tf.ones([256, 256])).numpy()
+    baseline = protocol.resident()
+
+    @tf.function(autograph=False)
+    def hypergradient(x: tf.Tensor, y: list) -> tf.Tensor:
+        state = method.init(problem, x, y)
+        return method.step(problem, x, y, batches, state).upper_gradient
+
+    start = time.perf_counter()
+    gradient = hypergradient(x, y)
+    norm = float(tf.norm(gradient).numpy())
+    return {
+        **case._asdict(),
+        "seconds": time.perf_counter() - start,
+        "baseline_bytes": baseline,
+        "peak_bytes": protocol.peak_resident(),
+        "method_bytes": protocol.peak_resident() - baseline,
+        "hypergradient_norm": norm,
+    }
+
+
+def table(results: dict[str, dict]) -> str:
+    lines = [
+        "| memory | steps | images | whole process MiB | above start MiB | s "
+        "| hypergradient norm |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in results.values():
+        lines.append(
+            f"| {r['memory']} | {r['steps']} | {r['rows']} "
+            f"| {r['peak_bytes'] / 2**20:.0f} | {r['method_bytes'] / 2**20:.0f} "
+            f"| {r['seconds']:.1f} | {r['hypergradient_norm']:.6e} |"
+        )
+    if "tape" in results and "replay" in results:
+        share = results["replay"]["method_bytes"] / results["tape"]["method_bytes"]
+        lines += ["", f"replay over tape: {share:.3f}"]
+    return "\n".join([*lines, ""])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

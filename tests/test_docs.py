@@ -1,0 +1,70 @@
+"""The documentation: its code runs, and it names everything that is public."""
+
+import pathlib
+import re
+import types
+from typing import Any, NamedTuple
+
+import pytest
+
+import tfbilevel as tb
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md"]
+FENCED = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+PUBLIC = sorted(
+    name
+    for name, value in vars(tb).items()
+    if not isinstance(value, types.ModuleType)
+    and (not name.startswith("_") or name == "__version__")
+)
+
+
+class Block(NamedTuple):
+    """A block of code: its text and how many lines of the page come before it."""
+
+    code: str
+    before: int
+
+
+def blocks(page: pathlib.Path) -> list[Block]:
+    text = page.read_text()
+    return [
+        Block(match[1], text.count("\n", 0, match.start(1)))
+        for match in FENCED.finditer(text)
+    ]
+
+
+WITH_CODE = [page for page in PAGES if blocks(page)]
+
+
+def test_enough_pages_have_code() -> None:
+    assert len(WITH_CODE) >= 6
+
+
+@pytest.mark.parametrize(
+    "page", WITH_CODE, ids=lambda page: str(page.relative_to(ROOT))
+)
+def test_code_runs(
+    page: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The blocks of one page, in order, in one namespace and an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, Any] = {"__name__": page.stem}
+    for block in blocks(page):
+        # Blank lines make a traceback show the page's own line numbers.
+        source = "\n" * block.before + block.code
+        exec(compile(source, str(page), "exec"), namespace)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_between_pages_lead_somewhere(page: pathlib.Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
+        if "://" not in target:
+            assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_name_is_documented(name: str) -> None:
+    pages = "".join(page.read_text() for page in (ROOT / "docs").rglob("*.md"))
+    assert re.search(rf"(?<!\w){re.escape(name)}(?!\w)", pages)

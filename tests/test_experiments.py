@@ -1,0 +1,272 @@
+"""The experiment scripts: their numbers on small settings, their files, their errors."""
+
+import csv
+import importlib.util
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import tfbilevel as tb
+from tfbilevel import experiment
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+def load(name):
+    path = ROOT / "experiments" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+toy = load("toy_pbgd")
+cleaning = load("data_hyper_cleaning")
+
+
+def test_toy_gradients_are_those_of_the_formulas():
+    """The published script's f_x fails this: its square is on the wrong term."""
+    x, y = np.array([0.6, 1.7, 2.9]), np.array([2.0, -1.1, 0.3])
+    e = np.exp(2 - 4 * x)
+    f_x = 4 * e * np.cos(4 * y + 2) / (1 + e) ** 2
+    f_x += (16 * x - 8) / ((4 * x - 2) ** 2 + 1)
+    f_y = -4 * np.sin(4 * y + 2) / (1 + e)
+    s = x + y
+    g_x = 2 * s + np.sin(s) ** 2 + 2 * x * np.sin(s) * np.cos(s)
+    g_y = 2 * s + 2 * x * np.sin(s) * np.cos(s)
+    tx, ty = tf.constant(x), tf.constant(y)
+    method = toy.build_method("v-pbgd", 10.0, 0.1)
+    step = method.step(
+        toy.PROBLEM, tx, ty, tb.Batches(None, None), method.init(toy.PROBLEM, tx, ty)
+    )
+    np.testing.assert_allclose(step.upper_gradient, (f_x + 10 * g_x) / 10, rtol=1e-8)
+    moved = y - 0.1 * (f_y + 10 * g_y) / 10
+    np.testing.assert_allclose(step.lower, moved, rtol=1e-8)
+    published = 4 * e * np.cos(4 * y + 2) / (1 + e**2)
+    published += (16 * x - 8) / ((4 * x - 2) ** 2 + 1)
+    assert abs(published - f_x).max() > 0.1
+
+
+def test_toy_ends_where_the_penalised_problem_has_its_solutions(tmp_path):
+    summary = toy.main(["--out", str(tmp_path), "--starts", "200"])
+    with (tmp_path / "end_points.csv").open() as file:
+        ends = [(float(r["x"]), float(r["y"])) for r in csv.DictReader(file)]
+    expected = np.array([(0.37, -0.33), (1.19, -1.21), (2.82, -2.83)])
+    distance = np.linalg.norm(np.array(ends)[:, None] - expected, axis=2)
+    assert distance.min(axis=1).max() < 0.02
+    assert set(distance.argmin(axis=1)) == {0, 1, 2}
+    assert summary["converged"] == 1.0
+    # An independent replica of the corrected script took 329 steps on average and
+    # ended at a mean distance of 0.0261.
+    assert summary["mean_steps"] == pytest.approx(329, rel=0.15)
+    assert summary["mean_residual"] == pytest.approx(0.0261, abs=0.003)
+    assert (tmp_path / "end_points.png").stat().st_size > 10_000
+
+
+def test_toy_gradient_norm_variant(tmp_path):
+    argv = ["--out", str(tmp_path), "--starts", "20", "--method", "g-pbgd"]
+    summary = toy.main(argv)
+    points = summary["end_points"]
+    assert min(abs(p["x"] - 0.3765) + abs(p["y"] + 0.3663) for p in points) < 1e-3
+
+
+SMALL = [
+    *("--train-size", "40", "--validation-size", "30", "--test-size", "50"),
+    *("--selection-size", "20", "--eval-every", "2", "--jit", "off"),
+]
+
+
+@pytest.mark.parametrize("net", ["linear", "mlp"])
+@pytest.mark.parametrize("method", cleaning.METHODS)
+def test_cleaning_runs_every_method_and_writes_its_files(method, net, tmp_path):
+    steps = ["--outer-steps", "4"]
+    if method not in ("v-pbgd", "g-pbgd"):
+        steps += ["--inner-steps", "6"]
+    if method == "t-rhg":
+        steps += ["--last", "2"]
+    flags = ["--method", method, "--net", net, "--out", str(tmp_path)]
+    summary = cleaning.main([*flags, *SMALL, *steps])
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+    assert 0 <= summary["test_accuracy"] <= 100 and 0 <= summary["f1"] <= 100
+    with (tmp_path / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == [2, 4]
+    assert {"seconds", "upper_loss", "lower_loss", "test_accuracy", "f1"} <= set(
+        rows[0]
+    )
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["settings"]["method"] == method
+    assert config["versions"]["tensorflow"] == tf.__version__
+    for picture in ("curves.png", "distrusted.png"):
+        assert (tmp_path / picture).stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("baseline", cleaning.BASELINES)
+def test_cleaning_baselines(baseline, tmp_path):
+    summary = cleaning.main(["--method", baseline, "--out", str(tmp_path), *SMALL])
+    kept = np.load(tmp_path / "predictions.npz")
+    keep = kept["probabilities"].argmax(axis=1) == kept["labels"]
+    precision = 100 * (keep & kept["clean"]).sum() / keep.sum()
+    assert summary["precision"] == pytest.approx(precision)
+
+
+def test_published_settings_are_the_defaults():
+    def parse(*flags):
+        return vars(cleaning.parse_args(["--out", "x", *flags]))
+
+    v = parse("--method", "v-pbgd", "--net", "linear", "--dataset", "mnist")
+    expected = {
+        "upper_lr": 0.1, "lower_lr": 0.1, "inner_lr": 0.01, "inner_steps": 1,
+        "gamma_init": 0, "gamma_max": 0.2, "gamma_steps": 30_000,
+        "outer_steps": 40_000, "reg": 0, "train_size": 5000,
+        "validation_size": 5000, "test_size": 10_000, "pollution_rate": 0.5,
+        "pollution": "published", "eval_every": 10, "upper_optimizer": "sgd",
+    }  # fmt: skip
+    assert {k: v[k] for k in expected} == expected
+    g = parse("--method", "g-pbgd", "--net", "mlp")
+    assert (g["upper_lr"], g["lower_lr"], g["gamma_max"]) == (0.5, 0.5, 37)
+    assert (g["gamma_steps"], g["outer_steps"]) == (30_000, 50_000)
+    t = parse("--method", "t-rhg", "--net", "mlp")
+    assert (t["inner_lr"], t["inner_steps"], t["last"]) == (0.4, 500, 100)
+    assert (t["outer_steps"], t["upper_lr"]) == (100, 0.001)
+    m = parse("--method", "v-pbgd", "--net", "mlp")
+    assert (m["lower_lr"], m["gamma_max"], m["gamma_steps"]) == (0.01, 0.1, 10_000)
+    assert m["outer_steps"] == 80_000
+
+
+@pytest.mark.parametrize("net", ["linear", "mlp"])
+def test_networks_start_uniform_in_fan_in_bounds(net):
+    model = cleaning.build_net(net, 784, seed=5)
+    shapes = [tuple(w.shape) for w in model.weights]
+    widths = {
+        "linear": [(784, 10), (10,)],
+        "mlp": [(784, 300), (300,), (300, 10), (10,)],
+    }
+    assert shapes == widths[net]
+    fan_in = None
+    for weight in model.weights:
+        fan_in = weight.shape[0] if len(weight.shape) == 2 else fan_in
+        values = weight.numpy()
+        assert np.abs(values).max() <= fan_in**-0.5
+        if values.size > 1000:
+            assert values.std() == pytest.approx(fan_in**-0.5 / 3**0.5, rel=0.05)
+
+
+def test_cleaning_losses_are_the_formulas(tmp_path):
+    """The hypergradient of the value gap, component by component, in NumPy."""
+    generator = np.random.default_rng(0)
+    pixels = generator.uniform(size=(6, 4)).astype("float32")
+    labels = np.array([0, 1, 2, 0, 1, 2], "int32")
+    network = cleaning.build_net("linear", 4, seed=1)
+    losses = cleaning.cross_entropy(network, (pixels, labels)).numpy()
+    kernel, bias = (w.numpy() for w in network.weights)
+    logits = pixels @ kernel + bias
+    log_sum = np.log(np.exp(logits).sum(axis=1))
+    np.testing.assert_allclose(
+        losses, log_sum - logits[np.arange(6), labels], rtol=1e-5
+    )
+
+
+def test_cleaning_scores():
+    keep = np.array([True, True, True, False, False])
+    clean = np.array([True, True, False, True, False])
+    scores = cleaning.cleaning_scores(keep, clean)
+    assert scores["precision"] == pytest.approx(200 / 3)
+    assert scores["recall"] == pytest.approx(200 / 3)
+    assert scores["f1"] == pytest.approx(200 / 3)
+    everything = cleaning.cleaning_scores(np.ones(10, bool), np.arange(10) < 5)
+    assert everything["f1"] == pytest.approx(200 / 3)  # at the start: 66.7
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--metod", "v-pbgd"], "unrecognized arguments"),
+        (["--method", "nope"], "invalid choice"),
+        (["--outer-steps", "0"], "above zero"),
+        (["--upper-lr", "nan"], "above zero"),
+        (["--method", "rhg", "--gamma-max", "1"], "--gamma-max means nothing"),
+        (["--method", "t-rhg", "--inner-steps", "50"], "--last must not exceed"),
+        (["--outer-steps", "25"], "multiple of --eval-every"),
+        (["--dataset", "mnist", "--data-dir", "/nowhere"], "not prepared"),
+        (["--train-size", "9999"], "fit in 5000"),
+        (["--pollution-rate", "1.5"], "pollution rate"),
+        (["--resume"], "folder with a run"),
+    ],
+)
+def test_bad_flags_are_one_line_and_leave_nothing(flags, message, tmp_path, capsys):
+    out = tmp_path / "run"
+    with pytest.raises(SystemExit) as stop:
+        cleaning.main(["--out", str(out), *flags])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error and "\n" not in error
+    assert not out.exists()
+
+
+def test_a_folder_in_use_or_other_settings_are_refused(tmp_path, capsys):
+    flags = [*SMALL, "--outer-steps", "2", "--out", str(tmp_path)]
+    cleaning.main(flags)
+    for wrong in ([], ["--resume", "--seed", "7"]):
+        with pytest.raises(SystemExit) as stop:
+            cleaning.main([*flags, *wrong])
+        assert stop.value.code == 2
+    assert "other seed" in capsys.readouterr().err
+
+
+def test_a_killed_cleaning_run_resumes_to_the_same_numbers(tmp_path):
+    flags = [*SMALL, "--outer-steps", "3000", "--seed", "3"]
+
+    def start(out, *more):
+        script = str(ROOT / "experiments" / "data_hyper_cleaning.py")
+        command = [sys.executable, script, *flags, "--out", str(out), *more]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    victim = start(killed)
+    backup = killed / "backup" / "latest.weights.h5"
+    deadline = time.monotonic() + 120
+    while not backup.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    victim.send_signal(signal.SIGKILL)
+    victim.wait()
+    assert not (killed / "summary.json").exists()
+    assert start(killed, "--resume").wait() == 0
+    assert start(whole).wait() == 0
+
+    def numbers(folder):
+        with (folder / "metrics.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        for row in rows:
+            del row["seconds"]
+        return rows
+
+    # Training metrics are means over the sitting's epochs: the same too.
+    assert numbers(killed) == numbers(whole)
+
+
+def test_backup_never_leaves_a_partial_file(tmp_path):
+    class Model(keras.Model):
+        outer_step = 10
+
+        def save_weights(self, path):
+            pathlib.Path(path).write_text("new")
+            raise OSError("disk full")
+
+    backup = experiment.Backup(tmp_path, 5)
+    (tmp_path / "latest.weights.h5").write_text("old")
+    backup.set_model(Model())
+    with pytest.raises(OSError):
+        backup._save_model()
+    assert (tmp_path / "latest.weights.h5").read_text() == "old"
