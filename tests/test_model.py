@@ -196,6 +196,19 @@ def test_one_trace_over_a_thousand_steps():
     assert len(traces) == once
 
 
+def test_memory_is_flat_over_a_thousand_steps():
+    def resident():
+        pages = pathlib.Path("/proc/self/statm").read_text().split()[1]
+        return int(pages) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+    model = make(value_gap())
+    model.fit(full_batch(200), verbose=0)
+    before = resident()
+    model.fit(full_batch(500), epochs=2, verbose=0)
+    # One kept graph, tape or copy of the weights per step would be far above this.
+    assert resident() - before < 15
+
+
 def test_projections_hold_after_every_step():
     model = tb.BilevelModel(
         tb.ExampleWeights(TRAIN),
@@ -504,6 +517,10 @@ def test_unconnected_variable_is_named_by_its_path():
         (lambda: make().compile(unroll(), "sgd"), "`upper_optimizer`"),
         (lambda: make(jit_compile="yes"), "`jit_compile`"),
         (lambda: make(on_nonfinite="ignore"), "`on_nonfinite`"),
+        (
+            lambda: make(metrics=["accuracy"]).evaluate(full_batch()),
+            "batches of .inputs, labels.",
+        ),
         (
             lambda: make().evaluate(tf.data.Dataset.from_tensors(arrays()[0])),
             "need metrics",

@@ -244,6 +244,8 @@ def test_maml_start_is_the_upper_variables_themselves(
     )
     for y in (x, tf.zeros_like(x)):
         step = assert_step(method, problem, NO_DATA, function, x=x, y=y)
+        if memory != "replay":
+            continue
         compiled = tf.function(method.step, autograph=False)
         np.testing.assert_allclose(
             compiled(problem, x, y, NO_DATA, {}).upper_gradient,
@@ -379,7 +381,7 @@ def test_adam_where_a_gradient_is_always_zero(memory: str, dtype: str) -> None:
     def loss_of(inputs: np.ndarray) -> Callable:
         def g(x: Any, y: Any, batch: Any) -> Any:
             fit = tf.linalg.matvec(tf.constant(inputs, dtype), y) - x[0]
-            return tf.reduce_mean(tf.exp(x[1]) * tf.sin(fit) ** 2)
+            return tf.reduce_mean(tf.sin(tf.exp(x[1]) * fit) ** 2)
 
         return g
 

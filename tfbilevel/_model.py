@@ -280,6 +280,11 @@ class BilevelModel(keras.Model):
         return {name: self._trackers.of[name].result() for name in logs}
 
     def test_step(self, data: Any) -> dict[str, Any]:
+        if isinstance(data, Batches):
+            raise ValueError(
+                "`evaluate` and `validation_data` take batches of (inputs, labels) for "
+                "the lower model. Pass such a dataset. Received: tb.Batches"
+            )
         inputs, labels, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         predictions = self(inputs, training=False)
         if self._compile_metrics is None:

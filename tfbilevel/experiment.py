@@ -151,7 +151,9 @@ class Evaluate(keras.callbacks.Callback):
     """Evaluates a model every so many outer steps and logs a row to the run.
 
     The row holds `step`, `seconds` (of training, evaluations included, over all
-    sittings), the training metrics and what the function returns.
+    sittings), the training metrics (means over the steps since the last evaluation;
+    Keras's `history` then covers the last stretch of an epoch only) and what the
+    function returns.
 
     Args:
         run: where rows go.
@@ -184,6 +186,7 @@ class Evaluate(keras.callbacks.Callback):
         measured = dict(self.function())
         seconds = self._before + time.perf_counter() - self._start
         training = {name: float(value) for name, value in (logs or {}).items()}
+        self.model.reset_metrics()
         self.run.log({"step": step, "seconds": round(seconds, 3)} | training | measured)
 
 
