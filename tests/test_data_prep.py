@@ -1,7 +1,10 @@
 """Label noise and the small image sets."""
 
+from unittest import mock
+
 import numpy as np
 import pytest
+from experiment_scripts import load_experiment
 
 from data_prep import images, label_noise
 
@@ -66,3 +69,55 @@ def test_split_sizes_are_checked(sizes):
 def test_a_missing_dataset_says_how_to_get_it(tmp_path):
     with pytest.raises(FileNotFoundError, match="TFDS_DATA_DIR"):
         images.load_training_file("mnist", tmp_path)
+
+
+@pytest.fixture(scope="module")
+def cifar10(tmp_path_factory):
+    """CIFAR10 of 100 + 10 images, prepared from files in the published format."""
+    folder = tmp_path_factory.mktemp("cifar10")
+    binary = folder / "cifar-10-batches-bin"
+    binary.mkdir()
+    generator = np.random.default_rng(0)
+    records = []
+    for index in range(6):
+        labels = generator.integers(0, 10, (20, 1))
+        pixels = generator.integers(0, 256, (20, 3072))
+        records.append(np.concatenate([labels, pixels], axis=1).astype(np.uint8))
+        name = "test_batch.bin" if index == 5 else f"data_batch_{index + 1}.bin"
+        records[-1].tofile(binary / name)
+    names = "airplane automobile bird cat deer dog frog horse ship truck"
+    (binary / "batches.meta.txt").write_text("\n".join(names.split()) + "\n")
+    tfds = pytest.importorskip("tensorflow_datasets")
+    builder = tfds.builder("cifar10", data_dir=str(folder / "tfds"))
+    with (
+        mock.patch.object(
+            tfds.download.DownloadManager, "download_and_extract", return_value=folder
+        ),
+        mock.patch("tensorflow_datasets.core.utils.gcs_utils._is_gcs_disabled", True),
+    ):
+        builder.download_and_prepare()
+    return folder / "tfds", np.concatenate(records[:5])
+
+
+def test_cifar10_is_read_as_published(cifar10):
+    folder, records = cifar10
+    data = images.load_training_file("cifar10", folder)
+    assert data.images.shape == (100, 32, 32, 3)
+    # The files hold channel planes; every image must be there, whatever the order.
+    planes = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    wanted = sorted(zip(records[:, 0], map(bytes, planes), strict=True))
+    got = sorted(zip(data.labels, map(bytes, data.images), strict=True))
+    assert got == wanted
+
+
+def test_cifar10_runs_end_to_end(cifar10, tmp_path):
+    cleaning = load_experiment("data_hyper_cleaning")
+    summary = cleaning.main(
+        [
+            *("--dataset", "cifar10", "--data-dir", str(cifar10[0])),
+            *("--train-size", "40", "--validation-size", "30", "--test-size", "20"),
+            *("--selection-size", "10", "--outer-steps", "4", "--eval-every", "2"),
+            *("--jit", "off", "--out", str(tmp_path / "run")),
+        ]
+    )
+    assert summary["dataset"] == "cifar10"

@@ -1,7 +1,6 @@
-"""The experiment scripts: their numbers on small settings, their files, their errors."""
+"""The experiment scripts: their numbers on small settings, files and errors."""
 
 import csv
-import importlib.util
 import json
 import os
 import pathlib
@@ -14,24 +13,13 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from experiment_scripts import ROOT, load_experiment
 
 import tfbilevel as tb
 from tfbilevel import experiment
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-
-
-def load(name):
-    path = ROOT / "experiments" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-toy = load("toy_pbgd")
-cleaning = load("data_hyper_cleaning")
+toy = load_experiment("toy_pbgd")
+cleaning = load_experiment("data_hyper_cleaning")
 
 
 def test_toy_gradients_are_those_of_the_formulas():
