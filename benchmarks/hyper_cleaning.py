@@ -225,8 +225,9 @@ def measure(
             difference = np.linalg.norm(np.load(path) - exact)
             errors[contestant.name] = float(difference / np.linalg.norm(exact))
             worker.ask("run 1")
-            once = worker.ask("run 1")["seconds"]
-            counts[contestant.name] = max(1, math.ceil(arguments.seconds / once))
+            once = worker.ask("run 1")
+            rate = once["steps"] / once["seconds"]
+            counts[contestant.name] = max(1, math.ceil(arguments.seconds * rate))
         busy = Busy(workers)
         for _ in range(arguments.rounds):
             for worker in workers:
@@ -234,8 +235,9 @@ def measure(
                 time.sleep(0.05)
                 count = counts[worker.contestant.name]
                 answer = worker.ask(f"run {count}")
-                worker.seconds.append(answer["seconds"] / count / units)
-                worker.cpu_seconds.append(answer["cpu_seconds"] / count / units)
+                made = answer["steps"] * units
+                worker.seconds.append(answer["seconds"] / made)
+                worker.cpu_seconds.append(answer["cpu_seconds"] / made)
         foreign = busy.foreign_share()
         results = []
         for worker in workers:

@@ -132,7 +132,7 @@ def quadratic() -> Oracle:
         return (
             0.5 * tf.reduce_sum((y - target) ** 2)
             + tf.reduce_sum(x * tf.linalg.matvec(direct, y))
-            + 0.25 * tf.reduce_sum(x * x)
+            + tf.reduce_sum(x * x)
         )
 
     def lower_loss(x: Any, y: Any, batch: Any) -> Any:
@@ -153,7 +153,7 @@ def quadratic() -> Oracle:
         hessian_x=lambda x: [np.zeros((5, 5))] * 3,
         linear_x=lambda x: coupling,
         rest_x=lambda x: np.zeros(3),
-        f_x=lambda x, y: direct @ y + 0.5 * x,
+        f_x=lambda x, y: direct @ y + 2 * x,
         f_y=lambda x, y: y - target + direct.T @ x,
         rate=2 / 3,
     )

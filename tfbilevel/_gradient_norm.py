@@ -12,7 +12,7 @@ from tfbilevel import _structure as structure
 from tfbilevel._differentiable import differentiable
 from tfbilevel._method import Method, Step
 from tfbilevel._problem import Batches, Problem
-from tfbilevel._schedules import Schedule, as_schedule
+from tfbilevel._schedules import Schedule, as_weight
 from tfbilevel._value_gap import penalty_weight
 
 
@@ -37,7 +37,7 @@ class GradientNorm(Method):
         weight: gamma, a number or a schedule, not negative.
 
     Raises:
-        ValueError: for an unsupported optimizer or a weight that is no schedule.
+        ValueError: for an unsupported optimizer or a negative weight.
 
     Example:
         >>> problem = tb.Problem(
@@ -61,7 +61,7 @@ class GradientNorm(Method):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rule", differentiable(self.lower_optimizer))
-        object.__setattr__(self, "schedule", as_schedule(self.weight, "weight"))
+        object.__setattr__(self, "schedule", as_weight(self.weight, "weight"))
 
     def init(self, problem: Problem, upper: Any, lower: Any) -> Any:
         return {"step": tf.constant(0, tf.int64), "optimizer": self.rule.init(lower)}

@@ -113,7 +113,7 @@ class InnerSolver:
         )
         state = iterate.optimizer
         if self.learning_rate is not None:
-            rate = self.learning_rate(upper)
+            rate = self.learning_rate(problem.own_upper(upper))
             state = state._replace(
                 learning_rate=tf.cast(rate, state.learning_rate.dtype)
             )

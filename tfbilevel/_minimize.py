@@ -119,6 +119,12 @@ def minimize(
     structure.require_floating(upper, "upper")
     structure.require_floating(lower, "lower")
     rule = differentiable(upper_optimizer)
+    if jit_compile and isinstance(batches, tf.data.Dataset):
+        raise ValueError(
+            "`jit_compile` cannot compile the reading of a dataset. Pass fixed batches "
+            "or a function of the step number, or leave it False. "
+            f"Received: jit_compile=True, batches={batches!r}"
+        )
     batch_at = _batch_source(batches, steps)
     if state is None:
         state = (method.init(problem, upper, lower), rule.init(upper))

@@ -86,7 +86,7 @@ class BilevelModel(keras.Model):
         require_built(lower, "lower")
         self.upper = upper
         self.lower = lower
-        self._lower_loss = lower_loss
+        self._lower_loss, self._prepare = lower_loss, prepare
         self.problem = Problem(
             upper_loss=self._at_variables(upper_loss),
             lower_loss=self._at_variables(lower_loss),
@@ -145,7 +145,7 @@ class BilevelModel(keras.Model):
             steps_per_execution: outer steps per compiled call.
             on_nonfinite: "raise": stop with `tb.NonFiniteError` at the first NaN or
                 infinity, all variables as before that step. "skip": pass over such
-                steps and count them in the log entry `skipped`.
+                steps; the log entry `skipped` is their share of the epoch.
             run_eagerly: run without compilation, for debugging.
         """
         if not isinstance(method, Method):
@@ -178,6 +178,7 @@ class BilevelModel(keras.Model):
         self.on_nonfinite = on_nonfinite
         self._carried = None
         self._trackers = _Trackers()
+        self._progress.compilation.assign(_UNDECIDED)
         upper_optimizer.build(self.upper.trainable_variables)
 
     def compile_from_config(self, config: dict) -> None:
@@ -199,7 +200,7 @@ class BilevelModel(keras.Model):
 
     @property
     def outer_step(self) -> int:
-        """How many outer steps were made."""
+        """How many outer steps were made, skipped ones included."""
         return int(self._progress.step.numpy())
 
     def fit(self, x: Any = None, *arguments: Any, **keywords: Any) -> Any:
@@ -221,7 +222,8 @@ class BilevelModel(keras.Model):
                 f"lower_dataset). Received: x={spec}"
             )
         self._ensure_carried()
-        if self._auto_jit and self.train_function is None:
+        undecided = int(self._progress.compilation.numpy()) == _UNDECIDED
+        if self._auto_jit and undecided:
             self._choose_compilation(next(iter(x)))
         keywords.setdefault("shuffle", False)
         return super().fit(x, *arguments, **keywords)
@@ -265,6 +267,8 @@ class BilevelModel(keras.Model):
             if self.on_nonfinite == "raise":
                 first = tf.where(latched < 0, code, latched)
                 self._progress.bad_code.assign(first)
+            else:
+                self._progress.count()
             return tf.constant(False)
 
         tf.cond(proceed, commit, refuse)
@@ -333,7 +337,7 @@ class BilevelModel(keras.Model):
         for variable, value in zip(lower, step.lower, strict=True):
             variable.assign(value)
         self._carried.write(step.state)
-        self._progress.step.assign(self._progress.step.value + 1)
+        self._progress.count()
         self._advance_fixed_state(data)
 
     def _advance_fixed_state(self, data: Batches) -> None:
@@ -342,9 +346,10 @@ class BilevelModel(keras.Model):
         others = [v for v in owned if id(v) not in trainable]
         if not others:
             return
-        batch = data.lower_at(0)
         with keras.StatelessScope() as scope:
-            self._lower_loss(self.upper, self.lower, batch)
+            if self._prepare is not None:
+                data = self._prepare(self.upper, data)
+            self._lower_loss(self.upper, self.lower, data.lower_at(0))
         for variable in others:
             value = scope.get_current_value(variable)
             if value is not None:
@@ -415,6 +420,9 @@ class _Progress(keras.layers.Layer):
         self.bad_code = scalar("bad_code", "int32", -1)
         self.compilation = scalar("compilation", "int32", _UNDECIDED)
         self.built = True
+
+    def count(self) -> None:
+        self.step.assign(self.step.value + 1)
 
     def raise_if_nonfinite(self) -> None:
         code = int(self.bad_code.numpy())

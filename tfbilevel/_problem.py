@@ -108,6 +108,10 @@ class Problem:
         """`project_lower` applied, or the lower variables as they are."""
         return _projected(self.project_lower, lower, "project_lower")
 
+    def own_upper(self, upper: Any) -> Any:
+        """The user's upper variables, to which `prepared` may have added."""
+        return upper
+
     def prepared(self, upper: Any, batches: Batches) -> "Prepared":
         """This problem for one outer step, with `prepare` done.
 
@@ -121,7 +125,12 @@ class Problem:
 
         def floating_part(x: Any) -> tuple[list[tf.Tensor], Batches]:
             made = prepare(x, batches)
-            require_batches(made, "what `prepare` returns")
+            if type(made) is not type(batches):
+                raise ValueError(
+                    "`prepare` must return batches of the kind it is given (stacked "
+                    "lower batches stay stacked). Return batches._replace(upper=..., "
+                    f"lower=...). Received: {type(made)} for {type(batches)}"
+                )
             return [leaf for leaf in tf.nest.flatten(made) if _is_floating(leaf)], made
 
         floating, template, pullback = vjp(floating_part, upper)
@@ -148,18 +157,21 @@ class Problem:
             return require_connected(total, upper, "upper", "the problem")
 
         start = self.lower_start
-        problem = dataclasses.replace(
-            self,
+        problem = _Joined(
             upper_loss=upper_loss,
             lower_loss=lower_loss,
-            lower_start=None
-            if start is None
-            else lambda joined: start(joined["upper"]),
-            project_upper=None,
-            prepare=None,
+            lower_start=start and (lambda joined: start(joined["upper"])),
+            project_lower=self.project_lower,
         )
         joined = {"upper": upper, "prepared": floating}
         return Prepared(problem, joined, _Draws(upper=(), lower=()), gradient)
+
+
+class _Joined(Problem):
+    """A prepared problem: its upper variables hold the prepared batches too."""
+
+    def own_upper(self, upper: Any) -> Any:
+        return upper["upper"]
 
 
 class Prepared(NamedTuple):
@@ -199,7 +211,7 @@ class _Draws(Batches):
 
 
 def _is_floating(leaf: Any) -> bool:
-    return tf.as_dtype(tf.convert_to_tensor(leaf).dtype).is_floating
+    return leaf is not None and tf.convert_to_tensor(leaf).dtype.is_floating
 
 
 def _projected(project: Callable | None, variables: Any, name: str) -> Any:

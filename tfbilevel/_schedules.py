@@ -117,6 +117,19 @@ def as_schedule(value: Any, name: str) -> Schedule:
     )
 
 
+def as_weight(value: Any, name: str) -> Schedule:
+    """A schedule whose values are not negative at its start and its end."""
+    schedule = as_schedule(value, name)
+    with tf.init_scope():
+        ends = [float(schedule(tf.constant(step, tf.int64))) for step in (0, 2**62)]
+    if min(ends) < 0:
+        raise ValueError(
+            f"`{name}` must not be negative: a penalty weight pulls towards the lower "
+            f"solution. Received: {name}={value!r}"
+        )
+    return schedule
+
+
 def _require_finite(**values: float) -> None:
     for name, value in values.items():
         if not math.isfinite(value):

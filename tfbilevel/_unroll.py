@@ -30,7 +30,7 @@ class Unroll(Method):
     "checkpoint" 2 sqrt(K) iterates for one more inner step per step, "tape"
     everything that every step computed. No assumption on the lower loss but that it
     is twice differentiable. Prefer `Implicit` when the inner solve is long and
-    converges, `ForwardUnroll` for a handful of upper variables.
+    converges.
 
     Args:
         inner: the inner solver whose steps are differentiated.

@@ -13,7 +13,7 @@ from tfbilevel._differentiable import differentiable
 from tfbilevel._inner import InnerSolver, require_choice
 from tfbilevel._method import Method, Step
 from tfbilevel._problem import Batches, Prepared, Problem
-from tfbilevel._schedules import Schedule, as_schedule
+from tfbilevel._schedules import Schedule, as_weight
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -71,7 +71,7 @@ class ValueGap(Method):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rule", differentiable(self.lower_optimizer))
-        object.__setattr__(self, "schedule", as_schedule(self.weight, "weight"))
+        object.__setattr__(self, "schedule", as_weight(self.weight, "weight"))
         require_choice(self.auxiliary, "auxiliary", ("persistent", "copy"))
         if self.inner is not None and self.inner.start != "warm":
             raise ValueError(
@@ -159,8 +159,10 @@ class ValueGap(Method):
 
     def _solve(self, here: Prepared, lower: Any, state: Any) -> tuple[Any, Any]:
         start = lower if self.auxiliary == "copy" else state["auxiliary"]
+        # `auxiliary` says where z starts, not the problem's `lower_start`.
+        problem = dataclasses.replace(here.problem, lower_start=None)
         auxiliary, inner_state, _ = self.inner.solve(
-            here.problem, here.upper, start, here.batches, state["inner"]
+            problem, here.upper, start, here.batches, state["inner"]
         )
         return auxiliary, inner_state
 

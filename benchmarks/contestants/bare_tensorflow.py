@@ -47,10 +47,12 @@ class Bare:
         gradient, _ = self.step(self.weight, *self.start)
         return gradient.numpy()
 
-    def run(self, steps: int) -> None:
+    def run(self, steps: int, clock: protocol.Clock) -> int:
+        del clock
         for _ in range(steps):
             _, self.now = self.step(self.weight, *self.now)
         wait(self.now)
+        return steps
 
     def value_gap(self, weight: tf.Tensor, x: tf.Tensor, y: list, z: list) -> tuple:
         with tf.GradientTape(watch_accessed_variables=False) as tape:

@@ -36,10 +36,12 @@ class JittedJax:
     def hypergradient(self) -> np.ndarray:
         return np.asarray(self.step(self.data, self.weight, *self.start)[0])
 
-    def run(self, steps: int) -> None:
+    def run(self, steps: int, clock: protocol.Clock) -> int:
+        del clock
         for _ in range(steps):
             _, self.now = self.step(self.data, self.weight, *self.now)
         jax.block_until_ready(self.now)
+        return steps
 
     def unroll(self, data: tuple, weight: jax.Array, x: jax.Array, start: list):
         del weight

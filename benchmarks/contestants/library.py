@@ -47,10 +47,12 @@ class Steps:
     def hypergradient(self) -> np.ndarray:
         return self.step(*self.start)[0].numpy()
 
-    def run(self, steps: int) -> None:
+    def run(self, steps: int, clock: protocol.Clock) -> int:
+        del clock
         for _ in range(steps):
             _, self.now, _ = self.step(*self.now)
         wait(self.now)
+        return steps
 
 
 class Fit:
@@ -113,8 +115,28 @@ class Fit:
 
         return gradient(x, y, state).numpy()
 
-    def run(self, steps: int) -> None:
-        self.model.fit(self.data, steps_per_epoch=steps, verbose=0)
+    def run(self, steps: int, clock: protocol.Clock) -> int:
+        executions = -(-steps // self.per_execution)
+        self.model.fit(
+            self.data,
+            # The first execution is not timed: it comes with the start of `fit`.
+            steps_per_epoch=(1 + executions) * self.per_execution,
+            callbacks=[_StartAfterFirst(clock)],
+            verbose=0,
+        )
+        return executions * self.per_execution
+
+
+class _StartAfterFirst(keras.callbacks.Callback):
+    def __init__(self, clock: protocol.Clock):
+        super().__init__()
+        self.clock = clock
+        self.first = True
+
+    def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
+        if self.first:
+            self.clock.start()
+            self.first = False
 
 
 def make_batches(instance: protocol.Instance) -> tb.Batches:

@@ -4,7 +4,8 @@ A contestant is a process. It reads one command per line from standard input and
 answers each with one line of JSON:
 
     hypergradient PATH   the upper gradient of the first step, written as .npy
-    run N                seconds that N outer steps took: elapsed, and of all threads
+    run N                make at least N outer steps; how many `steps` were timed, and
+                         their seconds: elapsed, and of all threads
     quit
 
 Every answer has the process's memory: `peak`, and `baseline` before the method began.
@@ -124,9 +125,27 @@ class Contestant(Protocol):
         """The upper gradient of the first step from the instance's start."""
         ...
 
-    def run(self, steps: int) -> None:
-        """Make outer steps and wait until their results are there."""
+    def run(self, steps: int, clock: "Clock") -> int:
+        """Make at least so many outer steps and wait until their results are there.
+
+        The clock runs; what must not count is passed over by starting it again.
+        Returns how many steps were made since the clock was started.
+        """
         ...
+
+
+class Clock:
+    """Elapsed time and processor time of all threads."""
+
+    def start(self) -> None:
+        self._start = time.perf_counter(), time.process_time()
+
+    def read(self) -> dict[str, float]:
+        elapsed, processor = self._start
+        return {
+            "seconds": time.perf_counter() - elapsed,
+            "cpu_seconds": time.process_time() - processor,
+        }
 
 
 def serve(build: Callable[[argparse.Namespace, Instance], Contestant]) -> None:
@@ -147,12 +166,10 @@ def serve(build: Callable[[argparse.Namespace, Instance], Contestant]) -> None:
             np.save(operands[0], contestant.hypergradient())
             answer = {}
         else:
-            start, start_cpu = time.perf_counter(), time.process_time()
-            contestant.run(int(operands[0]))
-            answer = {
-                "seconds": time.perf_counter() - start,
-                "cpu_seconds": time.process_time() - start_cpu,
-            }
+            clock = Clock()
+            clock.start()
+            steps = contestant.run(int(operands[0]), clock)
+            answer = {"steps": steps, **clock.read()}
         peak = peak_resident()
         answers.write(json.dumps({**answer, "peak": peak, "baseline": baseline}) + "\n")
 

@@ -21,7 +21,8 @@ class LinearSolution(NamedTuple):
         value: v, like the right-hand side.
         residual: relative residual ||b - A v|| / ||b||, scalar; 0 for b = 0. The
             iterations that update v last report it from before that last update.
-        iterations: how many products with A were used, int32 scalar.
+        iterations: how many steps the loop made, one product with A each (a warm
+            start costs one more), int32 scalar.
     """
 
     value: Any

@@ -1,0 +1,167 @@
+"""`tb.check_hypergradient` catches wrong methods and passes right ones."""
+
+import dataclasses
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from problems import ORACLES, Oracle, flat, quadratic
+from test_contract import METHODS, Row
+
+import tfbilevel as tb
+
+
+@pytest.mark.parametrize("oracle", ORACLES, ids=lambda oracle: oracle.name)
+@pytest.mark.parametrize("row", METHODS, ids=lambda row: row.name)
+def test_right_methods_pass(row: Row, oracle: Oracle) -> None:
+    x, y, batches = oracle.at("float64")
+    report = tb.check_hypergradient(
+        oracle.problem, row.build(oracle), x, y, batches, probes=2
+    )
+    assert report.error < 1e-7
+    assert report.noise < 1e-7
+    assert len(report.claimed) == len(report.differences) == 2
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Wrong(tb.Method):
+    """A right method with its upper gradient spoiled, its objective unchanged."""
+
+    method: tb.Method
+    spoil: Any
+
+    def init(self, problem: tb.Problem, upper: Any, lower: Any) -> Any:
+        return self.method.init(problem, upper, lower)
+
+    def step(self, *arguments: Any) -> tb.Step:
+        step = self.method.step(*arguments)
+        gradient = tf.nest.map_structure(self.spoil, step.upper_gradient)
+        return step._replace(upper_gradient=gradient)
+
+    def objective(self, *arguments: Any) -> Any:
+        return self.method.objective(*arguments)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda g: -g,
+        lambda g: 1.001 * g,
+        lambda g: g + 1e-3,
+        lambda g: tf.reverse(g, [0]),
+        lambda g: tf.zeros_like(g),
+        # One number broadcast to all entries (defect D14).
+        lambda g: tf.fill(tf.shape(g), tf.reduce_sum(g)),
+    ],
+    ids=["sign", "scale", "shift", "order", "zero", "broadcast"],
+)
+@pytest.mark.parametrize("row", [METHODS[0], METHODS[3], METHODS[-1]], ids=lambda row: row.name)
+def test_wrong_gradients_are_caught(row: Row, spoil: Any) -> None:
+    oracle = quadratic()
+    x, y, batches = oracle.at("float64")
+    wrong = Wrong(row.build(oracle), spoil)
+    report = tb.check_hypergradient(oracle.problem, wrong, x, y, batches)
+    assert report.error > 3e-5 > 100 * report.noise
+
+
+def test_a_missing_direct_term_is_caught() -> None:
+    """f_x forgotten: the response alone."""
+    oracle = quadratic()
+    x, y, batches = oracle.at("float64")
+    partial = oracle.f_x(
+        flat(x),
+        flat(tb.Unroll(_few(oracle)).step(oracle.problem, x, y, batches, {})[1]),
+    )
+    wrong = Wrong(tb.Unroll(_few(oracle)), lambda g: g - tf.constant(partial))
+    report = tb.check_hypergradient(oracle.problem, wrong, x, y, batches)
+    assert report.error > 1e-2
+
+
+def test_another_truncation_is_caught() -> None:
+    """The gradient of the whole loop is not that of the truncated objective."""
+    oracle = quadratic()
+    x, y, batches = oracle.at("float64")
+    whole, truncated = tb.Unroll(_few(oracle)), tb.Unroll(_few(oracle), last=1)
+
+    class Mixed(Wrong):
+        def objective(self, *arguments: Any) -> Any:
+            return truncated.objective(*arguments)
+
+    report = tb.check_hypergradient(
+        oracle.problem, Mixed(whole, lambda g: g), x, y, batches
+    )
+    assert report.error > 1e-2
+
+
+def _few(oracle: Oracle) -> tb.InnerSolver:
+    return tb.InnerSolver(keras.optimizers.SGD(oracle.rate), 3)
+
+
+def test_implicit_at_an_unsolved_lower_problem() -> None:
+    """Not the derivative of f(x, y_T(x)), but the dense implicit gradient at y_T."""
+    oracle = quadratic()
+    x, y, batches = oracle.at("float64")
+    method = tb.Implicit(_few(oracle), tb.ConjugateGradient(10, tolerance=1e-13))
+    report = tb.check_hypergradient(oracle.problem, method, x, y, batches)
+    assert report.error > 1e-3
+    assert report.implicit_error < 1e-10
+    end = flat(method.step(oracle.problem, x, y, batches, method.init(*_at(x, y)))[1])
+    want = np.linalg.norm(oracle.g_y(flat(x), end))
+    assert report.stationarity == pytest.approx(want, rel=1e-9)
+
+
+def _at(x: Any, y: Any) -> tuple:
+    return quadratic().problem, x, y
+
+
+def test_unrolling_approaches_the_implicit_gradient() -> None:
+    oracle = quadratic()
+    x, y, batches = oracle.at("float64")
+    errors = []
+    for steps in (2, 6, 12):
+        inner = tb.InnerSolver(keras.optimizers.SGD(oracle.rate), steps)
+        report = tb.check_hypergradient(
+            oracle.problem, tb.Unroll(inner), x, y, batches, probes=1
+        )
+        errors.append(report.implicit_error)
+    assert errors[0] > 10 * errors[1] > 100 * errors[2] > 0
+
+
+def test_singular_lower_hessian_has_no_implicit_gradient() -> None:
+    problem = tb.Problem(
+        upper_loss=lambda x, y, b: tf.reduce_sum(y**2),
+        lower_loss=lambda x, y, b: 0.5 * tf.reduce_sum(y - x) ** 2,
+    )
+    x = y = tf.constant([1.0, 0.5], tf.float64)
+    inner = tb.InnerSolver(keras.optimizers.SGD(0.1), 2)
+    report = tb.check_hypergradient(
+        problem, tb.Unroll(inner), x + 1.0, y, tb.Batches(None, None)
+    )
+    assert report.implicit_error is None
+    assert report.error < 1e-8
+
+
+def test_float32_report_is_noisy_but_right() -> None:
+    oracle = quadratic()
+    x, y, batches = oracle.at("float32")
+    report = tb.check_hypergradient(
+        oracle.problem, tb.Unroll(_few(oracle)), x, y, batches
+    )
+    assert report.error < 1e-3
+
+
+def test_report_prints_every_probe() -> None:
+    oracle = quadratic()
+    x, y, batches = oracle.at("float64")
+    method = tb.Unroll(_few(oracle))
+    report = tb.check_hypergradient(oracle.problem, method, x, y, batches, probes=3)
+    text = str(report)
+    for number in (*report.claimed, *report.differences):
+        assert f"{number: .10e}" in text
+    again = tb.check_hypergradient(oracle.problem, method, x, y, batches, probes=3)
+    other = tb.check_hypergradient(
+        oracle.problem, method, x, y, batches, probes=3, seed=5
+    )
+    assert again.claimed == report.claimed != other.claimed

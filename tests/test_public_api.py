@@ -1,0 +1,134 @@
+"""The public names, their documentation, and where tapes are opened."""
+
+import dataclasses
+import doctest
+import importlib
+import inspect
+import pathlib
+import pkgutil
+
+import keras
+import pytest
+import tensorflow as tf
+
+import tfbilevel as tb
+
+NAMES = {
+    "Batches",
+    "BilevelModel",
+    "ConjugateGradient",
+    "Constant",
+    "ExampleWeights",
+    "FeaturePenalties",
+    "FixedPoint",
+    "Functional",
+    "Geometric",
+    "GradientNorm",
+    "HypergradientReport",
+    "Implicit",
+    "InnerSolver",
+    "LinearRamp",
+    "LinearSolution",
+    "LinearSolver",
+    "Method",
+    "Neumann",
+    "NonFiniteError",
+    "OptimizerState",
+    "Point",
+    "Problem",
+    "Result",
+    "Schedule",
+    "StackedBatches",
+    "Step",
+    "UnconnectedGradientError",
+    "Unroll",
+    "UpdateRule",
+    "ValueGap",
+    "check_hypergradient",
+    "differentiable",
+    "functional",
+    "minimize",
+    "pair",
+}
+PACKAGE = pathlib.Path(tb.__file__).parent
+MODULES = sorted(
+    info.name for info in pkgutil.walk_packages([str(PACKAGE)], "tfbilevel.")
+)
+
+
+def test_public_names() -> None:
+    """A new name is one line here; a lost one is an incompatible change."""
+    public = {
+        name
+        for name, value in vars(tb).items()
+        if not name.startswith("_") and not inspect.ismodule(value)
+    }
+    assert public == NAMES
+
+
+def test_version() -> None:
+    assert [part.isdigit() for part in tb.__version__.split(".")[:2]] == [True, True]
+
+
+@pytest.mark.parametrize("name", sorted(NAMES))
+def test_every_public_name_is_documented(name: str) -> None:
+    value = getattr(tb, name)
+    text = inspect.getdoc(value)
+    assert text and text.splitlines()[0].rstrip()[-1] in ".:;"
+    # A generated docstring is the signature.
+    assert not text.startswith(f"{name}(")
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_doctests(module: str) -> None:
+    loaded = importlib.import_module(module)
+    failed, _ = doctest.testmod(
+        loaded,
+        extraglobs={"tf": tf, "keras": keras, "tb": tb},
+        optionflags=doctest.NORMALIZE_WHITESPACE,
+    )
+    assert failed == 0
+
+
+# Interfaces and values need none; a user calls everything else.
+WITHOUT_EXAMPLE = {
+    "Batches",
+    "Functional",
+    "HypergradientReport",
+    "LinearSolution",
+    "LinearSolver",
+    "Method",
+    "NonFiniteError",
+    "OptimizerState",
+    "Point",
+    "Result",
+    "Schedule",
+    "StackedBatches",
+    "Step",
+    "UnconnectedGradientError",
+    "UpdateRule",
+}
+
+
+@pytest.mark.parametrize("name", sorted(NAMES - WITHOUT_EXAMPLE))
+def test_what_a_user_calls_has_an_example(name: str) -> None:
+    assert ">>> " in (getattr(tb, name).__doc__ or "")
+
+
+def test_methods_are_frozen_and_compare_by_identity() -> None:
+    for kind in (tb.Unroll, tb.Implicit, tb.ValueGap, tb.GradientNorm, tb.InnerSolver):
+        assert kind.__dataclass_params__.frozen and not kind.__dataclass_params__.eq
+    inner = tb.InnerSolver(keras.optimizers.SGD(0.1), 3)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        inner.steps = 4  # type: ignore[misc]
+
+
+def test_only_one_file_opens_a_tape() -> None:
+    sources = {
+        path.relative_to(PACKAGE).as_posix(): path.read_text()
+        for path in PACKAGE.rglob("*.py")
+    }
+    assert [n for n, text in sources.items() if "GradientTape(" in text] == [
+        "_derivatives.py"
+    ]
+    assert not [n for n, text in sources.items() if "tf.gradients(" in text]
