@@ -200,7 +200,10 @@ def build_net(net: str, inputs: int, seed: int) -> keras.Model:
 
 def cross_entropy(network: keras.Model, batch: tuple) -> tf.Tensor:
     pixels, labels = batch
-    return tf.nn.sparse_softmax_cross_entropy_with_logits(labels, network(pixels))
+    # Twice differentiated, TensorFlow's fused operation makes 5,000 tiny matrix
+    # products; this form makes none.
+    log_probabilities = tf.nn.log_softmax(network(pixels))
+    return -tf.reduce_sum(tf.one_hot(labels, 10) * log_probabilities, axis=1)
 
 
 def build_method(args: argparse.Namespace) -> tb.Method:

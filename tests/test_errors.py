@@ -195,7 +195,9 @@ BAD: dict[str, tuple[Callable[[], Any], list[str]]] = {
         ["`model`", "built"],
     ),
     "functional without variables": (
-        lambda: tb.functional(keras.Sequential([keras.Input((2,))])),
+        lambda: tb.functional(
+            keras.Sequential([keras.Input((2,)), keras.layers.ReLU()])
+        ),
         ["`model`", "trainable variables"],
     ),
 }
@@ -322,7 +324,7 @@ def test_batches_must_be_named(name: str) -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_prepare_must_return_batches(name: str) -> None:
     problem = tb.Problem(f, g, prepare=lambda x, batches: (1.0, 2.0))
-    with pytest.raises(ValueError, match="`prepare`.*tb.Batches"):
+    with pytest.raises(ValueError, match="`prepare` must return.*Received: .*tuple"):
         run(name, problem)
 
 

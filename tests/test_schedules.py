@@ -2,6 +2,7 @@
 
 import math
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -42,8 +43,6 @@ def test_a_schedule_of_ones_own() -> None:
         def __call__(self, step: tf.Tensor) -> tf.Tensor:
             return tf.sqrt(tf.cast(step, tf.float64) + 1.0)
 
-    import keras
-
     problem = tb.Problem(lambda x, y, b: x * y, lambda x, y, b: (y - x) ** 2)
     method = tb.GradientNorm(keras.optimizers.SGD(0.1), Root())
     x = y = tf.constant(1.0)
@@ -59,8 +58,6 @@ def test_the_weight_moves_with_the_outer_steps_and_is_scaled() -> None:
 
     f = 0.5 (y - 1)^2 + x, g = 0.5 (y - x)^2, v constant: f_x = 1, g_x = x - y.
     """
-    import keras
-
     problem = tb.Problem(
         lambda x, y, b: 0.5 * (y - 1) ** 2 + x, lambda x, y, b: 0.5 * (y - x) ** 2
     )

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -107,8 +108,6 @@ def test_paths_name_every_leaf_in_flat_order() -> None:
 
 
 def test_to_tensors_takes_variables_arrays_and_numbers() -> None:
-    import keras
-
     made = structure.to_tensors(
         [tf.Variable(1.0), keras.Variable([2.0]), np.array([3.0, 4.0]), 5.0]
     )

@@ -12,6 +12,10 @@ from tfbilevel import _structure as structure
 from tfbilevel._differentiable import OptimizerState, differentiable
 from tfbilevel._problem import Batches, Problem
 
+# TensorFlow would start ten iterations of a loop before the first one's results are
+# used, and keep what they all computed: many times the memory for no speed.
+SERIAL = 1
+
 
 class Iterate(NamedTuple):
     """A point of an inner loop: lower variables and optimizer state."""
@@ -133,19 +137,22 @@ class InnerSolver:
         most: int,
     ) -> tuple[Iterate, tf.Tensor]:
         """Steps first, ..., last - 1 (at most `most` of them, a Python integer)."""
+        dtype = tf.nest.flatten(iterate.lower)[0].dtype
+        value = tf.zeros([], dtype)
+        if most == 0:
+            return iterate, value
 
         def body(t: tf.Tensor, now: Iterate, value: tf.Tensor) -> tuple:
             del value
             after, value = self.advance(problem, upper, batches, now, t)
             return t + 1, after, tf.cast(value, dtype)
 
-        dtype = tf.nest.flatten(iterate.lower)[0].dtype
-        value = tf.zeros([], dtype)
         _, iterate, value = tf.while_loop(
             lambda t, *_: t < last,
             body,
             (tf.convert_to_tensor(first), iterate, value),
             maximum_iterations=most,
+            parallel_iterations=SERIAL,
         )
         return iterate, value
 

@@ -363,33 +363,34 @@ class BilevelModel(keras.Model):
 
     def _choose_compilation(self, data: Batches) -> None:
         """Time one outer step with and without XLA; variables are not touched."""
-        seconds = []
+
+        def trial(x: list, y: list, state: Any, batches: Batches) -> Any:
+            return self.method.step(self.problem, x, y, batches, state)
+
+        arguments = (*self._read(), data)
+        trials = {}
         for xla in (False, True):
-
-            def trial(x: list, y: list, state: Any, batches: Batches) -> Any:
-                return self.method.step(self.problem, x, y, batches, state)
-
             compiled = tf.function(trial, jit_compile=xla, autograph=False)
-            arguments = (*self._read(), data)
             try:
                 _wait(compiled(*arguments))
             except UnconnectedGradientError:
-                return
+                return  # train_step names the variable
             except (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError):
                 if not xla:
                     raise
-                seconds.append(float("inf"))
-                continue
-            best, spent = float("inf"), 0.0
-            for _ in range(5):
-                start = time.perf_counter()
+                continue  # XLA has no such operation
+            trials[xla] = compiled
+        # In turns, so that a busy moment of the machine hits both.
+        best = dict.fromkeys(trials, float("inf"))
+        start = time.perf_counter()
+        for _ in range(5):
+            for xla, compiled in trials.items():
+                before = time.perf_counter()
                 _wait(compiled(*arguments))
-                elapsed = time.perf_counter() - start
-                best, spent = min(best, elapsed), spent + elapsed
-                if spent > 0.5:
-                    break
-            seconds.append(best)
-        self._use_compilation(seconds[1] < seconds[0])
+                best[xla] = min(best[xla], time.perf_counter() - before)
+            if time.perf_counter() - start > 1.0:
+                break
+        self._use_compilation(min(best, key=lambda xla: best[xla]))
 
     def _use_compilation(self, xla: bool) -> None:
         self._progress.compilation.assign(_XLA if xla else _GRAPH)

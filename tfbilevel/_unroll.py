@@ -9,7 +9,13 @@ import tensorflow as tf
 
 from tfbilevel import _derivatives as derivatives
 from tfbilevel import _structure as structure
-from tfbilevel._inner import InnerSolver, Iterate, require_choice, require_count
+from tfbilevel._inner import (
+    SERIAL,
+    InnerSolver,
+    Iterate,
+    require_choice,
+    require_count,
+)
 from tfbilevel._method import Method, Step
 from tfbilevel._problem import Batches, Prepared, Problem
 
@@ -226,6 +232,7 @@ def _checkpoint(method: Unroll, here: Prepared, iterate: Iterate) -> _Loop:
         forward,
         (tf.constant(0), iterate, tf.zeros([], dtype), _arrays(iterate, segments)),
         maximum_iterations=segments,
+        parallel_iterations=SERIAL,
     )
 
     def pullback(adjoint: Any) -> tuple[Any, Any]:
@@ -233,7 +240,7 @@ def _checkpoint(method: Unroll, here: Prepared, iterate: Iterate) -> _Loop:
 
         def backward(segment: tf.Tensor, carried: _Adjoint) -> tuple:
             begin, stop = ends(segment)
-            now = _read(kept, segment, iterate)
+            now = _read(kept, segment, iterate, begin - first)
             trajectory, _, _ = _record(method, here, now, begin, stop, length)
             return segment - 1, sweep.run(trajectory, begin, stop, carried)
 
@@ -242,6 +249,7 @@ def _checkpoint(method: Unroll, here: Prepared, iterate: Iterate) -> _Loop:
             backward,
             (tf.constant(segments - 1), sweep.begin(adjoint)),
             maximum_iterations=segments,
+            parallel_iterations=SERIAL,
         )
         return sweep.response(carried), carried.lower
 
@@ -260,14 +268,14 @@ class _Sweep:
     """The reverse sweep over stored iterates, each step's map derived anew."""
 
     def __init__(self, method: Unroll, here: Prepared, iterate: Iterate):
-        self.method, self.here, self.like = method, here, iterate
+        self.method, self.here, self.start = method, here, iterate
         # Which leaves of c the inner map reaches: known once its step was traced.
         self._connected: set[int] = set()
 
     def begin(self, adjoint: Any) -> _Adjoint:
         return _Adjoint(
             adjoint,
-            structure.zeros_like(self.like.optimizer.slots),
+            structure.zeros_like(self.start.optimizer.slots),
             structure.zeros_like(self.here.upper),
         )
 
@@ -275,7 +283,8 @@ class _Sweep:
         """Steps last - 1, ..., first; the trajectory begins at step `first`."""
 
         def body(t: tf.Tensor, after: _Adjoint) -> tuple:
-            now = _read(trajectory, t - first, self.like)
+            passed = t - self.method.first
+            now = _read(trajectory, t - first, self.start, passed)
 
             def inner_map(c: Any, y: Any, slots: list) -> tuple[Any, None]:
                 optimizer = now.optimizer._replace(slots=slots)
@@ -304,6 +313,7 @@ class _Sweep:
             body,
             (tf.convert_to_tensor(last) - 1, start),
             maximum_iterations=self.method.differentiated,
+            parallel_iterations=SERIAL,
         )
         return carried
 
@@ -341,8 +351,14 @@ def _record(
             _arrays(iterate, most),
         ),
         maximum_iterations=most,
+        parallel_iterations=SERIAL,
     )
     return kept, end, value
+
+
+def _stored(iterate: Iterate) -> list[tf.Tensor]:
+    """What a trajectory keeps of an iterate: the rest follows from the step number."""
+    return tf.nest.flatten((iterate.lower, iterate.optimizer.slots))
 
 
 def _arrays(iterate: Iterate, size: int) -> list[tf.TensorArray]:
@@ -350,14 +366,20 @@ def _arrays(iterate: Iterate, size: int) -> list[tf.TensorArray]:
         tf.TensorArray(
             leaf.dtype, size, element_shape=leaf.shape, clear_after_read=False
         )
-        for leaf in tf.nest.flatten(iterate)
+        for leaf in _stored(iterate)
     ]
 
 
 def _write(arrays: list, index: tf.Tensor, iterate: Iterate) -> list:
-    leaves = tf.nest.flatten(iterate)
+    leaves = _stored(iterate)
     return [a.write(index, leaf) for a, leaf in zip(arrays, leaves, strict=True)]
 
 
-def _read(arrays: list, index: tf.Tensor, like: Iterate) -> Iterate:
-    return tf.nest.pack_sequence_as(like, [array.read(index) for array in arrays])
+def _read(arrays: list, index: tf.Tensor, start: Iterate, passed: Any) -> Iterate:
+    """The stored iterate at `index`, `passed` steps after the loop's start."""
+    like = (start.lower, start.optimizer.slots)
+    leaves = [array.read(index) for array in arrays]
+    lower, slots = tf.nest.pack_sequence_as(like, leaves)
+    iteration = start.optimizer.iteration
+    iteration += tf.cast(passed, iteration.dtype)
+    return Iterate(lower, start.optimizer._replace(iteration=iteration, slots=slots))

@@ -11,9 +11,9 @@ def logits(variables: list, images: tf.Tensor) -> tf.Tensor:
 
 
 def cross_entropy(variables: list, images: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
-    return tf.nn.sparse_softmax_cross_entropy_with_logits(
-        labels=labels, logits=logits(variables, images)
-    )
+    # As in JAX: the fused operation's second derivative makes 5,000 tiny products.
+    log_probabilities = tf.nn.log_softmax(logits(variables, images))
+    return -tf.reduce_sum(tf.one_hot(labels, 10) * log_probabilities, axis=1)
 
 
 def upper_loss(x: tf.Tensor, y: list, batch: tuple) -> tf.Tensor:
