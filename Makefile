@@ -17,7 +17,8 @@ lint: .venv/test
 	$(BIN)/pyright
 
 bench: .venv/bench
-	$(BIN)/python benchmarks/hyper_cleaning.py
+	$(BIN)/python benchmarks/hyper_cleaning.py --out runs/bench
+	$(BIN)/python benchmarks/memory.py --out runs/bench
 
 bench-env:
 	$(PYTHON) benchmarks/environment.py
