@@ -402,7 +402,10 @@ def clean(
         return measured | cleaning_scores(keep, data["clean"])
 
     evaluations = args.outer_steps // args.eval_every
-    per_epoch = args.eval_every * max(d for d in range(1, 101) if evaluations % d == 0)
+    # An epoch is what a kill can cost: at most a twentieth of the run.
+    most = min(100, max(1, evaluations // 20))
+    divisors = [d for d in range(1, most + 1) if evaluations % d == 0]
+    per_epoch = args.eval_every * divisors[-1]
     full = tf.data.Dataset.from_tensors
     batches = tb.pair(full(data["validation"]), full(data["train"])).repeat(per_epoch)
     model.fit(
