@@ -9,11 +9,19 @@ import tensorflow as tf
 
 from tfbilevel import _structure as structure
 from tfbilevel._derivatives import UnconnectedGradientError
-from tfbilevel._finite import NonFiniteError, first_nonfinite
+from tfbilevel._finite import first_nonfinite
 from tfbilevel._functional import require_built
 from tfbilevel._inner import require_choice
 from tfbilevel._method import Method
 from tfbilevel._problem import Batches, Problem
+from tfbilevel._training_state import (
+    GRAPH,
+    UNDECIDED,
+    XLA,
+    Carried,
+    Progress,
+    Trackers,
+)
 
 
 class BilevelModel(keras.Model):
@@ -95,9 +103,9 @@ class BilevelModel(keras.Model):
             project_lower=project_lower,
             prepare=prepare and self._at_upper_variables(prepare),
         )
-        self._progress = _Progress(name="progress")
-        self._carried: _Carried | None = None
-        self._trackers = _Trackers()
+        self._progress = Progress(name="progress")
+        self._carried: Carried | None = None
+        self._trackers = Trackers()
         self.built = True
 
     # The user's functions take models; the problem's take tensors.
@@ -177,8 +185,8 @@ class BilevelModel(keras.Model):
         self.jit_compile = jit_compile is True and not run_eagerly
         self.on_nonfinite = on_nonfinite
         self._carried = None
-        self._trackers = _Trackers()
-        self._progress.compilation.assign(_UNDECIDED)
+        self._trackers = Trackers()
+        self._progress.compilation.assign(UNDECIDED)
         upper_optimizer.build(self.upper.trainable_variables)
 
     def compile_from_config(self, config: dict) -> None:
@@ -222,7 +230,7 @@ class BilevelModel(keras.Model):
                 f"lower_dataset). Received: x={spec}"
             )
         self._ensure_carried()
-        undecided = int(self._progress.compilation.numpy()) == _UNDECIDED
+        undecided = int(self._progress.compilation.numpy()) == UNDECIDED
         if self._auto_jit and undecided:
             self._choose_compilation(next(iter(x)))
         keywords.setdefault("shuffle", False)
@@ -307,8 +315,8 @@ class BilevelModel(keras.Model):
             self._ensure_carried()
         super().load_weights(filepath, *arguments, **keywords)
         chosen = int(self._progress.compilation.numpy())
-        if self.compiled and self._auto_jit and chosen != _UNDECIDED:
-            self._use_compilation(chosen == _XLA)
+        if self.compiled and self._auto_jit and chosen != UNDECIDED:
+            self._use_compilation(chosen == XLA)
 
     def save_weights(self, filepath: Any, *arguments: Any, **keywords: Any) -> None:
         if self.compiled:
@@ -359,7 +367,7 @@ class BilevelModel(keras.Model):
         if self._carried is None:
             x, y = ([v.value for v in group] for group in self._variables())
             x, y = structure.to_tensors(x), structure.to_tensors(y)
-            self._carried = _Carried(self.method.init(self.problem, x, y))
+            self._carried = Carried(self.method.init(self.problem, x, y))
 
     def _choose_compilation(self, data: Batches) -> None:
         """Time one outer step with and without XLA; variables are not touched."""
@@ -393,85 +401,10 @@ class BilevelModel(keras.Model):
         self._use_compilation(min(best, key=lambda xla: best[xla]))
 
     def _use_compilation(self, xla: bool) -> None:
-        self._progress.compilation.assign(_XLA if xla else _GRAPH)
+        self._progress.compilation.assign(XLA if xla else GRAPH)
         if self.jit_compile != xla or self.train_function is not None:
             self.jit_compile = xla
             self.make_train_function(force=True)
-
-
-_UNDECIDED, _GRAPH, _XLA = 0, 1, 2
-
-
-class _Progress(keras.layers.Layer):
-    """How far training is, saved with the weights."""
-
-    def __init__(self, **keywords: Any):
-        super().__init__(**keywords)
-
-        def scalar(name: str, dtype: str, value: int) -> Any:
-            return self.add_weight(
-                name=name,
-                shape=(),
-                dtype=dtype,
-                trainable=False,
-                initializer=keras.initializers.Constant(value),
-            )
-
-        self.step = scalar("step", "int64", 0)
-        self.bad_code = scalar("bad_code", "int32", -1)
-        self.compilation = scalar("compilation", "int32", _UNDECIDED)
-        self.built = True
-
-    def count(self) -> None:
-        self.step.assign(self.step.value + 1)
-
-    def raise_if_nonfinite(self) -> None:
-        code = int(self.bad_code.numpy())
-        if code >= 0:
-            self.bad_code.assign(-1)
-            raise NonFiniteError(code, int(self.step.numpy()))
-
-
-class _Carried(keras.layers.Layer):
-    """A method's state in variables, so that it is saved with the weights."""
-
-    def __init__(self, state: Any):
-        super().__init__(name="method_state")
-        self._like = tf.nest.map_structure(lambda leaf: None, state)
-        self._cells = []
-        for index, leaf in enumerate(tf.nest.flatten(state)):
-            cell = self.add_weight(
-                name=f"state_{index}",
-                shape=leaf.shape,
-                dtype=leaf.dtype.name,
-                trainable=False,
-                initializer="zeros",
-            )
-            cell.assign(leaf)
-            self._cells.append(cell)
-        self.built = True
-
-    def read(self) -> Any:
-        values = [tf.convert_to_tensor(cell.value) for cell in self._cells]
-        return tf.nest.pack_sequence_as(self._like, values)
-
-    def write(self, state: Any) -> None:
-        for cell, leaf in zip(self._cells, tf.nest.flatten(state), strict=True):
-            cell.assign(leaf)
-
-
-class _Trackers:
-    """Means of the step's metrics over an epoch. Not part of what is saved."""
-
-    def __init__(self) -> None:
-        self.of: dict[str, keras.metrics.Mean] = {}
-
-    def named(self, names: Any) -> dict[str, keras.metrics.Mean]:
-        with tf.init_scope():
-            for name in names:
-                if name not in self.of:
-                    self.of[name] = keras.metrics.Mean(name=name)
-        return {name: self.of[name] for name in names}
 
 
 def _wait(result: Any) -> None:

@@ -1,0 +1,83 @@
+"""What a BilevelModel keeps between outer steps besides its two models."""
+
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from tfbilevel._finite import NonFiniteError
+
+# How the outer step is compiled: not decided yet, as a graph, with XLA.
+UNDECIDED, GRAPH, XLA = 0, 1, 2
+
+
+class Progress(keras.layers.Layer):
+    """How far training is, saved with the weights."""
+
+    def __init__(self, **keywords: Any):
+        super().__init__(**keywords)
+
+        def scalar(name: str, dtype: str, value: int) -> Any:
+            return self.add_weight(
+                name=name,
+                shape=(),
+                dtype=dtype,
+                trainable=False,
+                initializer=keras.initializers.Constant(value),
+            )
+
+        self.step = scalar("step", "int64", 0)
+        self.bad_code = scalar("bad_code", "int32", -1)
+        self.compilation = scalar("compilation", "int32", UNDECIDED)
+        self.built = True
+
+    def count(self) -> None:
+        self.step.assign(self.step.value + 1)
+
+    def raise_if_nonfinite(self) -> None:
+        code = int(self.bad_code.numpy())
+        if code >= 0:
+            self.bad_code.assign(-1)
+            raise NonFiniteError(code, int(self.step.numpy()))
+
+
+class Carried(keras.layers.Layer):
+    """A method's state in variables, so that it is saved with the weights."""
+
+    def __init__(self, state: Any):
+        super().__init__(name="method_state")
+        self._like = tf.nest.map_structure(lambda leaf: None, state)
+        self._cells = []
+        for index, leaf in enumerate(tf.nest.flatten(state)):
+            cell = self.add_weight(
+                name=f"state_{index}",
+                shape=leaf.shape,
+                dtype=leaf.dtype.name,
+                trainable=False,
+                initializer="zeros",
+            )
+            cell.assign(leaf)
+            self._cells.append(cell)
+        self.built = True
+
+    def read(self) -> Any:
+        values = [tf.convert_to_tensor(cell.value) for cell in self._cells]
+        return tf.nest.pack_sequence_as(self._like, values)
+
+    def write(self, state: Any) -> None:
+        for cell, leaf in zip(self._cells, tf.nest.flatten(state), strict=True):
+            cell.assign(leaf)
+
+
+class Trackers:
+    """Means of the step's metrics over an epoch. Not part of what is saved."""
+
+    def __init__(self) -> None:
+        self.of: dict[str, keras.metrics.Mean] = {}
+
+    def named(self, names: Any) -> dict[str, keras.metrics.Mean]:
+        with tf.init_scope():
+            for name in names:
+                if name not in self.of:
+                    self.of[name] = keras.metrics.Mean(name=name)
+        return {name: self.of[name] for name in names}
