@@ -42,7 +42,7 @@ def load_training_file(dataset: str, data_dir: pathlib.Path | None = None) -> Pa
 
     folder = data_dir or os.environ.get("TFDS_DATA_DIR")
     try:
-        builder = tfds.builder(
+        builder: Any = tfds.builder(
             dataset, data_dir=None if folder is None else str(folder)
         )
         data = builder.as_dataset(split="train", batch_size=-1)

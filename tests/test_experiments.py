@@ -141,7 +141,7 @@ def test_networks_start_uniform_in_fan_in_bounds(net):
         "mlp": [(784, 300), (300,), (300, 10), (10,)],
     }
     assert shapes == widths[net]
-    fan_in = None
+    fan_in = 1
     for weight in model.weights:
         fan_in = weight.shape[0] if len(weight.shape) == 2 else fan_in
         values = weight.numpy()

@@ -1,5 +1,7 @@
 """Small Keras layers for the two commonest upper models."""
 
+from typing import Any
+
 import keras
 import tensorflow as tf
 
@@ -83,7 +85,7 @@ class FeaturePenalties(keras.layers.Layer):
         self.built = True
 
     @property
-    def coefficients(self):
+    def coefficients(self) -> Any:
         """The coefficients, [count]."""
         return self.activation(tf.convert_to_tensor(self.logits))
 
