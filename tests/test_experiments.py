@@ -86,6 +86,8 @@ def test_cleaning_runs_every_method_and_writes_its_files(method, net, tmp_path):
     summary = cleaning.main([*flags, *SMALL, *steps])
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
     assert 0 <= summary["test_accuracy"] <= 100 and 0 <= summary["f1"] <= 100
+    assert summary["before"]["recall"] == 100
+    assert summary["before"]["f1"] == pytest.approx(200 / 3)
     with (tmp_path / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [int(row["step"]) for row in rows] == [2, 4]
@@ -121,18 +123,23 @@ def test_published_settings_are_the_defaults():
         "pollution": "published", "eval_every": 10, "upper_optimizer": "sgd",
     }  # fmt: skip
     assert {k: v[k] for k in expected} == expected
-    g = parse("--method", "g-pbgd", "--net", "mlp")
+    g = parse("--method", "g-pbgd", "--net", "mlp", "--dataset", "mnist")
     assert (g["upper_lr"], g["lower_lr"], g["gamma_max"]) == (0.5, 0.5, 37)
     assert (g["gamma_steps"], g["outer_steps"]) == (30_000, 50_000)
     t = parse("--method", "t-rhg", "--net", "mlp")
     assert (t["inner_lr"], t["inner_steps"], t["last"]) == (0.4, 500, 100)
     assert (t["outer_steps"], t["upper_lr"]) == (100, 0.001)
-    m = parse("--method", "v-pbgd", "--net", "mlp")
+    m = parse("--method", "v-pbgd", "--net", "mlp", "--dataset", "mnist")
     assert (m["lower_lr"], m["gamma_max"], m["gamma_steps"]) == (0.01, 0.1, 10_000)
     assert m["outer_steps"] == 80_000
 
 
 @pytest.mark.parametrize("net", ["linear", "mlp"])
+def test_digits_shorten_the_penalty_methods_fourfold():
+    args = cleaning.parse_args(["--out", "x"])
+    assert (args.outer_steps, args.gamma_steps) == (10_000, 7_500)
+
+
 def test_networks_start_uniform_in_fan_in_bounds(net):
     model = cleaning.build_net(net, 784, seed=5)
     shapes = [tuple(w.shape) for w in model.weights]
