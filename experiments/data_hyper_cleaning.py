@@ -447,7 +447,7 @@ def clean(
             experiment.Backup(run.out / "backup", per_epoch),
             experiment.Evaluate(run, evaluate, args.eval_every),
         ],
-        verbose=1 if sys.stderr.isatty() else 0,
+        verbose=1 if sys.stdout.isatty() else 0,
     )
     rows = [{k: float(v) for k, v in row.items()} for row in run.rows()]
     draw_curves(run, args)

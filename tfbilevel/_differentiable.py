@@ -130,6 +130,9 @@ def differentiable(optimizer: keras.optimizers.Optimizer) -> UpdateRule:
     `LearningRateSchedule`. The derivative of Lion's sign is zero, as it is almost
     everywhere.
 
+    Keras rounds its other constants (momentum, betas, decay) to float32 on the way to
+    float64 variables, which moves an update by 1e-8 of itself.
+
     Adam divides by the root of a mean square, whose derivative is infinite at zero:
     a coordinate that never had a gradient (a pixel that is always black) would turn
     every derivative into NaN. Its gradient is nudged to 1e-17 in magnitude, which
