@@ -134,12 +134,12 @@ def test_published_settings_are_the_defaults():
     assert m["outer_steps"] == 80_000
 
 
-@pytest.mark.parametrize("net", ["linear", "mlp"])
 def test_digits_shorten_the_penalty_methods_fourfold():
     args = cleaning.parse_args(["--out", "x"])
     assert (args.outer_steps, args.gamma_steps) == (10_000, 7_500)
 
 
+@pytest.mark.parametrize("net", ["linear", "mlp"])
 def test_networks_start_uniform_in_fan_in_bounds(net):
     model = cleaning.build_net(net, 784, seed=5)
     shapes = [tuple(w.shape) for w in model.weights]
