@@ -6,6 +6,7 @@ export TF_CPP_MIN_LOG_LEVEL ?= 2
 .PHONY: demo test lint bench bench-env clean
 
 demo: .venv/experiments
+	rm -rf runs/demo
 	$(BIN)/python experiments/data_hyper_cleaning.py --out runs/demo
 
 test: .venv/test

@@ -182,3 +182,23 @@ def test_contract(row: Row, oracle: Oracle, dtype: str) -> None:
     tf.nest.assert_same_structure(eager.state, state)
     for name, metric in eager.metrics.items():
         assert metric.shape.rank == 0, name
+
+
+@pytest.mark.parametrize("kind", [np.asarray, tf.Variable, keras.Variable])
+@pytest.mark.parametrize("row", METHODS, ids=lambda row: row.name)
+def test_arrays_and_variables_are_as_good_as_tensors(row, kind):
+    method = row.build(ORACLES[0])
+    problem = tb.Problem(
+        lambda x, y, batch: tf.reduce_sum((y - 1.0) ** 2),
+        lambda x, y, batch: 0.5 * tf.reduce_sum((y - x) ** 2),
+    )
+    values = np.array([1.0, 2.0, 3.0]), np.array([0.0, 1.0, 0.5])
+
+    def gradient(convert):
+        x, y = (convert(value) for value in values)
+        state = method.init(problem, x, y)
+        step = method.step(problem, x, y, tb.Batches(None, None), state)
+        return step.upper_gradient.numpy()
+
+    expected = gradient(tf.constant)
+    np.testing.assert_allclose(gradient(kind), expected, rtol=1e-6)

@@ -81,7 +81,7 @@ class UpdateRule:
     def init(self, variables: Any) -> OptimizerState:
         """The state before the first update of `variables`, any nest of tensors."""
         built = self._pure(variables)
-        leaves = tf.nest.flatten(variables)
+        leaves = [tf.convert_to_tensor(leaf) for leaf in tf.nest.flatten(variables)]
         rate: Any = ()
         if not self.scheduled:
             rate = tf.constant(self.learning_rate, _widest(leaves))
@@ -107,7 +107,7 @@ class UpdateRule:
         )
 
     def _pure(self, variables: Any) -> "_Pure":
-        leaves = tf.nest.flatten(variables)
+        leaves = [tf.convert_to_tensor(leaf) for leaf in tf.nest.flatten(variables)]
         key = tuple((tuple(leaf.shape), leaf.dtype.name) for leaf in leaves)
         if key not in self._built:
             with tf.init_scope():

@@ -103,7 +103,7 @@ class InnerSolver:
                 start, lower, "lower_start", "return variables like the lower ones"
             )
         else:
-            start = state.get("start", lower)
+            start = structure.to_tensors(state.get("start", lower))
         if "optimizer" in state:
             return Iterate(start, state["optimizer"])
         return Iterate(start, self.rule.init(start))
