@@ -71,12 +71,7 @@ class GradientNorm(Method):
     ) -> Step:
         here = problem.prepared(upper, batches)
         weight, scale = penalty_weight(self.schedule, state["step"], lower)
-        upper_loss, (partial, direct) = derivatives.value_and_partials(
-            lambda c, y: here.problem.upper_loss(c, y, here.batches.upper),
-            here.upper,
-            lower,
-        )
-        direct = derivatives.require_connected(direct, lower, "lower", "the upper loss")
+        upper_loss, partial, direct = here.upper_partials(lower)
         lower_loss, gradient, pullback = derivatives.lower_gradient_pullback(
             here.problem.lower_loss, here.upper, lower, here.batches.lower_at(0)
         )

@@ -89,12 +89,7 @@ class Implicit(Method):
         lower, inner_state, _ = self.inner.solve(
             here.problem, here.upper, lower, here.batches, state["inner"]
         )
-        upper_loss, (partial, rhs) = derivatives.value_and_partials(
-            lambda c, y: here.problem.upper_loss(c, y, here.batches.upper),
-            here.upper,
-            lower,
-        )
-        rhs = derivatives.require_connected(rhs, lower, "lower", "the upper loss")
+        upper_loss, partial, rhs = here.upper_partials(lower)
         lower_loss, gradient, pullback = derivatives.lower_gradient_pullback(
             here.problem.lower_loss,
             here.upper,

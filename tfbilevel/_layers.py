@@ -8,8 +8,29 @@ import tensorflow as tf
 from tfbilevel._inner import require_count
 
 
+class _PositiveVector(keras.layers.Layer):
+    """activation(x) for a learned vector x that starts at zero."""
+
+    def __init__(self, count: int, activation: str, **keywords: Any):
+        require_count(count, "count")
+        super().__init__(**keywords)
+        self.count = count
+        self.activation = keras.activations.get(activation)
+        self.logits = self.add_weight(
+            name="logits", shape=(count,), initializer="zeros"
+        )
+        self.built = True
+
+    def get_config(self) -> dict:
+        return {
+            **super().get_config(),
+            "count": self.count,
+            "activation": keras.activations.serialize(self.activation),
+        }
+
+
 @keras.saving.register_keras_serializable("tfbilevel")
-class ExampleWeights(keras.layers.Layer):
+class ExampleWeights(_PositiveVector):
     """One learned weight per training example.
 
         weights = activation(x)[index],      x = 0 at the start
@@ -29,32 +50,18 @@ class ExampleWeights(keras.layers.Layer):
         [0.5, 0.5]
     """
 
-    def __init__(self, count: int, activation: str = "sigmoid", **keywords):
-        require_count(count, "count")
-        super().__init__(**keywords)
-        self.count = count
-        self.activation = keras.activations.get(activation)
-        self.logits = self.add_weight(
-            name="logits", shape=(count,), initializer="zeros"
-        )
-        self.built = True
+    def __init__(self, count: int, activation: str = "sigmoid", **keywords: Any):
+        super().__init__(count, activation, **keywords)
 
-    def call(self, index):
+    def call(self, index: Any) -> Any:
         logits = tf.convert_to_tensor(self.logits)
         if index is not None:
             logits = tf.gather(logits, index)
         return self.activation(logits)
 
-    def get_config(self):
-        return {
-            **super().get_config(),
-            "count": self.count,
-            "activation": keras.activations.serialize(self.activation),
-        }
-
 
 @keras.saving.register_keras_serializable("tfbilevel")
-class FeaturePenalties(keras.layers.Layer):
+class FeaturePenalties(_PositiveVector):
     """One learned L2 coefficient per input feature.
 
         penalty = 1/2 * sum_{d, c} activation(x)_d W_{dc}^2,      x = 0 at the start
@@ -74,30 +81,16 @@ class FeaturePenalties(keras.layers.Layer):
         3.0
     """
 
-    def __init__(self, count: int, activation: str = "exponential", **keywords):
-        require_count(count, "count")
-        super().__init__(**keywords)
-        self.count = count
-        self.activation = keras.activations.get(activation)
-        self.logits = self.add_weight(
-            name="logits", shape=(count,), initializer="zeros"
-        )
-        self.built = True
+    def __init__(self, count: int, activation: str = "exponential", **keywords: Any):
+        super().__init__(count, activation, **keywords)
 
     @property
     def coefficients(self) -> Any:
         """The coefficients, [count]."""
         return self.activation(tf.convert_to_tensor(self.logits))
 
-    def call(self, kernel):
+    def call(self, kernel: Any) -> Any:
         kernel = tf.convert_to_tensor(kernel)
         squares = tf.reduce_sum(tf.reshape(kernel * kernel, [self.count, -1]), axis=1)
         coefficients = tf.cast(tf.convert_to_tensor(self.coefficients), kernel.dtype)
         return 0.5 * tf.reduce_sum(coefficients * squares)
-
-    def get_config(self):
-        return {
-            **super().get_config(),
-            "count": self.count,
-            "activation": keras.activations.serialize(self.activation),
-        }

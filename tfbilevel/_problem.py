@@ -11,6 +11,7 @@ from tfbilevel._derivatives import (
     add_partials,
     fill_zeros,
     require_connected,
+    value_and_partials,
     vjp,
 )
 
@@ -190,6 +191,16 @@ class Prepared(NamedTuple):
     upper: Any
     batches: Batches
     gradient: Callable[[Any, Any], Any]
+
+    def upper_partials(self, lower: Any) -> tuple[tf.Tensor, Any, Any]:
+        """f, f_x (`None` where not connected) and f_y, every leaf connected."""
+        value, (partial, response) = value_and_partials(
+            lambda c, y: self.problem.upper_loss(c, y, self.batches.upper),
+            self.upper,
+            lower,
+        )
+        response = require_connected(response, lower, "lower", "the upper loss")
+        return value, partial, response
 
 
 def _total_gradient(upper: Any) -> Callable[[Any, Any], Any]:

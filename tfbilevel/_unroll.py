@@ -106,14 +106,7 @@ class Unroll(Method):
             here.problem, here.upper, here.batches, iterate, 0, self.first, self.first
         )
         end, lower_loss, pullback = loop(self, here, iterate)
-        upper_loss, (partial, adjoint) = derivatives.value_and_partials(
-            lambda c, y: here.problem.upper_loss(c, y, here.batches.upper),
-            here.upper,
-            end.lower,
-        )
-        adjoint = derivatives.require_connected(
-            adjoint, lower, "lower", "the upper loss"
-        )
+        upper_loss, partial, adjoint = here.upper_partials(end.lower)
         response, adjoint = pullback(adjoint)
         if self.first == 0 and pull_start is not None:
             response = derivatives.add_partials(response, pull_start(adjoint)[0])
