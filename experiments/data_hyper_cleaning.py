@@ -183,26 +183,27 @@ def fill_defaults(parser: experiment.Parser, args: argparse.Namespace) -> None:
 
 
 def build_net(net: str, inputs: int, seed: int) -> keras.Model:
-    """Weights and biases uniform in +-1/sqrt(fan_in), as the published nets."""
     widths = [10] if net == "linear" else [300, 10]
-    layers, fan_in = [keras.Input((inputs,))], inputs
-    for index, width in enumerate(widths):
-        limit = fan_in**-0.5
-        kernel, bias = (
-            keras.initializers.RandomUniform(-limit, limit, seed=seed + k)
-            for k in (2 * index, 2 * index + 1)
-        )
-        last = index == len(widths) - 1
-        layers.append(
-            keras.layers.Dense(
-                width,
-                activation=None if last else "sigmoid",
-                kernel_initializer=kernel,
-                bias_initializer=bias,
-            )
-        )
-        fan_in = width
-    return keras.Sequential(layers)
+    activations = [*["sigmoid"] * (len(widths) - 1), None]
+    layers = map(keras.layers.Dense, widths, activations)
+    network = keras.Sequential([keras.Input((inputs,)), *layers])
+    shapes = [tuple(v.shape) for v in network.trainable_variables]
+    network.set_weights(draw_weights(shapes, seed, tf.constant(-1, tf.int64)))
+    return network
+
+
+def draw_weights(shapes: list[tuple], seed: int, step: tf.Tensor) -> list[tf.Tensor]:
+    """Kernels and biases uniform in +-1/sqrt(fan_in), as the published nets.
+
+    RHG draws them anew at every outer step.
+    """
+    values, limit = [], 1.0
+    for index, shape in enumerate(shapes):
+        if len(shape) == 2:  # a kernel; the bias after it has the same bounds
+            limit = shape[0] ** -0.5
+        key = tf.stack([step, tf.constant(seed * len(shapes) + index, tf.int64)])
+        values.append(tf.random.stateless_uniform(shape, key, -limit, limit))
+    return values
 
 
 def cross_entropy(network: keras.Model, batch: tuple) -> tf.Tensor:
@@ -213,7 +214,7 @@ def cross_entropy(network: keras.Model, batch: tuple) -> tf.Tensor:
     return -tf.reduce_sum(tf.one_hot(labels, 10) * log_probabilities, axis=1)
 
 
-def build_method(args: argparse.Namespace) -> tb.Method:
+def build_method(args: argparse.Namespace, network: keras.Model) -> tb.Method:
     def sgd(rate: float) -> keras.optimizers.Optimizer:
         return keras.optimizers.SGD(rate)
 
@@ -225,9 +226,12 @@ def build_method(args: argparse.Namespace) -> tb.Method:
         inner = tb.InnerSolver(sgd(args.inner_lr), args.inner_steps)
         return tb.ValueGap(inner, sgd(args.lower_lr), weight, args.auxiliary)
     if args.method in ("rhg", "t-rhg"):
-        # The published net is drawn anew at every outer step; here it is the same
-        # draw, which makes the hypergradient that of one function of x.
-        inner = tb.InnerSolver(sgd(args.inner_lr), args.inner_steps, start="cold")
+        shapes = [tuple(v.shape) for v in network.trainable_variables]
+        inner = tb.InnerSolver(
+            sgd(args.inner_lr),
+            args.inner_steps,
+            start=lambda step: draw_weights(shapes, args.seed, step),
+        )
         return tb.Unroll(inner, last=args.last, memory=args.memory)
     inner = tb.InnerSolver(sgd(args.inner_lr), args.inner_steps)
     solver = {
@@ -418,7 +422,7 @@ def clean(
     optimizer = {"sgd": keras.optimizers.SGD, "adam": keras.optimizers.Adam}
     model = tb.BilevelModel(weights, network, upper_loss, lower_loss)
     model.compile(
-        build_method(args),
+        build_method(args, network),
         optimizer[args.upper_optimizer](args.upper_lr),
         jit_compile={"auto": "auto", "on": True, "off": False}[args.jit],
         steps_per_execution=args.eval_every,

@@ -570,3 +570,40 @@ def test_metrics_are_the_losses() -> None:
         g = oracle.problem.lower_loss(x, path[3], batches.lower)
         assert float(metrics["upper_loss"]) == pytest.approx(float(f), rel=1e-12)
         assert float(metrics["lower_loss"]) == pytest.approx(float(g), rel=1e-12)
+
+
+def test_a_start_may_be_drawn_anew_at_every_outer_step():
+    """y_0 = k at outer step k: one step of rate r gives y_1 = k - r (k - x)."""
+    problem = tb.Problem(
+        lambda x, y, batch: 0.5 * (y - 2.0) ** 2,
+        lambda x, y, batch: 0.5 * (y - x) ** 2,
+    )
+    inner = tb.InnerSolver(
+        keras.optimizers.SGD(0.25),
+        steps=1,
+        start=lambda step: tf.cast(step, tf.float64),
+    )
+    method = tb.Unroll(inner)
+    x, y = tf.constant(3.0, tf.float64), tf.constant(9.0, tf.float64)
+    state = method.init(problem, x, y)
+    for k in range(3):
+        step = method.step(problem, x, y, tb.Batches(None, None), state)
+        y, state = step.lower, step.state
+        expected = k - 0.25 * (k - 3.0)
+        assert float(y) == pytest.approx(expected, abs=1e-12)
+        gradient = 0.25 * (expected - 2.0)
+        assert float(step.upper_gradient) == pytest.approx(gradient, abs=1e-12)
+
+
+def test_a_drawn_start_must_look_like_the_lower_variables():
+    problem = tb.Problem(
+        lambda x, y, batch: tf.reduce_sum(y**2),
+        lambda x, y, batch: tf.reduce_sum((y - x) ** 2),
+    )
+    inner = tb.InnerSolver(
+        keras.optimizers.SGD(0.25), 1, start=lambda step: tf.zeros([4])
+    )
+    x = y = tf.zeros([3])
+    method = tb.Unroll(inner)
+    with pytest.raises(ValueError, match="`start` must return variables like"):
+        method.step(problem, x, y, tb.Batches(None, None), method.init(problem, x, y))

@@ -37,8 +37,10 @@ class InnerSolver:
         steps: number of steps, at least 1.
         start: where each outer step starts. "warm": at the current lower variables.
             "cold": at `problem.lower_start(x)` or, without one, at the lower
-            variables that the method was initialised with. A problem with a
-            `lower_start` always starts there.
+            variables that the method was initialised with. A function of the outer
+            step (int64 scalar) -> lower variables: at what it returns, say a fresh
+            draw of `tf.random.stateless_uniform`. A problem with a `lower_start`
+            always starts there.
         learning_rate: x -> scalar, the rate as a function of the upper variables
             where it is to be learned; `None`: the optimizer's own.
         optimizer_state: "reset": momentum and moments start at zero at every outer
@@ -63,14 +65,15 @@ class InnerSolver:
 
     optimizer: keras.optimizers.Optimizer
     steps: int
-    start: str = "warm"
+    start: str | Callable[[tf.Tensor], Any] = "warm"
     learning_rate: Callable[[Any], tf.Tensor] | None = None
     optimizer_state: str = "reset"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rule", differentiable(self.optimizer))
         require_count(self.steps, "steps")
-        require_choice(self.start, "start", ("warm", "cold"))
+        if not callable(self.start):
+            require_choice(self.start, "start", ("warm", "cold"))
         require_choice(self.optimizer_state, "optimizer_state", ("reset", "carry"))
         if self.learning_rate is not None:
             if not callable(self.learning_rate):
@@ -89,7 +92,9 @@ class InnerSolver:
     def init(self, problem: Problem, upper: Any, lower: Any) -> dict[str, Any]:
         """What the solver carries over outer steps."""
         state: dict[str, Any] = {}
-        if self.start == "cold" and problem.lower_start is None:
+        if callable(self.start):
+            state["step"] = tf.constant(0, tf.int64)
+        elif self.start == "cold" and problem.lower_start is None:
             state["start"] = lower
         if self.optimizer_state == "carry":
             state["optimizer"] = self.rule.init(lower)
@@ -97,11 +102,13 @@ class InnerSolver:
 
     def begin(self, problem: Problem, upper: Any, lower: Any, state: dict) -> Iterate:
         """The iterate that this outer step starts from."""
+        rule = "return variables like the lower ones"
         if problem.lower_start is not None:
             start = problem.lower_start(upper)
-            structure.require_like(
-                start, lower, "lower_start", "return variables like the lower ones"
-            )
+            structure.require_like(start, lower, "lower_start", rule)
+        elif callable(self.start):
+            start = structure.to_tensors(self.start(state["step"]))
+            structure.require_like(start, structure.to_tensors(lower), "start", rule)
         else:
             start = structure.to_tensors(state.get("start", lower))
         if "optimizer" in state:
@@ -173,9 +180,12 @@ class InnerSolver:
 
     def carried(self, iterate: Iterate, state: dict) -> dict:
         """The state for the next outer step after a loop that ended at `iterate`."""
+        after = dict(state)
         if "optimizer" in state:
-            return {**state, "optimizer": iterate.optimizer}
-        return state
+            after["optimizer"] = iterate.optimizer
+        if "step" in state:
+            after["step"] = state["step"] + 1
+        return after
 
 
 def require_count(value: Any, name: str, least: int = 1) -> None:
