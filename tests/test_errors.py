@@ -371,3 +371,35 @@ def test_functional_wants_all_variables() -> None:
     network = tb.functional(dense)
     with pytest.raises(ValueError, match="`variables`.*1 tensors for 2"):
         network(network.initial()[:1], tf.ones([1, 3]))
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda wrong: tb.Unroll(wrong),
+        lambda wrong: tb.Implicit(wrong),
+        lambda wrong: tb.ValueGap(wrong, keras.optimizers.SGD(0.1), 1.0),
+    ],
+)
+@pytest.mark.parametrize("wrong", ["sgd", keras.optimizers.SGD(0.1), 3])
+def test_inner_must_be_an_inner_solver(build, wrong):
+    with pytest.raises(ValueError, match="`inner` must be a tb.InnerSolver.*Received"):
+        build(wrong)
+
+
+def minimise(upper_loss, **options):
+    problem = tb.Problem(upper_loss, lambda x, y, batch: (y - x) ** 2)
+    method = tb.Unroll(tb.InnerSolver(keras.optimizers.SGD(0.1), 2))
+    rule = keras.optimizers.SGD(0.1)
+    nothing = tb.Batches(None, None)
+    return tb.minimize(problem, method, 0.0, 0.0, rule, nothing, 2, **options)
+
+
+def test_a_loss_that_forgets_to_return_is_told_so():
+    with pytest.raises(ValueError, match="missing `return`"):
+        minimise(lambda x, y, batch: None)
+
+
+def test_stop_must_be_a_predicate():
+    with pytest.raises(ValueError, match="`stop` must return a bool"):
+        minimise(lambda x, y, batch: (y - 1.0) ** 2, stop=lambda a, b: b.upper)

@@ -513,6 +513,7 @@ def test_unconnected_variable_is_named_by_its_path():
             ),
             "`upper`",
         ),
+        (lambda: make().fit(full_batch().take(0)), "`x` must not be empty"),
         (lambda: make().compile("unroll", keras.optimizers.SGD(0.1)), "`method`"),
         (lambda: make().compile(unroll(), "sgd"), "`upper_optimizer`"),
         (lambda: make(jit_compile="yes"), "`jit_compile`"),
@@ -584,3 +585,9 @@ def test_a_saved_choice_of_compilation_holds_after_loading(tmp_path):
     other._choose_compilation = lambda data: pytest.fail("timed again")
     other.fit(full_batch(), verbose=0)
     assert other.jit_compile is False
+
+
+def test_fit_before_compile_says_so():
+    model = tb.BilevelModel(tb.ExampleWeights(TRAIN), network(), upper_loss, lower_loss)
+    with pytest.raises(ValueError, match="compile"):
+        model.fit(full_batch(), verbose=0)

@@ -98,6 +98,11 @@ def lower_gradient_pullback(
 
 def require_scalar(loss: Any) -> tf.Tensor:
     """The loss as a tensor, or an error unless it is a floating-point scalar."""
+    if loss is None:
+        raise ValueError(
+            "A loss must return a floating-point scalar. Add the missing `return`. "
+            "Received: None"
+        )
     value = tf.convert_to_tensor(loss)
     if value.shape.rank != 0 or not value.dtype.is_floating:
         raise ValueError(

@@ -5,7 +5,7 @@ from typing import Any
 
 from tfbilevel import _derivatives as derivatives
 from tfbilevel import _structure as structure
-from tfbilevel._inner import InnerSolver
+from tfbilevel._inner import InnerSolver, require_inner
 from tfbilevel._linear_solvers import ConjugateGradient, LinearSolver
 from tfbilevel._method import Method, Step
 from tfbilevel._problem import Batches, Problem
@@ -59,6 +59,7 @@ class Implicit(Method):
     solver: LinearSolver = dataclasses.field(default_factory=ConjugateGradient)
 
     def __post_init__(self) -> None:
+        require_inner(self.inner)
         if not isinstance(self.solver, LinearSolver):
             raise ValueError(
                 "`solver` must be a linear solver such as tb.ConjugateGradient(20). "

@@ -188,6 +188,16 @@ class InnerSolver:
         return after
 
 
+def require_inner(inner: Any) -> None:
+    """Raise unless `inner` is an inner solver."""
+    if not isinstance(inner, InnerSolver):
+        raise ValueError(
+            "`inner` must be a tb.InnerSolver, such as "
+            "tb.InnerSolver(keras.optimizers.SGD(0.1), steps=20). "
+            f"Received: inner={inner!r}"
+        )
+
+
 def require_count(value: Any, name: str, least: int = 1) -> None:
     """Raise unless `value` is an integer of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:

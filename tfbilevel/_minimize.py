@@ -136,7 +136,12 @@ def minimize(
         after = Point(k + 1, moved, step.lower, step.metrics)
         done = tf.constant(False)
         if stop is not None:
-            done = stop(Point(k, x, y, {}), after)
+            done = tf.convert_to_tensor(stop(Point(k, x, y, {}), after))
+            if done.dtype != tf.bool:
+                raise ValueError(
+                    "`stop` must return a bool, scalar or one per start. Compare what "
+                    f"it measures with a tolerance. Received: dtype {done.dtype.name}"
+                )
         record = () if trace is None else trace(after)
         return after, (step.state, optimizer), first_nonfinite(step), done, record
 

@@ -229,6 +229,12 @@ class BilevelModel(keras.Model):
                 "cannot be swapped. Make it with tb.pair(upper_dataset, "
                 f"lower_dataset). Received: x={spec}"
             )
+        self._assert_compile_called("fit")
+        if int(x.cardinality()) == 0:
+            raise ValueError(
+                "`x` must not be empty: there is no outer step to make. "
+                "Received: a dataset of 0 elements"
+            )
         self._ensure_carried()
         undecided = int(self._progress.compilation.numpy()) == UNDECIDED
         if self._auto_jit and undecided:

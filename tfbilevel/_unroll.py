@@ -15,6 +15,7 @@ from tfbilevel._inner import (
     Iterate,
     require_choice,
     require_count,
+    require_inner,
 )
 from tfbilevel._method import Method, Step
 from tfbilevel._problem import Batches, Prepared, Problem
@@ -71,6 +72,7 @@ class Unroll(Method):
     memory: str = "replay"
 
     def __post_init__(self) -> None:
+        require_inner(self.inner)
         require_choice(self.memory, "memory", ("replay", "checkpoint", "tape"))
         if self.last is not None:
             require_count(self.last, "last")

@@ -10,7 +10,7 @@ import tensorflow as tf
 from tfbilevel import _derivatives as derivatives
 from tfbilevel import _structure as structure
 from tfbilevel._differentiable import differentiable
-from tfbilevel._inner import InnerSolver, require_choice
+from tfbilevel._inner import InnerSolver, require_choice, require_inner
 from tfbilevel._method import Method, Step
 from tfbilevel._problem import Batches, Prepared, Problem
 from tfbilevel._schedules import Schedule, as_weight
@@ -73,6 +73,8 @@ class ValueGap(Method):
         object.__setattr__(self, "rule", differentiable(self.lower_optimizer))
         object.__setattr__(self, "schedule", as_weight(self.weight, "weight"))
         require_choice(self.auxiliary, "auxiliary", ("persistent", "copy"))
+        if self.inner is not None:
+            require_inner(self.inner)
         if self.inner is not None and self.inner.start != "warm":
             raise ValueError(
                 "`inner.start` must be 'warm' here: `auxiliary` says where the second "
