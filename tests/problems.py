@@ -155,7 +155,7 @@ def quadratic() -> Oracle:
         rest_x=lambda x: np.zeros(3),
         f_x=lambda x, y: direct @ y + 2 * x,
         f_y=lambda x, y: y - target + direct.T @ x,
-        rate=2 / 3,
+        rate=0.66,
     )
 
 

@@ -34,6 +34,58 @@ def unroll(
     return total
 
 
+def pessimistic(oracle: Oracle, x: Vector, iterates: list, f) -> int:
+    """k*: the first of the iterates 1, ..., T with the largest upper loss."""
+    losses = [f(x, y) for y in iterates[1:]]
+    return 1 + losses.index(max(losses))
+
+
+def mixture(oracle: Oracle, x: Vector, y: Vector, rate: float, weights: list) -> tuple:
+    """BDA: steps along (1 - a_t) g_y + a_t f_y, and the reverse recursion.
+
+    The upper Hessian f_yy is constant in every oracle; it and f_xy are taken from
+    differences of the hand-written f_y and f_x, exact for quadratic f.
+    """
+    iterates = [y]
+    for a in weights:
+        y = iterates[-1]
+        direction = (1 - a) * oracle.g_y(x, y) + a * oracle.f_y(x, y)
+        iterates.append(y - rate * direction)
+    adjoint, total = oracle.f_y(x, iterates[-1]), oracle.f_x(x, iterates[-1])
+    for y, a in reversed(list(zip(iterates, weights, strict=False))):
+        f_xy = oracle.f_x(x, y + adjoint) - oracle.f_x(x, y)
+        f_yy = oracle.f_y(x, y + adjoint) - oracle.f_y(x, y)
+        mixed = (1 - a) * oracle.g_xy(x, y, adjoint) + a * f_xy
+        curved = (1 - a) * oracle.hessian(x) @ adjoint + a * f_yy
+        total, adjoint = total - rate * mixed, adjoint - rate * curved
+    return total, iterates[-1]
+
+
+def series(oracle: Oracle, x: Vector, y: Vector, rate: float, terms: int) -> Vector:
+    """f_x - g_xy v with v = rate * sum_{j < terms} (I - rate H)^j f_y."""
+    term, v = oracle.f_y(x, y), np.zeros_like(y)
+    for _ in range(terms):
+        v = v + rate * term
+        term = term - rate * oracle.hessian(x) @ term
+    return oracle.f_x(x, y) - oracle.g_xy(x, y, v)
+
+
+def rank_one(oracle: Oracle, x: Vector, y: Vector) -> Vector:
+    g, f = oracle.g_y(x, y), oracle.f_y(x, y)
+    return oracle.f_x(x, y) - (g @ f) / (g @ g) * oracle.g_x(x, y)
+
+
+def nesterov(oracle: Oracle, x: Vector, y: Vector, rate: float, steps: int) -> list:
+    """The t-sequence: iterates y_0, ..., y_T (not the points ahead of them)."""
+    iterates, ahead, t = [y], y, 1.0
+    for _ in range(steps):
+        iterates.append(ahead - rate * oracle.g_y(x, ahead))
+        after = (1 + np.sqrt(1 + 4 * t * t)) / 2
+        ahead = iterates[-1] + (t - 1) / after * (iterates[-1] - iterates[-2])
+        t = after
+    return iterates
+
+
 def implicit(oracle: Oracle, x: Vector, y: Vector) -> Vector:
     """f_x - g_xy v with g_yy v = f_y, all at y (solved or not)."""
     v = np.linalg.solve(oracle.hessian(x), oracle.f_y(x, y))

@@ -46,7 +46,8 @@ def spd(seed: int, size: int, condition: float = 100.0) -> np.ndarray:
 def solve(solver: tb.LinearSolver, matrix: np.ndarray, b: Any, start: Any = None):
     rhs = tf.constant(b, tf.float64)
     start = None if start is None else tf.constant(start, tf.float64)
-    return solver.solve(product_with(matrix), rhs, start, None)
+    system = tb.LinearSystem(product_with(matrix))
+    return solver.solve(system, rhs, () if start is None else start)
 
 
 def residual(matrix: np.ndarray, b: np.ndarray, v: Any) -> float:
@@ -134,7 +135,7 @@ def test_cg_of_several_tensors_uses_one_global_norm() -> None:
     matrix, b = spd(5, 9, 20.0), flat(like)
     for steps in (2, 12):
         solver = tb.ConjugateGradient(steps, tolerance=1e-10)
-        nest = solver.solve(product_with(matrix, like), like, None, None)
+        nest = solver.solve(tb.LinearSystem(product_with(matrix, like)), like)
         tf.nest.assert_same_structure(nest.value, like)
         krylov = np.stack([np.linalg.matrix_power(matrix, j) @ b for j in range(2)], 1)
         want = {
@@ -190,7 +191,7 @@ def test_cg_of_a_singular_system_is_finite() -> None:
 def test_cg_in_float32_goes_past_its_precision_without_nan() -> None:
     matrix, b = spd(2, 8, 1e4).astype("float32"), np.ones(8, "float32")
     found = tb.ConjugateGradient(200, tolerance=0.0).solve(
-        product_with(matrix), tf.constant(b), None, None
+        tb.LinearSystem(product_with(matrix)), tf.constant(b)
     )
     want = np.linalg.solve(matrix.astype("float64"), b)
     error = np.linalg.norm(found.value - want) / np.linalg.norm(want)
@@ -223,7 +224,7 @@ def test_solves(name: str) -> None:
 @pytest.mark.parametrize("name", SOLVERS)
 def test_zero_right_hand_side(name: str, compiled: bool) -> None:
     def run(b: tf.Tensor) -> tb.LinearSolution:
-        return SOLVERS[name].solve(product_with(spd(6, 5)), b, None, None)
+        return SOLVERS[name].solve(tb.LinearSystem(product_with(spd(6, 5))), b)
 
     run = tf.function(run, jit_compile=True) if compiled else run
     found = run(tf.zeros([5], tf.float64))
@@ -268,10 +269,17 @@ def test_warm_start_takes_fewer_iterations(name: str) -> None:
 
 
 def test_warm_says_whether_the_solution_is_carried() -> None:
-    assert not tb.ConjugateGradient(5).warm
-    assert tb.ConjugateGradient(5, warm_start=True).warm
-    assert not tb.Neumann(5).warm
-    assert tb.FixedPoint(5, warm_start=True).warm
+    b = tf.ones([2])
+    for solver in (tb.ConjugateGradient(5), tb.Neumann(5), tb.FixedPoint(5)):
+        assert solver.init(b) == ()
+    for solver in (
+        tb.ConjugateGradient(5, warm_start=True),
+        tb.NormalConjugateGradient(5, warm_start=True),
+        tb.FixedPoint(5, rate=0.1, warm_start=True),
+    ):
+        np.testing.assert_array_equal(solver.init(b), 0.0)
+        found = solver.solve(tb.LinearSystem(lambda v: 2.0 * v), b, solver.init(b))
+        np.testing.assert_array_equal(found.state, found.value)
 
 
 @QUICK
@@ -306,9 +314,9 @@ def test_residual_is_that_of_the_iterate_before_the_last_update(kind: type) -> N
 @pytest.mark.parametrize("kind", [tb.Neumann, tb.FixedPoint])
 def test_rate_of_the_inner_solver_is_the_default(kind: type) -> None:
     matrix, b = spd(11, 4, 3.0), tf.constant([1.0, 2.0, 3.0, 4.0], tf.float64)
-    own = kind(5, rate=0.25).solve(product_with(matrix), b, None, 0.1)
-    given_rate = kind(5).solve(product_with(matrix), b, None, 0.25)
-    other = kind(5).solve(product_with(matrix), b, None, 0.1)
+    own = kind(5, rate=0.25).solve(tb.LinearSystem(product_with(matrix), rate=0.1), b)
+    given_rate = kind(5).solve(tb.LinearSystem(product_with(matrix), rate=0.25), b)
+    other = kind(5).solve(tb.LinearSystem(product_with(matrix), rate=0.1), b)
     np.testing.assert_array_equal(own.value, given_rate.value)
     assert np.abs(own.value - other.value).max() > 0.01
 
@@ -337,7 +345,7 @@ def test_implicit_hands_a_warm_solution_on(name: str) -> None:
     v = np.linalg.solve(
         oracle.hessian(flat(oracle.x)), oracle.f_y(flat(oracle.x), solution)
     )
-    np.testing.assert_allclose(first.state["solution"], v, rtol=1e-6)
+    np.testing.assert_allclose(first.state["solver"], v, rtol=1e-6)
     assert int(first.metrics["iterations"]) > 3
     assert int(second.metrics["iterations"]) <= 1
     for step in (first, second):

@@ -69,9 +69,9 @@ def test_d3_cg_returns_the_iterate_that_converged(dtype: str) -> None:
     0 / 0 for a zero right-hand side.
     """
     b = tf.constant([2.0, -6.0], dtype)
-    found = tb.ConjugateGradient(10).solve(lambda v: 4.0 * v, b, None, None)
+    found = tb.ConjugateGradient(10).solve(tb.LinearSystem(lambda v: 4.0 * v), b)
     np.testing.assert_allclose(found.value, [0.5, -1.5], rtol=1e-6)
-    zero = tb.ConjugateGradient(10).solve(lambda v: 4.0 * v, 0 * b, None, None)
+    zero = tb.ConjugateGradient(10).solve(tb.LinearSystem(lambda v: 4.0 * v), 0 * b)
     assert zero.value.numpy().tolist() == [0.0, 0.0]
     # The same inside a hypergradient: f = y^2/2, g = 2 (y - 3x)^2, dF/dx = 9x.
     problem = tb.Problem(
@@ -93,7 +93,7 @@ def test_d4_norms_over_several_tensors_are_global() -> None:
         return [2.0 * v[0] + 0.5 * v[1][0], 1.0 * v[1] + 0.5 * v[0][None]]
 
     matrix, b = np.array([[2.0, 0.5], [0.5, 1.0]]), np.array([3.0, 4.0])
-    found = tb.ConjugateGradient(1).solve(product, rhs, None, None)
+    found = tb.ConjugateGradient(1).solve(tb.LinearSystem(product), rhs)
     length = (b @ b) / (b @ matrix @ b)
     np.testing.assert_allclose(flat(found.value), length * b, rtol=1e-14)
     want = np.linalg.norm(b - matrix @ (length * b)) / 5.0
@@ -105,7 +105,8 @@ def test_d8_damped_cg_is_cg_on_the_damped_system() -> None:
     matrix, b = np.diag([1.0, 3.0, 7.0]), np.array([1.0, -2.0, 0.5])
     solver = tb.ConjugateGradient(3, damping=0.7, tolerance=1e-12)
     found = solver.solve(
-        lambda v: tf.linalg.matvec(tf.constant(matrix), v), tf.constant(b), None, None
+        tb.LinearSystem(lambda v: tf.linalg.matvec(tf.constant(matrix), v)),
+        tf.constant(b),
     )
     np.testing.assert_allclose(
         found.value, np.linalg.solve(matrix + 0.7 * np.eye(3), b), rtol=1e-10
@@ -170,7 +171,7 @@ def test_d15_a_nan_in_a_linear_solve_stays_a_nan(solver: str) -> None:
         "fixed point": tb.FixedPoint(5, rate=0.1),
     }[solver]
     b = tf.constant([1.0, np.nan])
-    found = made.solve(lambda v: 2.0 * v, b, None, None)
+    found = made.solve(tb.LinearSystem(lambda v: 2.0 * v), b)
     assert not np.isfinite(found.value).all() or not np.isfinite(found.residual)
     problem = tb.Problem(
         upper_loss=lambda x, y, b: tf.reduce_sum(y * tf.constant([1.0, np.nan])),

@@ -170,33 +170,24 @@ def _dense_implicit(
         here.problem.lower_loss, here.upper, lower, here.batches.lower_at(0)
     )
     stationarity = float(structure.norm(gradient))
-    sizes = [int(tf.size(leaf)) for leaf in tf.nest.flatten(lower)]
-    count = sum(sizes)
+    count = structure.to_vector(lower).shape[0]
     if count > DENSE_LIMIT:
         return None, stationarity
 
-    def unflatten(vector: tf.Tensor) -> Any:
-        parts = tf.split(tf.cast(vector, tf.float64), sizes)
-        return tf.nest.pack_sequence_as(
-            lower,
-            [
-                tf.cast(tf.reshape(part, leaf.shape), leaf.dtype)
-                for part, leaf in zip(parts, tf.nest.flatten(lower), strict=True)
-            ],
-        )
+    def wide(tree: Any) -> tf.Tensor:
+        return tf.cast(structure.to_vector(tree), tf.float64)
 
-    def flatten(tree: Any) -> tf.Tensor:
-        return tf.concat(
-            [tf.reshape(tf.cast(e, tf.float64), [-1]) for e in tf.nest.flatten(tree)], 0
-        )
+    def like_lower(vector: tf.Tensor) -> Any:
+        dtype = tf.nest.flatten(lower)[0].dtype
+        return structure.from_vector(tf.cast(vector, dtype), lower)
 
     basis = tf.eye(count, dtype=tf.float64)
-    hessian = tf.stack([flatten(pullback(unflatten(row))[1]) for row in basis])
+    hessian = tf.stack([wide(pullback(like_lower(row))[1]) for row in basis])
     condition = tf.linalg.svd(hessian, compute_uv=False)
     if float(condition[-1]) <= 1e-10 * float(condition[0]):
         return None, stationarity
-    rhs = flatten(derivatives.fill_zeros(rhs, lower))
+    rhs = wide(derivatives.fill_zeros(rhs, lower))
     solution = tf.linalg.solve(hessian, rhs[:, None])[:, 0]
-    mixed, _ = pullback(unflatten(-solution))
+    mixed, _ = pullback(like_lower(-solution))
     filled = derivatives.fill_zeros(mixed, here.upper)
     return here.gradient(partial, filled), stationarity

@@ -43,6 +43,47 @@ def vjp(function: Callable, *primals: Any) -> tuple[Any, Any, Pullback]:
     return value, auxiliary, pullback
 
 
+def jvp(function: Callable, *primals: Any) -> tuple[Any, Any, Pullback, list]:
+    """A function's value and its Jacobian-vector product.
+
+    The transpose of the vector-Jacobian product, which is linear in its cotangent:
+    two reverse sweeps, that unlike TensorFlow's forward mode work in every graph.
+
+    Args:
+        function: primals -> (value, auxiliary), as for `vjp`.
+        *primals: nests of tensors.
+
+    Returns:
+        The value, the auxiliary part, the pushforward, which maps a tuple of
+        tangents shaped like the primals to a tangent shaped like the value, and for
+        each primal whether the value depends on its leaves.
+    """
+    primals = structure.distinct(primals)
+    with tf.GradientTape(persistent=True, watch_accessed_variables=False) as outer:
+        with tf.GradientTape(persistent=True, watch_accessed_variables=False) as inner:
+            inner.watch(tf.nest.flatten(primals))
+            value, auxiliary = function(*primals)
+        seeds = [tf.zeros_like(leaf) for leaf in tf.nest.flatten(value)]
+        outer.watch(seeds)
+        cotangents = inner.gradient(
+            tf.nest.flatten(value), tf.nest.flatten(primals), output_gradients=seeds
+        )
+    connected = [entry is not None for entry in cotangents]
+
+    def pushforward(tangents: Any) -> Any:
+        flat = tf.nest.flatten(tangents)
+        pairs = [
+            pair for pair in zip(cotangents, flat, strict=True) if pair[0] is not None
+        ]
+        made = [None] * len(seeds)
+        if pairs:
+            targets, along = zip(*pairs, strict=True)
+            made = outer.gradient(list(targets), seeds, output_gradients=list(along))
+        return fill_zeros(tf.nest.pack_sequence_as(value, made), value)
+
+    return value, auxiliary, pushforward, tf.nest.pack_sequence_as(primals, connected)
+
+
 def value_and_partials(function: Callable, *primals: Any) -> tuple[tf.Tensor, Any]:
     """A scalar function's value and its partial derivative in every primal.
 
@@ -139,11 +180,20 @@ def add_partials(*gradients: Any) -> Any:
     return tf.nest.pack_sequence_as(gradients[0], flat)
 
 
+def scale_partial(coefficient: Any, gradient: Any) -> Any:
+    """coefficient * gradient, in which `None` stays `None`."""
+    return tf.nest.map_structure(
+        lambda g: None if g is None else structure.scalar(coefficient, g.dtype) * g,
+        gradient,
+    )
+
+
 class UnconnectedGradientError(ValueError):
     """A variable that a loss must depend on does not reach it."""
 
     def __init__(self, level: str, index: int, name: str, source: str):
         self.level, self.index, self.source = level, index, source
+        self.name = name
         super().__init__(
             f"{source} does not depend on the {level} variable {name}, so its "
             f"gradient is not connected. Every {level} variable must enter it "

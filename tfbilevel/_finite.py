@@ -1,5 +1,6 @@
 """NaN and infinity: found in the step, named, never replaced."""
 
+import warnings
 from typing import Any
 
 import tensorflow as tf
@@ -28,6 +29,24 @@ class NonFiniteError(FloatingPointError):
             'fit pass over such steps with compile(on_nonfinite="skip"). '
             f"Received: {self.quantity}, step={step}"
         )
+
+
+class DivergenceWarning(UserWarning):
+    """A linear solve ended further from the solution than it began."""
+
+
+def warn_diverged(method: object, step: int | None = None) -> None:
+    """Say that a method's linear solve diverged, at which outer step if known."""
+    when = "" if step is None else f" at outer step {step}"
+    warnings.warn(
+        f"The linear solve of {type(method).__name__} diverged{when}: its "
+        "hypergradient is wrong there. Usual causes: (a) a rate (eta) above 2 / "
+        "(largest eigenvalue of the lower Hessian), (b) an indefinite lower Hessian, "
+        "(c) too few inner steps. Lower the rate, add damping, or use "
+        "tb.NormalConjugateGradient. The metric `diverged` counts such steps",
+        DivergenceWarning,
+        stacklevel=3,
+    )
 
 
 def first_nonfinite(step: Step) -> tf.Tensor:

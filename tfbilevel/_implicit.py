@@ -1,14 +1,19 @@
 """The implicit function theorem."""
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import keras
+import tensorflow as tf
 
 from tfbilevel import _derivatives as derivatives
 from tfbilevel import _structure as structure
-from tfbilevel._inner import InnerSolver, require_inner
-from tfbilevel._linear_solvers import ConjugateGradient, LinearSolver
+from tfbilevel._inner import InnerSolver, require_choice, require_inner
+from tfbilevel._linear_solvers import ConjugateGradient, LinearSolver, LinearSystem
 from tfbilevel._method import Method, Step
-from tfbilevel._problem import Batches, Problem
+from tfbilevel._problem import Batches, Prepared, Problem
+from tfbilevel._schedules import Schedule
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -27,15 +32,30 @@ class Implicit(Method):
     taken for inactive at y. Prefer `Unroll` for a handful of inner steps or a lower
     problem that is never solved well.
 
-    The metrics hold `residual` (relative) and `iterations` of the linear solve.
+    `through="optimizer"` differentiates the fixed point of the inner optimizer's own
+    step instead, slots (momentum, moments) included: with s = (y, slots) and
+    s = Phi(x, s),
+
+        dF/dx = f_x + Phi_x' v,    where    (I - Phi_s') v = (f_y, 0)
+
+    The same hypergradient at the solution; the linear iteration then contracts where
+    the inner optimizer does, and `FixedPoint` and `Neumann` need no rate. The system is
+    not symmetric: `ConjugateGradient` is refused except for plain gradient steps.
+
+    The metrics hold `residual` (relative) and `iterations` of the linear solve, and
+    `diverged`: 1 where the residual is larger than that of v = 0, of which `fit` and
+    `tb.minimize` also warn.
 
     Args:
         inner: approximates y*(x); the closer, the smaller the bias.
         solver: solves g_yy v = f_y from Hessian-vector products.
+        through: "gradient": a plain gradient step, whatever the inner optimizer is.
+            "optimizer": the inner optimizer's own step.
 
     Raises:
         ValueError: if a solver that steps with the inner learning rate meets a
-            schedule; give it a `rate`.
+            schedule (give it a `rate`), for an unknown `through`, or for conjugate
+            gradients through an optimizer other than plain SGD.
 
     Example:
         >>> problem = tb.Problem(
@@ -57,17 +77,26 @@ class Implicit(Method):
 
     inner: InnerSolver
     solver: LinearSolver = dataclasses.field(default_factory=ConjugateGradient)
+    through: str = "gradient"
 
     def __post_init__(self) -> None:
         require_inner(self.inner)
+        require_choice(self.through, "through", ("gradient", "optimizer"))
         if not isinstance(self.solver, LinearSolver):
             raise ValueError(
                 "`solver` must be a linear solver such as tb.ConjugateGradient(20). "
                 f"Received: solver={self.solver!r}"
             )
-        steps_with_rate = hasattr(self.solver, "rate")
-        if (
-            steps_with_rate
+        if self.through == "optimizer":
+            if isinstance(self.solver, ConjugateGradient) and not _is_plain(self.inner):
+                raise ValueError(
+                    "`solver` must not need a symmetric system with "
+                    "through='optimizer': only plain gradient steps have one. Use "
+                    "tb.NormalConjugateGradient, tb.FixedPoint or tb.Direct. "
+                    f"Received: solver={self.solver!r}"
+                )
+        elif (
+            hasattr(self.solver, "rate")
             and self.solver.rate is None
             and (self.inner.rule.scheduled or self.inner.learning_rate is not None)
         ):
@@ -78,42 +107,132 @@ class Implicit(Method):
             )
 
     def init(self, problem: Problem, upper: Any, lower: Any) -> Any:
-        state = {"inner": self.inner.init(problem, upper, lower)}
-        if self.solver.warm:
-            state["solution"] = structure.zeros_like(lower)
+        inner = self.inner.init(problem, upper, lower)
+        like = structure.to_tensors(lower)
+        if self.through == "optimizer":
+            begun = self.inner.begin(problem, upper, like, inner)
+            like = (like, begun.optimizer.slots)
+        state = {"inner": inner, "solver": self.solver.init(like)}
+        if isinstance(getattr(self.solver, "tolerance", None), Schedule):
+            state["step"] = tf.constant(0, tf.int64)
         return state
 
     def step(
         self, problem: Problem, upper: Any, lower: Any, batches: Batches, state: Any
     ) -> Step:
         here = problem.prepared(upper, batches)
-        lower, inner_state, _ = self.inner.solve(
+        iterate, _ = self.inner.settle(
             here.problem, here.upper, lower, here.batches, state["inner"]
         )
-        upper_loss, partial, rhs = here.upper_partials(lower)
-        lower_loss, gradient, pullback = derivatives.lower_gradient_pullback(
-            here.problem.lower_loss,
-            here.upper,
-            lower,
-            here.batches.lower_at(self.inner.steps),
+        upper_loss, partial, adjoint = here.upper_partials(iterate.lower)
+        equation = (
+            self._gradient_equation
+            if self.through == "gradient"
+            else self._optimizer_equation
+        )(here, iterate, adjoint)
+        system = equation.system._replace(
+            point=(here.problem.own_upper(here.upper), iterate.lower),
+            outer_step=state.get("step", 0),
         )
-        rate = None if self.inner.rule.scheduled else self.inner.rule.learning_rate
-        solution = self.solver.solve(
-            lambda vector: pullback(vector)[1], rhs, state.get("solution"), rate
-        )
-        mixed, _ = pullback(structure.scale(-1, solution.value))
-        after = {"inner": inner_state}
-        if self.solver.warm:
-            after["solution"] = solution.value
+        solution = self.solver.solve(system, equation.rhs, state["solver"])
+        after = {
+            "inner": self.inner.carried(iterate, state["inner"]),
+            "solver": solution.state,
+        }
+        if "step" in state:
+            after["step"] = state["step"] + 1
+        residual = solution.residual
         return Step(
-            upper_gradient=here.gradient(partial, mixed),
-            lower=lower,
+            upper_gradient=here.gradient(partial, equation.response(solution.value)),
+            lower=iterate.lower,
             state=after,
             metrics={
                 "upper_loss": upper_loss,
-                "lower_loss": lower_loss,
-                "stationarity": structure.norm(gradient),
-                "residual": solution.residual,
+                "lower_loss": equation.lower_loss,
+                "stationarity": structure.norm(equation.gradient),
+                "residual": residual,
                 "iterations": solution.iterations,
+                "diverged": tf.cast(residual > 1, residual.dtype),
             },
         )
+
+    def _gradient_equation(self, here: Prepared, iterate: Any, rhs: Any) -> "_Equation":
+        lower_loss, gradient, pullback = derivatives.lower_gradient_pullback(
+            here.problem.lower_loss,
+            here.upper,
+            iterate.lower,
+            here.batches.lower_at(self.inner.steps),
+        )
+        rate = None if self.inner.rule.scheduled else self.inner.rule.learning_rate
+        return _Equation(
+            LinearSystem(lambda vector: pullback(vector)[1], rate=rate),
+            rhs,
+            lambda value: pullback(structure.scale(-1, value))[0],
+            lower_loss,
+            gradient,
+        )
+
+    def _optimizer_equation(
+        self, here: Prepared, iterate: Any, adjoint: Any
+    ) -> "_Equation":
+        point = (iterate.lower, iterate.optimizer.slots)
+        draw = self.inner.steps
+
+        def inner_map(c: Any, state: Any) -> tuple[Any, None]:
+            lower, slots = state
+            optimizer = iterate.optimizer._replace(slots=slots)
+            start = iterate._replace(lower=lower, optimizer=optimizer)
+            end, _ = self.inner.advance(here.problem, c, here.batches, start, draw)
+            return (end.lower, end.optimizer.slots), None
+
+        _, _, pullback = derivatives.vjp(inner_map, here.upper, point)
+
+        def product(vector: Any) -> Any:
+            turned = derivatives.fill_zeros(pullback(vector)[1], point)
+            return structure.subtract(vector, turned)
+
+        transposed = None
+        if self.solver.transposes:
+            _, _, push, _ = derivatives.jvp(
+                lambda state: inner_map(here.upper, state), point
+            )
+
+            def transposed(vector: Any) -> Any:
+                return structure.subtract(vector, push((vector,)))
+
+        lower_loss, gradient = self.inner.gradient(
+            here.problem, here.upper, here.batches, iterate, draw
+        )
+        return _Equation(
+            LinearSystem(product, transposed, rate=1.0),
+            (adjoint, structure.zeros_like(iterate.optimizer.slots)),
+            lambda value: pullback(value)[0],
+            lower_loss,
+            gradient,
+        )
+
+
+class _Equation(NamedTuple):
+    """The linear system of an implicit gradient, and what its solution is for.
+
+    Attributes:
+        system, rhs: A and b.
+        response: v -> what reaches f through y, `None` where not connected.
+        lower_loss, gradient: g and g_y.
+    """
+
+    system: LinearSystem
+    rhs: Any
+    response: Callable[[Any], Any]
+    lower_loss: tf.Tensor
+    gradient: Any
+
+
+def _is_plain(inner: InnerSolver) -> bool:
+    """Whether the inner steps are plain gradient steps."""
+    optimizer = inner.rule.optimizer
+    return (
+        isinstance(optimizer, keras.optimizers.SGD)
+        and not optimizer.momentum
+        and not inner.accelerated
+    )

@@ -10,7 +10,8 @@ import tensorflow as tf
 from tfbilevel import _derivatives as derivatives
 from tfbilevel import _structure as structure
 from tfbilevel._differentiable import OptimizerState, differentiable
-from tfbilevel._problem import Batches, Problem
+from tfbilevel._problem import Batches, Prepared, Problem
+from tfbilevel._schedules import Schedule, require_tolerance
 
 # TensorFlow would start ten iterations of a loop before the first one's results are
 # used, and keep what they all computed: many times the memory for no speed.
@@ -32,6 +33,16 @@ class InnerSolver:
 
     P is `problem.project_lower`. One step costs one gradient of the lower loss.
 
+    `accelerated` is Nesterov's sequence for convex lower losses (FISTA): the gradient
+    is taken, and the update made, at a point u_t ahead of y_t,
+
+        y_{t+1} = P( u_t - update( g_y(x, u_t) ) ),    u_0 = y_0,    s_0 = 1
+        s_{t+1} = (1 + sqrt(1 + 4 s_t^2)) / 2
+        u_{t+1} = y_{t+1} + (s_t - 1) / s_{t+1} * (y_{t+1} - y_t)
+
+    at an error O(1/T^2) instead of O(1/T). Momentum with a constant factor is an
+    option of the optimizer: keras.optimizers.SGD(rate, momentum=0.9, nesterov=True).
+
     Args:
         optimizer: a Keras optimizer that `tb.differentiable` supports.
         steps: number of steps, at least 1.
@@ -45,10 +56,15 @@ class InnerSolver:
             where it is to be learned; `None`: the optimizer's own.
         optimizer_state: "reset": momentum and moments start at zero at every outer
             step. "carry": they go on from the last one.
+        accelerated: Nesterov's sequence of extrapolations.
+        tolerance: stop before `steps` once |g_y| (Euclidean, absolute) is at most
+            this; a number, or a schedule of the outer step such as
+            tb.Geometric(0.1, 0.9). Only for methods that do not unroll the steps.
 
     Raises:
-        ValueError: for an unsupported optimizer, `steps` below 1, an unknown
-            `start` or `optimizer_state`, or a `learning_rate` that is not callable.
+        ValueError: for an unsupported optimizer, `steps` below 1, an unknown `start`
+            or `optimizer_state`, a `learning_rate` that is not callable, or a
+            negative `tolerance`.
 
     Example:
         >>> inner = tb.InnerSolver(keras.optimizers.SGD(0.5), steps=20)
@@ -68,6 +84,8 @@ class InnerSolver:
     start: str | Callable[[tf.Tensor], Any] = "warm"
     learning_rate: Callable[[Any], tf.Tensor] | None = None
     optimizer_state: str = "reset"
+    accelerated: bool = False
+    tolerance: float | Schedule | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rule", differentiable(self.optimizer))
@@ -75,6 +93,8 @@ class InnerSolver:
         if not callable(self.start):
             require_choice(self.start, "start", ("warm", "cold"))
         require_choice(self.optimizer_state, "optimizer_state", ("reset", "carry"))
+        if self.tolerance is not None:
+            require_tolerance(self.tolerance)
         if self.learning_rate is not None:
             if not callable(self.learning_rate):
                 raise ValueError(
@@ -92,12 +112,12 @@ class InnerSolver:
     def init(self, problem: Problem, upper: Any, lower: Any) -> dict[str, Any]:
         """What the solver carries over outer steps."""
         state: dict[str, Any] = {}
-        if callable(self.start):
+        if callable(self.start) or isinstance(self.tolerance, Schedule):
             state["step"] = tf.constant(0, tf.int64)
-        elif self.start == "cold" and problem.lower_start is None:
+        if self.start == "cold" and problem.lower_start is None:
             state["start"] = lower
         if self.optimizer_state == "carry":
-            state["optimizer"] = self.rule.init(lower)
+            state["optimizer"] = self._fresh(lower)
         return state
 
     def begin(self, problem: Problem, upper: Any, lower: Any, state: dict) -> Iterate:
@@ -113,25 +133,98 @@ class InnerSolver:
             start = structure.to_tensors(state.get("start", lower))
         if "optimizer" in state:
             return Iterate(start, state["optimizer"])
-        return Iterate(start, self.rule.init(start))
+        return Iterate(start, self._fresh(start))
 
-    def advance(
+    def begin_pullback(
+        self, here: Prepared, lower: Any, state: dict
+    ) -> tuple[Iterate, derivatives.Pullback | None]:
+        """`begin`, and the pullback of y_0 to x where the problem has a start."""
+        if here.problem.lower_start is None:
+            return self.begin(here.problem, here.upper, lower, state), None
+
+        def start(c: Any) -> tuple[Any, Iterate]:
+            iterate = self.begin(here.problem, c, lower, state)
+            return iterate.lower, iterate
+
+        _, iterate, pullback = derivatives.vjp(start, here.upper)
+        return iterate, pullback
+
+    def point(self, iterate: Iterate) -> Any:
+        """Where the next gradient is taken: y_t, or u_t of the accelerated steps."""
+        if not self.accelerated:
+            return iterate.lower
+        _, ahead, _ = self._split(iterate)
+        return structure.add(iterate.lower, ahead)
+
+    def gradient(
         self, problem: Problem, upper: Any, batches: Batches, iterate: Iterate, t: Any
-    ) -> tuple[Iterate, tf.Tensor]:
-        """One inner step, and the lower loss it started from."""
-        value, gradient = derivatives.lower_gradient(
-            problem.lower_loss, upper, iterate.lower, batches.lower_at(t)
+    ) -> tuple[tf.Tensor, Any]:
+        """The lower loss and its gradient that step t is made of."""
+        return derivatives.lower_gradient(
+            problem.lower_loss, upper, self.point(iterate), batches.lower_at(t)
         )
-        state = iterate.optimizer
+
+    def move(
+        self, problem: Problem, upper: Any, iterate: Iterate, gradient: Any
+    ) -> Iterate:
+        """The iterate after a step along `gradient`."""
+        point = self.point(iterate)
+        own, _, sequence = self._split(iterate)
+        state = own
         if self.learning_rate is not None:
             rate = self.learning_rate(problem.own_upper(upper))
             state = state._replace(
                 learning_rate=tf.cast(rate, state.learning_rate.dtype)
             )
-        lower, state = self.rule.update(gradient, state, iterate.lower)
+        lower, state = self.rule.update(gradient, state, point)
         if self.learning_rate is not None:
-            state = state._replace(learning_rate=iterate.optimizer.learning_rate)
-        return Iterate(problem.projected_lower(lower), state), value
+            state = state._replace(learning_rate=own.learning_rate)
+        lower = problem.projected_lower(lower)
+        if not self.accelerated:
+            return Iterate(lower, state)
+        after = (1 + tf.sqrt(1 + 4 * sequence * sequence)) / 2
+        ahead = structure.scale(
+            (sequence - 1) / after, structure.subtract(lower, iterate.lower)
+        )
+        slots = [*state.slots, *tf.nest.flatten(ahead), after]
+        return Iterate(lower, state._replace(slots=slots))
+
+    def advance(
+        self,
+        problem: Problem,
+        upper: Any,
+        batches: Batches,
+        iterate: Iterate,
+        t: Any,
+        first_order: bool = False,
+    ) -> tuple[Iterate, tf.Tensor]:
+        """One inner step, and the lower loss it started from.
+
+        With `first_order` the gradient counts as a constant.
+        """
+        value, gradient = self.gradient(problem, upper, batches, iterate, t)
+        if first_order:
+            gradient = tf.nest.map_structure(tf.stop_gradient, gradient)
+        return self.move(problem, upper, iterate, gradient), value
+
+    def _fresh(self, lower: Any) -> OptimizerState:
+        state = self.rule.init(lower)
+        if not self.accelerated:
+            return state
+        ahead = tf.nest.flatten(structure.zeros_like(structure.to_tensors(lower)))
+        slots = [*state.slots, *ahead, tf.ones([], ahead[0].dtype)]
+        return state._replace(slots=slots)
+
+    def _split(self, iterate: Iterate) -> tuple[OptimizerState, Any, Any]:
+        """The optimizer's own state, u_t - y_t and s_t of the accelerated steps."""
+        state = iterate.optimizer
+        if not self.accelerated:
+            return state, None, None
+        leaves = len(tf.nest.flatten(iterate.lower))
+        *own, sequence = state.slots
+        own, ahead = own[:-leaves], own[-leaves:]
+        ahead = tf.nest.pack_sequence_as(iterate.lower, ahead)
+        return state._replace(slots=own), ahead, sequence
 
     def run(
         self,
@@ -142,16 +235,23 @@ class InnerSolver:
         first: Any,
         last: Any,
         most: int,
+        first_order: bool = False,
     ) -> tuple[Iterate, tf.Tensor]:
         """Steps first, ..., last - 1 (at most `most` of them, a Python integer)."""
         dtype = tf.nest.flatten(iterate.lower)[0].dtype
         value = tf.zeros([], dtype)
         if most == 0:
             return iterate, value
+        if most == 1 and (first, last) == (0, 1):
+            # A loop of one step would keep what comes after it waiting.
+            iterate, value = self.advance(
+                problem, upper, batches, iterate, 0, first_order
+            )
+            return iterate, tf.cast(value, dtype)
 
         def body(t: tf.Tensor, now: Iterate, value: tf.Tensor) -> tuple:
             del value
-            after, value = self.advance(problem, upper, batches, now, t)
+            after, value = self.advance(problem, upper, batches, now, t, first_order)
             return t + 1, after, tf.cast(value, dtype)
 
         _, iterate, value = tf.while_loop(
@@ -172,11 +272,42 @@ class InnerSolver:
             The lower variables, the solver's state, and the lower loss before the
             last step.
         """
-        iterate = self.begin(problem, upper, lower, state)
-        iterate, value = self.run(
-            problem, upper, batches, iterate, 0, self.steps, self.steps
-        )
+        iterate, value = self.settle(problem, upper, lower, batches, state)
         return iterate.lower, self.carried(iterate, state), value
+
+    def settle(
+        self, problem: Problem, upper: Any, lower: Any, batches: Batches, state: dict
+    ) -> tuple[Iterate, tf.Tensor]:
+        """`steps` steps, or fewer where the tolerance is met, not differentiated."""
+        iterate = self.begin(problem, upper, lower, state)
+        if self.tolerance is None:
+            return self.run(problem, upper, batches, iterate, 0, self.steps, self.steps)
+        dtype = tf.nest.flatten(iterate.lower)[0].dtype
+        if isinstance(self.tolerance, Schedule):
+            goal = tf.cast(self.tolerance(state["step"]), dtype)
+        else:
+            goal = tf.constant(self.tolerance, dtype)
+
+        def body(t: tf.Tensor, now: Iterate, value: tf.Tensor, size: Any) -> tuple:
+            del value, size
+            value, gradient = self.gradient(problem, upper, batches, now, t)
+            after = self.move(problem, upper, now, gradient)
+            return t + 1, after, tf.cast(value, dtype), structure.norm(gradient)
+
+        _, iterate, value, _ = tf.while_loop(
+            lambda t, now, value, size: size > goal,
+            body,
+            # The first gradient is not known yet: infinitely far from done.
+            (
+                tf.constant(0),
+                iterate,
+                tf.zeros([], dtype),
+                tf.constant(float("inf"), dtype),
+            ),
+            maximum_iterations=self.steps,
+            parallel_iterations=SERIAL,
+        )
+        return iterate, value
 
     def carried(self, iterate: Iterate, state: dict) -> dict:
         """The state for the next outer step after a loop that ended at `iterate`."""
@@ -195,6 +326,16 @@ def require_inner(inner: Any) -> None:
             "`inner` must be a tb.InnerSolver, such as "
             "tb.InnerSolver(keras.optimizers.SGD(0.1), steps=20). "
             f"Received: inner={inner!r}"
+        )
+
+
+def require_fixed_length(inner: InnerSolver, method: str) -> None:
+    """Raise if the inner solver may stop early, which no unroll can differentiate."""
+    if inner.tolerance is not None:
+        raise ValueError(
+            f"`inner.tolerance` must be None for tb.{method}: the steps it "
+            "differentiates must not depend on the variables. Leave it out, or use "
+            f"tb.Implicit. Received: tolerance={inner.tolerance!r}"
         )
 
 

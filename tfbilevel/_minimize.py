@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from tfbilevel import _structure as structure
 from tfbilevel._differentiable import differentiable
-from tfbilevel._finite import NonFiniteError, first_nonfinite
+from tfbilevel._finite import NonFiniteError, first_nonfinite, warn_diverged
 from tfbilevel._inner import require_count
 from tfbilevel._method import Method
 from tfbilevel._problem import Batches, Problem, require_batches
@@ -160,22 +160,24 @@ def minimize(
         ]
 
         def unfinished(
-            k: Any, x: Any, y: Any, s: Any, bad: Any, done: Any, *_: Any
+            k: Any, x: Any, y: Any, s: Any, seen: Any, done: Any, *_: Any
         ) -> Any:
-            return (bad < 0) & ~tf.reduce_all(done)
+            return (seen[0] < 0) & ~tf.reduce_all(done)
 
         def body(
             k: Any,
             x: Any,
             y: Any,
             s: Any,
-            bad: Any,
+            seen: tuple,
             done: Any,
             taken: Any,
             m: Any,
             a: Any,
         ) -> tuple:
             after, s, bad, now, record = compiled(k, x, y, s, batch_at(k))
+            diverged = after.metrics.get("diverged", tf.constant(0.0)) > 0
+            diverged = tf.where(diverged & (seen[1] < 0), k, seen[1])
             taken = taken + tf.cast(~done, tf.int32)
             frozen = done if done.shape.rank else tf.constant(False)
             frozen = frozen | (bad >= 0)
@@ -184,7 +186,7 @@ def minimize(
                 structure.where(frozen, x, after.upper),
                 structure.where(frozen, y, after.lower),
                 s,
-                bad,
+                (bad, diverged),
                 done | now,
                 taken,
                 after.metrics,
@@ -194,7 +196,7 @@ def minimize(
                 ],
             )
 
-        k, x, y, carried, bad, done, taken, metrics, arrays = tf.while_loop(
+        k, x, y, carried, seen, done, taken, metrics, arrays = tf.while_loop(
             unfinished,
             body,
             (
@@ -202,7 +204,7 @@ def minimize(
                 x,
                 y,
                 carried,
-                tf.constant(-1),
+                (tf.constant(-1), tf.constant(-1)),
                 done,
                 tf.zeros_like(done, tf.int32),
                 metrics,
@@ -211,15 +213,17 @@ def minimize(
             maximum_iterations=steps,
         )
         record = tf.nest.pack_sequence_as(like[4], [array.stack() for array in arrays])
-        return k, x, y, carried, bad, done, taken, metrics, record
+        return k, x, y, carried, *seen, done, taken, metrics, record
 
     batch_spec = None if callable(batches) else _first(batches)
     run = tf.function(loop, autograph=False, jit_compile=jit_compile)
-    k, upper, lower, state, bad, stopped, taken, metrics, record = run(
+    k, upper, lower, state, bad, diverged, stopped, taken, metrics, record = run(
         upper, lower, state
     )
     if int(bad) >= 0:
         raise NonFiniteError(int(bad), int(k) - 1)
+    if int(diverged) >= 0:
+        warn_diverged(method, int(diverged))
     made = int(k)
     record = tf.nest.map_structure(lambda leaf: leaf[:made], record)
     return Result(

@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from tfbilevel import _structure as structure
 from tfbilevel._derivatives import UnconnectedGradientError
-from tfbilevel._finite import first_nonfinite
+from tfbilevel._finite import first_nonfinite, warn_diverged
 from tfbilevel._functional import require_built
 from tfbilevel._inner import require_choice
 from tfbilevel._method import Method
@@ -20,6 +20,7 @@ from tfbilevel._training_state import (
     XLA,
     Carried,
     Progress,
+    Start,
     Trackers,
 )
 
@@ -50,7 +51,10 @@ class BilevelModel(keras.Model):
         project_upper: list of tensors -> list of tensors, in the order of
             `upper.trainable_variables`.
         project_lower: likewise for the lower model.
-        lower_start: upper model -> list of tensors, where inner solves start.
+        lower_start: where inner solves start. A function, upper model -> list of
+            tensors; or "learned": the start is a second group of upper variables, at
+            first the lower model's own weights (IAPTT-GM, ANIL's head). The upper
+            variables are then the upper model's, followed by the start's.
         prepare: (upper model, batches) -> batches, once per outer step.
         **keywords: of `keras.Model`.
 
@@ -85,7 +89,7 @@ class BilevelModel(keras.Model):
         *,
         project_upper: Callable | None = None,
         project_lower: Callable | None = None,
-        lower_start: Callable | None = None,
+        lower_start: Callable | str | None = None,
         prepare: Callable | None = None,
         **keywords: Any,
     ):
@@ -95,10 +99,14 @@ class BilevelModel(keras.Model):
         self.upper = upper
         self.lower = lower
         self._lower_loss, self._prepare = lower_loss, prepare
+        self.start: Start | None = None
+        if isinstance(lower_start, str):
+            require_choice(lower_start, "lower_start", ("learned",))
+            self.start = Start(lower)
         self.problem = Problem(
             upper_loss=self._at_variables(upper_loss),
             lower_loss=self._at_variables(lower_loss),
-            lower_start=lower_start and self._at_upper_variables(lower_start),
+            lower_start=self._start_function(lower_start),
             project_upper=project_upper,
             project_lower=project_lower,
             prepare=prepare and self._at_upper_variables(prepare),
@@ -112,8 +120,9 @@ class BilevelModel(keras.Model):
 
     def _at_variables(self, loss: Callable) -> Callable:
         def at(x: list, y: list, batch: Any) -> tf.Tensor:
+            own, _ = self._split(x)
             values = [
-                *zip(self.upper.trainable_variables, x, strict=True),
+                *zip(self.upper.trainable_variables, own, strict=True),
                 *zip(self.lower.trainable_variables, y, strict=True),
             ]
             with keras.StatelessScope(values):
@@ -123,12 +132,23 @@ class BilevelModel(keras.Model):
 
     def _at_upper_variables(self, function: Callable) -> Callable:
         def at(x: list, *arguments: Any) -> Any:
-            values = zip(self.upper.trainable_variables, x, strict=True)
+            own, _ = self._split(x)
+            values = zip(self.upper.trainable_variables, own, strict=True)
             with keras.StatelessScope(list(values)):
                 made = function(self.upper, *arguments)
                 return made if arguments else structure.to_tensors(list(made))
 
         return at
+
+    def _start_function(self, lower_start: Any) -> Callable | None:
+        if self.start is not None:
+            return lambda x: self._split(x)[1]
+        return lower_start and self._at_upper_variables(lower_start)
+
+    def _split(self, x: list) -> tuple[list, list]:
+        """The upper model's own variables, and the learned start's."""
+        own = len(self.upper.trainable_variables)
+        return list(x[:own]), list(x[own:])
 
     def compile(
         self,
@@ -139,6 +159,7 @@ class BilevelModel(keras.Model):
         steps_per_execution: int = 1,
         on_nonfinite: str = "raise",
         run_eagerly: bool = False,
+        start_optimizer: keras.optimizers.Optimizer | None = None,
     ) -> None:
         """Choose how to train.
 
@@ -155,6 +176,8 @@ class BilevelModel(keras.Model):
                 infinity, all variables as before that step. "skip": pass over such
                 steps; the log entry `skipped` is their share of the epoch.
             run_eagerly: run without compilation, for debugging.
+            start_optimizer: a Keras optimizer for a learned start; `None`: the upper
+                optimizer moves it too.
         """
         if not isinstance(method, Method):
             raise ValueError(
@@ -166,6 +189,21 @@ class BilevelModel(keras.Model):
                 "`upper_optimizer` must be a Keras optimizer such as "
                 "keras.optimizers.Adam(0.01). "
                 f"Received: upper_optimizer={upper_optimizer!r}"
+            )
+        if start_optimizer is not None and self.start is None:
+            raise ValueError(
+                "`start_optimizer` needs a learned start. Build the model with "
+                "tb.BilevelModel(..., lower_start='learned'), or leave it out. "
+                f"Received: start_optimizer={start_optimizer!r}"
+            )
+        if start_optimizer is not None and (
+            start_optimizer is upper_optimizer
+            or not isinstance(start_optimizer, keras.optimizers.Optimizer)
+        ):
+            raise ValueError(
+                "`start_optimizer` must be a Keras optimizer of its own, such as "
+                "keras.optimizers.SGD(0.03); leave it out to let the upper optimizer "
+                f"move the start too. Received: start_optimizer={start_optimizer!r}"
             )
         if jit_compile != "auto" and not isinstance(jit_compile, bool):
             raise ValueError(
@@ -187,7 +225,15 @@ class BilevelModel(keras.Model):
         self._carried = None
         self._trackers = Trackers()
         self._progress.compilation.assign(UNDECIDED)
-        upper_optimizer.build(self.upper.trainable_variables)
+        self.start_optimizer = start_optimizer
+        self._warned = False
+        upper, _ = self._variables()
+        if start_optimizer is None:
+            upper_optimizer.build(upper)
+        else:
+            own, start = self._split(upper)
+            upper_optimizer.build(own)
+            start_optimizer.build(start)
 
     def compile_from_config(self, config: dict) -> None:
         """Not restored with the model: call `compile` again after loading."""
@@ -252,6 +298,9 @@ class BilevelModel(keras.Model):
             logs = compiled(iterator)
             if self.on_nonfinite == "raise":
                 self._progress.raise_if_nonfinite()
+            if not self._warned and float(logs.get("diverged", 0.0)) > 0:
+                self._warned = True
+                warn_diverged(self.method)
             return logs
 
         self.train_function = checked
@@ -262,8 +311,8 @@ class BilevelModel(keras.Model):
         try:
             step = self.method.step(self.problem, x, y, data, state)
         except UnconnectedGradientError as error:
-            owner = self.upper if error.level == "upper" else self.lower
-            path = owner.trainable_variables[error.index].path
+            level = self._variables()[0 if error.level == "upper" else 1]
+            path = level[error.index].path
             raise UnconnectedGradientError(
                 error.level, error.index, repr(path), error.source
             ) from None
@@ -330,7 +379,9 @@ class BilevelModel(keras.Model):
         super().save_weights(filepath, *arguments, **keywords)
 
     def _variables(self) -> tuple[list, list]:
-        return self.upper.trainable_variables, self.lower.trainable_variables
+        start = [] if self.start is None else self.start.trainable_variables
+        upper = [*self.upper.trainable_variables, *start]
+        return upper, self.lower.trainable_variables
 
     def _read(self) -> tuple[list, list, Any]:
         upper, lower = self._variables()
@@ -342,7 +393,13 @@ class BilevelModel(keras.Model):
 
     def _commit(self, step: Any, data: Batches) -> None:
         upper, lower = self._variables()
-        self.optimizer.apply(step.upper_gradient, upper)
+        if self.start_optimizer is None:
+            self.optimizer.apply(step.upper_gradient, upper)
+        else:
+            gradients = self._split(step.upper_gradient)
+            variables = self._split(upper)
+            self.optimizer.apply(gradients[0], variables[0])
+            self.start_optimizer.apply(gradients[1], variables[1])
         if self.problem.project_upper is not None:
             moved = [tf.convert_to_tensor(v.value) for v in upper]
             projected = self.problem.projected_upper(moved)

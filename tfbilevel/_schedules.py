@@ -130,6 +130,17 @@ def as_weight(value: Any, name: str) -> Schedule:
     return schedule
 
 
+def require_tolerance(tolerance: Any) -> None:
+    """Raise unless it is a finite number, not negative, or such a schedule."""
+    if isinstance(tolerance, Schedule):
+        as_weight(tolerance, "tolerance")
+    elif not math.isfinite(tolerance) or tolerance < 0:
+        raise ValueError(
+            "`tolerance` must be finite and not negative, or a schedule such as "
+            f"tb.Geometric(0.1, 0.9). Received: tolerance={tolerance}"
+        )
+
+
 def _require_finite(**values: float) -> None:
     for name, value in values.items():
         if not math.isfinite(value):

@@ -68,6 +68,32 @@ def norm(a: Any) -> tf.Tensor:
     return tf.sqrt(dot(a, a))
 
 
+def ratio(a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:
+    """a / b, and 0 for 0 / 0."""
+    return tf.math.divide_no_nan(a, b)
+
+
+def to_vector(a: Any) -> tf.Tensor:
+    """All entries in one vector, of the first leaf's dtype."""
+    leaves = [tf.convert_to_tensor(leaf) for leaf in tf.nest.flatten(a)]
+    parts = [tf.reshape(tf.cast(leaf, leaves[0].dtype), [-1]) for leaf in leaves]
+    return tf.concat(parts, axis=0)
+
+
+def from_vector(vector: tf.Tensor, like: Any) -> Any:
+    """The nest `like` filled with the entries of a vector."""
+    leaves = tf.nest.flatten(like)
+    leaves = [tf.convert_to_tensor(leaf) for leaf in leaves]
+    parts = tf.split(vector, [leaf.shape.num_elements() for leaf in leaves])
+    return tf.nest.pack_sequence_as(
+        like,
+        [
+            tf.cast(tf.reshape(part, leaf.shape), leaf.dtype)
+            for part, leaf in zip(parts, leaves, strict=True)
+        ],
+    )
+
+
 def zeros_like(a: Any) -> Any:
     """Zeros of the same structure, shapes and dtypes."""
     return tf.nest.map_structure(tf.zeros_like, a)

@@ -41,6 +41,22 @@ class Progress(keras.layers.Layer):
             raise NonFiniteError(code, int(self.step.numpy()))
 
 
+class Start(keras.layers.Layer):
+    """Where inner solves start, as variables of the upper level."""
+
+    def __init__(self, lower: keras.layers.Layer):
+        super().__init__(name="start")
+        for index, variable in enumerate(lower.trainable_variables):
+            copy = self.add_weight(
+                name=f"{index}_{variable.name}",
+                shape=variable.shape,
+                dtype=variable.dtype,
+                initializer="zeros",
+            )
+            copy.assign(variable)
+        self.built = True
+
+
 class Carried(keras.layers.Layer):
     """A method's state in variables, so that it is saved with the weights."""
 

@@ -9,21 +9,27 @@ import tensorflow as tf
 
 from tfbilevel import _derivatives as derivatives
 from tfbilevel import _structure as structure
+from tfbilevel._aggregation import Aggregation
 from tfbilevel._inner import (
     SERIAL,
     InnerSolver,
     Iterate,
     require_choice,
     require_count,
+    require_fixed_length,
     require_inner,
 )
 from tfbilevel._method import Method, Step
 from tfbilevel._problem import Batches, Prepared, Problem
 
+# In the reverse sweep each step's map is derived anew from a stored iterate, which
+# the next step's can begin before this one's adjoint is there.
+OVERLAPPED = 2
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Unroll(Method):
-    r"""Hypergradient by reverse mode through the inner steps (RHG, ITD, T-RHG).
+    r"""Hypergradient by reverse mode through the inner steps (RHG, T-RHG, PTT, BDA).
 
         y_{t+1} = Phi(x, y_t),  t < T;        dF/dx = d/dx f(x, y_T(x))
 
@@ -31,6 +37,22 @@ class Unroll(Method):
     Phi_x' a_{t+1} to f_x at each of the last `last` steps. It is the exact gradient
     of f(x, y_T(x)) for every T; with `last = K` it takes y_{T-K} for constant, an
     error that decays like (1 - rate * curvature)^K.
+
+    Where the lower problem has many solutions, or is not convex, the end point
+    matters. `end="pessimistic"` (PTT) evaluates f after every step and differentiates
+    through the first k* only,
+
+        k* = argmax_{1 <= k <= T} f(x, y_k),      dF/dx = d/dx f(x, y_{k*}(x))
+
+    the first one on ties; the lower variables after the step are still y_T. With
+    `problem.lower_start` reading the start from the upper variables this is IAPTT-GM
+    (IA-GM with `end="final"`), MAML, ANIL and ITD-BiO. `aggregate` (BDA) mixes f into
+    the direction of the inner steps, see `tb.Aggregation`; the metric `lower_loss` is
+    then the mixture's.
+
+    `first_order` (FOMAML, FO-ITD-BiO) takes the inner gradients for constants: only
+    f_x and what passes through the start and the learning rate remain. No second
+    derivatives, and no adjoint of x through the steps: not the gradient of anything.
 
     Cost: T inner steps and, for each differentiated one, a vector-Jacobian product
     of about two more gradients. Memory besides one step's: "replay" the K iterates,
@@ -42,11 +64,19 @@ class Unroll(Method):
     Args:
         inner: the inner solver whose steps are differentiated.
         last: K, how many last steps to differentiate; `None`: all.
+        end: "final": f at y_T. "pessimistic": f at the iterate of largest f; costs
+            one evaluation of f a step, and the reverse sweep has k* steps.
+        aggregate: a `tb.Aggregation`, or `None`.
         memory: "replay", "checkpoint" or "tape". All give the same gradient.
+        first_order: take the inner gradients for constants.
+        skipped: what the steps before the last K pass on to a learned start: "stop":
+            nothing. "identity": the adjoint at y_{T-K} as it is, as the published
+            T-RHG with a learned start does.
 
     Raises:
-        ValueError: if `last` is not between 1 and `inner.steps`, or `memory` is
-            unknown.
+        ValueError: if `last` is not between 1 and `inner.steps`, for an unknown
+            choice, for `end="pessimistic"` with `last`, or for an inner solver with a
+            tolerance.
 
     Example:
         >>> problem = tb.Problem(
@@ -65,15 +95,32 @@ class Unroll(Method):
         gradient-based hyperparameter optimization. arXiv:1703.01785.
         Shaban, Cheng, Hatch, Boots (2019), Truncated back-propagation for bilevel
         optimization. arXiv:1810.10667.
+        Liu, Mu, Yuan, Zeng, Zhang (2020), A generic first-order algorithmic
+        framework for bi-level programming beyond lower-level singleton.
+        arXiv:2006.04045.
+        Liu, Liu, Zeng, Zhang (2021), Towards gradient-based bilevel optimization
+        with non-convex followers and beyond. arXiv:2110.00455.
     """
 
     inner: InnerSolver
     last: int | None = None
+    end: str = "final"
+    aggregate: Aggregation | None = None
     memory: str = "replay"
+    first_order: bool = False
+    skipped: str = "stop"
 
     def __post_init__(self) -> None:
         require_inner(self.inner)
+        require_fixed_length(self.inner, "Unroll")
+        require_choice(self.end, "end", ("final", "pessimistic"))
         require_choice(self.memory, "memory", ("replay", "checkpoint", "tape"))
+        require_choice(self.skipped, "skipped", ("stop", "identity"))
+        if self.aggregate is not None and not isinstance(self.aggregate, Aggregation):
+            raise ValueError(
+                "`aggregate` must be a tb.Aggregation, such as tb.Aggregation(0.5, "
+                f"decay=0.9). Received: aggregate={self.aggregate!r}"
+            )
         if self.last is not None:
             require_count(self.last, "last")
             if self.last > self.inner.steps:
@@ -82,10 +129,16 @@ class Unroll(Method):
                     "are made can be differentiated. Lower `last` or raise `steps`. "
                     f"Received: last={self.last}, steps={self.inner.steps}"
                 )
+            if self.end == "pessimistic":
+                raise ValueError(
+                    "`last` and end='pessimistic' exclude each other: one drops the "
+                    "first steps, the other those after the worst iterate. Leave one "
+                    f"out. Received: last={self.last}, end='pessimistic'"
+                )
 
     @property
     def differentiated(self) -> int:
-        """K, how many inner steps are differentiated."""
+        """K, how many inner steps are differentiated at most."""
         return self.inner.steps if self.last is None else self.last
 
     @property
@@ -99,58 +152,93 @@ class Unroll(Method):
     def step(
         self, problem: Problem, upper: Any, lower: Any, batches: Batches, state: Any
     ) -> Step:
-        here = problem.prepared(upper, batches)
+        here = self._prepared(problem, upper, batches)
         loop = {"replay": _replay, "checkpoint": _checkpoint, "tape": _tape}[
             self.memory
         ]
-        iterate, pull_start = self._begin(here, lower, state)
-        iterate, _ = self.inner.run(
-            here.problem, here.upper, here.batches, iterate, 0, self.first, self.first
-        )
-        end, lower_loss, pullback = loop(self, here, iterate)
-        upper_loss, partial, adjoint = here.upper_partials(end.lower)
-        response, adjoint = pullback(adjoint)
-        if self.first == 0 and pull_start is not None:
+        iterate, pull_start = self.inner.begin_pullback(here, lower, state)
+        iterate = self._skip(here, iterate)
+        run = loop(self, here, iterate)
+        metrics = {}
+        end = run.made.end
+        point = end.lower
+        if self.end == "pessimistic":
+            point = run.made.worst.lower
+            metrics["truncation"] = run.made.worst.steps
+        upper_loss, partial, adjoint = here.upper_partials(point)
+        response, adjoint = run.pullback(adjoint)
+        if pull_start is not None and (self.first == 0 or self.skipped == "identity"):
             response = derivatives.add_partials(response, pull_start(adjoint)[0])
         return Step(
-            upper_gradient=here.gradient(partial, response),
+            upper_gradient=self._total(here, partial, response),
             lower=end.lower,
             state=self.inner.carried(end, state),
-            metrics={"upper_loss": upper_loss, "lower_loss": lower_loss},
+            metrics={
+                "upper_loss": upper_loss,
+                "lower_loss": run.made.lower_loss,
+                **metrics,
+            },
         )
 
     def objective(
         self, problem: Problem, upper: Any, lower: Any, batches: Batches, state: Any
     ) -> Callable[[Any], tf.Tensor]:
-        if self.first == 0:
-            return super().objective(problem, upper, lower, batches, state)
-        at = problem.prepared(upper, batches)
-        iterate = self.inner.begin(at.problem, at.upper, lower, state)
-        fixed, _ = self.inner.run(
-            at.problem, at.upper, at.batches, iterate, 0, self.first, self.first
-        )
+        at = self._prepared(problem, upper, batches)
+        begun = self.inner.begin(at.problem, at.upper, lower, state)
+        fixed = self._skip(at, begun)
+        stop = self._stop(_search(self, at, fixed))
 
         def value(x: Any) -> tf.Tensor:
-            here = problem.prepared(x, batches)
-            end, _ = self._rest(here, here.upper, fixed)
+            here = self._prepared(problem, x, batches)
+            iterate = self.inner.begin(here.problem, here.upper, lower, state)
+            if self.first > 0:
+                moved = structure.zeros_like(fixed.lower)
+                if self.skipped == "identity":
+                    moved = structure.subtract(iterate.lower, begun.lower)
+                start = structure.add(fixed.lower, moved)
+                iterate = fixed._replace(lower=start)
+            if self.first_order:
+                end = self._with_constant_gradients(at, fixed, here, iterate, stop)
+            else:
+                end, _ = self._rest(here, here.upper, iterate, stop)
             return here.problem.upper_loss(here.upper, end.lower, here.batches.upper)
 
         return value
 
-    def _begin(
-        self, here: Prepared, lower: Any, state: Any
-    ) -> tuple[Iterate, derivatives.Pullback | None]:
-        if here.problem.lower_start is None:
-            return self.inner.begin(here.problem, here.upper, lower, state), None
+    def _prepared(self, problem: Problem, upper: Any, batches: Batches) -> Prepared:
+        here = problem.prepared(upper, batches)
+        return here if self.aggregate is None else self.aggregate.applied(here)
 
-        def start(c: Any) -> tuple[Any, Iterate]:
-            iterate = self.inner.begin(here.problem, c, lower, state)
-            return iterate.lower, iterate
+    def _skip(self, here: Prepared, iterate: Iterate) -> Iterate:
+        """The steps that are not differentiated."""
+        iterate, _ = self.inner.run(
+            here.problem, here.upper, here.batches, iterate, 0, self.first, self.first
+        )
+        return iterate
 
-        _, iterate, pullback = derivatives.vjp(start, here.upper)
-        return iterate, pullback
+    def _total(self, here: Prepared, partial: Any, response: Any) -> Any:
+        if not self.first_order:
+            return here.gradient(partial, response)
+        # Nothing through y is what the method says, where f depends on x itself.
+        nothing = derivatives.scale_partial(0.0, partial)
+        response = derivatives.add_partials(response, nothing)
+        try:
+            return here.gradient(partial, response)
+        except derivatives.UnconnectedGradientError as error:
+            raise derivatives.UnconnectedGradientError(
+                error.level,
+                error.index,
+                error.name,
+                "A first-order unroll (upper loss, start and rate)",
+            ) from None
 
-    def _rest(self, here: Prepared, c: Any, iterate: Iterate) -> tuple[Iterate, Any]:
+    def _stop(self, made: "_Run") -> Any:
+        """How many steps lead to the end point."""
+        return made.worst.steps if self.end == "pessimistic" else self.inner.steps
+
+    def _rest(
+        self, here: Prepared, c: Any, iterate: Iterate, stop: Any
+    ) -> tuple[Iterate, Any]:
         """The differentiated steps, from the iterate before them."""
         return self.inner.run(
             here.problem,
@@ -158,97 +246,212 @@ class Unroll(Method):
             here.batches,
             iterate,
             self.first,
-            self.inner.steps,
+            stop,
             self.differentiated,
+            self.first_order,
         )
+
+    def _with_constant_gradients(
+        self, at: Prepared, fixed: Iterate, here: Prepared, start: Iterate, stop: Any
+    ) -> Iterate:
+        """The differentiated steps along the gradients met at another x."""
+
+        def body(t: tf.Tensor, other: Iterate, now: Iterate) -> tuple:
+            _, gradient = self.inner.gradient(
+                at.problem, at.upper, at.batches, other, t
+            )
+            other = self.inner.move(at.problem, at.upper, other, gradient)
+            return (
+                t + 1,
+                other,
+                self.inner.move(here.problem, here.upper, now, gradient),
+            )
+
+        _, _, end = tf.while_loop(
+            lambda t, *_: t < stop,
+            body,
+            (tf.constant(self.first), fixed, start),
+            maximum_iterations=self.differentiated,
+        )
+        return end
+
+
+class _Worst(NamedTuple):
+    """The iterate of largest upper loss so far, the first one on ties."""
+
+    upper_loss: tf.Tensor
+    steps: tf.Tensor
+    lower: Any
+
+    def against(self, here: Prepared, steps: tf.Tensor, lower: Any) -> "_Worst":
+        loss = here.problem.upper_loss(here.upper, lower, here.batches.upper)
+        # NaN wins and stays, so that it is seen.
+        worse = ~(loss <= self.upper_loss) & ~tf.math.is_nan(self.upper_loss)
+        return _Worst(
+            tf.where(worse, loss, self.upper_loss),
+            tf.where(worse, steps, self.steps),
+            structure.where(worse, lower, self.lower),
+        )
+
+
+class _Run(NamedTuple):
+    """Where some inner steps led.
+
+    Attributes:
+        end: the last iterate.
+        lower_loss: the lower loss before the last step.
+        worst: the worst iterate; `()` unless the end is pessimistic.
+    """
+
+    end: Iterate
+    lower_loss: tf.Tensor
+    worst: Any
 
 
 class _Loop(NamedTuple):
     """The differentiated part of an inner loop.
 
     Attributes:
-        end: the last iterate.
-        lower_loss: the lower loss before the last step.
-        pullback: adjoint of the last y -> (adjoint of c, `None` where not
+        made: where the steps led.
+        pullback: adjoint of the end point's y -> (adjoint of c, `None` where not
             connected; adjoint of the first y).
     """
 
-    end: Iterate
-    lower_loss: tf.Tensor
+    made: _Run
     pullback: Callable[[Any], tuple[Any, Any]]
 
 
 def _tape(method: Unroll, here: Prepared, iterate: Iterate) -> _Loop:
-    def rest(c: Any, y: Any) -> tuple[Any, tuple[Iterate, tf.Tensor]]:
-        end, value = method._rest(here, c, iterate._replace(lower=y))
-        return end.lower, (end, value)
+    stop: Any = method.inner.steps
+    searched = None
+    if method.end == "pessimistic":
+        # Once to find the worst iterate, once more to record the way there.
+        searched = _search(method, here, iterate)
+        stop = searched.worst.steps
 
-    _, (end, value), both = derivatives.vjp(rest, here.upper, iterate.lower)
+    def rest(c: Any, y: Any) -> tuple[Any, _Run]:
+        end, value = method._rest(here, c, iterate._replace(lower=y), stop)
+        return end.lower, _Run(end, value, ())
+
+    _, made, both = derivatives.vjp(rest, here.upper, iterate.lower)
 
     def pullback(adjoint: Any) -> tuple[Any, Any]:
         response, start = both(adjoint)
         return response, derivatives.fill_zeros(start, iterate.lower)
 
-    return _Loop(end, value, pullback)
+    return _Loop(made if searched is None else searched, pullback)
 
 
 def _replay(method: Unroll, here: Prepared, iterate: Iterate) -> _Loop:
     first, last = method.first, method.inner.steps
-    trajectory, end, value = _record(method, here, iterate, first, last, last - first)
+    begun, kept = _begun(method, here, iterate), _arrays(iterate, last - first)
+    made, kept = _make(method, here, begun, kept, first, last, last - first)
+    stop = method._stop(made)
 
     def pullback(adjoint: Any) -> tuple[Any, Any]:
         sweep = _Sweep(method, here, iterate)
-        carried = sweep.run(trajectory, first, last, sweep.begin(adjoint))
+        carried = sweep.run(kept, first, stop, sweep.begin(adjoint))
         return sweep.response(carried), carried.lower
 
-    return _Loop(end, value, pullback)
+    return _Loop(made, pullback)
 
 
 def _checkpoint(method: Unroll, here: Prepared, iterate: Iterate) -> _Loop:
     first, last = method.first, method.inner.steps
     length = math.isqrt(last - first - 1) + 1
     segments = -(-(last - first) // length)
-    dtype = tf.nest.flatten(iterate.lower)[0].dtype
 
-    def ends(segment: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    def ends(segment: tf.Tensor, stop: Any) -> tuple[tf.Tensor, tf.Tensor]:
         begin = first + segment * length
-        return begin, tf.minimum(begin + length, last)
+        return begin, tf.minimum(begin + length, stop)
 
-    def forward(segment: tf.Tensor, now: Iterate, value: Any, kept: list) -> tuple:
-        del value
-        kept = _write(kept, segment, now)
-        after, value = method.inner.run(
-            here.problem, here.upper, here.batches, now, *ends(segment), length
-        )
-        return segment + 1, after, value, kept
+    def forward(segment: tf.Tensor, made: _Run, kept: list) -> tuple:
+        kept = _write(kept, segment, made.end)
+        made, _ = _make(method, here, made, [], *ends(segment, last), length)
+        return segment + 1, made, kept
 
-    _, end, value, kept = tf.while_loop(
+    begun = _begun(method, here, iterate)
+    _, made, kept = tf.while_loop(
         lambda *_: True,
         forward,
-        (tf.constant(0), iterate, tf.zeros([], dtype), _arrays(iterate, segments)),
+        (tf.constant(0), begun, _arrays(iterate, segments)),
         maximum_iterations=segments,
         parallel_iterations=SERIAL,
     )
+    stop = method._stop(made)
 
     def pullback(adjoint: Any) -> tuple[Any, Any]:
         sweep = _Sweep(method, here, iterate)
 
         def backward(segment: tf.Tensor, carried: _Adjoint) -> tuple:
-            begin, stop = ends(segment)
-            now = _read(kept, segment, iterate, begin - first)
-            trajectory, _, _ = _record(method, here, now, begin, stop, length)
-            return segment - 1, sweep.run(trajectory, begin, stop, carried)
+            begin, end = ends(segment, stop)
+            now = _Run(
+                _read(kept, segment, iterate, begin - first), begun.lower_loss, ()
+            )
+            _, trajectory = _make(
+                method, here, now, _arrays(iterate, length), begin, end, length
+            )
+            return segment - 1, sweep.run(trajectory, begin, end, carried)
 
         _, carried = tf.while_loop(
-            lambda *_: True,
+            lambda segment, _: segment >= 0,
             backward,
-            (tf.constant(segments - 1), sweep.begin(adjoint)),
+            (tf.convert_to_tensor((stop - first - 1) // length), sweep.begin(adjoint)),
             maximum_iterations=segments,
             parallel_iterations=SERIAL,
         )
         return sweep.response(carried), carried.lower
 
-    return _Loop(end, value, pullback)
+    return _Loop(made, pullback)
+
+
+def _search(method: Unroll, here: Prepared, iterate: Iterate) -> _Run:
+    """All differentiated steps; nothing is stored but the worst iterate."""
+    first, last = method.first, method.inner.steps
+    begun = _begun(method, here, iterate)
+    return _make(method, here, begun, [], first, last, last - first)[0]
+
+
+def _begun(method: Unroll, here: Prepared, iterate: Iterate) -> _Run:
+    value = tf.zeros([], tf.nest.flatten(iterate.lower)[0].dtype)
+    if method.end == "final":
+        return _Run(iterate, value, ())
+    loss = here.problem.upper_loss(here.upper, iterate.lower, here.batches.upper)
+    lowest = tf.constant(-float("inf"), loss.dtype)
+    return _Run(iterate, value, _Worst(lowest, tf.constant(0), iterate.lower))
+
+
+def _make(
+    method: Unroll,
+    here: Prepared,
+    begun: _Run,
+    kept: list,
+    first: Any,
+    last: Any,
+    most: int,
+) -> tuple[_Run, list]:
+    """Steps first, ..., last - 1; the iterate before each is stored in `kept`, if any
+    arrays are given."""
+
+    def body(t: tf.Tensor, now: _Run, kept: list) -> tuple:
+        if kept:
+            kept = _write(kept, t - first, now.end)
+        after, value = method.inner.advance(
+            here.problem, here.upper, here.batches, now.end, t
+        )
+        worst = now.worst
+        if isinstance(worst, _Worst):
+            worst = worst.against(here, t + 1, after.lower)
+        return t + 1, _Run(after, tf.cast(value, now.lower_loss.dtype), worst), kept
+
+    _, made, kept = tf.while_loop(
+        lambda t, *_: t < last,
+        body,
+        (tf.convert_to_tensor(first), begun, kept),
+        maximum_iterations=most,
+        parallel_iterations=SERIAL,
+    )
+    return made, kept
 
 
 class _Adjoint(NamedTuple):
@@ -284,7 +487,12 @@ class _Sweep:
             def inner_map(c: Any, y: Any, slots: list) -> tuple[Any, None]:
                 optimizer = now.optimizer._replace(slots=slots)
                 end, _ = self.method.inner.advance(
-                    self.here.problem, c, self.here.batches, Iterate(y, optimizer), t
+                    self.here.problem,
+                    c,
+                    self.here.batches,
+                    Iterate(y, optimizer),
+                    t,
+                    self.method.first_order,
                 )
                 return (end.lower, end.optimizer.slots), None
 
@@ -308,7 +516,7 @@ class _Sweep:
             body,
             (tf.convert_to_tensor(last) - 1, start),
             maximum_iterations=self.method.differentiated,
-            parallel_iterations=SERIAL,
+            parallel_iterations=OVERLAPPED,
         )
         return carried
 
@@ -320,35 +528,6 @@ class _Sweep:
                 for index, entry in enumerate(tf.nest.flatten(carried.upper))
             ],
         )
-
-
-def _record(
-    method: Unroll, here: Prepared, iterate: Iterate, first: Any, last: Any, most: int
-) -> tuple[list, Iterate, tf.Tensor]:
-    """Steps first, ..., last - 1, and the iterate before each of them."""
-    dtype = tf.nest.flatten(iterate.lower)[0].dtype
-
-    def body(t: tf.Tensor, now: Iterate, value: Any, kept: list) -> tuple:
-        del value
-        kept = _write(kept, t - first, now)
-        after, value = method.inner.advance(
-            here.problem, here.upper, here.batches, now, t
-        )
-        return t + 1, after, tf.cast(value, dtype), kept
-
-    _, end, value, kept = tf.while_loop(
-        lambda t, *_: t < last,
-        body,
-        (
-            tf.convert_to_tensor(first),
-            iterate,
-            tf.zeros([], dtype),
-            _arrays(iterate, most),
-        ),
-        maximum_iterations=most,
-        parallel_iterations=SERIAL,
-    )
-    return kept, end, value
 
 
 def _stored(iterate: Iterate) -> list[tf.Tensor]:

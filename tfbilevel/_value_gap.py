@@ -119,7 +119,7 @@ class ValueGap(Method):
         )
         if self.inner is not None:
             response = derivatives.add_partials(
-                response, _scaled_partial(-weight, constraint)
+                response, derivatives.scale_partial(-weight, constraint)
             )
         gradient = derivatives.require_connected(
             gradient, lower, "lower", "the penalised loss"
@@ -181,9 +181,3 @@ def penalty_weight(
 
 def _lower_loss(here: Prepared, c: Any, y: Any, draw: int) -> tf.Tensor:
     return here.problem.lower_loss(c, y, here.batches.lower_at(draw))
-
-
-def _scaled_partial(coefficient: Any, gradient: Any) -> Any:
-    return tf.nest.map_structure(
-        lambda g: None if g is None else tf.cast(coefficient, g.dtype) * g, gradient
-    )

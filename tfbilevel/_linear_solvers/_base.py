@@ -10,8 +10,27 @@ import tensorflow as tf
 
 from tfbilevel import _structure as structure
 from tfbilevel._inner import require_count
+from tfbilevel._schedules import Schedule, require_tolerance
 
 Product = Callable[[Any], Any]
+
+
+class LinearSystem(NamedTuple):
+    """A, as far as the solvers need it.
+
+    Attributes:
+        product: v -> A v.
+        transposed: v -> A'v; `None`: A is symmetric.
+        rate: the inner solver's learning rate, for solvers that step with it.
+        point: (upper, lower) variables at which A was taken, for preconditioners.
+        outer_step: number of the outer step, for tolerances that follow a schedule.
+    """
+
+    product: Product
+    transposed: Product | None = None
+    rate: Any = None
+    point: tuple[Any, Any] = (None, None)
+    outer_step: Any = 0
 
 
 class LinearSolution(NamedTuple):
@@ -21,72 +40,117 @@ class LinearSolution(NamedTuple):
         value: v, like the right-hand side.
         residual: relative residual ||b - A v|| / ||b||, scalar; 0 for b = 0. The
             iterations that update v last report it from before that last update.
-        iterations: how many steps the loop made, one product with A each (a warm
-            start costs one more), int32 scalar.
+        iterations: how many steps the loop made, int32 scalar.
+        state: what the solver carries to the next outer step.
     """
 
     value: Any
     residual: tf.Tensor
     iterations: tf.Tensor
+    state: Any = ()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LinearSolver(abc.ABC):
-    """Solves A v = b, A symmetric, given products with A.
+    """Solves A v = b, given products with A.
 
     Args:
-        max_steps: most products with A, at least 1.
-        tolerance: stop when ||b - A v|| <= tolerance * ||b||; not negative.
         damping: solve (A + damping I) v = b instead; not negative.
 
     Raises:
         ValueError: if an argument is out of its range.
     """
 
-    max_steps: int
-    tolerance: float = dataclasses.field(default=1e-6, kw_only=True)
     damping: float = dataclasses.field(default=0.0, kw_only=True)
 
     def __post_init__(self) -> None:
-        require_count(self.max_steps, "max_steps")
-        for name in ("tolerance", "damping"):
-            value = getattr(self, name)
-            if not math.isfinite(value) or value < 0:
-                raise ValueError(
-                    f"`{name}` must be finite and not negative. "
-                    f"Received: {name}={value}"
-                )
+        if not math.isfinite(self.damping) or self.damping < 0:
+            raise ValueError(
+                "`damping` must be finite and not negative. "
+                f"Received: damping={self.damping}"
+            )
 
     @property
-    def warm(self) -> bool:
-        """Whether the solution of one outer step starts the next one's solve."""
+    def transposes(self) -> bool:
+        """Whether it takes products with the transpose of A."""
         return False
 
+    def init(self, like: Any) -> Any:
+        """What is carried before the first outer step, for right-hand sides `like`."""
+        del like
+        return ()
+
     @abc.abstractmethod
-    def solve(
-        self, product: Product, rhs: Any, start: Any, rate: Any
-    ) -> LinearSolution:
+    def solve(self, system: LinearSystem, rhs: Any, state: Any = ()) -> LinearSolution:
         """Solve A v = rhs.
 
         Args:
-            product: v -> A v.
+            system: A.
             rhs: b, any nest of tensors.
-            start: where a warm-started solver begins; `None`: at zero.
-            rate: the inner solver's learning rate, for the solvers that step with it.
+            state: what the solver carried here; `()`: nothing, begin at zero.
         """
 
-    def damped(self, product: Product) -> Product:
-        """v -> (A + damping I) v."""
-        if self.damping == 0:
-            return product
-        return lambda vector: structure.add_scaled(
-            product(vector), self.damping, vector
-        )
+    def damped(self, system: LinearSystem) -> tuple[Product, Product]:
+        """v -> (A + damping I) v and its transpose."""
+
+        def with_damping(product: Product) -> Product:
+            if self.damping == 0:
+                return product
+            return lambda vector: structure.add_scaled(
+                product(vector), self.damping, vector
+            )
+
+        product = with_damping(system.product)
+        if system.transposed is None:
+            return product, product
+        return product, with_damping(system.transposed)
 
 
-def relative(residual_norm: tf.Tensor, rhs_norm: tf.Tensor) -> tf.Tensor:
-    """The ratio, and 0 for 0 / 0."""
-    return tf.math.divide_no_nan(residual_norm, rhs_norm)
+@dataclasses.dataclass(frozen=True, eq=False)
+class IterativeSolver(LinearSolver):
+    """A linear solver that makes steps until the residual is small.
+
+    Subclasses have a field `max_steps`; one with a field `warm_start` that is true
+    carries the solution of one outer step to the next.
+
+    Args:
+        tolerance: stop when ||b - A v|| <= tolerance * ||b||; not negative. A
+            schedule of the outer step lowers it as the outer loop converges.
+    """
+
+    tolerance: float | Schedule = dataclasses.field(default=1e-6, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_count(self.max_steps, "max_steps")
+        require_tolerance(self.tolerance)
+
+    def init(self, like: Any) -> Any:
+        return structure.zeros_like(like) if self._warm else ()
+
+    @property
+    def _warm(self) -> bool:
+        return getattr(self, "warm_start", False)
+
+    def goal(self, system: LinearSystem, dtype: tf.DType) -> tf.Tensor:
+        """The relative tolerance at this outer step."""
+        if isinstance(self.tolerance, Schedule):
+            return tf.cast(self.tolerance(system.outer_step), dtype)
+        return structure.scalar(self.tolerance, dtype)
+
+    def start(self, rhs: Any, state: Any) -> Any:
+        """Where the steps begin: zero for b = 0, whose solution it is."""
+        zeros = structure.zeros_like(rhs)
+        if _nothing(state):
+            return zeros
+        return structure.where(structure.norm(rhs) > 0, state, zeros)
+
+    def solution(
+        self, value: Any, residual_norm: tf.Tensor, rhs: Any, steps: tf.Tensor
+    ) -> LinearSolution:
+        """The solution, with the state of a solver that carries v or nothing."""
+        residual = structure.ratio(residual_norm, structure.norm(rhs))
+        return LinearSolution(value, residual, steps, value if self._warm else ())
 
 
 def require_rate(rate: float | None) -> None:
@@ -96,3 +160,7 @@ def require_rate(rate: float | None) -> None:
             "`rate` must be positive and below 2 / (largest eigenvalue of the lower "
             f"Hessian). Received: rate={rate}"
         )
+
+
+def _nothing(state: Any) -> bool:
+    return isinstance(state, tuple) and not state

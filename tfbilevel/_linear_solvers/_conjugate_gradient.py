@@ -1,29 +1,33 @@
 """Conjugate gradients."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
 
 from tfbilevel import _structure as structure
+from tfbilevel._inner import SERIAL
 from tfbilevel._linear_solvers._base import (
+    IterativeSolver,
     LinearSolution,
-    LinearSolver,
-    Product,
-    relative,
+    LinearSystem,
 )
+
+Preconditioner = Callable[[Any, Any, Any], Any]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class ConjugateGradient(LinearSolver):
+class ConjugateGradient(IterativeSolver):
     r"""Conjugate gradients for a symmetric positive definite system.
 
-        alpha = <r, r> / <p, A p>,   v <- v + alpha p,   r' <- r - alpha A p,
-        p <- r' + (<r', r'> / <r, r>) p
+        alpha = <r, z> / <p, A p>,   v <- v + alpha p,   r' <- r - alpha A p,
+        z' = M^{-1} r',   p <- z' + (<r', z'> / <r, z>) p
 
-    One Hessian-vector product a step and four vectors of memory; exact after as
-    many steps as A has distinct eigenvalues, error ratio (sqrt(k) - 1)/(sqrt(k) + 1)
-    a step for condition number k. Needs A positive definite: a step along which the
+    with z = r unless there is a preconditioner M. One Hessian-vector product a step
+    and four vectors of memory; exact after as many steps as M^{-1} A has distinct
+    eigenvalues, error ratio (sqrt(k) - 1)/(sqrt(k) + 1) a step for its condition
+    number k. Needs A positive definite: a step along which the
     curvature is not positive ends the solve at the iterate reached. Add `damping`
     for singular or noisy Hessians; prefer `Neumann` or `FixedPoint` where A is
     indefinite or changes between products.
@@ -31,6 +35,8 @@ class ConjugateGradient(LinearSolver):
     Args:
         max_steps: most products with A.
         warm_start: begin at the previous outer step's solution.
+        preconditioner: (upper, lower, v) -> M^{-1} v at those variables, for a
+            symmetric positive definite M that resembles A, such as its diagonal.
         tolerance: stop at this relative residual.
         damping: solve (A + damping I) v = b.
 
@@ -40,7 +46,7 @@ class ConjugateGradient(LinearSolver):
     Example:
         >>> solver = tb.ConjugateGradient(5)
         >>> b = tf.constant([2.0, 4.0])
-        >>> solver.solve(lambda v: 4.0 * v, b, None, None).value.numpy().tolist()
+        >>> solver.solve(tb.LinearSystem(lambda v: 4.0 * v), b).value.numpy().tolist()
         [0.5, 1.0]
 
     References:
@@ -50,54 +56,56 @@ class ConjugateGradient(LinearSolver):
 
     max_steps: int = 20
     warm_start: bool = False
+    preconditioner: Preconditioner | None = dataclasses.field(
+        default=None, kw_only=True
+    )
 
-    @property
-    def warm(self) -> bool:
-        return self.warm_start
-
-    def solve(
-        self, product: Product, rhs: Any, start: Any, rate: Any
-    ) -> LinearSolution:
-        del rate
-        product = self.damped(product)
-        if start is None:
-            value, residual = structure.zeros_like(rhs), rhs
-        else:
-            value, residual = start, structure.subtract(rhs, product(start))
+    def solve(self, system: LinearSystem, rhs: Any, state: Any = ()) -> LinearSolution:
+        product, _ = self.damped(system)
         rhs_square = structure.dot(rhs, rhs)
-        goal = structure.scalar(self.tolerance**2, rhs_square.dtype) * rhs_square
+        goal = tf.square(self.goal(system, rhs_square.dtype)) * rhs_square
+        start = self.start(rhs, state)
+        cold = isinstance(state, tuple) and not state
+        residual = rhs if cold else structure.subtract(rhs, product(start))
 
-        def unfinished(step: Any, v: Any, r: Any, p: Any, square: Any, ok: Any) -> Any:
-            del step, v, r, p
-            return ok & (square > goal)
+        def preconditioned(vector: Any) -> Any:
+            if self.preconditioner is None:
+                return vector
+            return self.preconditioner(*system.point, vector)
 
-        def body(step: Any, v: Any, r: Any, p: Any, square: Any, ok: Any) -> tuple:
-            del ok
+        def unfinished(step: Any, v: Any, r: Any, p: Any, rz: Any, rr: Any, ok: Any):
+            del step, v, r, p, rz
+            return ok & (rr > goal)
+
+        def body(step: Any, v: Any, r: Any, p: Any, rz: Any, rr: Any, ok: Any) -> tuple:
+            del rr, ok
             curved = product(p)
             curvature = structure.dot(p, curved)
             ok = curvature > 0
-            length = tf.where(ok, tf.math.divide_no_nan(square, curvature), 0)
+            length = tf.where(ok, structure.ratio(rz, curvature), 0)
             # The new iterate is kept also when it is the one that converges: the
             # published copies of this loop return the one before it.
             v = structure.add_scaled(v, length, p)
             r = structure.add_scaled(r, -length, curved)
-            new_square = structure.dot(r, r)
-            p = structure.add_scaled(r, new_square / square, p)
-            return step + 1, v, r, p, new_square, ok
+            z = preconditioned(r)
+            new_rz = structure.dot(r, z)
+            p = structure.add_scaled(z, new_rz / rz, p)
+            return step + 1, v, r, p, new_rz, structure.dot(r, r), ok
 
-        steps, value, _, _, square, _ = tf.while_loop(
+        direction = preconditioned(residual)
+        steps, value, _, _, _, square, _ = tf.while_loop(
             unfinished,
             body,
             (
                 tf.constant(0),
-                value,
+                start,
                 residual,
-                residual,
+                direction,
+                structure.dot(residual, direction),
                 structure.dot(residual, residual),
                 tf.constant(True),
             ),
             maximum_iterations=self.max_steps,
+            parallel_iterations=SERIAL,
         )
-        return LinearSolution(
-            value, relative(tf.sqrt(square), tf.sqrt(rhs_square)), steps
-        )
+        return self.solution(value, tf.sqrt(square), rhs, steps)

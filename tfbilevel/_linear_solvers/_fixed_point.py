@@ -7,16 +7,15 @@ import tensorflow as tf
 
 from tfbilevel import _structure as structure
 from tfbilevel._linear_solvers._base import (
+    IterativeSolver,
     LinearSolution,
-    LinearSolver,
-    Product,
-    relative,
+    LinearSystem,
     require_rate,
 )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class FixedPoint(LinearSolver):
+class FixedPoint(IterativeSolver):
     r"""Fixed-point iteration for the adjoint of a gradient step (AID-FP).
 
         v <- v + rate (b - A v)
@@ -39,7 +38,7 @@ class FixedPoint(LinearSolver):
     Example:
         >>> solver = tb.FixedPoint(30, rate=0.25)
         >>> b = tf.constant([2.0, 4.0])
-        >>> solution = solver.solve(lambda v: 2.0 * v, b, None, None)
+        >>> solution = solver.solve(tb.LinearSystem(lambda v: 2.0 * v), b)
         >>> solution.value.numpy().round(3).tolist()
         [1.0, 2.0]
 
@@ -56,17 +55,11 @@ class FixedPoint(LinearSolver):
         super().__post_init__()
         require_rate(self.rate)
 
-    @property
-    def warm(self) -> bool:
-        return self.warm_start
-
-    def solve(
-        self, product: Product, rhs: Any, start: Any, rate: Any
-    ) -> LinearSolution:
-        product = self.damped(product)
-        rate = rate if self.rate is None else self.rate
+    def solve(self, system: LinearSystem, rhs: Any, state: Any = ()) -> LinearSolution:
+        product, _ = self.damped(system)
+        rate = system.rate if self.rate is None else self.rate
         rhs_norm = structure.norm(rhs)
-        goal = structure.scalar(self.tolerance, rhs_norm.dtype) * rhs_norm
+        goal = self.goal(system, rhs_norm.dtype) * rhs_norm
 
         def unfinished(step: Any, value: Any, size: Any) -> Any:
             del step, value
@@ -83,12 +76,10 @@ class FixedPoint(LinearSolver):
             body,
             (
                 tf.constant(0),
-                structure.zeros_like(rhs)
-                if start is None
-                else structure.where(rhs_norm > 0, start, structure.zeros_like(rhs)),
+                self.start(rhs, state),
                 # Not known before the first product; anything above the goal.
                 tf.where(rhs_norm > 0, tf.constant(float("inf"), rhs_norm.dtype), 0),
             ),
             maximum_iterations=self.max_steps,
         )
-        return LinearSolution(value, relative(size, rhs_norm), steps)
+        return self.solution(value, size, rhs, steps)

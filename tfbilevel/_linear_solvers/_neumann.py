@@ -7,16 +7,15 @@ import tensorflow as tf
 
 from tfbilevel import _structure as structure
 from tfbilevel._linear_solvers._base import (
+    IterativeSolver,
     LinearSolution,
-    LinearSolver,
-    Product,
-    relative,
+    LinearSystem,
     require_rate,
 )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Neumann(LinearSolver):
+class Neumann(IterativeSolver):
     r"""The Neumann series of the inverse, cut after K products.
 
         v = rate * sum_{j=0}^{K} (I - rate A)^j b
@@ -39,7 +38,7 @@ class Neumann(LinearSolver):
     Example:
         >>> solver = tb.Neumann(30, rate=0.25)
         >>> b = tf.constant([2.0, 4.0])
-        >>> solution = solver.solve(lambda v: 2.0 * v, b, None, None)
+        >>> solution = solver.solve(tb.LinearSystem(lambda v: 2.0 * v), b)
         >>> solution.value.numpy().round(3).tolist()
         [1.0, 2.0]
 
@@ -55,14 +54,12 @@ class Neumann(LinearSolver):
         super().__post_init__()
         require_rate(self.rate)
 
-    def solve(
-        self, product: Product, rhs: Any, start: Any, rate: Any
-    ) -> LinearSolution:
-        del start
-        product = self.damped(product)
-        rate = rate if self.rate is None else self.rate
+    def solve(self, system: LinearSystem, rhs: Any, state: Any = ()) -> LinearSolution:
+        del state
+        product, _ = self.damped(system)
+        rate = system.rate if self.rate is None else self.rate
         rhs_norm = structure.norm(rhs)
-        goal = structure.scalar(self.tolerance, rhs_norm.dtype) * rhs_norm
+        goal = self.goal(system, rhs_norm.dtype) * rhs_norm
 
         def unfinished(step: Any, term: Any, total: Any, size: Any) -> Any:
             del step, term, total
@@ -80,6 +77,4 @@ class Neumann(LinearSolver):
             (tf.constant(0), rhs, rhs, rhs_norm),
             maximum_iterations=self.max_steps,
         )
-        return LinearSolution(
-            structure.scale(rate, total), relative(size, rhs_norm), steps
-        )
+        return self.solution(structure.scale(rate, total), size, rhs, steps)

@@ -1,0 +1,101 @@
+"""Aggregating both losses in the inner direction."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import tensorflow as tf
+
+from tfbilevel._problem import Batches, Prepared
+from tfbilevel._schedules import Schedule, as_schedule
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Aggregation:
+    r"""Inner steps along a mixture of both losses (BDA).
+
+        d_t(x, y) = (1 - a_t) g(x, y) + a_t f(x, y),      a_t = alpha * decay^t
+
+    For lower problems with many solutions: the upper loss chooses among them. Each
+    inner step costs one gradient of f besides that of g. Give it to `tb.Unroll`.
+
+    Args:
+        alpha: a_0, in (0, 1]; or a schedule of the inner step t with values in
+            [0, 1], such as one of alpha / (t + 1).
+        decay: in (0, 1]; 1 keeps alpha constant. Only with a number for `alpha`.
+        constant_lower: weigh g by 1 - a_0 at every step, as the authors' own code
+            does, instead of by 1 - a_t.
+
+    Raises:
+        ValueError: if an argument is out of its range.
+
+    Example:
+        >>> float(tb.Aggregation(0.5, decay=0.5).weight(tf.constant(2)))
+        0.125
+
+    References:
+        Liu, Mu, Yuan, Zeng, Zhang (2020), A generic first-order algorithmic
+        framework for bi-level programming beyond lower-level singleton.
+        arXiv:2006.04045.
+    """
+
+    alpha: float | Schedule
+    decay: float = 1.0
+    constant_lower: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "schedule", as_schedule(self.alpha, "alpha"))
+        with tf.init_scope():
+            start = float(self.schedule(tf.constant(0, tf.int64)))
+        if not 0 < start <= 1:
+            raise ValueError(
+                "`alpha` must be above 0 and at most 1: it is the weight of the upper "
+                "loss in the inner direction. Leave the aggregation out for 0. "
+                f"Received: alpha={self.alpha!r}"
+            )
+        if not 0 < self.decay <= 1:
+            raise ValueError(
+                "`decay` must be above 0 and at most 1. Use 1 for a constant weight. "
+                f"Received: decay={self.decay}"
+            )
+        if isinstance(self.alpha, Schedule) and self.decay != 1:
+            raise ValueError(
+                "`decay` means nothing to a schedule, which decays by itself. Leave "
+                f"it out. Received: alpha={self.alpha!r}, decay={self.decay}"
+            )
+
+    def weight(self, t: Any) -> tf.Tensor:
+        """a_t, a float64 scalar."""
+        decay = tf.constant(self.decay, tf.float64)
+        return self.schedule(t) * tf.pow(decay, tf.cast(t, tf.float64))
+
+    def applied(self, here: Prepared) -> Prepared:
+        """The problem whose lower loss is the mixture."""
+        upper_loss, lower_loss = here.problem.upper_loss, here.problem.lower_loss
+
+        def mixture(c: Any, y: Any, drawn: _Drawn) -> tf.Tensor:
+            g = lower_loss(c, y, drawn.batch)
+            f = tf.cast(upper_loss(c, y, here.batches.upper), g.dtype)
+            a = tf.cast(self.weight(drawn.t), g.dtype)
+            first = tf.cast(self.weight(0), g.dtype) if self.constant_lower else a
+            return (1 - first) * g + a * f
+
+        return here._replace(
+            problem=dataclasses.replace(here.problem, lower_loss=mixture),
+            batches=_NumberedBatches(here.batches.upper, here.batches),
+        )
+
+
+class _Drawn(NamedTuple):
+    """A lower batch and the inner step that draws it."""
+
+    t: Any
+    batch: Any
+
+
+class _NumberedBatches(Batches):
+    """Batches whose lower draws know their number; `lower` holds the real ones."""
+
+    __slots__ = ()
+
+    def lower_at(self, draw: Any) -> Any:
+        return _Drawn(draw, self.lower.lower_at(draw))

@@ -1,0 +1,117 @@
+"""Any Keras optimizer on the linear system."""
+
+import dataclasses
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from tfbilevel import _structure as structure
+from tfbilevel._differentiable import differentiable
+from tfbilevel._inner import SERIAL, require_choice
+from tfbilevel._linear_solvers._base import (
+    IterativeSolver,
+    LinearSolution,
+    LinearSystem,
+)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class GradientSolver(IterativeSolver):
+    r"""Steps of a Keras optimizer on the linear system (ApproxGrad, stochastic AID).
+
+        "quadratic":   v <- v - update( A v - b )            one product a step
+        "residual":    v <- v - update( 2 A'(A v - b) )      two products a step
+
+    the gradients of v'Av/2 - b'v, which needs A positive definite, and of
+    |A v - b|^2, which needs it only invertible but squares the condition number.
+    Memory: three vectors and the optimizer's slots. By default both v and the slots
+    go on from one outer step to the next, so few steps each time suffice while the
+    problem moves slowly. Prefer `ConjugateGradient` for convex lower problems
+    without noise: it has no rate to choose, and is faster.
+
+    Args:
+        optimizer: a Keras optimizer that `tb.differentiable` supports.
+        max_steps: most steps per outer step.
+        objective: "quadratic" or "residual".
+        warm_start: go on from the previous outer step; else from zero.
+        tolerance: stop at this relative residual.
+        damping: solve (A + damping I) v = b.
+
+    Raises:
+        ValueError: for an unsupported optimizer or an argument out of its range.
+
+    Example:
+        >>> solver = tb.GradientSolver(keras.optimizers.SGD(0.25), max_steps=30)
+        >>> b = tf.constant([2.0, 4.0])
+        >>> solution = solver.solve(tb.LinearSystem(lambda v: 2.0 * v), b)
+        >>> solution.value.numpy().round(3).tolist()
+        [1.0, 2.0]
+
+    References:
+        Mehra, Hamm (2021), Penalty method with application to deep bilevel
+        optimization. arXiv:1911.03432. Grazzi, Pontil, Salzo (2021), Convergence
+        properties of stochastic hypergradients. arXiv:2011.07122.
+    """
+
+    optimizer: keras.optimizers.Optimizer
+    max_steps: int = 10
+    objective: str = "quadratic"
+    warm_start: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "rule", differentiable(self.optimizer))
+        require_choice(self.objective, "objective", ("quadratic", "residual"))
+
+    def init(self, like: Any) -> Any:
+        if not self.warm_start:
+            return ()
+        zeros = structure.zeros_like(like)
+        return {"solution": zeros, "optimizer": self.rule.init(zeros)}
+
+    @property
+    def transposes(self) -> bool:
+        return self.objective == "residual"
+
+    def solve(self, system: LinearSystem, rhs: Any, state: Any = ()) -> LinearSolution:
+        product, transposed = self.damped(system)
+        rhs_norm = structure.norm(rhs)
+        goal = self.goal(system, rhs_norm.dtype) * rhs_norm
+        if isinstance(state, dict):
+            start, optimizer = self.start(rhs, state["solution"]), state["optimizer"]
+        else:
+            start = structure.zeros_like(rhs)
+            optimizer = self.rule.init(start)
+
+        def unfinished(step: Any, v: Any, optimizer: Any, size: Any) -> Any:
+            del step, v, optimizer
+            return size > goal
+
+        def body(step: Any, v: Any, optimizer: Any, size: Any) -> tuple:
+            del size
+            gradient = structure.subtract(product(v), rhs)
+            size = structure.norm(gradient)
+            if self.objective == "residual":
+                gradient = structure.scale(2.0, transposed(gradient))
+            v, optimizer = self.rule.update(gradient, optimizer, v)
+            return step + 1, v, optimizer, size
+
+        steps, value, optimizer, size = tf.while_loop(
+            unfinished,
+            body,
+            (
+                tf.constant(0),
+                start,
+                optimizer,
+                # Not known before the first product; anything above the goal.
+                tf.where(rhs_norm > 0, tf.constant(float("inf"), rhs_norm.dtype), 0),
+            ),
+            maximum_iterations=self.max_steps,
+            parallel_iterations=SERIAL,
+        )
+        carried = {"solution": value, "optimizer": optimizer}
+        residual = structure.ratio(size, rhs_norm)
+        return LinearSolution(
+            value, residual, steps, carried if self.warm_start else ()
+        )

@@ -1,0 +1,89 @@
+"""The implicit gradient with a rank-one lower Hessian."""
+
+import dataclasses
+from typing import Any
+
+from tfbilevel import _derivatives as derivatives
+from tfbilevel import _structure as structure
+from tfbilevel._inner import InnerSolver, require_inner
+from tfbilevel._method import Method, Step
+from tfbilevel._problem import Batches, Problem
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RankOne(Method):
+    r"""Hypergradient with the Hessian replaced by an outer product (BSG-1, IGA, GN).
+
+        dF/dx = f_x - ( <g_y, f_y> / <g_y, g_y> ) g_x      at the last iterate y_T
+
+    which is the implicit gradient if g_yy is g_y g_y' and g_xy is g_x g_y' (a
+    Gauss-Newton model of the lower loss). First derivatives only: one gradient of
+    each loss after the inner solve. The model holds for lower losses near zero at
+    their minimum; for others the result is a heuristic, exact neither at the
+    solution nor away from it. Prefer `Implicit` where second derivatives are
+    affordable.
+
+    Args:
+        inner: the inner solver. Its last iterate must not be stationary: at g_y = 0
+            the coefficient counts as 0.
+
+    Raises:
+        ValueError: if `inner` is not a `tb.InnerSolver`.
+
+    Example:
+        >>> problem = tb.Problem(
+        ...     upper_loss=lambda x, y, batch: 0.5 * (y - 1.0) ** 2,
+        ...     lower_loss=lambda x, y, batch: 0.5 * (y - x) ** 2,
+        ... )
+        >>> method = tb.RankOne(tb.InnerSolver(keras.optimizers.SGD(0.5), steps=1))
+        >>> x, y = tf.constant(2.0), tf.constant(4.0)
+        >>> step = method.step(problem, x, y, tb.Batches(None, None), method.init(
+        ...     problem, x, y))
+        >>> float(step.lower), float(step.upper_gradient)
+        (3.0, 2.0)
+
+    References:
+        Giovannelli, Kent, Vicente (2021), Inexact bilevel stochastic gradient methods
+        for constrained and unconstrained lower-level problems. arXiv:2110.00604.
+    """
+
+    inner: InnerSolver
+
+    def __post_init__(self) -> None:
+        require_inner(self.inner)
+
+    def init(self, problem: Problem, upper: Any, lower: Any) -> Any:
+        return self.inner.init(problem, upper, lower)
+
+    def step(
+        self, problem: Problem, upper: Any, lower: Any, batches: Batches, state: Any
+    ) -> Step:
+        here = problem.prepared(upper, batches)
+        lower, after, _ = self.inner.solve(
+            here.problem, here.upper, lower, here.batches, state
+        )
+        upper_loss, partial, adjoint = here.upper_partials(lower)
+        lower_loss, (response, gradient) = derivatives.value_and_partials(
+            lambda c, y: here.problem.lower_loss(
+                c, y, here.batches.lower_at(self.inner.steps)
+            ),
+            here.upper,
+            lower,
+        )
+        gradient = derivatives.require_connected(
+            gradient, lower, "lower", "the lower loss"
+        )
+        coefficient = structure.ratio(
+            structure.dot(gradient, adjoint), structure.dot(gradient, gradient)
+        )
+        response = derivatives.scale_partial(-coefficient, response)
+        return Step(
+            upper_gradient=here.gradient(partial, response),
+            lower=lower,
+            state=after,
+            metrics={
+                "upper_loss": upper_loss,
+                "lower_loss": lower_loss,
+                "stationarity": structure.norm(gradient),
+            },
+        )

@@ -1,0 +1,71 @@
+"""Stochastic estimates of the inverse Hessian's product with f_y."""
+
+import math
+from typing import Any
+
+import tensorflow as tf
+
+from tfbilevel import _derivatives as derivatives
+from tfbilevel import _structure as structure
+from tfbilevel._inner import SERIAL, require_count
+from tfbilevel._problem import Prepared
+
+
+def require_series(max_steps: int, rate: float) -> None:
+    """Raise unless the series has a length and its factors a step size."""
+    require_count(max_steps, "max_steps")
+    if not (math.isfinite(rate) and rate > 0):
+        raise ValueError(
+            "`rate` (eta) must be positive and below 1 / (largest eigenvalue of the "
+            f"lower Hessian). Received: rate={rate}"
+        )
+
+
+def factors(
+    here: Prepared,
+    lower: Any,
+    vector: Any,
+    rate: float,
+    *,
+    first: Any,
+    count: Any,
+    most: int,
+    stride: int = 1,
+) -> tuple[Any, Any]:
+    """prod_j (I - rate H_j) v over j < count, and the sum of all partial products.
+
+    H_j is the lower Hessian on the lower batch of draw first + j * stride.
+    """
+
+    def body(j: tf.Tensor, term: Any, total: Any) -> tuple:
+        _, _, pullback = derivatives.lower_gradient_pullback(
+            here.problem.lower_loss,
+            here.upper,
+            lower,
+            here.batches.lower_at(first + j * stride),
+        )
+        term = structure.add_scaled(term, -rate, pullback(term)[1])
+        return j + 1, term, structure.add(total, term)
+
+    _, term, total = tf.while_loop(
+        lambda j, *_: j < count,
+        body,
+        (tf.constant(0), vector, vector),
+        maximum_iterations=most,
+        parallel_iterations=SERIAL,
+    )
+    return term, total
+
+
+def mixed_product(here: Prepared, lower: Any, vector: Any, draw: Any) -> tuple:
+    """g_xy v and the lower loss on one draw; `None` where not connected."""
+    value, _, pullback = derivatives.lower_gradient_pullback(
+        here.problem.lower_loss, here.upper, lower, here.batches.lower_at(draw)
+    )
+    return pullback(vector)[0], value
+
+
+def growth_metrics(term: Any, vector: Any) -> dict[str, tf.Tensor]:
+    """How much the products grew; above 1 the series does not converge."""
+    growth = structure.ratio(structure.norm(term), structure.norm(vector))
+    return {"growth": growth, "diverged": tf.cast(growth > 1.001, growth.dtype)}
