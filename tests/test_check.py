@@ -13,14 +13,24 @@ from test_contract import METHODS, Row
 import tfbilevel as tb
 
 
-@pytest.mark.parametrize("oracle", ORACLES, ids=lambda oracle: oracle.name)
-@pytest.mark.parametrize("row", METHODS, ids=lambda row: row.name)
+@pytest.mark.parametrize(
+    ("row", "oracle"),
+    [
+        pytest.param(row, oracle, id=f"{row.name}-{oracle.name}")
+        for row in METHODS
+        for oracle in ORACLES
+        if oracle.name in row.oracles
+    ],
+)
 def test_right_methods_pass(row: Row, oracle: Oracle) -> None:
     x, y, batches = oracle.at("float64")
     report = tb.check_hypergradient(
         oracle.problem, row.build(oracle), x, y, batches, probes=2
     )
-    assert report.error < 1e-7
+    if row.heuristic:
+        assert report.error > 1e-3
+    else:
+        assert report.error < (row.tolerance or {"float64": 1e-7})["float64"]
     assert report.noise < 1e-7
     assert len(report.claimed) == len(report.differences) == 2
 

@@ -25,6 +25,7 @@ from tfbilevel._linear_solvers import ConjugateGradient as ConjugateGradient
 from tfbilevel._linear_solvers import Direct as Direct
 from tfbilevel._linear_solvers import FixedPoint as FixedPoint
 from tfbilevel._linear_solvers import GradientSolver as GradientSolver
+from tfbilevel._linear_solvers import IterativeSolver as IterativeSolver
 from tfbilevel._linear_solvers import LinearSolution as LinearSolution
 from tfbilevel._linear_solvers import LinearSolver as LinearSolver
 from tfbilevel._linear_solvers import LinearSystem as LinearSystem
