@@ -171,8 +171,7 @@ class Dynamic:
             skipped="identity",
         )
 
-        def step(x: list, y: list, batches: Batches) -> Any:
-            state = self.method.init(self.problem, x, y)
+        def step(x: list, y: list, batches: Batches, state: Any) -> Any:
             return self.method.step(self.problem, x, y, batches, state)
 
         self._step = tf.function(step, autograph=False)
@@ -243,6 +242,7 @@ class Dynamic:
                 upper=_tensors((validate_data, validate_target)),
                 lower=_tensors((train_data, train_target)),
             ),
+            self.method.init(self.problem, upper, lower),
         )
         gradients = step.upper_gradient
         result = DynamicResult(

@@ -253,6 +253,11 @@ class BilevelModel(keras.Model):
         return results
 
     @property
+    def upper_variables(self) -> list:
+        """x: the upper model's trainable variables, then those of a learned start."""
+        return self._variables()[0]
+
+    @property
     def outer_step(self) -> int:
         """How many outer steps were made, skipped ones included."""
         return int(self._progress.step.numpy())

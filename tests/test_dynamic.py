@@ -1,0 +1,137 @@
+"""tb.Dynamic: what it returns, what it leaves alone, and what it refuses.
+
+Its twelve gradients are in test_two_layer_network.py.
+"""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import tfbilevel as tb
+
+SGD = keras.optimizers.SGD
+DATA = tf.constant([[1.0, 0.5], [0.3, -1.0], [0.2, 0.4]])
+TARGET = tf.constant([1.0, -0.5, 0.2])
+
+
+def errors(state):
+    return tf.square(state.lower_model(state.data)[:, 0] - state.target)
+
+
+def make(**options) -> tb.Dynamic:
+    lower = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    lower.set_weights([np.full((2, 1), 0.3, "float32"), np.zeros(1, "float32")])
+    options = {"lower_loop": 4, "ll_opt": SGD(0.2)} | options
+    return tb.Dynamic(
+        ll_objective=lambda s: tf.reduce_mean(s.upper_model(None) * errors(s)),
+        ul_model=tb.ExampleWeights(3),
+        ul_objective=lambda s: tf.reduce_mean(errors(s)),
+        ll_model=lower,
+        **options,
+    )
+
+
+def optimize(dynamic, **keywords):
+    keywords = {"validate_data": 2 * DATA, "validate_target": TARGET} | keywords
+    return dynamic.optimize(DATA, TARGET, **keywords)
+
+
+def test_positional_arguments_are_those_of_the_published_class() -> None:
+    """optimize(train data, train target, auxiliary model, auxiliary optimizer, ...)"""
+    own = make()
+    copy = keras.models.clone_model(own.ll_model)
+    given = make(ll_opt=None)
+    result = given.optimize(DATA, TARGET, copy, SGD(0.2), 2 * DATA, TARGET)
+    want = optimize(own)
+    np.testing.assert_array_equal(result.upper_gradients[0], want.upper_gradients[0])
+    for variable, value in zip(copy.trainable_variables, want.lower, strict=True):
+        np.testing.assert_array_equal(variable, value)
+    assert result.max_loss_iter is None and result.start_gradients is None
+
+
+def test_optimizers_move_the_real_variables() -> None:
+    """The published auxiliary step moves a copy: the start never changes there."""
+    dynamic = make(init_auxiliary=True, acquire_max_loss=True)
+    start = [v.numpy() for v in dynamic.ll_model.trainable_variables]
+    logits = dynamic.ul_model.trainable_variables[0].numpy()
+    result = optimize(dynamic, ul_opt=SGD(0.5), init_opt=SGD(0.1))
+    assert 1 <= result.max_loss_iter <= 4
+    for variable, before, gradient in zip(
+        dynamic.ll_model.trainable_variables, start, result.start_gradients, strict=True
+    ):
+        assert np.abs(gradient).max() > 1e-3
+        np.testing.assert_allclose(variable, before - 0.1 * gradient, rtol=1e-6)
+    np.testing.assert_allclose(
+        dynamic.ul_model.trainable_variables[0],
+        logits - 0.5 * result.upper_gradients[0].numpy(),
+        rtol=1e-6,
+    )
+
+
+def test_skipped_steps_leave_no_trace_in_the_upper_gradient() -> None:
+    """T-RAD equals RAD over the last steps, begun where the skipped ones end."""
+    truncated = make(truncate_iters=3)
+    result = optimize(truncated)
+    late = make(lower_loop=1)
+    reached = optimize(make(lower_loop=3)).lower
+    for variable, value in zip(late.ll_model.trainable_variables, reached, strict=True):
+        variable.assign(value)
+    want = optimize(late)
+    np.testing.assert_allclose(
+        result.upper_gradients[0], want.upper_gradients[0], rtol=1e-5
+    )
+
+
+def test_second_calls_do_not_trace_again() -> None:
+    dynamic = make()
+    for _ in range(3):
+        optimize(dynamic)
+    assert dynamic._step.experimental_get_tracing_count() == 1
+
+
+def test_no_validation_data_where_the_inner_loop_needs_none() -> None:
+    """F without data: the size of the lower variables."""
+    dense = keras.layers.Dense(1, use_bias=False)
+    lower = keras.Sequential([keras.Input((2,)), dense])
+    dynamic = tb.Dynamic(
+        lambda s: tf.reduce_mean(s.upper_model(None) * errors(s)),
+        3,
+        tb.ExampleWeights(3),
+        lambda s: tf.reduce_sum(s.lower_model.trainable_variables[0].value ** 2),
+        lower,
+        ll_opt=SGD(0.1),
+    )
+    result = dynamic.optimize(DATA, TARGET)
+    want = float(tf.reduce_sum(result.lower[0] ** 2))
+    assert float(result.upper_loss) == pytest.approx(want)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"truncate_iters": 2, "acquire_max_loss": True}, "exclude each other"),
+        ({"truncate_iters": 4}, "`truncate_iters` must be below `lower_loop`"),
+        ({"truncate_iters": -1}, "`truncate_iters` must be an integer"),
+        ({"truncate_iters": 2, "ll_opt": None}, "`ll_opt` must be given"),
+        ({"alpha": -0.1}, "`alpha` must be between 0 and 1"),
+        ({"alpha": 1.1}, "`alpha` must be between 0 and 1"),
+        ({"alpha": 0.5, "alpha_decay": 0.0}, "`decay` must be above 0"),
+        ({"lower_loop": 0}, "`lower_loop` must be an integer"),
+    ],
+)
+def test_invalid_combinations(options, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(**options)
+
+
+def test_invalid_calls() -> None:
+    for options in ({"alpha": 0.5}, {"acquire_max_loss": True}):
+        with pytest.raises(ValueError, match="`validate_data` must be given"):
+            make(**options).optimize(DATA, TARGET)
+    with pytest.raises(ValueError, match="`auxiliary_opt` must be given"):
+        make(ll_opt=None).optimize(DATA, TARGET)
+    with pytest.raises(ValueError, match="must not differ"):
+        optimize(make(), auxiliary_opt=SGD(0.2))
+    with pytest.raises(ValueError, match="without init_auxiliary=True"):
+        optimize(make(), init_opt=SGD(0.2))
