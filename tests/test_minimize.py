@@ -206,7 +206,8 @@ def test_going_on_with_the_state_equals_one_run(name: str) -> None:
         tf.nest.flatten((rest.upper, rest.lower, rest.state)),
         strict=True,
     ):
-        np.testing.assert_array_equal(a, b)
+        # Two programs: on a busy machine TensorFlow may order a sum differently.
+        np.testing.assert_allclose(a, b, rtol=1e-13)
     fresh = run(part.upper, part.lower, 4)
     assert np.abs(fresh.upper - whole.upper).max() > 1e-6
 

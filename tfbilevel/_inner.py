@@ -112,12 +112,15 @@ class InnerSolver:
     def init(self, problem: Problem, upper: Any, lower: Any) -> dict[str, Any]:
         """What the solver carries over outer steps."""
         state: dict[str, Any] = {}
+        # The rule makes its templates here: made while a function is traced, they
+        # would have TensorFlow trace it a second time.
+        fresh = self._fresh(lower)
         if callable(self.start) or isinstance(self.tolerance, Schedule):
             state["step"] = tf.constant(0, tf.int64)
         if self.start == "cold" and problem.lower_start is None:
             state["start"] = lower
         if self.optimizer_state == "carry":
-            state["optimizer"] = self._fresh(lower)
+            state["optimizer"] = fresh
         return state
 
     def begin(self, problem: Problem, upper: Any, lower: Any, state: dict) -> Iterate:

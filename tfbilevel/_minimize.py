@@ -256,14 +256,16 @@ def _first(batches: Any) -> Any:
 
 
 def _to_tensors(batches: Batches) -> Batches:
-    return tf.nest.map_structure(
-        lambda leaf: None if leaf is None else tf.convert_to_tensor(leaf), batches
-    )
+    def convert(leaf: Any) -> Any:
+        sparse = isinstance(leaf, tf.SparseTensor)
+        return leaf if leaf is None or sparse else tf.convert_to_tensor(leaf)
+
+    return tf.nest.map_structure(convert, batches)
 
 
 def _specs(values: Any) -> Any:
     return tf.nest.map_structure(
-        lambda leaf: tf.TensorSpec.from_tensor(leaf) if tf.is_tensor(leaf) else leaf,
+        lambda leaf: tf.type_spec_from_value(leaf) if tf.is_tensor(leaf) else leaf,
         values,
     )
 

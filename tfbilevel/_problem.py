@@ -39,7 +39,8 @@ class StackedBatches(Batches):
     """Batches whose lower part has a leading axis: one slice per draw.
 
     Inner step t takes slice t; a stochastic linear solve goes on after the last
-    inner step; draws beyond the last slice start again at the first.
+    inner step; draws beyond the last slice start again at the first. Leaves may be
+    sparse, with their entries in order, as datasets give them.
     """
 
     __slots__ = ()
@@ -47,7 +48,31 @@ class StackedBatches(Batches):
     def lower_at(self, draw: Any) -> Any:
         count = tf.shape(tf.nest.flatten(self.lower)[0])[0]
         index = tf.math.floormod(tf.cast(draw, tf.int32), count)
-        return tf.nest.map_structure(lambda leaf: tf.gather(leaf, index), self.lower)
+        return tf.nest.map_structure(lambda leaf: _slice(leaf, index), self.lower)
+
+
+def _slice(leaf: Any, index: tf.Tensor) -> Any:
+    """leaf[index] along the first axis of a tensor, dense or sparse."""
+    if not isinstance(leaf, tf.SparseTensor):
+        return tf.gather(leaf, index)
+    # Its entries lie side by side; `tf.sparse.slice` would read those of all slices.
+    index = tf.cast(index, tf.int64)
+    begin, end = (_first_entry(leaf.indices, number) for number in (index, index + 1))
+    made = tf.SparseTensor(
+        leaf.indices[begin:end, 1:], leaf.values[begin:end], leaf.dense_shape[1:]
+    )
+    made.set_shape(leaf.shape[1:])
+    return made
+
+
+def _first_entry(indices: tf.Tensor, number: tf.Tensor) -> tf.Tensor:
+    """Where slice `number` begins among the entries: on a coarse grid, then between
+    two of its points, so that finding it copies no long column."""
+    stride = 1024
+    before = tf.searchsorted(indices[::stride, 0], number[None], out_type=tf.int64)[0]
+    first = tf.maximum(before - 1, 0) * stride
+    near = indices[first : first + stride, 0]
+    return first + tf.searchsorted(near, number[None], out_type=tf.int64)[0]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -132,7 +157,7 @@ class Problem:
                     "lower batches stay stacked). Return batches._replace(upper=..., "
                     f"lower=...). Received: {type(made)} for {type(batches)}"
                 )
-            return [leaf for leaf in tf.nest.flatten(made) if _is_floating(leaf)], made
+            return [leaf for leaf in _leaves(made) if _is_floating(leaf)], made
 
         floating, template, pullback = vjp(floating_part, upper)
 
@@ -140,9 +165,9 @@ class Problem:
             remaining = iter(joined["prepared"])
             leaves = [
                 next(remaining) if _is_floating(leaf) else leaf
-                for leaf in tf.nest.flatten(template)
+                for leaf in _leaves(template)
             ]
-            return tf.nest.pack_sequence_as(template, leaves)
+            return tf.nest.pack_sequence_as(template, leaves, expand_composites=True)
 
         def upper_loss(joined: dict, y: Any, batch: Any) -> tf.Tensor:
             del batch
@@ -219,6 +244,11 @@ class _Draws(Batches):
 
     def lower_at(self, draw: Any) -> Any:
         return draw
+
+
+def _leaves(batches: Any) -> list:
+    """All leaves; of a sparse tensor its indices, values and shape."""
+    return tf.nest.flatten(batches, expand_composites=True)
 
 
 def _is_floating(leaf: Any) -> bool:

@@ -65,10 +65,9 @@ class GradientSolver(IterativeSolver):
         require_choice(self.objective, "objective", ("quadratic", "residual"))
 
     def init(self, like: Any) -> Any:
-        if not self.warm_start:
-            return ()
         zeros = structure.zeros_like(like)
-        return {"solution": zeros, "optimizer": self.rule.init(zeros)}
+        optimizer = self.rule.init(zeros)
+        return {"solution": zeros, "optimizer": optimizer} if self.warm_start else ()
 
     @property
     def transposes(self) -> bool:
