@@ -204,7 +204,7 @@ def differences() -> list[float]:
             with tf.GradientTape() as tape:
                 tape.watch(vector)
                 loss = G(x, unflat(vector))
-            gradient = tape.gradient(loss, vector)
+            gradient = tf.convert_to_tensor(tape.gradient(loss, vector))
         hessian = outer.jacobian(gradient, vector)
         return vector - tf.linalg.solve(hessian, gradient[:, None])[:, 0]
 

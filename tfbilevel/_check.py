@@ -170,7 +170,7 @@ def _dense_implicit(
         here.problem.lower_loss, here.upper, lower, here.batches.lower_at(0)
     )
     stationarity = float(structure.norm(gradient))
-    count = structure.to_vector(lower).shape[0]
+    count = structure.size(lower)
     if count > DENSE_LIMIT:
         return None, stationarity
 

@@ -134,8 +134,7 @@ class ForwardUnroll(Method):
 
 def _basis(like: Any) -> Any:
     """All unit vectors of the nest, stacked on a leading axis."""
-    size = structure.to_vector(like).shape[0]
-    unit = tf.eye(size, dtype=structure.to_vector(like).dtype)
+    unit = tf.eye(structure.size(like), dtype=tf.nest.flatten(like)[0].dtype)
     return tf.map_fn(
         lambda row: structure.from_vector(row, like),
         unit,

@@ -43,8 +43,9 @@ class Implicit(Method):
     not symmetric: `ConjugateGradient` is refused except for plain gradient steps.
 
     The metrics hold `residual` (relative) and `iterations` of the linear solve, and
-    `diverged`: 1 where the residual is larger than that of v = 0, of which `fit` and
-    `tb.minimize` also warn.
+    `diverged`: 1 where the solver's steps led away from the solution (conjugate
+    gradients: met curvature that is not positive), of which `fit` and `tb.minimize`
+    also warn.
 
     Args:
         inner: approximates y*(x); the closer, the smaller the bias.
@@ -152,7 +153,7 @@ class Implicit(Method):
                 "stationarity": structure.norm(equation.gradient),
                 "residual": residual,
                 "iterations": solution.iterations,
-                "diverged": tf.cast(residual > 1, residual.dtype),
+                "diverged": tf.cast(solution.diverged, residual.dtype),
             },
         )
 
@@ -191,20 +192,17 @@ class Implicit(Method):
             turned = derivatives.fill_zeros(pullback(vector)[1], point)
             return structure.subtract(vector, turned)
 
-        transposed = None
+        def transposed(vector: Any) -> Any:
+            return structure.subtract(vector, push((vector,)))
+
+        push: Any = None
         if self.solver.transposes:
-            _, _, push, _ = derivatives.jvp(
-                lambda state: inner_map(here.upper, state), point
-            )
-
-            def transposed(vector: Any) -> Any:
-                return structure.subtract(vector, push((vector,)))
-
+            push = derivatives.jvp(lambda s: inner_map(here.upper, s), point)[2]
         lower_loss, gradient = self.inner.gradient(
             here.problem, here.upper, here.batches, iterate, draw
         )
         return _Equation(
-            LinearSystem(product, transposed, rate=1.0),
+            LinearSystem(product, push and transposed, rate=1.0),
             (adjoint, structure.zeros_like(iterate.optimizer.slots)),
             lambda value: pullback(value)[0],
             lower_loss,

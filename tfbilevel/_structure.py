@@ -73,6 +73,13 @@ def ratio(a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:
     return tf.math.divide_no_nan(a, b)
 
 
+def size(a: Any) -> int:
+    """How many entries all leaves have together."""
+    return sum(
+        int(tf.convert_to_tensor(v).shape.num_elements()) for v in tf.nest.flatten(a)
+    )
+
+
 def to_vector(a: Any) -> tf.Tensor:
     """All entries in one vector, of the first leaf's dtype."""
     leaves = [tf.convert_to_tensor(leaf) for leaf in tf.nest.flatten(a)]

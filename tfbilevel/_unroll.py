@@ -286,7 +286,9 @@ class _Worst(NamedTuple):
     def against(self, here: Prepared, steps: tf.Tensor, lower: Any) -> "_Worst":
         loss = here.problem.upper_loss(here.upper, lower, here.batches.upper)
         # NaN wins and stays, so that it is seen.
-        worse = ~(loss <= self.upper_loss) & ~tf.math.is_nan(self.upper_loss)
+        worse = tf.logical_not(
+            (loss <= self.upper_loss) | tf.math.is_nan(self.upper_loss)
+        )
         return _Worst(
             tf.where(worse, loss, self.upper_loss),
             tf.where(worse, steps, self.steps),

@@ -18,12 +18,20 @@ Product = Callable[[Any], Any]
 class LinearSystem(NamedTuple):
     """A, as far as the solvers need it.
 
+    Made by `tb.Implicit` for its solver; by hand only to try a solver out.
+
     Attributes:
         product: v -> A v.
         transposed: v -> A'v; `None`: A is symmetric.
         rate: the inner solver's learning rate, for solvers that step with it.
         point: (upper, lower) variables at which A was taken, for preconditioners.
         outer_step: number of the outer step, for tolerances that follow a schedule.
+
+    Example:
+        >>> twice = tb.LinearSystem(product=lambda v: 2.0 * v)
+        >>> solution = tb.ConjugateGradient(5).solve(twice, tf.constant([4.0]))
+        >>> solution.value.numpy().tolist()
+        [2.0]
     """
 
     product: Product
@@ -42,12 +50,14 @@ class LinearSolution(NamedTuple):
             iterations that update v last report it from before that last update.
         iterations: how many steps the loop made, int32 scalar.
         state: what the solver carries to the next outer step.
+        diverged: whether the steps led away from the solution, bool scalar.
     """
 
     value: Any
     residual: tf.Tensor
     iterations: tf.Tensor
     state: Any = ()
+    diverged: Any = False
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -116,6 +126,14 @@ class IterativeSolver(LinearSolver):
     Args:
         tolerance: stop when ||b - A v|| <= tolerance * ||b||; not negative. A
             schedule of the outer step lowers it as the outer loop converges.
+
+    Example:
+        >>> schedule = tb.Geometric(0.1, 0.5)
+        >>> solver = tb.FixedPoint(50, rate=0.25, tolerance=schedule)
+        >>> b, outer_step = tf.constant([4.0]), tf.constant(2)
+        >>> system = tb.LinearSystem(lambda v: 2.0 * v, outer_step=outer_step)
+        >>> bool(solver.solve(system, b).residual <= 0.1 * 0.5**2)
+        True
     """
 
     tolerance: float | Schedule = dataclasses.field(default=1e-6, kw_only=True)
@@ -146,11 +164,25 @@ class IterativeSolver(LinearSolver):
         return structure.where(structure.norm(rhs) > 0, state, zeros)
 
     def solution(
-        self, value: Any, residual_norm: tf.Tensor, rhs: Any, steps: tf.Tensor
+        self,
+        value: Any,
+        residual_norm: tf.Tensor,
+        rhs: Any,
+        steps: tf.Tensor,
+        diverged: tf.Tensor | None = None,
     ) -> LinearSolution:
-        """The solution, with the state of a solver that carries v or nothing."""
+        """The solution, with the state of a solver that carries v or nothing.
+
+        Unless said otherwise it diverged if v = 0 has a smaller residual.
+        """
         residual = structure.ratio(residual_norm, structure.norm(rhs))
-        return LinearSolution(value, residual, steps, value if self._warm else ())
+        return LinearSolution(
+            value,
+            residual,
+            steps,
+            value if self._warm else (),
+            residual > 1 if diverged is None else diverged,
+        )
 
 
 def require_rate(rate: float | None) -> None:

@@ -93,7 +93,7 @@ class ConjugateGradient(IterativeSolver):
             return step + 1, v, r, p, new_rz, structure.dot(r, r), ok
 
         direction = preconditioned(residual)
-        steps, value, _, _, _, square, _ = tf.while_loop(
+        steps, value, _, _, _, square, ok = tf.while_loop(
             unfinished,
             body,
             (
@@ -108,4 +108,7 @@ class ConjugateGradient(IterativeSolver):
             maximum_iterations=self.max_steps,
             parallel_iterations=SERIAL,
         )
-        return self.solution(value, tf.sqrt(square), rhs, steps)
+        # The residual may rise on the way to the solution; what ends the solve short
+        # of it is a direction of curvature that is not positive.
+        broken = tf.logical_not(ok) & (square > goal)
+        return self.solution(value, tf.sqrt(square), rhs, steps, broken)

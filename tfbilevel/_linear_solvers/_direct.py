@@ -38,8 +38,7 @@ class Direct(LinearSolver):
     def solve(self, system: LinearSystem, rhs: Any, state: Any = ()) -> LinearSolution:
         del state
         product, _ = self.damped(system)
-        vector = structure.to_vector(rhs)
-        size = vector.shape[0]
+        vector, size = structure.to_vector(rhs), structure.size(rhs)
         if size > LIMIT:
             raise ValueError(
                 f"tb.Direct holds a dense matrix: at most {LIMIT} lower variables in "
@@ -57,4 +56,5 @@ class Direct(LinearSolver):
             structure.from_vector(value, rhs),
             structure.ratio(residual, tf.norm(vector)),
             tf.constant(size),
+            diverged=tf.constant(False),
         )

@@ -112,5 +112,5 @@ class GradientSolver(IterativeSolver):
         carried = {"solution": value, "optimizer": optimizer}
         residual = structure.ratio(size, rhs_norm)
         return LinearSolution(
-            value, residual, steps, carried if self.warm_start else ()
+            value, residual, steps, carried if self.warm_start else (), residual > 1
         )
