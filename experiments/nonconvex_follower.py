@@ -1,0 +1,516 @@
+"""Three small problems on which the choice of the lower solution decides.
+
+    python experiments/nonconvex_follower.py --out runs/follower
+    python experiments/nonconvex_follower.py --example sine \\
+        --method ia-gm iaptt-gm --project-inner --out runs/projected
+
+sine: a follower that is not convex, three starts (x0, y0).
+
+    F(x, y) = x + x y,    f(x, y) = -sin(x y),    x in [1, 10],  y in [-2, 2]
+
+The solution is (11 pi / 4, -2). ls and ns are implicit gradients (conjugate gradients,
+on the normal equations since f is concave in y somewhere, and Neumann's series), rhg
+and bda unroll from y0; ia-gm learns the start z of the inner steps, and iaptt-gm
+besides ends at the inner iterate of largest F. Its y is that iterate, the others' the
+last one. Published: 500 outer steps at rate 0.1 for x and z, 40 inner steps at rate
+5e-4. What the paper leaves out:
+
+- Inner iterates must be free to leave [-2, 2], as in the published script's first
+  version: what keeps y feasible is then the pessimistic end, and only iaptt-gm arrives.
+  With `--project-inner` ia-gm arrives too. x and z are projected always.
+- (7 pi / 4, -2) is a local solution. 20 to 40 inner steps are too few to see it and
+  enough to see (11 pi / 4, -2); with 42 or more the first two starts end there.
+- At a constant rate x swings about the solution by up to 0.1, so the last fifth of the
+  outer steps are made at a tenth of it (`--settle 0`: published).
+
+counter: BDA's counter-example, in which f leaves y2 undetermined.
+
+    F = (x - y2)^2 / 2 + (y1 - 1)^2 / 2,    f = y1^2 / 2 - x y1,    x in [-100, 100]
+
+The solution is x = 1, y = (1, 1). From y = (0, 0) rhg never moves y2 and ends at
+x = 1/2. bda moves it by the aggregated gradient of F, ia-gm by learning its start.
+
+convex: 50 dimensions, solution e = (1, ..., 1), with (ia-gm-a) and without (ia-gm)
+Nesterov's acceleration of the inner steps.
+
+    F = |x - y2|^4 + |y1 - e|^4,    f = |y1|^2 / 2 - x'y1,    x in [-100, 100]^50
+
+The rates and steps of the last two are our choice; with 12 inner steps or more plain
+ones suffice, and the acceleration overshoots. Reproduces the numerical examples of
+Liu, Liu, Zeng and Zhang (2021), arXiv:2110.00455; the counter-example is that of Liu,
+Mu, Yuan, Zeng and Zhang (2020), arXiv:2006.04045.
+"""
+
+import argparse
+import dataclasses
+import os
+import pathlib
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import keras
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import tensorflow as tf
+
+import tfbilevel as tb
+from tfbilevel import experiment
+
+METHODS = ("ls", "ns", "rhg", "bda", "ia-gm", "iaptt-gm", "ia-gm-a")
+LEARNED_START = ("ia-gm", "iaptt-gm", "ia-gm-a")
+# Which methods use a setting; the others are refused it.
+USERS = {"alpha": ("bda",), "alpha_decay": ("bda",), "solver_steps": ("ls", "ns")}
+
+Objective = Callable[[Any, Any], tf.Tensor]
+Paths = dict[str, dict[str, "Path"]]  # of one example: method -> start -> path
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    outer_steps: int
+    inner_steps: int
+    upper_lr: float
+    inner_lr: float
+    settle: float = 0.0
+    alpha: float = 0.4
+    alpha_decay: float = 0.9
+    solver_steps: int = 10
+    project_inner: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """A problem, where to start it, and where it should end.
+
+    Attributes:
+        upper_objective: F.
+        lower_objective: f.
+        solution: x and y.
+        starts: name -> x and y.
+        upper_bounds: of every component of x.
+        lower_bounds: of every component of y, if any.
+        methods: those that mean something here.
+        settings: the defaults.
+    """
+
+    upper_objective: Objective
+    lower_objective: Objective
+    solution: tuple[Any, Any]
+    starts: dict[str, tuple[Any, Any]]
+    upper_bounds: tuple[float, float]
+    lower_bounds: tuple[float, float] | None
+    methods: tuple[str, ...]
+    settings: Settings
+
+
+EXAMPLES = {
+    "sine": Example(
+        upper_objective=lambda x, y: x + x * y,
+        lower_objective=lambda x, y: -tf.sin(x * y),
+        solution=(11 * np.pi / 4, -2.0),
+        starts={"(1, 2)": (1.0, 2.0), "(5, 1)": (5.0, 1.0), "(7, -1)": (7.0, -1.0)},
+        upper_bounds=(1.0, 10.0),
+        lower_bounds=(-2.0, 2.0),
+        methods=METHODS[:6],
+        settings=Settings(500, 40, upper_lr=0.1, inner_lr=5e-4, settle=0.2),
+    ),
+    "counter": Example(
+        upper_objective=lambda x, y: ((x - y[1]) ** 2 + (y[0] - 1) ** 2) / 2,
+        lower_objective=lambda x, y: y[0] ** 2 / 2 - x * y[0],
+        solution=(1.0, np.ones(2)),
+        starts={"0": (0.0, np.zeros(2))},
+        upper_bounds=(-100.0, 100.0),
+        lower_bounds=None,
+        methods=("rhg", "bda", "ia-gm"),
+        settings=Settings(
+            200, 100, upper_lr=0.3, inner_lr=0.5, alpha=0.5, alpha_decay=0.95
+        ),
+    ),
+    "convex": Example(
+        upper_objective=lambda x, y: (
+            tf.reduce_sum((x - y[1]) ** 2) ** 2 + tf.reduce_sum((y[0] - 1) ** 2) ** 2
+        ),
+        lower_objective=lambda x, y: tf.reduce_sum(y[0] ** 2 / 2 - x * y[0]),
+        solution=(np.ones(50), np.ones((2, 50))),
+        starts={"0": (np.zeros(50), np.zeros((2, 50)))},
+        upper_bounds=(-100.0, 100.0),
+        lower_bounds=None,
+        methods=("ia-gm", "ia-gm-a"),
+        settings=Settings(500, 10, upper_lr=1e-3, inner_lr=0.1),
+    ),
+}
+
+
+class Path(NamedTuple):
+    """One method from one start; every array has a leading axis of outer steps.
+
+    Attributes:
+        x: the upper variables, before the step.
+        y: the end point of the inner steps, y_{k*} where the end is pessimistic.
+        y_last: the last inner iterate.
+        upper: F(x, y).
+        lower: f(x, y).
+        truncation: k*.
+        diverged: whether a linear solve did; only ls and ns have one.
+        seconds: what the whole path took.
+    """
+
+    x: np.ndarray
+    y: np.ndarray
+    y_last: np.ndarray
+    upper: np.ndarray
+    lower: np.ndarray
+    truncation: np.ndarray
+    diverged: np.ndarray
+    seconds: float
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = experiment.Parser(description=__doc__)
+    add, above = parser.add_argument, experiment.positive
+    add("--example", choices=EXAMPLES, nargs="+", default=list(EXAMPLES))
+    add("--method", choices=METHODS, nargs="+", help="default: all the examples have")
+    add("--outer-steps", type=above(int))
+    add("--inner-steps", type=above(int))
+    add("--upper-lr", type=above(float), help="of x and of a learned start")
+    add("--inner-lr", type=above(float))
+    add("--settle", type=float, help="last part of the steps, at a tenth of the rate")
+    add("--alpha", type=above(float), help="bda: weight of F at the first inner step")
+    add("--alpha-decay", type=above(float), help="bda: its factor from step to step")
+    add("--solver-steps", type=above(int), help="ls, ns: products")
+    add(
+        "--project-inner",
+        action=argparse.BooleanOptionalAction,
+        help="sine: every inner iterate onto [-2, 2]",
+    )
+    add("--tolerance", type=above(float), default=0.05, help="what counts as arrived")
+    args = parser.parse_args(argv)
+    check(parser, args)
+    return args
+
+
+def flag(knob: str) -> str:
+    return "--" + knob.replace("_", "-")
+
+
+def check(parser: experiment.Parser, args: argparse.Namespace) -> None:
+    """Refuse what no run would use; fill in the methods and each example's settings."""
+    known = {m for name in args.example for m in EXAMPLES[name].methods}
+    args.method = [m for m in METHODS if m in (args.method or known)]
+    for method in args.method:
+        if method not in known:
+            parser.error(
+                f"--method {method} means nothing to --example "
+                f"{' '.join(args.example)}: leave it out"
+            )
+    for name in args.example:
+        if not {*args.method} & {*EXAMPLES[name].methods}:
+            parser.error(
+                f"--example {name} has none of --method {' '.join(args.method)}: add "
+                f"one of {', '.join(EXAMPLES[name].methods)}"
+            )
+    for knob, users in USERS.items():
+        if getattr(args, knob) is not None and not {*users} & {*args.method}:
+            parser.error(
+                f"{flag(knob)} means nothing to --method {' '.join(args.method)}: "
+                "leave it out"
+            )
+    if args.project_inner and "sine" not in args.example:
+        parser.error("--project-inner needs --example sine: only its y is bounded")
+    for knob in ("settle", "alpha", "alpha_decay"):
+        value = getattr(args, knob)
+        if value is not None and not 0 <= value <= 1:
+            parser.error(f"{flag(knob)} must be between 0 and 1, got {value}")
+    knobs = [field.name for field in dataclasses.fields(Settings)]
+    given = {k: getattr(args, k) for k in knobs if getattr(args, k) is not None}
+    args.settings = {
+        name: dataclasses.replace(EXAMPLES[name].settings, **given)
+        for name in args.example
+    }
+
+
+def build_problem(
+    example: Example, learned_start: bool, project_inner: bool
+) -> tb.Problem:
+    """The problem; its upper variables are x and, if it is learned, the start."""
+
+    def bounded_lower(y: tf.Tensor) -> tf.Tensor:
+        bounds = example.lower_bounds
+        return y if bounds is None else tf.clip_by_value(y, *bounds)
+
+    def bounded_upper(upper: dict) -> dict:
+        start = {"start": bounded_lower(upper["start"])} if learned_start else {}
+        return {"x": tf.clip_by_value(upper["x"], *example.upper_bounds)} | start
+
+    return tb.Problem(
+        upper_loss=lambda upper, y, batch: example.upper_objective(upper["x"], y),
+        lower_loss=lambda upper, y, batch: example.lower_objective(upper["x"], y),
+        lower_start=(lambda upper: upper["start"]) if learned_start else None,
+        project_upper=bounded_upper,
+        project_lower=bounded_lower if project_inner else None,
+    )
+
+
+def build_method(name: str, settings: Settings) -> tb.Method:
+    optimizer = keras.optimizers.SGD(settings.inner_lr)
+    accelerated = name == "ia-gm-a"
+    inner = tb.InnerSolver(
+        optimizer, settings.inner_steps, start="cold", accelerated=accelerated
+    )
+    if name == "ls":
+        return tb.Implicit(inner, tb.NormalConjugateGradient(settings.solver_steps))
+    if name == "ns":
+        return tb.Implicit(inner, tb.Neumann(settings.solver_steps))
+    if name == "bda":
+        aggregation = tb.Aggregation(settings.alpha, decay=settings.alpha_decay)
+        return tb.Unroll(inner, aggregate=aggregation)
+    return tb.Unroll(inner, end="pessimistic" if name == "iaptt-gm" else "final")
+
+
+def solve(example: Example, method: str, start: str, settings: Settings) -> Path:
+    learned_start = method in LEARNED_START
+    x, y = (tf.constant(value, tf.float64) for value in example.starts[start])
+    settling = round(settings.outer_steps * (1 - settings.settle))
+    rate = keras.optimizers.schedules.PiecewiseConstantDecay(
+        [settling - 1],  # the last step before it
+        [settings.upper_lr, settings.upper_lr / 10],
+    )
+    begun = time.perf_counter()
+    with warnings.catch_warnings():
+        # Neumann's series does where f is concave in y: such steps are counted.
+        warnings.simplefilter("ignore", tb.DivergenceWarning)
+        result = tb.minimize(
+            build_problem(example, learned_start, settings.project_inner),
+            build_method(method, settings),
+            upper={"x": x, "start": y} if learned_start else {"x": x},
+            lower=y,
+            upper_optimizer=keras.optimizers.SGD(rate),
+            batches=tb.Batches(None, None),
+            # One more, whose inner steps evaluate where the others have led.
+            steps=settings.outer_steps + 1,
+            trace=lambda point: (point.upper["x"], point.lower, point.metrics),
+        )
+    return follow(example, x, result.trace, settings, time.perf_counter() - begun)
+
+
+def follow(
+    example: Example, x0: tf.Tensor, trace: tuple, settings: Settings, seconds: float
+) -> Path:
+    after, last, metrics = trace
+    x, end = tf.concat([x0[None], after[:-1]], axis=0), last
+    if "truncation" in metrics:
+        end = metrics["upper_loss"] / x - 1  # F = x (1 + y) gives y_{k*} back
+
+    def along(objective: Objective) -> np.ndarray:
+        return tf.vectorized_map(lambda at: objective(*at), (x, end)).numpy()
+
+    steps = len(x)
+    return Path(
+        x.numpy(),
+        end.numpy(),
+        last.numpy(),
+        along(example.upper_objective),
+        along(example.lower_objective),
+        np.array(metrics.get("truncation", [settings.inner_steps] * steps)),
+        np.array(metrics.get("diverged", np.zeros(steps))) > 0,
+        seconds,
+    )
+
+
+def distances(example: Example, path: Path) -> dict[str, np.ndarray]:
+    """Euclidean distances to the solution at every step."""
+
+    def away(values: np.ndarray, solution: Any) -> np.ndarray:
+        return np.linalg.norm((values - solution).reshape(len(values), -1), axis=1)
+
+    best_x, best_y = example.solution
+    x, y, last = away(path.x, best_x), away(path.y, best_y), away(path.y_last, best_y)
+    return {
+        "x_distance": x,
+        "y_distance": y,
+        "distance": np.hypot(x, y),
+        "distance_last": np.hypot(x, last),
+    }
+
+
+def log(run: experiment.Run, labels: dict, example: Example, path: Path) -> None:
+    """One row per outer step; x and y only where they are single numbers."""
+    columns = {"x": path.x, "y": path.y, "y_last": path.y_last}
+    columns |= {"F": path.upper, "f": path.lower, **distances(example, path)}
+    columns |= {"truncation": path.truncation}
+    for step in range(len(path.x)):
+        row = {name: values[step] for name, values in columns.items()}
+        row = {name: v if np.ndim(v) == 0 else "" for name, v in row.items()}
+        run.log({**labels, "step": step, "seconds": round(path.seconds, 3), **row})
+
+
+def summarise(example: Example, path: Path, tolerance: float) -> dict[str, Any]:
+    numbers = distances(example, path)
+    if path.x.ndim == path.y.ndim == 1:
+        numbers = {"x": path.x, "y": path.y} | numbers
+    return {
+        **{name: float(values[-1]) for name, values in numbers.items()},
+        "arrived": bool(numbers["distance"][-1] < tolerance),
+        "mean_truncation": float(path.truncation.mean()),
+        "diverged_steps": int(path.diverged.sum()),
+        "seconds": path.seconds,
+    }
+
+
+def draw_sine(out: pathlib.Path, paths: Paths) -> None:
+    """Relative residuals of x and F against the outer step, a column per start."""
+    example = EXAMPLES["sine"]
+    best_x, best_y = example.solution
+    best = best_x + best_x * best_y
+    figure, grid = plt.subplots(2, 3, figsize=(13, 6.5), sharex=True)
+    for (above, below), start in zip(grid.T, example.starts, strict=True):
+        above.set(title=f"from (x, y) = {start}")
+        below.set(xlabel="outer step")
+        for thinner, (method, of_start) in enumerate(paths.items()):
+            path, width = of_start[start], 4 - 0.6 * thinner  # many lines coincide
+            above.plot(np.abs(path.x - best_x) / best_x, label=method, lw=width)
+            below.plot(np.abs(path.upper - best) / abs(best), label=method, lw=width)
+    grid[0, 0].set(ylabel="|x - x*| / |x*|")
+    grid[1, 0].set(ylabel="|F - F*| / |F*|")
+    finish(figure, grid, out / "sine.png")
+
+
+def draw_truncation(out: pathlib.Path, paths: Paths, window: int = 50) -> None:
+    """How many inner steps lead to the iterate of largest F."""
+    starts = EXAMPLES["sine"].starts
+    figure, grid = plt.subplots(1, 3, figsize=(13, 3.6), sharey=True)
+    for axes, start in zip(grid, starts, strict=True):
+        indices = paths["iaptt-gm"][start].truncation
+        means = [
+            indices[max(0, k - window + 1) : k + 1].mean() for k in range(len(indices))
+        ]
+        axes.plot(indices, ".", markersize=2, color="tab:gray", label="k*")
+        axes.plot(means, label=f"mean of the last {window}")
+        axes.set(xlabel="outer step", title=f"from (x, y) = {start}")
+    grid[0].set(ylabel="truncation index k*")
+    finish(figure, grid, out / "truncation.png")
+
+
+def draw_counter(out: pathlib.Path, paths: Paths) -> None:
+    figure, axes = plt.subplots(figsize=(6, 4))
+    for method, of_start in paths.items():
+        axes.plot(of_start["0"].x, label=method)
+    axes.axhline(1, color="black", linestyle=":", label="solution")
+    axes.set(xlabel="outer step", ylabel="x")
+    finish(figure, np.array(axes), out / "counter.png")
+
+
+def draw_convex(out: pathlib.Path, paths: Paths) -> None:
+    figure, grid = plt.subplots(1, 2, figsize=(10, 4))
+    for method, of_start in paths.items():
+        away = distances(EXAMPLES["convex"], of_start["0"])
+        grid[0].plot(away["x_distance"], label=method)
+        grid[1].plot(away["y_distance"], label=method)
+    for axes, name in zip(grid, "xy", strict=True):
+        axes.set(xlabel="outer step", ylabel=f"|{name} - {name}*|", yscale="log")
+    finish(figure, grid, out / "convex.png")
+
+
+def finish(figure: Any, grid: np.ndarray, file: pathlib.Path) -> None:
+    for axes in grid.flat:
+        axes.grid(alpha=0.3)
+    grid.flat[0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def draw(out: pathlib.Path, found: dict[str, Paths]) -> None:
+    if "sine" in found:
+        draw_sine(out, found["sine"])
+        if "iaptt-gm" in found["sine"]:
+            draw_truncation(out, found["sine"])
+    if "counter" in found:
+        draw_counter(out, found["counter"])
+    if "convex" in found:
+        draw_convex(out, found["convex"])
+
+
+def print_table(summary: dict) -> None:
+    print(f"{'':9s}{'method':10s}{'start':9s}{'|x - x*|':>10s}{'|y - y*|':>10s}")
+    for name, methods in summary["examples"].items():
+        for method, starts in methods.items():
+            for start, end in starts.items():
+                away = f"{end['x_distance']:10.4f}{end['y_distance']:10.4f}"
+                arrived = "  arrived" if end["arrived"] else ""
+                print(f"{name:9s}{method:10s}{start:9s}{away}{arrived}")
+
+
+def solve_all(args: argparse.Namespace, run: experiment.Run) -> dict[str, Paths]:
+    jobs = [
+        (name, method, start)
+        for name in args.example
+        for method in args.method
+        if method in EXAMPLES[name].methods
+        for start in EXAMPLES[name].starts
+    ]
+    verbose = 1 if sys.stdout.isatty() else 0
+    progress = keras.utils.Progbar(len(jobs), verbose=verbose, unit_name="path")
+    found: dict[str, Paths] = {}
+    for done, (name, method, start) in enumerate(jobs, 1):
+        path = solve(EXAMPLES[name], method, start, args.settings[name])
+        labels = {"example": name, "method": method, "start": start}
+        log(run, labels, EXAMPLES[name], path)
+        found.setdefault(name, {}).setdefault(method, {})[start] = path
+        progress.update(done)
+    return found
+
+
+def main(argv: list[str] | None = None) -> dict:
+    args = parse_args(argv)
+    config = {k: getattr(args, k) for k in ("example", "method", "tolerance", "seed")}
+    config |= {name: dataclasses.asdict(s) for name, s in args.settings.items()}
+    try:
+        run = experiment.Run(args.out, config, args.resume)
+    except ValueError as error:
+        print(f"nonconvex_follower.py: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    run.rewind(-1)  # a resumed run starts again: it takes seconds
+    # TensorFlow would warn that a function is traced anew for every method and start.
+    tf.get_logger().setLevel("ERROR")
+    begun = time.perf_counter()
+    found = solve_all(args, run)
+    draw(run.out, found)
+    ends = {
+        name: {
+            method: {
+                start: summarise(EXAMPLES[name], path, args.tolerance)
+                for start, path in of_start.items()
+            }
+            for method, of_start in paths.items()
+        }
+        for name, paths in found.items()
+    }
+    summary = {
+        "tolerance": args.tolerance,
+        "seconds": time.perf_counter() - begun,
+        "arrived_from_every_start": {
+            name: [m for m, at in methods.items() if all_arrived(at)]
+            for name, methods in ends.items()
+        },
+        "examples": ends,
+    }
+    run.summarise(summary)
+    print_table(summary)
+    return summary
+
+
+def all_arrived(ends: dict[str, dict]) -> bool:
+    return all(end["arrived"] for end in ends.values())
+
+
+if __name__ == "__main__":
+    main()
