@@ -74,6 +74,8 @@ SMALL = [
 ]
 
 
+# Four steps from a random network: its Hessian is not definite.
+@pytest.mark.filterwarnings("ignore::tfbilevel.DivergenceWarning")
 @pytest.mark.parametrize("net", ["linear", "mlp"])
 @pytest.mark.parametrize("method", cleaning.METHODS)
 def test_cleaning_runs_every_method_and_writes_its_files(method, net, tmp_path):

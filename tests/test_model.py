@@ -68,7 +68,7 @@ def value_gap():
 
 def implicit():
     return tb.Implicit(
-        inner(start="cold"), tb.ConjugateGradient(9, damping=0.1, warm_start=True)
+        inner(start="cold"), tb.ConjugateGradient(9, damping=3.0, warm_start=True)
     )
 
 
