@@ -7,6 +7,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from problems import ORACLES, flat
 
 import tfbilevel as tb
 
@@ -135,3 +136,58 @@ def test_invalid_calls() -> None:
         optimize(make(), auxiliary_opt=SGD(0.2))
     with pytest.raises(ValueError, match="without init_auxiliary=True"):
         optimize(make(), init_opt=SGD(0.2))
+
+
+# The twelve on the oracle problems: tests/problems.py has their losses.
+
+TWELVE = [
+    pytest.param(options, learned, id=f"{name}{'-ia' * learned}")
+    for name, options in {
+        "rad": {},
+        "t-rad": {"last": 3, "skipped": "identity"},
+        "ptt": {"end": "pessimistic"},
+        "bda": {"aggregate": tb.Aggregation(0.4, 0.7)},
+        "t-bda": {
+            "aggregate": tb.Aggregation(0.4, 0.7),
+            "last": 3,
+            "skipped": "identity",
+        },
+        "bda-ptt": {"aggregate": tb.Aggregation(0.4, 0.7), "end": "pessimistic"},
+    }.items()
+    for learned in (False, True)
+]
+
+
+def with_learned_start(problem: tb.Problem) -> tb.Problem:
+    """The same losses; the upper variables are (x, where the inner loop starts)."""
+    return tb.Problem(
+        lambda u, y, batch: problem.upper_loss(u[0], y, batch),
+        lambda u, y, batch: problem.lower_loss(u[0], y, batch),
+        lower_start=lambda u: u[1],
+    )
+
+
+@pytest.mark.parametrize("oracle", ORACLES, ids=lambda oracle: oracle.name)
+@pytest.mark.parametrize(("options", "learned"), TWELVE)
+def test_the_twelve_on_the_oracles(options, learned, oracle) -> None:
+    """Central differences of the same computation; eager = graph = XLA."""
+    upper, lower, batches = oracle.at("float64")
+    problem = oracle.problem
+    if learned:
+        problem, upper = with_learned_start(problem), (upper, lower)
+    method = tb.Unroll(tb.InnerSolver(SGD(oracle.rate / 2), 5), **options)
+    report = tb.check_hypergradient(problem, method, upper, lower, batches, probes=2)
+    assert report.error < 1e-6 and report.noise < 1e-6
+    state = method.init(problem, upper, lower)
+    eager = method.step(problem, upper, lower, batches, state)
+    # Every mode on the largest problem; on the others it would only take time.
+    for xla in (False, True) if oracle.name == "nested" else ():
+        compiled = tf.function(
+            lambda x, y, b, s: method.step(problem, x, y, b, s),
+            autograph=False,
+            jit_compile=xla,
+        )
+        other = compiled(upper, lower, batches, state)
+        np.testing.assert_allclose(
+            flat(other.upper_gradient), flat(eager.upper_gradient), rtol=1e-9
+        )

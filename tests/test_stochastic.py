@@ -84,7 +84,7 @@ def test_stocbio_takes_every_draw_once(factors: str) -> None:
     assert float(found.metrics["diverged"]) == 0.0
 
 
-def test_stocbio_tends_to_the_inverse_and_the_published_helper_does_not() -> None:
+def test_d13_stocbio_tends_to_the_inverse_and_the_published_helper_does_not() -> None:
     """v -> H^{-1} f_y as Q grows. With eta on the last term only (the published
     helper, peers.md D13) it would tend to about H^{-1} f_y / eta - f_y."""
     one = tb.Batches(BATCHES.upper, tf.nest.map_structure(lambda a: a[0], BATCHES[1]))

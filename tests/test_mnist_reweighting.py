@@ -1,0 +1,325 @@
+"""The experiment of the stochastic methods, on a few of the embedded digits."""
+
+import csv
+import functools
+import json
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from experiment_scripts import load_experiment
+
+import tfbilevel as tb
+from data_prep import images
+
+reweighting = load_experiment("mnist_reweighting")
+
+SMALL = [
+    *("--dataset", "digits", "--train-size", "60", "--validation-size", "40"),
+    *("--test-size", "50", "--inner-steps", "7", "--inner-lr", "0.02"),
+]
+DRAWS = ["--batch-size", "8", "--eta", "0.02"]
+STOCHASTIC = ("stocbio", "bsa", "ttsa")
+
+
+def parse(*flags):
+    return reweighting.parse_args(["--out", "unused", *flags])
+
+
+def read(folder):
+    with (folder / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def read_once():
+    """The embedded digits are a text file that takes seconds to read."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            reweighting.images,
+            "load_training_file",
+            functools.cache(images.load_training_file),
+        )
+        yield
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """Training, validation and test images of SMALL."""
+    return reweighting.load_parts(parse(*SMALL, *DRAWS))
+
+
+COMPARISON = [
+    *("--compare", *SMALL, *DRAWS, "--noise-rate", "0.3", "--jit", "off"),
+    *("--outer-steps", "3", "--hessian-q", "7"),
+]
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """One run of every method."""
+    out = tmp_path_factory.mktemp("reweighting") / "all"
+    return out, reweighting.main(["--out", str(out), *COMPARISON])
+
+
+def test_published_settings_are_the_defaults():
+    for method in reweighting.METHODS:
+        args = parse("--method", method)
+        (job,) = args.jobs
+        assert (args.train_size, args.validation_size) == (20_000, 5000)
+        assert (args.test_size, args.noise_rate, args.seconds) == (10_000, 0.1, None)
+        assert (job.upper_lr, job.inner_lr) == (0.1, 0.1)
+        assert job.inner_steps == (None if method == "ttsa" else 200)
+        assert job.outer_steps == (10_000 if method == "ttsa" else 50)
+        assert job.hessian_q == (100 if method == "hoag" else 3)
+        size = {"stocbio": 50, "bsa": 1, "ttsa": 1}.get(method)
+        assert job.batch_size == size
+        made = reweighting.build_method(job)
+        assert isinstance(made, tb.Method)
+        if method in STOCHASTIC:
+            assert (made.max_steps, made.rate) == (3, job.eta)
+        if method == "reverse":
+            assert made.last == 3
+    assert reweighting.REGULARISATION == 0.001
+
+
+def test_compare_is_every_method_with_a_budget_of_time():
+    args = parse("--compare", "--trials", "2", "--seed", "5")
+    assert len(args.jobs) == 2 * len(reweighting.METHODS)
+    assert {job.seed for job in args.jobs} == {5, 6}
+    assert {(job.seconds, job.outer_steps) for job in args.jobs} == {(150.0, None)}
+
+
+def test_every_method_runs_and_writes_its_files(compared):
+    out, summary = compared
+    assert json.loads((out / "summary.json").read_text()) == summary
+    assert list(summary["methods"]) == list(reweighting.METHODS)
+    assert (out / "comparison.png").stat().st_size > 10_000
+    merged = read(out)
+    for method, run in zip(reweighting.METHODS, summary["runs"], strict=True):
+        folder = out / f"{method}-0"
+        assert json.loads((folder / "summary.json").read_text()) == run
+        config = json.loads((folder / "config.json").read_text())["settings"]
+        assert (config["method"], config["outer_steps"]) == (method, 3)
+        assert (folder / "curves.png").stat().st_size > 10_000
+        rows = read(folder)
+        assert [int(row["step"]) for row in rows] == [0, 1, 2, 3]
+        seconds = [float(row["seconds"]) for row in rows]
+        assert seconds[0] == 0 and seconds == sorted(seconds)
+        losses = [float(row["train_loss"]) for row in rows]
+        assert losses[-1] < losses[0]  # it learns
+        assert all(0 < float(row["upper_loss"]) < 50 for row in rows[1:])
+        if method in STOCHASTIC:
+            assert all(0 < float(row["growth"]) < 1.001 for row in rows[1:])
+        # Everything is kept at the start.
+        assert float(rows[0]["recall"]) == 100
+        assert float(rows[0]["precision"]) == pytest.approx(70)
+        for name in reweighting.SCORES:
+            assert run[name] == float(rows[-1][name])
+        mine = [row for row in merged if row["method"] == method]
+        assert [row["test_loss"] for row in mine] == [row["test_loss"] for row in rows]
+
+
+def test_all_methods_start_from_the_same_network(compared):
+    starts = [row["test_loss"] for row in read(compared[0]) if row["step"] == "0"]
+    assert len(starts) == len(reweighting.METHODS) and len(set(starts)) == 1
+
+
+def test_a_finished_comparison_resumed_trains_nothing(compared, monkeypatch):
+    out, summary = compared
+    monkeypatch.setattr(reweighting, "train", None)
+    argv = ["--out", str(out), *COMPARISON, "--resume"]
+    assert reweighting.main(argv) == summary
+
+
+def test_labels_are_corrupted_once_and_exactly_the_share_asked_for(digits):
+    (job,) = parse(*SMALL, *DRAWS, "--noise-rate", "0.4").jobs
+    before = digits[0].labels.copy()
+    data = reweighting.add_noise(digits, job)
+    noisy, true = (
+        np.argmax(part.targets, axis=1) for part in (data.train, data.true_train)
+    )
+    np.testing.assert_array_equal(true, before)
+    np.testing.assert_array_equal(digits[0].labels, before)
+    np.testing.assert_array_equal(data.clean, noisy == true)
+    assert np.sum(~data.clean) == 24
+    for part, given in zip((data.validation, data.test), digits[1:], strict=True):
+        np.testing.assert_array_equal(np.argmax(part.targets, axis=1), given.labels)
+
+
+def test_pixels_and_start_are_the_published_ones():
+    pixels = np.array([[[[0], [255]]]], np.uint8)
+    scaled = reweighting.scale(pixels).numpy()
+    np.testing.assert_allclose(scaled, [[-0.1307 / 0.3081, 0.8693 / 0.3081]], rtol=1e-6)
+    kernel, bias = reweighting.build_net(784, seed=3).get_weights()
+    assert kernel.shape == (784, 10) and bias.shape == (10,)
+    assert kernel.std() == pytest.approx(0.2**0.5, rel=0.03)
+    assert 0.2 < bias.std() < 0.8
+
+
+def test_index_batches_go_through_whole_permutations():
+    def take(first, number):
+        dataset = reweighting.index_batches(11, 3, seed=4, first=first)
+        return np.array([batch.numpy() for batch in dataset.take(number)])
+
+    whole = take(0, 12)
+    for start in range(0, 12, 3):  # three batches of 3 out of 11: two are left out
+        assert len(set(whole[start : start + 3].ravel())) == 9
+    assert set(whole.ravel()) == set(range(11))
+    assert not np.array_equal(whole[:3], whole[3:6])
+    for first in (2, 3, 7):
+        np.testing.assert_array_equal(take(first, 5), whole[first : first + 5])
+
+
+def step_of(model, batches):
+    x = [tf.convert_to_tensor(v) for v in model.upper.trainable_variables]
+    y = [tf.convert_to_tensor(v) for v in model.lower.trainable_variables]
+    state = model.method.init(model.problem, x, y)
+    return model.method.step(model.problem, x, y, batches, state)
+
+
+def test_stocbio_moves_the_drawn_examples_only(digits):
+    (job,) = parse(*SMALL, *DRAWS, "--seed", "2").jobs
+    model = reweighting.build_model(job, reweighting.add_noise(digits, job))
+    batches = next(iter(reweighting.outer_batches(job, model.method)))
+    assert batches.lower.shape == (7 + 3 + 1, 8) and batches.upper.shape == (8,)
+    step = step_of(model, batches)
+    moved = np.flatnonzero(step.upper_gradient[0])
+    np.testing.assert_array_equal(moved, np.sort(batches.lower[-1]))
+
+
+@pytest.fixture
+def float64():
+    keras.config.set_floatx("float64")
+    keras.config.set_dtype_policy("float64")
+    yield
+    keras.config.set_floatx("float32")
+    keras.config.set_dtype_policy("float32")
+
+
+def test_aid_cg_is_the_dense_solution_of_softmax_regression(float64):
+    """Weighted softmax regression differentiated by hand, in NumPy."""
+    flags = ["--method", "aid-cg", "--hessian-q", "200", "--inner-steps", "30"]
+    flags += ["--train-size", "7", "--validation-size", "6", "--noise-rate", "0.3"]
+    (job,) = parse(*flags).jobs
+    generator = np.random.default_rng(0)
+    parts = [
+        images.Part(
+            generator.integers(0, 256, (n, 1, 3, 1)).astype(np.uint8),
+            generator.integers(0, 10, n),
+        )
+        for n in (7, 6, 4)
+    ]
+    data = reweighting.add_noise(parts, job)
+    model = reweighting.build_model(job, data)
+    logits = generator.normal(size=7)
+    model.upper.set_weights([logits])
+    kernel, bias = model.lower.get_weights()
+    batches = next(iter(reweighting.outer_batches(job, model.method)))
+    (found,) = step_of(model, batches).upper_gradient
+
+    def with_ones(part):
+        return np.c_[part.pixels.numpy(), np.ones(len(part.pixels))]
+
+    def probabilities(inputs, y):
+        e = np.exp(inputs @ y)
+        return e / e.sum(axis=1, keepdims=True)
+
+    x, targets = with_ones(data.train), data.train.targets.numpy()
+    v, wanted = with_ones(data.validation), data.validation.targets.numpy()
+    s = 1 / (1 + np.exp(-logits))
+    y = np.vstack([kernel, bias])  # [inputs + 1, 10]
+    for _ in range(30):
+        errors = s[:, None] * (probabilities(x, y) - targets)
+        y = y - 0.1 * (x.T @ errors / 7 + 0.002 * y)
+    p = probabilities(x, y)
+    hessian = 0.002 * np.eye(y.size)
+    for i in range(7):
+        curvature = np.diag(p[i]) - np.outer(p[i], p[i])
+        hessian += s[i] / 7 * np.kron(np.outer(x[i], x[i]), curvature)
+    f_y = v.T @ (probabilities(v, y) - wanted) / 6
+    solution = np.linalg.solve(hessian, f_y.ravel())
+    own = np.einsum("ni,nc->nic", x, p - targets).reshape(7, -1)  # of each example
+    expected = -s * (1 - s) / 7 * (own @ solution)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert np.abs(expected).min() > 1e-6
+
+
+def test_a_run_cut_short_resumes_to_the_same_numbers(tmp_path, monkeypatch):
+    flags = [*SMALL, *DRAWS, "--outer-steps", "6", "--eval-every", "2", "--jit", "off"]
+
+    def run(name, *more):
+        reweighting.main([*flags, "--out", str(tmp_path / name), *more])
+        rows = read(tmp_path / name)
+        for row in rows:
+            del row["seconds"]
+        return rows
+
+    whole, measure, left = run("whole"), reweighting.measure, [3]
+
+    def measure_until_the_power_fails(model, data):
+        evaluate = measure(model, data)
+
+        def fail():
+            left[0] -= 1
+            if left[0] == 0:
+                raise KeyboardInterrupt
+            return evaluate()
+
+        return fail
+
+    monkeypatch.setattr(reweighting, "measure", measure_until_the_power_fails)
+    with pytest.raises(KeyboardInterrupt):
+        run("cut")
+    assert [row["step"] for row in read(tmp_path / "cut")] == ["0", "2"]
+    monkeypatch.undo()
+    assert run("cut", "--resume") == whole
+
+
+def test_a_budget_of_time_ends_a_run(tmp_path):
+    flags = [*SMALL, "--seconds", "0.05", "--method", "ttsa", "--eval-every", "5"]
+    flags = [flag for flag in flags if flag not in ("--inner-steps", "7")]
+    summary = reweighting.main([*flags, "--jit", "off", "--out", str(tmp_path)])
+    assert summary["outer_steps"] % 5 == 0 and summary["outer_steps"] > 0
+    seconds = [float(row["seconds"]) for row in read(tmp_path)]
+    assert seconds[-1] >= 0.05 and all(s < 0.05 for s in seconds[:-1])
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--metod", "stocbio"], "unrecognized arguments"),
+        (["--method", "nope"], "invalid choice"),
+        (["--seconds", "0"], "above zero"),
+        (["--method", "aid-cg", "--eta", "0.1"], "--eta means nothing"),
+        (["--method", "ttsa", "--inner-steps", "3"], "--inner-steps means nothing"),
+        (["--method", "reverse", "--inner-steps", "2"], "--hessian-q must not exceed"),
+        (["--outer-steps", "25", "--eval-every", "10"], "multiple of --eval-every"),
+        (["--batch-size", "6000"], "--batch-size must not exceed --validation-size"),
+        (["--data-dir", "/nowhere"], "not prepared"),
+        (["--dataset", "digits", "--train-size", "4000"], "fit in 3500"),
+        (["--dataset", "digits", "--noise-rate", "1.5"], "pollution rate"),
+        (["--dataset", "digits", "--resume"], "folder with a run"),
+    ],
+)
+def test_bad_flags_are_one_line_and_leave_nothing(flags, message, tmp_path, capsys):
+    out = tmp_path / "run"
+    with pytest.raises(SystemExit) as stop:
+        reweighting.main(["--out", str(out), *flags])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error and "\n" not in error
+    assert not out.exists()
+
+
+def test_published_order_undoes_the_hash_that_tensorflow_datasets_sorts_by():
+    from tensorflow_datasets.core import hashing
+
+    hasher = hashing.Hasher("train")
+    order = sorted(range(50), key=hasher.hash_key)
+    stored = images.Part(np.arange(50)[order].reshape(50, 1), np.arange(50)[order])
+    assert not np.array_equal(stored.labels, np.arange(50))
+    back = images.in_published_order(stored, "train")
+    np.testing.assert_array_equal(back.labels, np.arange(50))
+    np.testing.assert_array_equal(back.images[:, 0], np.arange(50))
