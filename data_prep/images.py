@@ -23,7 +23,7 @@ class Part(NamedTuple):
 
 
 def load_training_file(dataset: str, data_dir: pathlib.Path | None = None) -> Part:
-    """All images of a dataset's training file, uint8, in the file's order.
+    """All images of a dataset's training file, uint8, in tensorflow-datasets' order.
 
     Args:
         dataset: one of DATASETS.
@@ -37,6 +37,11 @@ def load_training_file(dataset: str, data_dir: pathlib.Path | None = None) -> Pa
 
         images, labels = mnist_data()
         return Part(images.reshape(-1, 28, 28, 1).astype(np.uint8), labels.astype(int))
+    return load_file(dataset, "train", data_dir)
+
+
+def load_file(dataset: str, split: str, data_dir: pathlib.Path | None = None) -> Part:
+    """All images of a published file, "train" or "test", as `load_training_file`."""
     logging.getLogger("absl").setLevel(logging.ERROR)
     import tensorflow_datasets as tfds
 
@@ -45,7 +50,7 @@ def load_training_file(dataset: str, data_dir: pathlib.Path | None = None) -> Pa
         builder: Any = tfds.builder(
             dataset, data_dir=None if folder is None else str(folder)
         )
-        data = builder.as_dataset(split="train", batch_size=-1)
+        data = builder.as_dataset(split=split, batch_size=-1)
     except (AssertionError, OSError, tfds.core.DatasetNotFoundError) as error:
         raise FileNotFoundError(
             f"the dataset {dataset} is not prepared in "
@@ -54,6 +59,20 @@ def load_training_file(dataset: str, data_dir: pathlib.Path | None = None) -> Pa
             f"python -c \"import tensorflow_datasets as tfds; tfds.load('{dataset}')\""
         ) from error
     return Part(data["image"].numpy(), data["label"].numpy())
+
+
+def in_published_order(data: Part, split: str) -> Part:
+    """A file of mnist or fashion_mnist in the order in which it was published.
+
+    tensorflow-datasets stores examples sorted by a hash of their number, salted with
+    the split's name; this sorts them back.
+    """
+    from tensorflow_datasets.core import hashing
+
+    hasher = hashing.Hasher(split)
+    keys = [hasher.hash_key(number) for number in range(len(data.labels))]
+    stored_at = np.argsort(sorted(range(len(keys)), key=keys.__getitem__))
+    return Part(data.images[stored_at], data.labels[stored_at])
 
 
 def split(data: Part, sizes: list[int], generator: np.random.Generator) -> list[Part]:

@@ -45,3 +45,12 @@ def pollute(
         shift = generator.integers(1, classes, count)
         polluted[chosen] = (labels[chosen] + shift) % classes
     return polluted, clean
+
+
+def cleaning_scores(keep: np.ndarray, clean: np.ndarray) -> dict[str, float]:
+    """Precision, recall and F1 of keeping the clean examples, in percent."""
+    hits = float(np.sum(keep & clean))
+    precision = hits / max(float(np.sum(keep)), 1e-8)
+    recall = hits / max(float(np.sum(clean)), 1e-8)
+    f1 = 2 * precision * recall / max(precision + recall, 1e-8)
+    return {"precision": 100 * precision, "recall": 100 * recall, "f1": 100 * f1}

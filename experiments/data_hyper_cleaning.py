@@ -281,15 +281,6 @@ def build_method(args: argparse.Namespace, network: keras.Model) -> tb.Method:
     return tb.Implicit(inner_steps(), solver)
 
 
-def cleaning_scores(keep: np.ndarray, clean: np.ndarray) -> dict[str, float]:
-    """Precision, recall and F1 of keeping the clean examples, in percent."""
-    hits = float(np.sum(keep & clean))
-    precision = hits / max(float(np.sum(keep)), 1e-8)
-    recall = hits / max(float(np.sum(clean)), 1e-8)
-    f1 = 2 * precision * recall / max(precision + recall, 1e-8)
-    return {"precision": 100 * precision, "recall": 100 * recall, "f1": 100 * f1}
-
-
 def accuracy(network: Callable, part: tuple) -> tf.Tensor:
     pixels, labels = part
     predictions = tf.argmax(
@@ -334,7 +325,9 @@ def train_baseline(args: argparse.Namespace, data: dict, network: keras.Model) -
         "dataset": args.dataset,
         "seconds": seconds,
         "test_accuracy": float(accuracy(network, data["test"])),
-        **cleaning_scores(probabilities.argmax(axis=1) == labels, data["clean"]),
+        **label_noise.cleaning_scores(
+            probabilities.argmax(axis=1) == labels, data["clean"]
+        ),
     }
 
 
@@ -345,7 +338,7 @@ def before_cleaning(args: argparse.Namespace, data: dict) -> dict[str, float]:
     everything = np.ones_like(data["clean"])
     return {
         "test_accuracy": float(accuracy(network, data["test"])),
-        **cleaning_scores(everything, data["clean"]),
+        **label_noise.cleaning_scores(everything, data["clean"]),
     }
 
 
@@ -532,7 +525,7 @@ def clean(
             z = [v.value for v in model.upper_variables[1:]]
             predict = functools.partial(start, z)
             measured["start_test_accuracy"] = float(accuracy(predict, data["test"]))
-        return measured | cleaning_scores(keep, data["clean"])
+        return measured | label_noise.cleaning_scores(keep, data["clean"])
 
     evaluations = args.outer_steps // args.eval_every
     # An epoch is what a kill can cost: at most a twentieth of the run.

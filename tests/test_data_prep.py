@@ -121,3 +121,14 @@ def test_cifar10_runs_end_to_end(cifar10, tmp_path):
         ]
     )
     assert summary["dataset"] == "cifar10"
+
+
+def test_cleaning_scores():
+    keep = np.array([True, True, True, False, False])
+    clean = np.array([True, True, False, True, False])
+    scores = label_noise.cleaning_scores(keep, clean)
+    assert scores["precision"] == pytest.approx(200 / 3)
+    assert scores["recall"] == pytest.approx(200 / 3)
+    assert scores["f1"] == pytest.approx(200 / 3)
+    everything = label_noise.cleaning_scores(np.ones(10, bool), np.arange(10) < 5)
+    assert everything["f1"] == pytest.approx(200 / 3)  # at the start: 66.7

@@ -174,15 +174,14 @@ def test_cleaning_losses_are_the_formulas(tmp_path):
     )
 
 
-def test_cleaning_scores():
-    keep = np.array([True, True, True, False, False])
-    clean = np.array([True, True, False, True, False])
-    scores = cleaning.cleaning_scores(keep, clean)
-    assert scores["precision"] == pytest.approx(200 / 3)
-    assert scores["recall"] == pytest.approx(200 / 3)
-    assert scores["f1"] == pytest.approx(200 / 3)
-    everything = cleaning.cleaning_scores(np.ones(10, bool), np.arange(10) < 5)
-    assert everything["f1"] == pytest.approx(200 / 3)  # at the start: 66.7
+def test_rows_go_under_their_own_columns(tmp_path):
+    run = experiment.Run(tmp_path / "run", {}, resume=False)
+    run.log({"step": 0, "a": 1, "b": 2})
+    run.log({"step": 1, "b": 4, "a": 3})
+    assert run.column("a") == [1, 3] and run.column("b") == [2, 4]
+    with pytest.raises(ValueError, match="not in fieldnames"):
+        run.log({"step": 2, "c": 5})
+    assert len(run.rows()) == 2
 
 
 @pytest.mark.parametrize(

@@ -118,9 +118,14 @@ class Run:
 
     def log(self, values: Mapping[str, Any]) -> None:
         """Append a row; the first one decides the columns."""
-        new = not self._metrics.exists()
+        columns, new = list(values), True
+        if self._metrics.exists():
+            new = False
+            with self._metrics.open(newline="") as file:
+                columns = next(csv.reader(file))
         with self._metrics.open("a", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(values))
+            # An unknown column is an error before anything is written.
+            writer = csv.DictWriter(file, fieldnames=columns)
             if new:
                 writer.writeheader()
             writer.writerow(values)
