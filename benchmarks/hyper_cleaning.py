@@ -29,6 +29,7 @@ CONTESTANTS = HERE / "contestants"
 sys.path.insert(0, str(CONTESTANTS))
 
 import environment  # noqa: E402
+import operations  # noqa: E402
 import protocol  # noqa: E402
 import reference  # noqa: E402
 
@@ -47,7 +48,13 @@ class Contestant(NamedTuple):
 CONTESTANTS_IN_ORDER = (
     Contestant("tfbilevel", "library", "library.py", "plain"),
     Contestant("tfbilevel, XLA", "library", "library.py", "xla"),
-    Contestant("tfbilevel, fit", "fit", "library.py", "fit"),
+    Contestant(
+        "tfbilevel, fit",
+        "fit",
+        "library.py",
+        "fit",
+        methods=tuple(m for m in protocol.METHODS if m != "stocbio"),
+    ),
     Contestant("tf.function", "bare", "bare_tensorflow.py", "plain"),
     Contestant("tf.function, XLA", "bare", "bare_tensorflow.py", "xla"),
     Contestant(
@@ -71,6 +78,9 @@ TITLES = {
     "v-pbgd": "V-PBGD, one outer step",
     "g-pbgd": "G-PBGD, one outer step",
     "rhg": "RHG, one inner step (forward and reverse)",
+    "aid-cg": "AID-CG, one outer step",
+    "aid-fp": "AID-FP, one outer step",
+    "stocbio": "stocBiO, one outer step",
 }
 
 
@@ -95,12 +105,16 @@ def main(argv: list[str] | None = None) -> int:
             data = pathlib.Path(folder) / f"{net}.npz"
             protocol.save(instance, data)
             for method in arguments.methods:
+                if method not in protocol.METHODS_OF[net]:
+                    continue
                 exact = reference.hypergradient(method, instance)
                 entrants = [c for c in chosen if method in c.methods]
                 group = {
                     "net": net,
                     "method": method,
-                    "floor": floor(net, method, arguments.rows, machine["rates"]),
+                    "floor": operations.floor(
+                        net, method, arguments.rows, machine["rates"]
+                    ),
                     **measure(arguments, data, method, entrants, exact),
                 }
                 groups.append(group)
@@ -127,6 +141,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--methods", nargs="+", choices=protocol.METHODS, default=protocol.METHODS
     )
     arguments = parser.parse_args(argv)
+    if not any(
+        m in protocol.METHODS_OF[n] for n in arguments.nets for m in arguments.methods
+    ):
+        parser.error("aid-cg runs on the linear net only: add it to --nets")
     for name in ("rounds", "rows", "inner_steps", "threads"):
         if getattr(arguments, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
@@ -321,54 +339,6 @@ def ratios(results: list[dict]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def operations(net: str, method: str, rows: int) -> dict[str, float]:
-    """Matrix products that the method cannot do without, and what they read.
-
-    A pass is one product with the images: forward, weight gradient, or a directional
-    derivative. Hidden layers add `small` products between hidden and output units.
-    """
-    hidden, classes, inputs = 300, 10, 784
-    # Each: (passes over the images, small products).
-    per_step = {
-        # z: step (2, 3) and loss (1, 1); y: validation and training (2, 3) each.
-        "v-pbgd": (7, 10),
-        # y: validation and training (2, 3) each; second-order product (2, 6).
-        "g-pbgd": (6, 12),
-        # step (2, 3); reverse from stored iterates: forward, back and product (3, 8).
-        "rhg": (5, 11),
-    }
-    passes, small = per_step[method]
-    stored = passes - 1 if method == "rhg" else passes
-    wide = classes if net == "linear" else hidden
-    images = 2.0 * rows * inputs * wide
-    between = 0.0 if net == "linear" else 2.0 * rows * hidden * classes
-    return {
-        "image_passes": passes,
-        "flops": passes * images + small * between,
-        "flops_everything_stored": stored * images + (small - 2) * between
-        if method == "rhg"
-        else passes * images + small * between,
-        "bytes": passes * 4.0 * rows * inputs,
-    }
-
-
-def floor(net: str, method: str, rows: int, rates: dict) -> dict[str, float]:
-    counted = operations(net, method, rows)
-    best = max(rates["flops"].values())
-    kind = "classes" if net == "linear" else "hidden"
-    shaped = max(
-        rates["flops"][f"images x {kind}"], rates["flops"][f"images^T x {kind}"]
-    )
-    return {
-        **counted,
-        "seconds_at_best_rate": counted["flops"] / best,
-        "seconds_at_rate_of_these_shapes": counted["flops"] / shaped,
-        "seconds_everything_stored": counted["flops_everything_stored"] / best,
-        "seconds_reading_from_memory": counted["bytes"] / rates["bytes"]["memory"],
-        "seconds_reading_from_cache": counted["bytes"] / rates["bytes"]["cache"],
-    }
-
-
 def describe_machine(arguments: argparse.Namespace, with_peers: bool) -> dict[str, Any]:
     command = [
         sys.executable,
@@ -420,9 +390,10 @@ def report(out: pathlib.Path, machine: dict, groups: list[dict]) -> None:
         "",
         f"{machine['date']}, {machine['processor']}, {machine['threads']} threads; "
         f"{named}.",
-        f"{machine['rows']} x 784 images per level, full batch, float32; medians of "
-        f"{machine['rounds']} interleaved rounds; RHG unrolls "
-        f"{machine['inner_steps']} steps. Matrix products run at "
+        f"{machine['rows']} x 784 images per level, full batch (stocBiO: minibatches "
+        f"of {protocol.BATCH_SIZE}), float32; medians of {machine['rounds']} "
+        f"interleaved rounds; RHG unrolls {machine['inner_steps']} steps. Matrix "
+        "products run at "
         f"{max(rates['flops'].values()) / 1e9:.0f} GFLOP/s at best, memory reads at "
         f"{rates['bytes']['memory'] / 1e9:.1f} GB/s.",
         "",

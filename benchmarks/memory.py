@@ -90,7 +90,7 @@ def measure(case: Case, threads: int) -> dict:
     problem = tb.Problem(upper_loss=library.upper_loss, lower_loss=library.lower_loss)
     unroll = library.make_method("rhg", case.steps)
     method = tb.Unroll(unroll.inner, memory=case.memory)
-    batches = library.make_batches(instance)
+    batches = library.make_batches("rhg", instance)
     x = tf.constant(instance.upper)
     y = [tf.constant(leaf) for leaf in instance.lower]
     # One product starts the thread pools, which are not the method's.

@@ -313,6 +313,7 @@ def train_baseline(args: argparse.Namespace, data: dict, network: keras.Model) -
     }[args.method]
     seconds = train_plainly(network, parts)
     probabilities = tf.nn.softmax(network(pixels)).numpy()
+    kept = probabilities.argmax(axis=1) == labels
     np.savez_compressed(
         args.out / "predictions.npz",
         labels=labels,

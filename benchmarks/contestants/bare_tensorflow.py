@@ -4,6 +4,8 @@ Variants: plain, xla.
 """
 
 import argparse
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import protocol
@@ -11,6 +13,7 @@ import tensorflow as tf
 from tensorflow_losses import (
     cross_entropy,
     lower_loss,
+    minibatch_loss,
     upper_loss,
     use_threads,
     wait,
@@ -20,13 +23,8 @@ from tensorflow_losses import (
 class Bare:
     def __init__(self, arguments: argparse.Namespace, instance: protocol.Instance):
         use_threads(arguments.threads)
-        self.train = (
-            tf.constant(instance.train),
-            tf.constant(instance.train_labels),
-        )
-        self.validation = (
-            tf.constant(instance.validation),
-            tf.constant(instance.validation_labels),
+        self.validation, self.train = tf.nest.map_structure(
+            tf.constant, protocol.make_batches(arguments.method, instance)
         )
         self.inner_steps = instance.inner_steps
         x = tf.constant(instance.upper)
@@ -36,6 +34,9 @@ class Bare:
             "v-pbgd": (self.value_gap, (x, y, z)),
             "g-pbgd": (self.gradient_norm, (x, y)),
             "rhg": (self.unroll, (x, y)),
+            "aid-cg": (self.conjugate_gradient, (x, y)),
+            "aid-fp": (self.fixed_point, (x, y)),
+            "stocbio": (self.stochastic, (x, y)),
         }[arguments.method]
         self.weight = tf.constant(protocol.WEIGHT.get(arguments.method, 0.0))
         self.now = self.start
@@ -55,10 +56,8 @@ class Bare:
         return steps
 
     def value_gap(self, weight: tf.Tensor, x: tf.Tensor, y: list, z: list) -> tuple:
-        with tf.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch(z)
-            loss = lower_loss(x, z, self.train)
-        z = _descend(z, protocol.INNER_RATE, tape.gradient(loss, z))
+        gradient = _gradient(lower_loss, x, z, self.train)
+        z = _descend(z, protocol.AUXILIARY_RATE, gradient)
         constant = cross_entropy(z, *self.train)
         scale = tf.minimum(1.0 / (weight + 1e-8), 1.0)
         with tf.GradientTape(watch_accessed_variables=False) as tape:
@@ -66,7 +65,7 @@ class Bare:
             gap = cross_entropy(y, *self.train) - tf.stop_gradient(constant)
             penalty = tf.reduce_mean(tf.sigmoid(x) * gap)
             loss = scale * (upper_loss(x, y, self.validation) + weight * penalty)
-        to_x, to_y = tape.gradient(loss, (x, y))
+        to_x, to_y = _partials(tape, loss, (x, y))
         x = x - protocol.UPPER_RATE * to_x
         return to_x, (x, _descend(y, protocol.LOWER_RATE, to_y), z)
 
@@ -74,14 +73,11 @@ class Bare:
         scale = tf.minimum(1.0 / (weight + 1e-8), 1.0)
         with tf.GradientTape(watch_accessed_variables=False) as outer:
             outer.watch([x, y])
-            with tf.GradientTape(watch_accessed_variables=False) as inner:
-                inner.watch(y)
-                loss = lower_loss(x, y, self.train)
-            gradient = inner.gradient(loss, y)
-            norm = tf.add_n([tf.reduce_sum(leaf * leaf) for leaf in gradient])
+            gradient = _gradient(lower_loss, x, y, self.train)
+            norm = _dot(gradient, gradient)
             upper = upper_loss(x, y, self.validation)
             loss = scale * (upper + 0.5 * weight * norm)
-        to_x, to_y = outer.gradient(loss, (x, y))
+        to_x, to_y = _partials(outer, loss, (x, y))
         x = x - protocol.UPPER_RATE * to_x
         return to_x, (x, _descend(y, protocol.LOWER_RATE, to_y))
 
@@ -98,34 +94,18 @@ class Bare:
 
         def forward(t: tf.Tensor, y: list, kept: list) -> tuple:
             kept = [array.write(t, leaf) for array, leaf in zip(kept, y, strict=True)]
-            with tf.GradientTape(watch_accessed_variables=False) as tape:
-                tape.watch(y)
-                loss = lower_loss(x, y, self.train)
-            y = _descend(y, protocol.UNROLL_RATE, tape.gradient(loss, y))
-            return t + 1, y, kept
+            gradient = _gradient(lower_loss, x, y, self.train)
+            return t + 1, _descend(y, protocol.INNER_RATE, gradient), kept
 
-        _, end, kept = tf.while_loop(
-            lambda t, *_: t < last,
-            forward,
-            (tf.constant(0), start, arrays),
-            maximum_iterations=last,
-        )
-        with tf.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch(end)
-            loss = upper_loss(x, end, self.validation)
-        adjoint = tape.gradient(loss, end)
+        end, kept = _repeat(forward, last, start, arrays)
+        adjoint = _gradient(upper_loss, x, end, self.validation)
 
         def backward(t: tf.Tensor, adjoint: list, total: tf.Tensor) -> tuple:
             y = [array.read(t) for array in kept]
-            with tf.GradientTape(watch_accessed_variables=False) as outer:
-                outer.watch([x, y])
-                with tf.GradientTape(watch_accessed_variables=False) as inner:
-                    inner.watch(y)
-                    loss = lower_loss(x, y, self.train)
-                gradient = inner.gradient(loss, y)
-            to_x, to_y = outer.gradient(gradient, (x, y), output_gradients=adjoint)
-            total = total - protocol.UNROLL_RATE * to_x
-            return t - 1, _descend(adjoint, protocol.UNROLL_RATE, to_y), total
+            pullback = _pullback(lower_loss, x, y, self.train)
+            to_x, to_y = pullback((x, y), adjoint)
+            total = total - protocol.INNER_RATE * to_x
+            return t - 1, _descend(adjoint, protocol.INNER_RATE, to_y), total
 
         _, _, to_x = tf.while_loop(
             lambda t, *_: t >= 0,
@@ -135,8 +115,110 @@ class Bare:
         )
         return to_x, (x - protocol.UPPER_RATE * to_x, start)
 
+    def conjugate_gradient(self, weight: tf.Tensor, x: tf.Tensor, y: list) -> tuple:
+        """g_yy v = f_y after one inner step, from v = 0."""
+        del weight
+        y, adjoint, pullback = self._after_inner_step(x, y)
 
-def _descend(variables: list, rate: float, gradient: list) -> list:
+        def body(t: tf.Tensor, v: list, r: list, p: list, square: tf.Tensor) -> tuple:
+            curved = pullback(y, p)
+            length = square / _dot(p, curved)
+            v = _descend(v, -length, p)
+            r = _descend(r, length, curved)
+            after = _dot(r, r)
+            return t + 1, v, r, _descend(r, -after / square, p), after
+
+        zeros = [tf.zeros_like(leaf) for leaf in y]
+        square = _dot(adjoint, adjoint)
+        v = _repeat(body, protocol.SOLVER_STEPS, zeros, adjoint, adjoint, square)[0]
+        to_x = -pullback(x, v)
+        return to_x, (x - protocol.UPPER_RATE * to_x, y)
+
+    def fixed_point(self, weight: tf.Tensor, x: tf.Tensor, y: list) -> tuple:
+        """v <- J'v + f_y with the inner step's Jacobian, after one such step."""
+        del weight
+        y, adjoint, pullback = self._after_inner_step(x, y)
+
+        def body(t: tf.Tensor, v: list) -> tuple:
+            v = _descend(v, protocol.INNER_RATE, pullback(y, v))
+            return t + 1, [a + b for a, b in zip(v, adjoint, strict=True)]
+
+        zeros = [tf.zeros_like(leaf) for leaf in y]
+        (v,) = _repeat(body, protocol.SOLVER_STEPS, zeros)
+        to_x = -protocol.INNER_RATE * pullback(x, v)
+        return to_x, (x - protocol.UPPER_RATE * to_x, y)
+
+    def _after_inner_step(self, x: tf.Tensor, y: list) -> tuple[list, list, Callable]:
+        gradient = _gradient(lower_loss, x, y, self.train)
+        y = _descend(y, protocol.INNER_RATE, gradient)
+        adjoint = _gradient(upper_loss, x, y, self.validation)
+        return y, adjoint, _pullback(lower_loss, x, y, self.train)
+
+    def stochastic(self, weight: tf.Tensor, x: tf.Tensor, y: list) -> tuple:
+        """stocBiO: every inner step, factor and product on the next minibatch."""
+        del weight
+        steps, factors = protocol.STOCHASTIC_STEPS, protocol.FACTORS
+
+        def minibatch(t: Any) -> tuple:
+            return tuple(tf.gather(leaf, t) for leaf in self.train)
+
+        def inner_step(t: tf.Tensor, y: list) -> tuple:
+            gradient = _gradient(minibatch_loss, x, y, minibatch(t))
+            return t + 1, _descend(y, protocol.INNER_RATE, gradient)
+
+        (y,) = _repeat(inner_step, steps, y)
+
+        def factor(j: tf.Tensor, term: list, total: list) -> tuple:
+            pullback = _pullback(minibatch_loss, x, y, minibatch(steps + j))
+            term = _descend(term, protocol.SERIES_RATE, pullback(y, term))
+            return j + 1, term, [a + b for a, b in zip(total, term, strict=True)]
+
+        adjoint = _gradient(upper_loss, x, y, self.validation)
+        _, total = _repeat(factor, factors, adjoint, adjoint)
+        pullback = _pullback(minibatch_loss, x, y, minibatch(steps + factors))
+        # Of the gathered weights the derivative comes as slices.
+        to_x = -protocol.SERIES_RATE * tf.convert_to_tensor(pullback(x, total))
+        return to_x, (x - protocol.UPPER_RATE * to_x, y)
+
+
+def _gradient(loss: Callable, x: tf.Tensor, y: list, batch: Any) -> list:
+    with tf.GradientTape(watch_accessed_variables=False) as tape:
+        tape.watch(y)
+        value = loss(x, y, batch)
+    return _partials(tape, value, y)
+
+
+def _pullback(loss: Callable, x: tf.Tensor, y: list, batch: Any) -> Callable:
+    """(sources, v) -> v's products with the derivatives of loss_y in x, y or both."""
+    with tf.GradientTape(persistent=True, watch_accessed_variables=False) as outer:
+        outer.watch([x, y])
+        gradient = _gradient(loss, x, y, batch)
+    return lambda sources, v: _partials(outer, gradient, sources, v)
+
+
+def _partials(
+    tape: tf.GradientTape, targets: Any, sources: Any, v: list | None = None
+) -> Any:
+    """`tape.gradient`, whose declared types are those of single tensors."""
+    return tape.gradient(targets, sources, output_gradients=v)
+
+
+def _repeat(body: Callable, times: int, *start: Any) -> tuple:
+    """body(t, *state) -> (t + 1, *state) for t < times; the last state."""
+    _, *end = tf.while_loop(
+        lambda t, *_: t < times,
+        body,
+        (tf.constant(0), *start),
+        maximum_iterations=times,
+    )
+    return tuple(end)
+
+
+def _dot(a: list, b: list) -> tf.Tensor:
+    return tf.add_n([tf.reduce_sum(u * v) for u, v in zip(a, b, strict=True)])
+
+
+def _descend(variables: list, rate: Any, gradient: list) -> list:
     return [v - rate * g for v, g in zip(variables, gradient, strict=True)]
 
 

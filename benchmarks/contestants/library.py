@@ -6,7 +6,13 @@ import keras
 import numpy as np
 import protocol
 import tensorflow as tf
-from tensorflow_losses import lower_loss, upper_loss, use_threads, wait
+from tensorflow_losses import (
+    lower_loss,
+    minibatch_loss,
+    upper_loss,
+    use_threads,
+    wait,
+)
 
 import tfbilevel as tb
 
@@ -14,12 +20,21 @@ import tfbilevel as tb
 def make_method(name: str, inner_steps: int) -> tb.Method:
     lower_optimizer = keras.optimizers.SGD(protocol.LOWER_RATE)
     if name == "v-pbgd":
-        inner = tb.InnerSolver(keras.optimizers.SGD(protocol.INNER_RATE), steps=1)
+        inner = tb.InnerSolver(keras.optimizers.SGD(protocol.AUXILIARY_RATE), steps=1)
         return tb.ValueGap(inner, lower_optimizer, protocol.WEIGHT[name])
     if name == "g-pbgd":
         return tb.GradientNorm(lower_optimizer, protocol.WEIGHT[name])
-    optimizer = keras.optimizers.SGD(protocol.UNROLL_RATE)
-    return tb.Unroll(tb.InnerSolver(optimizer, steps=inner_steps, start="cold"))
+    optimizer = keras.optimizers.SGD(protocol.INNER_RATE)
+    if name == "rhg":
+        return tb.Unroll(tb.InnerSolver(optimizer, steps=inner_steps, start="cold"))
+    if name == "stocbio":
+        inner = tb.InnerSolver(optimizer, steps=protocol.STOCHASTIC_STEPS)
+        return tb.StocBiO(inner, protocol.FACTORS, protocol.SERIES_RATE)
+    # Without a tolerance: all steps.
+    solver = {"aid-cg": tb.ConjugateGradient, "aid-fp": tb.FixedPoint}[name](
+        protocol.SOLVER_STEPS, tolerance=0.0
+    )
+    return tb.Implicit(tb.InnerSolver(optimizer, steps=1), solver)
 
 
 class Steps:
@@ -27,9 +42,13 @@ class Steps:
 
     def __init__(self, arguments: argparse.Namespace, instance: protocol.Instance):
         use_threads(arguments.threads)
-        problem = tb.Problem(upper_loss=upper_loss, lower_loss=lower_loss)
+        stochastic = arguments.method == "stocbio"
+        problem = tb.Problem(
+            upper_loss=upper_loss,
+            lower_loss=minibatch_loss if stochastic else lower_loss,
+        )
         method = make_method(arguments.method, instance.inner_steps)
-        batches = make_batches(instance)
+        batches = make_batches(arguments.method, instance)
         x = tf.constant(instance.upper)
         y = [tf.constant(leaf) for leaf in instance.lower]
         self.start = self.now = (x, y, _state(method, problem, x, y, instance))
@@ -94,7 +113,7 @@ class Fit:
             keras.optimizers.SGD(protocol.UPPER_RATE),
             steps_per_execution=self.per_execution,
         )
-        self.batches = make_batches(instance)
+        self.batches = make_batches(arguments.method, instance)
         self.data = tb.pair(
             tf.data.Dataset.from_tensors(self.batches.upper),
             tf.data.Dataset.from_tensors(self.batches.lower),
@@ -138,14 +157,11 @@ class _StartAfterFirst(keras.callbacks.Callback):
             self.first = False
 
 
-def make_batches(instance: protocol.Instance) -> tb.Batches:
-    return tb.Batches(
-        upper=(
-            tf.constant(instance.validation),
-            tf.constant(instance.validation_labels),
-        ),
-        lower=(tf.constant(instance.train), tf.constant(instance.train_labels)),
-    )
+def make_batches(method: str, instance: protocol.Instance) -> tb.Batches:
+    made = protocol.make_batches(method, instance)
+    upper, lower = tf.nest.map_structure(tf.constant, made)
+    kind = tb.StackedBatches if method == "stocbio" else tb.Batches
+    return kind(upper=upper, lower=lower)
 
 
 def _state(

@@ -3,12 +3,14 @@
 import argparse
 import json
 import time
+from collections.abc import Callable
 
+import protocol
 import tensorflow as tf
 from tensorflow_losses import use_threads
 
 
-def best(function: tf.types.experimental.GenericFunction, repeats: int = 15) -> float:
+def best(function: Callable[[], tf.Tensor], repeats: int = 15) -> float:
     function().numpy()
     seconds = []
     for _ in range(repeats):
@@ -18,17 +20,17 @@ def best(function: tf.types.experimental.GenericFunction, repeats: int = 15) -> 
     return min(seconds)
 
 
-def product_rate(rows: int, inner: int, columns: int) -> float:
-    """Floating-point operations per second of one float32 matrix product."""
-    a = tf.random.stateless_uniform([rows, inner], [1, 2])
-    b = tf.random.stateless_uniform([inner, columns], [3, 4])
+def product_rate(rows: int, inner: int, columns: int, copies: int = 1) -> float:
+    """Floating-point operations per second of so many float32 matrix products."""
+    left = [tf.random.stateless_uniform([rows, inner], (i, 2)) for i in range(copies)]
+    right = tf.random.stateless_uniform([inner, columns], (3, 4))
 
     @tf.function(autograph=False)
-    def product() -> tf.Tensor:
-        # The sum of one row makes the product needed and costs nothing.
-        return tf.reduce_sum(tf.matmul(a, b)[0])
+    def products() -> tf.Tensor:
+        # The sum of one row makes a product needed and costs nothing.
+        return tf.add_n([tf.reduce_sum(tf.matmul(a, right)[0]) for a in left])
 
-    return 2.0 * rows * inner * columns / best(product)
+    return 2.0 * copies * rows * inner * columns / best(products)
 
 
 def read_rate(megabytes: int) -> float:
@@ -56,14 +58,18 @@ def main() -> None:
         "images x classes": (rows, 784, 10),
         "images^T x classes": (784, rows, 10),
     }
-    print(
-        json.dumps(
-            {
-                "flops": {name: product_rate(*s) for name, s in shapes.items()},
-                "bytes": {"cache": read_rate(16), "memory": read_rate(512)},
-            }
-        )
-    )
+    flops = {name: product_rate(*shape) for name, shape in shapes.items()}
+    # Many at a time, or they would measure what a function call takes.
+    size = protocol.BATCH_SIZE
+    small = {
+        "minibatch x hidden": (size, 784, 300),
+        "minibatch^T x hidden": (784, size, 300),
+        "minibatch x classes": (size, 784, 10),
+        "minibatch^T x classes": (784, size, 10),
+    }
+    flops |= {name: product_rate(*shape, copies=100) for name, shape in small.items()}
+    read = {"cache": read_rate(16), "memory": read_rate(512)}
+    print(json.dumps({"flops": flops, "bytes": read}))
 
 
 if __name__ == "__main__":

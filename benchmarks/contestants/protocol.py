@@ -24,14 +24,23 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-METHODS = ("v-pbgd", "g-pbgd", "rhg")
+METHODS = ("v-pbgd", "g-pbgd", "rhg", "aid-cg", "aid-fp", "stocbio")
 NETS = ("linear", "mlp")
+# Conjugate gradients need a positive definite Hessian; the mlp's is indefinite.
+METHODS_OF = {"linear": METHODS, "mlp": tuple(m for m in METHODS if m != "aid-cg")}
 
 UPPER_RATE = 0.1
 LOWER_RATE = 0.1
-INNER_RATE = 0.01  # of V-PBGD's second copy
-UNROLL_RATE = 0.1
+AUXILIARY_RATE = 0.01  # of V-PBGD's second copy
+INNER_RATE = 0.1  # of RHG, AID and stocBiO
 WEIGHT = {"v-pbgd": 0.1, "g-pbgd": 10.0}
+
+SOLVER_STEPS = 10  # of AID's linear solve
+# stocBiO's inner steps, factors of its series, and images per minibatch.
+STOCHASTIC_STEPS = 20
+FACTORS = 3
+BATCH_SIZE = 50
+SERIES_RATE = 0.1  # eta; the published 0.5 is above 1 / (curvature) of the mlp
 
 
 def scale(weight: float) -> float:
@@ -51,6 +60,9 @@ class Instance(NamedTuple):
         lower: kernels [in, out] and biases [out], alternating.
         auxiliary: V-PBGD's second copy of the lower variables.
         inner_steps: length of the unrolled loop.
+        draws: stocBiO's training minibatches, [steps + factors + 1, batch], int32:
+            indices of their images.
+        validation_draw: its validation minibatch, [batch], int32.
     """
 
     train: np.ndarray
@@ -61,6 +73,8 @@ class Instance(NamedTuple):
     lower: list[np.ndarray]
     auxiliary: list[np.ndarray]
     inner_steps: int
+    draws: np.ndarray
+    validation_draw: np.ndarray
 
 
 def make_instance(net: str, rows: int, inner_steps: int, seed: int = 0) -> Instance:
@@ -83,6 +97,9 @@ def make_instance(net: str, rows: int, inner_steps: int, seed: int = 0) -> Insta
     def labels() -> np.ndarray:
         return generator.integers(0, 10, rows).astype("int32")
 
+    def minibatch() -> np.ndarray:
+        return generator.permutation(rows)[:BATCH_SIZE].astype("int32")
+
     return Instance(
         train=images(),
         train_labels=labels(),
@@ -92,6 +109,25 @@ def make_instance(net: str, rows: int, inner_steps: int, seed: int = 0) -> Insta
         lower=network(),
         auxiliary=network(),
         inner_steps=inner_steps,
+        draws=np.stack([minibatch() for _ in range(STOCHASTIC_STEPS + FACTORS + 1)]),
+        validation_draw=minibatch(),
+    )
+
+
+def make_batches(method: str, instance: Instance) -> tuple[tuple, tuple]:
+    """What the method's upper and lower losses read: images and labels.
+
+    stocBiO's lower batches are stacked, and each carries its images' indices, by
+    which it finds their weights.
+    """
+    upper = (instance.validation, instance.validation_labels)
+    lower = (instance.train, instance.train_labels)
+    if method != "stocbio":
+        return upper, lower
+    draws = instance.draws
+    return (
+        tuple(leaf[instance.validation_draw] for leaf in upper),
+        (*(leaf[draws] for leaf in lower), draws),
     )
 
 

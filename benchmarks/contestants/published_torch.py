@@ -4,15 +4,24 @@ Variants: published, higher (the unroll by automatic differentiation).
 
 The published unroll calls `reverse` of the hypertorch repository, whose import name
 is hypergrad and which is not on the package index (PyPI's `hypergrad` is another
-project, without a reverse mode). `reverse` below restates its algorithm.
+project, without a reverse mode). `reverse`, `implicit`, `fixed_point` and
+`conjugate_gradient` below restate its algorithms: conjugate gradients solve for the
+fixed point of a gradient step of rate 1, the iteration for that of the inner step.
+stocBiO keeps its minibatches in a list, differentiates each inner product with a
+vector, and every time from a new forward pass.
 
-One published error is not repeated, because the numbers would not be those of the
-others: the forward pass there uses one example's weight for all examples.
+Published errors are not repeated, because the numbers would not be those of the
+others: the unroll's forward pass uses one example's weight for all examples;
+conjugate gradients that meet their tolerance return the iterate before; stocBiO's
+series leaves out its first term and scales only its last, takes its Hessian from
+validation data, one batch for all factors, and gives images the weights of others.
 """
 
 import argparse
 import copy
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import higher
 import numpy as np
@@ -24,10 +33,12 @@ import torch.nn.functional as F
 class PublishedTorch:
     def __init__(self, arguments: argparse.Namespace, instance: protocol.Instance):
         torch.set_num_threads(arguments.threads)
-        self.train = torch.from_numpy(instance.train)
-        self.train_labels = torch.from_numpy(instance.train_labels).long()
-        self.validation = torch.from_numpy(instance.validation)
-        self.validation_labels = torch.from_numpy(instance.validation_labels).long()
+        upper, lower = protocol.make_batches(arguments.method, instance)
+        self.validation, self.validation_labels = map(_tensor, upper)
+        if arguments.method == "stocbio":
+            self.draws = list(zip(*map(_tensor, lower), strict=True))
+        else:
+            self.train, self.train_labels = map(_tensor, lower)
         self.inner_steps = instance.inner_steps
         self.x = torch.from_numpy(instance.upper.copy()).requires_grad_(True)
         self.x_optimizer = torch.optim.SGD([self.x], lr=protocol.UPPER_RATE)
@@ -37,14 +48,18 @@ class PublishedTorch:
         )
         self.inner_net = _network(instance.auxiliary)
         self.inner_optimizer = torch.optim.SGD(
-            self.inner_net.parameters(), lr=protocol.INNER_RATE
+            self.inner_net.parameters(), lr=protocol.AUXILIARY_RATE
         )
+        self.y = [p.detach() for p in self.net.parameters()]
         self.weight = protocol.WEIGHT.get(arguments.method, 0.0)
         self.step = {
             ("v-pbgd", "published"): self.value_gap,
             ("g-pbgd", "published"): self.gradient_norm,
             ("rhg", "published"): self.reverse,
             ("rhg", "higher"): self.unroll_with_higher,
+            ("aid-cg", "published"): self.implicit_by_conjugate_gradient,
+            ("aid-fp", "published"): self.implicit_by_fixed_point,
+            ("stocbio", "published"): self.stochastic,
         }[arguments.method, arguments.variant]
 
     def hypergradient(self) -> np.ndarray:
@@ -109,7 +124,7 @@ class PublishedTorch:
     def unroll_with_higher(self) -> None:
         self.x_optimizer.zero_grad()
         net = copy.deepcopy(self.net)
-        optimizer = torch.optim.SGD(net.parameters(), lr=protocol.UNROLL_RATE)
+        optimizer = torch.optim.SGD(net.parameters(), lr=protocol.INNER_RATE)
         with higher.innerloop_ctx(net, optimizer) as (functional, differentiable):
             for _ in range(self.inner_steps):
                 losses = self._train_losses(functional)
@@ -118,19 +133,61 @@ class PublishedTorch:
             (self.x.grad,) = torch.autograd.grad(upper, [self.x])
         self.x_optimizer.step()
 
+    def implicit_by_conjugate_gradient(self) -> None:
+        step = functools.partial(self._inner_map, rate=1.0)
+        self._implicit(step, conjugate_gradient)
+
+    def implicit_by_fixed_point(self) -> None:
+        self._implicit(self._inner_map, fixed_point)
+
+    def _implicit(self, step: Callable, solve: Callable) -> None:
+        leaves = _leaves(self.y)
+        self.y = _detached(self._inner_map(leaves, [self.x], create_graph=False))
+        self.x_optimizer.zero_grad()
+        (self.x.grad,) = implicit(
+            self.y, [self.x], step, self._validation_loss, solve, protocol.SOLVER_STEPS
+        )
+        self.x_optimizer.step()
+
+    def stochastic(self) -> None:
+        steps, eta = protocol.STOCHASTIC_STEPS, protocol.SERIES_RATE
+        y = _leaves(self.y)
+        for draw in self.draws[:steps]:
+            gradient = self._draw_gradient(y, draw, create_graph=False)
+            y = _leaves(_descend(y, protocol.INNER_RATE, gradient))
+        self.y = _detached(y)
+        term = torch.autograd.grad(self._validation_loss(y, []), y)
+        total = list(term)
+        for draw in self.draws[steps:-1]:
+            moved = _descend(y, eta, self._draw_gradient(y, draw, create_graph=True))
+            term = torch.autograd.grad(_dot(moved, term), y)
+            total = [t + r for t, r in zip(total, term, strict=True)]
+        gradient = self._draw_gradient(y, self.draws[-1], create_graph=True)
+        v = [eta * t for t in total]
+        self.x_optimizer.zero_grad()
+        (mixed,) = torch.autograd.grad(_dot(gradient, v), [self.x])
+        self.x.grad = -mixed
+        self.x_optimizer.step()
+
+    def _draw_gradient(self, y: list, draw: tuple, create_graph: bool) -> tuple:
+        images, labels, indices = draw
+        loss = _lower_loss(self.x[indices], y, images, labels)
+        return torch.autograd.grad(loss, y, create_graph=create_graph)
+
     def _train_losses(self, net: Callable) -> torch.Tensor:
         return F.cross_entropy(net(self.train), self.train_labels, reduction="none")
 
-    def _inner_map(self, parameters: list, hyperparameters: list) -> list:
-        losses = F.cross_entropy(
-            _logits(parameters, self.train), self.train_labels, reduction="none"
-        )
-        loss = (torch.sigmoid(hyperparameters[0]) * losses).mean()
-        gradients = torch.autograd.grad(loss, parameters, create_graph=True)
-        return [
-            p - protocol.UNROLL_RATE * g
-            for p, g in zip(parameters, gradients, strict=True)
-        ]
+    def _inner_map(
+        self,
+        parameters: list,
+        hyperparameters: list,
+        rate: float = protocol.INNER_RATE,
+        create_graph: bool = True,
+    ) -> list:
+        (x,) = hyperparameters
+        loss = _lower_loss(x, parameters, self.train, self.train_labels)
+        gradients = torch.autograd.grad(loss, parameters, create_graph=create_graph)
+        return _descend(parameters, rate, gradients)
 
     def _validation_loss(self, parameters: list, hyperparameters: list) -> torch.Tensor:
         del hyperparameters
@@ -148,10 +205,8 @@ def reverse(
     with until then), and each step's map is pulled back twice, once to the
     hyperparameters and once to the parameters.
     """
-    iterates = [[w.detach().requires_grad_(True) for w in point] for point in iterates]
-    loss = outer_loss(iterates[-1], hyperparameters)
-    adjoint = torch.autograd.grad(loss, iterates[-1], retain_graph=True)
-    total = _gradient_or_zeros(loss, hyperparameters)
+    iterates = [_leaves(point) for point in iterates]
+    adjoint, total = _outer_gradients(outer_loss, iterates[-1], hyperparameters)
     for point in reversed(iterates[:-1]):
         mapped = step(point, hyperparameters)
         part = torch.autograd.grad(
@@ -166,12 +221,108 @@ def reverse(
     return total
 
 
-def _gradient_or_zeros(loss: torch.Tensor, inputs: list) -> list:
-    gradients = torch.autograd.grad(loss, inputs, allow_unused=True)
-    return [
+def implicit(
+    parameters: list,
+    hyperparameters: list,
+    step: Callable,
+    outer_loss: Callable,
+    solve: Callable,
+    most: int,
+    tolerance: float = 0.0,
+) -> list:
+    """With v = J'v + f_y at a fixed point of `step`: f_x plus v pulled back to x.
+
+    `solve` gets v -> J'v, a pullback of the step's map, evaluated once, and f_y.
+    """
+    parameters = _leaves(parameters)
+    rhs, total = _outer_gradients(outer_loss, parameters, hyperparameters)
+    mapped = step(parameters, hyperparameters)
+
+    def turned(v: list) -> tuple:
+        return torch.autograd.grad(
+            mapped, parameters, grad_outputs=v, retain_graph=True
+        )
+
+    v = solve(turned, rhs, most, tolerance)
+    part = torch.autograd.grad(
+        mapped, hyperparameters, grad_outputs=v, allow_unused=True
+    )
+    return [t if p is None else t + p for t, p in zip(total, part, strict=True)]
+
+
+def fixed_point(turned: Callable, rhs: tuple, most: int, tolerance: float) -> list:
+    """v <- J'v + f_y from zero, until v moves less than the tolerance."""
+    v = [torch.zeros_like(leaf) for leaf in rhs]
+    for _ in range(most):
+        before, v = v, [t + b for t, b in zip(turned(v), rhs, strict=True)]
+        moved = [a - b for a, b in zip(v, before, strict=True)]
+        if float(torch.linalg.norm(_flat(moved))) < tolerance:
+            break
+    return v
+
+
+def conjugate_gradient(
+    turned: Callable, rhs: tuple, most: int, tolerance: float
+) -> list:
+    """(I - J') v = f_y from zero, until the residual is below the tolerance."""
+    v = [torch.zeros_like(leaf) for leaf in rhs]
+    residual = direction = list(rhs)
+    square = _dot(residual, residual)
+    for _ in range(most):
+        curved = _descend(direction, 1.0, turned(direction))
+        length = square / _dot(direction, curved)
+        v = _descend(v, -length, direction)
+        residual = _descend(residual, length, curved)
+        before, square = square, _dot(residual, residual)
+        if float(torch.sqrt(square)) < tolerance:
+            break
+        direction = _descend(residual, -square / before, direction)
+    return v
+
+
+def _outer_gradients(
+    outer_loss: Callable, parameters: list, hyperparameters: list
+) -> tuple[tuple, list]:
+    """f_y, and f_x or zeros."""
+    loss = outer_loss(parameters, hyperparameters)
+    to_parameters = torch.autograd.grad(loss, parameters, retain_graph=True)
+    gradients = torch.autograd.grad(loss, hyperparameters, allow_unused=True)
+    return to_parameters, [
         torch.zeros_like(i) if g is None else g
-        for g, i in zip(gradients, inputs, strict=True)
+        for g, i in zip(gradients, hyperparameters, strict=True)
     ]
+
+
+def _lower_loss(
+    x: torch.Tensor, parameters: list, images: torch.Tensor, labels: torch.Tensor
+) -> torch.Tensor:
+    losses = F.cross_entropy(_logits(parameters, images), labels, reduction="none")
+    return (torch.sigmoid(x) * losses).mean()
+
+
+def _leaves(variables: list) -> list:
+    return [v.detach().requires_grad_(True) for v in variables]
+
+
+def _detached(variables: list) -> list:
+    return [v.detach() for v in variables]
+
+
+def _descend(variables: list, rate: Any, gradient: Iterable) -> list:
+    return [v - rate * g for v, g in zip(variables, gradient, strict=True)]
+
+
+def _dot(a: Iterable, b: Iterable) -> torch.Tensor:
+    return torch.sum(_flat(a) * _flat(b))
+
+
+def _flat(variables: Iterable) -> torch.Tensor:
+    return torch.cat([v.reshape(-1) for v in variables])
+
+
+def _tensor(array: np.ndarray) -> torch.Tensor:
+    tensor = torch.from_numpy(array)
+    return tensor if tensor.is_floating_point() else tensor.long()
 
 
 def _logits(parameters: list, images: torch.Tensor) -> torch.Tensor:

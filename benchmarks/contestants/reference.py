@@ -4,32 +4,40 @@ Directional derivatives of a network are written with a leading d; `direction` i
 list of arrays like the variables.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import protocol
 
 
 def hypergradient(method: str, instance: protocol.Instance) -> np.ndarray:
     """The upper gradient of the first step."""
-    exact = protocol.Instance(
-        *(
-            [leaf.astype("float64") for leaf in field]
-            if isinstance(field, list)
-            else field.astype("float64")
-            if isinstance(field, np.ndarray) and field.dtype == np.float32
-            else field
-            for field in instance
-        )
-    )
-    return {"v-pbgd": _value_gap, "g-pbgd": _gradient_norm, "rhg": _unroll}[method](
-        exact
-    )
+    exact = {name: _widened(field) for name, field in instance._asdict().items()}
+    return {
+        "v-pbgd": _value_gap,
+        "g-pbgd": _gradient_norm,
+        "rhg": _unroll,
+        "aid-cg": lambda instance: _implicit(instance, _conjugate_gradient),
+        "aid-fp": lambda instance: _implicit(instance, _fixed_point),
+        "stocbio": _stochastic,
+    }[method](instance._replace(**exact))
+
+
+def _widened(field: Any) -> Any:
+    """With floating-point arrays in float64."""
+    if isinstance(field, list):
+        return [_widened(leaf) for leaf in field]
+    if isinstance(field, np.ndarray) and field.dtype == np.float32:
+        return field.astype("float64")
+    return field
 
 
 def _value_gap(instance: protocol.Instance) -> np.ndarray:
     weights = _sigmoid(instance.upper)
     train = (instance.train, instance.train_labels)
     _, gradient = _losses_and_gradient(instance.auxiliary, *train, weights)
-    auxiliary = _descend(instance.auxiliary, protocol.INNER_RATE, gradient)
+    auxiliary = _descend(instance.auxiliary, protocol.AUXILIARY_RATE, gradient)
     at_auxiliary, _ = _losses_and_gradient(auxiliary, *train, weights)
     at_lower, _ = _losses_and_gradient(instance.lower, *train, weights)
     gamma = protocol.WEIGHT["v-pbgd"]
@@ -52,7 +60,7 @@ def _unroll(instance: protocol.Instance) -> np.ndarray:
     iterates = [instance.lower]
     for _ in range(instance.inner_steps):
         _, gradient = _losses_and_gradient(iterates[-1], *train, weights)
-        iterates.append(_descend(iterates[-1], protocol.UNROLL_RATE, gradient))
+        iterates.append(_descend(iterates[-1], protocol.INNER_RATE, gradient))
     ones = np.ones(len(instance.validation))
     _, adjoint = _losses_and_gradient(
         iterates[-1], instance.validation, instance.validation_labels, ones
@@ -60,9 +68,71 @@ def _unroll(instance: protocol.Instance) -> np.ndarray:
     total = np.zeros_like(weights)
     for y in reversed(iterates[:-1]):
         mixed, curvature = _second_order(y, *train, weights, adjoint)
-        total -= protocol.UNROLL_RATE * mixed
-        adjoint = _descend(adjoint, protocol.UNROLL_RATE, curvature)
+        total -= protocol.INNER_RATE * mixed
+        adjoint = _descend(adjoint, protocol.INNER_RATE, curvature)
     return total
+
+
+def _implicit(instance: protocol.Instance, solve: Callable) -> np.ndarray:
+    """-g_xy v with g_yy v = f_y solved roughly, after one inner step."""
+    weights = _sigmoid(instance.upper)
+    train = (instance.train, instance.train_labels)
+    _, gradient = _losses_and_gradient(instance.lower, *train, weights)
+    y = _descend(instance.lower, protocol.INNER_RATE, gradient)
+    ones = np.ones(len(instance.validation))
+    _, adjoint = _losses_and_gradient(
+        y, instance.validation, instance.validation_labels, ones
+    )
+    v = solve(lambda u: _second_order(y, *train, weights, u)[1], adjoint)
+    mixed, _ = _second_order(y, *train, weights, v)
+    return -mixed
+
+
+def _conjugate_gradient(product: Callable[[list], list], rhs: list) -> list:
+    v = [np.zeros_like(leaf) for leaf in rhs]
+    residual = direction = rhs
+    for _ in range(protocol.SOLVER_STEPS):
+        curved = product(direction)
+        square = _dot(residual, residual)
+        length = square / _dot(direction, curved)
+        v = _descend(v, -length, direction)
+        residual = _descend(residual, length, curved)
+        ratio = _dot(residual, residual) / square
+        direction = _descend(residual, -ratio, direction)
+    return v
+
+
+def _fixed_point(product: Callable[[list], list], rhs: list) -> list:
+    """v <- (I - rate g_yy) v + f_y from zero: rate v tends to the solution."""
+    v = [np.zeros_like(leaf) for leaf in rhs]
+    for _ in range(protocol.SOLVER_STEPS):
+        v = _descend(v, protocol.INNER_RATE, product(v))
+        v = _descend(v, -1.0, rhs)
+    return [protocol.INNER_RATE * leaf for leaf in v]
+
+
+def _stochastic(instance: protocol.Instance) -> np.ndarray:
+    weights = _sigmoid(instance.upper)
+    (images, labels), stacked = protocol.make_batches("stocbio", instance)
+    batches = [
+        (train, train_labels, weights[indices])
+        for train, train_labels, indices in zip(*stacked, strict=True)
+    ]
+    steps = protocol.STOCHASTIC_STEPS
+    y = instance.lower
+    for batch in batches[:steps]:
+        _, gradient = _losses_and_gradient(y, *batch)
+        y = _descend(y, protocol.INNER_RATE, gradient)
+    _, term = _losses_and_gradient(y, images, labels, np.ones(len(images)))
+    total = term
+    for batch in batches[steps:-1]:
+        _, curvature = _second_order(y, *batch, term)
+        term = _descend(term, protocol.SERIES_RATE, curvature)
+        total = _descend(total, -1.0, term)
+    mixed, _ = _second_order(y, *batches[-1], total)
+    gradient = np.zeros_like(weights)
+    gradient[instance.draws[-1]] = -protocol.SERIES_RATE * mixed
+    return gradient
 
 
 def _losses_and_gradient(
@@ -152,3 +222,7 @@ def _sigmoid(a: np.ndarray) -> np.ndarray:
 
 def _descend(variables: list, rate: float, gradient: list) -> list:
     return [v - rate * g for v, g in zip(variables, gradient, strict=True)]
+
+
+def _dot(a: list, b: list) -> float:
+    return sum(float(np.vdot(u, v)) for u, v in zip(a, b, strict=True))

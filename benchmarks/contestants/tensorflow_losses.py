@@ -30,6 +30,12 @@ def lower_loss(x: tf.Tensor, y: list, batch: tuple) -> tf.Tensor:
     return tf.reduce_mean(tf.sigmoid(x) * cross_entropy(y, *batch))
 
 
+def minibatch_loss(x: tf.Tensor, y: list, batch: tuple) -> tf.Tensor:
+    """g on some training images, whose indices come with them."""
+    images, labels, indices = batch
+    return lower_loss(tf.gather(x, indices), y, (images, labels))
+
+
 def use_threads(threads: int) -> None:
     tf.config.threading.set_intra_op_parallelism_threads(threads)
     tf.config.threading.set_inter_op_parallelism_threads(threads)
