@@ -326,9 +326,7 @@ def train_baseline(args: argparse.Namespace, data: dict, network: keras.Model) -
         "dataset": args.dataset,
         "seconds": seconds,
         "test_accuracy": float(accuracy(network, data["test"])),
-        **label_noise.cleaning_scores(
-            probabilities.argmax(axis=1) == labels, data["clean"]
-        ),
+        **label_noise.cleaning_scores(kept, data["clean"]),
     }
 
 

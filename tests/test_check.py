@@ -19,7 +19,8 @@ import tfbilevel as tb
         pytest.param(row, oracle, id=f"{row.name}-{oracle.name}")
         for row in METHODS
         for oracle in ORACLES
-        if oracle.name in row.oracles
+        # The contract suite has the others; two are enough for the check itself.
+        if oracle.name in row.oracles and oracle.name in ("quadratic", "nested")
     ],
 )
 def test_right_methods_pass(row: Row, oracle: Oracle) -> None:
