@@ -1,5 +1,8 @@
 """The same mathematics by hand: nested tapes, loops and arrays in a `tf.function`.
 
+Inner steps are a `tf.while_loop`; the few products of a linear solve stand in the graph
+one after the other, where TensorFlow finds what they have in common.
+
 Variants: plain, xla.
 """
 
@@ -119,18 +122,16 @@ class Bare:
         """g_yy v = f_y after one inner step, from v = 0."""
         del weight
         y, adjoint, pullback = self._after_inner_step(x, y)
-
-        def body(t: tf.Tensor, v: list, r: list, p: list, square: tf.Tensor) -> tuple:
+        v = [tf.zeros_like(leaf) for leaf in y]
+        r = p = adjoint
+        square = _dot(r, r)
+        for _ in range(protocol.SOLVER_STEPS):
             curved = pullback(y, p)
             length = square / _dot(p, curved)
             v = _descend(v, -length, p)
             r = _descend(r, length, curved)
-            after = _dot(r, r)
-            return t + 1, v, r, _descend(r, -after / square, p), after
-
-        zeros = [tf.zeros_like(leaf) for leaf in y]
-        square = _dot(adjoint, adjoint)
-        v = _repeat(body, protocol.SOLVER_STEPS, zeros, adjoint, adjoint, square)[0]
+            before, square = square, _dot(r, r)
+            p = _descend(r, -square / before, p)
         to_x = -pullback(x, v)
         return to_x, (x - protocol.UPPER_RATE * to_x, y)
 
@@ -138,13 +139,10 @@ class Bare:
         """v <- J'v + f_y with the inner step's Jacobian, after one such step."""
         del weight
         y, adjoint, pullback = self._after_inner_step(x, y)
-
-        def body(t: tf.Tensor, v: list) -> tuple:
+        v = [tf.zeros_like(leaf) for leaf in y]
+        for _ in range(protocol.SOLVER_STEPS):
             v = _descend(v, protocol.INNER_RATE, pullback(y, v))
-            return t + 1, [a + b for a, b in zip(v, adjoint, strict=True)]
-
-        zeros = [tf.zeros_like(leaf) for leaf in y]
-        (v,) = _repeat(body, protocol.SOLVER_STEPS, zeros)
+            v = _sum(v, adjoint)
         to_x = -protocol.INNER_RATE * pullback(x, v)
         return to_x, (x - protocol.UPPER_RATE * to_x, y)
 
@@ -167,14 +165,11 @@ class Bare:
             return t + 1, _descend(y, protocol.INNER_RATE, gradient)
 
         (y,) = _repeat(inner_step, steps, y)
-
-        def factor(j: tf.Tensor, term: list, total: list) -> tuple:
+        term = total = _gradient(upper_loss, x, y, self.validation)
+        for j in range(factors):
             pullback = _pullback(minibatch_loss, x, y, minibatch(steps + j))
             term = _descend(term, protocol.SERIES_RATE, pullback(y, term))
-            return j + 1, term, [a + b for a, b in zip(total, term, strict=True)]
-
-        adjoint = _gradient(upper_loss, x, y, self.validation)
-        _, total = _repeat(factor, factors, adjoint, adjoint)
+            total = _sum(total, term)
         pullback = _pullback(minibatch_loss, x, y, minibatch(steps + factors))
         # Of the gathered weights the derivative comes as slices.
         to_x = -protocol.SERIES_RATE * tf.convert_to_tensor(pullback(x, total))
@@ -212,6 +207,10 @@ def _repeat(body: Callable, times: int, *start: Any) -> tuple:
         maximum_iterations=times,
     )
     return tuple(end)
+
+
+def _sum(a: list, b: list) -> list:
+    return [u + v for u, v in zip(a, b, strict=True)]
 
 
 def _dot(a: list, b: list) -> tf.Tensor:
