@@ -372,11 +372,14 @@ def test_an_interrupted_run_resumes_to_the_same_numbers(
         patch.setattr(news, "Clock", Interrupted)
         with pytest.raises(KeyboardInterrupt):
             news.main([*flags, *broken])
-    news.main([*flags, *broken, "--resume"])
+    summary = news.main([*flags, *broken, "--resume"])
     whole, resumed = rows_of(tmp_path / "whole"), rows_of(tmp_path / "broken")
     for row in whole + resumed:
         del row["seconds"]
     assert len(whole) == 10 and whole == resumed
+    again = news.main([*flags, *broken, "--resume"])  # there is nothing left to do
+    assert again["test_loss"] == summary["test_loss"]
+    assert len(rows_of(tmp_path / "broken")) == 10
 
 
 @pytest.mark.parametrize("limit, cut", [(50, (5, 10)), (9, (1, 9)), (26, (2, 13))])
@@ -398,17 +401,28 @@ def test_the_clock_counts_outer_steps_alone(
 
     model = types.SimpleNamespace(outer_step=0, stop_training=False)
     run = experiment.Run(tmp_path / "run", {}, False)
-    clock = news.Clock(run, measure, every=2, limit=2.5)
-    clock.set_model(model)
-    for step in range(1, 6):
-        clock.on_train_batch_begin(step)
-        now[0] += 0.5
-        model.outer_step = step
-        clock.on_train_batch_end(step)
-        now[0] += 7  # a backup
-        assert model.stop_training == (step == 5)
-    rows = [(int(row["step"]), float(row["seconds"])) for row in run.rows()]
-    assert rows == [(0, 0), (2, 1), (4, 2), (5, 2.5)]
+
+    def fit(limit: float, steps: list[int]) -> list[tuple]:
+        clock = news.Clock(run, measure, every=2, limit=limit)
+        clock.set_model(model)
+        for step in steps:
+            assert not model.stop_training
+            clock.on_train_batch_begin(step)
+            now[0] += 0.5
+            model.outer_step = step
+            clock.on_train_batch_end(step)
+            now[0] += 7  # a backup
+        clock.on_train_end()
+        return [(int(row["step"]), float(row["seconds"])) for row in run.rows()]
+
+    assert fit(2.5, [1, 2, 3, 4, 5]) == [(0, 0), (2, 1), (4, 2), (5, 2.5)]
+    assert model.stop_training
+    # From a backup after step 2, and from the start for want of one.
+    model.outer_step, model.stop_training = 2, False
+    assert fit(9.0, [3]) == [(0, 0), (2, 1), (3, 1.5)]
+    model.outer_step = 0
+    assert fit(9.0, [1, 2]) == [(0, 0), (2, 1)]
+    assert fit(9.0, []) == [(0, 0), (2, 1)]
 
 
 def test_seconds_end_a_run_and_retraining_is_on_both_halves(tmp_path: Any):
@@ -452,8 +466,7 @@ def test_a_comparison_runs_each_method_and_collects_the_rows(
         ]  # fmt: skip
         for row in rows:
             run.log(row)
-        clock = types.SimpleNamespace(durations=[0.1])
-        return news.summarise(args, rows, clock) | {"peak_memory_mb": 1000.0}
+        return news.summarise(args, rows) | {"peak_memory_mb": 1000.0}
 
     def run_alone(argv: list[str]) -> int:
         calls.append(argv)
@@ -466,6 +479,7 @@ def test_a_comparison_runs_each_method_and_collects_the_rows(
     summary = news.main(flags)
     assert list(summary["methods"]) == ["stocbio", "reverse"]
     assert summary["methods"]["reverse"]["test_loss"] == -1.5
+    assert summary["methods"]["reverse"]["seconds_per_outer_step"] == 0.1
     assert "--batch-size" in calls[0] and "--batch-size" not in calls[1]
     assert all(call[call.index("--seconds") + 1] == "60.0" for call in calls)
     rows = rows_of(tmp_path)
