@@ -1,0 +1,794 @@
+"""20 Newsgroups: one L2 coefficient per feature of a linear classifier.
+
+    python experiments/l2reg_twentynews.py --method stocbio --out runs/stocbio
+    python experiments/l2reg_twentynews.py --method all --seconds 60 --out runs/news
+
+Upper variables: one logarithm x_d per feature, its coefficient exp(x_d); 0 at the
+start. Lower variables: weights W, features x classes, no bias; 0 at the start.
+
+    f(W)    = mean cross-entropy of X W on the validation documents
+    g(x, W) = mean cross-entropy of X W on the training documents
+              + 1/2 * mean over features d and classes c of exp(x_d) W_dc^2
+
+Documents are counts of words, scaled to length 1, as scikit-learn's
+`fetch_20newsgroups_vectorized` gives them; they stay sparse. Its training part is cut
+in two halves, training and validation, each class in proportion; its test part is for
+the figures only.
+
+Reproduces the figure of Ji, Yang and Liang (2021), arXiv:2010.07962: test loss against
+seconds of training. Each method's published settings are its defaults (hoag's are our
+choice, the published script has none). Several methods, or `all`, are compared: each
+runs in a process of its own, one after the other, for the same seconds of training.
+
+What the figure measures is how soon W is trained. The largest curvature of g is 0.02
+to 0.03, so stocbio's eta of 0.5 sums eleven almost equal terms, far from an inverse
+Hessian, and its x stays within 0.01 of zero; at an inner rate of 100 aid-fp's solve
+diverges for the first few outer steps, as it says. Conjugate gradients do learn
+coefficients, large ones for words such as "in" and "the", and overtake stocbio after
+some 140 outer steps: more than the published seconds held, not more than a minute now.
+"""
+
+import argparse
+import csv
+import dataclasses
+import json
+import os
+import pathlib
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import keras
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import sklearn.datasets
+import sklearn.feature_extraction.text
+import sklearn.model_selection
+import tensorflow as tf
+from scipy import sparse
+
+import tfbilevel as tb
+from tfbilevel import experiment
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """A method's published settings; `None` where it has no such knob."""
+
+    inner_steps: int = 10
+    solver_steps: int = 10
+    inner_lr: float = 100.0
+    upper_lr: float = 100.0
+    eta: float | None = None
+    batch_size: int | None = None
+    validation_batch_size: int | None = None
+    tolerance: float | None = None
+    tolerance_ratio: float | None = None
+    eval_every: int = 1
+
+
+DEFAULTS = {
+    "stocbio": Settings(
+        eta=0.5, batch_size=100, validation_batch_size=100, eval_every=5
+    ),
+    "aid-fp": Settings(tolerance=1e-12),
+    "aid-cg": Settings(tolerance=1e-12),
+    "reverse": Settings(),
+    # Tolerances of our choice, from a quarter of the first gradient down; T only
+    # bounds what they ask for.
+    "hoag": Settings(inner_steps=100, tolerance=0.01, tolerance_ratio=0.9),
+}
+METHODS = tuple(DEFAULTS)
+OUTER_STEPS, SECONDS = 50, 60.0
+TIMES = ("seconds", "step")
+MARKS = (1, 2, 5, 10, 20, 30, 60, 120)  # seconds at which a table compares methods
+
+
+class Part(NamedTuple):
+    """Some of the documents.
+
+    Attributes:
+        features: [documents, features] float32, a SciPy CSR matrix, rows of length 1.
+        labels: [documents] int32.
+    """
+
+    features: Any
+    labels: np.ndarray
+
+
+class Data(NamedTuple):
+    train: Part
+    validation: Part
+    test: Part
+    words: np.ndarray
+    classes: int
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = experiment.Parser(description=__doc__)
+    add, above = parser.add_argument, experiment.positive
+    add(
+        "--method",
+        nargs="+",
+        choices=(*METHODS, "all"),
+        default=["stocbio"],
+        help="several, or all: a comparison",
+    )
+    add("--data-dir", type=pathlib.Path, help="scikit-learn's data folder")
+    add("--features", choices=("counts", "tfidf"), default="counts")
+    add("--max-features", type=above(int), help="keep the most frequent; default all")
+    add("--outer-steps", type=above(int), help=f"default {OUTER_STEPS}, or no limit")
+    add("--seconds", type=above(float), help="of training; comparisons: default 60")
+    add("--inner-steps", type=above(int), help="T (hoag: at most)")
+    add("--solver-steps", type=above(int), help="Q; reverse: steps differentiated")
+    add("--inner-lr", type=above(float))
+    add("--inner-momentum", type=fraction, default=0.0)
+    add("--upper-lr", type=above(float))
+    add("--upper-momentum", type=fraction, default=0.0)
+    add("--eta", type=above(float), help="stocbio: rate of the series")
+    add("--batch-size", type=above(int), help="stocbio: training documents")
+    add("--validation-batch-size", type=above(int), help="stocbio")
+    add("--tolerance", type=above(float), help="of the solve; hoag: at the start")
+    add("--tolerance-ratio", type=above(float), help="hoag: its factor per outer step")
+    add("--eval-every", type=above(int), help="outer steps between evaluations")
+    add("--final-steps", type=above(int), help="retrain on train + validation so long")
+    args = parser.parse_args(argv)
+    if "all" in args.method:
+        args.method = list(METHODS)
+    args.method = list(dict.fromkeys(args.method))
+    for name in (field.name for field in dataclasses.fields(Settings)):
+        flag = "--" + name.replace("_", "-")
+        known = [getattr(DEFAULTS[m], name) is not None for m in args.method]
+        if getattr(args, name) is not None and not any(known):
+            parser.error(
+                f"{flag} means nothing to --method {' '.join(args.method)}: leave it "
+                "out"
+            )
+    return args
+
+
+def fraction(text: str) -> float:
+    """An argparse type: a momentum."""
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"must be in [0, 1), got {text}")
+    return value
+
+
+def with_defaults(args: argparse.Namespace, method: str) -> argparse.Namespace:
+    """The settings of one method's run: the flags that mean something to it, its
+    published settings, and one of the two limits."""
+    published = dataclasses.asdict(DEFAULTS[method])
+    plan = argparse.Namespace(**{**vars(args), "method": method})
+    for name, value in published.items():
+        if value is None or getattr(plan, name) is None:
+            setattr(plan, name, value)
+    if plan.outer_steps is None and plan.seconds is None:
+        if len(args.method) == 1:
+            plan.outer_steps = OUTER_STEPS
+        else:
+            plan.seconds = SECONDS
+    return plan
+
+
+# Data.
+
+
+def load_data(args: argparse.Namespace) -> Data:
+    """The three parts; the split depends on the seed alone.
+
+    Raises:
+        FileNotFoundError: if scikit-learn does not find the data set.
+        ValueError: if it cannot be split.
+    """
+    train, test, words, classes = fetch(args)
+    first, second = sklearn.model_selection.train_test_split(
+        np.arange(len(train.labels)),
+        test_size=0.5,
+        stratify=train.labels,
+        random_state=args.seed,
+    )
+    return Data(
+        take(train, first),
+        take(train, second),
+        test,
+        words,
+        classes,
+    )
+
+
+def fetch(args: argparse.Namespace) -> tuple[Part, Part, np.ndarray, int]:
+    """Both official parts, the feature names and the number of classes."""
+    default = os.environ.get("SCIKIT_LEARN_DATA", "~/scikit_learn_data")
+    home = pathlib.Path(args.data_dir or default).expanduser()
+    try:
+        if not home.is_dir():  # scikit-learn would make it
+            raise FileNotFoundError
+        train, test = (
+            sklearn.datasets.fetch_20newsgroups_vectorized(
+                subset=subset,
+                data_home=str(home),
+                download_if_missing=False,
+                normalize=args.features == "counts",
+            )
+            for subset in ("train", "test")
+        )
+    except PermissionError as error:
+        raise FileNotFoundError(
+            f"scikit-learn keeps its vectorised copy beside the data, and {home} "
+            "cannot be written. Copy the folder and set SCIKIT_LEARN_DATA to the copy"
+        ) from error
+    except OSError as error:
+        raise FileNotFoundError(
+            f"20 Newsgroups is not in {home}. Set SCIKIT_LEARN_DATA (or --data-dir) to "
+            "a folder that has it, or download it once: python -c 'import "
+            "sklearn.datasets as d; d.fetch_20newsgroups_vectorized()'"
+        ) from error
+    features, test_features = train.data, test.data
+    words = np.asarray(train.feature_names)
+    if args.max_features is not None:
+        frequent = np.argsort(-features.getnnz(axis=0), kind="stable")
+        kept = np.sort(frequent[: args.max_features])
+        features, test_features = features[:, kept], test_features[:, kept]
+        words = words[kept]
+    if args.features == "tfidf":
+        weigh = sklearn.feature_extraction.text.TfidfTransformer().fit(features)
+        features, test_features = map(weigh.transform, (features, test_features))
+    return (
+        Part(features.tocsr().astype("float32"), train.target.astype("int32")),
+        Part(test_features.tocsr().astype("float32"), test.target.astype("int32")),
+        words,
+        len(train.target_names),
+    )
+
+
+def tensors(part: Part) -> tuple[tf.SparseTensor, tf.Tensor]:
+    """All documents of a part as one batch: (features, labels)."""
+    entries = part.features.tocoo()
+    indices = np.stack([entries.row, entries.col], axis=1).astype("int64")
+    features = tf.SparseTensor(indices, entries.data, part.features.shape)
+    return features, tf.constant(part.labels)
+
+
+def take(part: Part, numbers: np.ndarray) -> Part:
+    return Part(part.features[numbers], part.labels[numbers])
+
+
+class Minibatches:
+    """A part's documents in minibatches without end, in a fresh order every pass.
+
+    Which documents make minibatch n depends on the seed and n alone, so a resumed
+    run draws what the uninterrupted one would have. The last documents of a pass,
+    too few for a minibatch, are left out of it.
+    """
+
+    def __init__(self, part: Part, size: int, seed: tuple[int, int]):
+        self.part, self.size, self.seed = part, size, seed
+        self.passes: dict[int, np.ndarray] = {}
+
+    def documents(self, number: int) -> np.ndarray:
+        """The document numbers of a minibatch, [size]."""
+        each_pass, within = divmod(number, len(self.part.labels) // self.size)
+        if each_pass not in self.passes:
+            generator = np.random.default_rng([*self.seed, each_pass])
+            order = generator.permutation(len(self.part.labels))
+            self.passes = {each_pass: order}
+        start = within * self.size
+        return self.passes[each_pass][start : start + self.size]
+
+    def stack(self, first: int, count: int) -> tuple[tf.SparseTensor, np.ndarray]:
+        """`count` minibatches in one batch: features [count, size, features]."""
+        chosen = np.stack([self.documents(first + i) for i in range(count)])
+        rows = self.part.features[chosen.ravel()]
+        entries = rows.tocoo()
+        batch, row = np.divmod(entries.row, self.size)
+        indices = np.stack([batch, row, entries.col], axis=1).astype("int64")
+        shape = (count, self.size, rows.shape[1])
+        features = tf.SparseTensor(indices, entries.data, shape)
+        return features, self.part.labels[chosen]
+
+
+# The problem.
+
+
+@tf.custom_gradient
+def half_mean_squares(coefficients: tf.Tensor, kernel: tf.Tensor) -> Any:
+    """1/2 * mean over d and c of coefficients_d kernel_dc^2.
+
+    On minibatches most of a step is passes over the 10 MB of weights. Automatic
+    differentiation makes about ten of them for this gradient; written out it is one.
+    """
+    share = 1.0 / tf.cast(tf.size(kernel), kernel.dtype)
+    norms = tf.raw_ops.EuclideanNorm(input=kernel, axis=[1])
+    value = 0.5 * share * tf.reduce_sum(coefficients * norms * norms)
+
+    def gradient(upstream: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        squares = tf.reduce_sum(kernel * kernel, axis=1)
+        share_of_each = upstream * share * coefficients
+        return 0.5 * upstream * share * squares, share_of_each[:, None] * kernel
+
+    return value, gradient
+
+
+def log_probabilities(classifier: keras.layers.Dense, features: Any) -> tf.Tensor:
+    kernel = tf.convert_to_tensor(classifier.kernel)
+    return tf.nn.log_softmax(tf.sparse.sparse_dense_matmul(features, kernel))
+
+
+def cross_entropy(classifier: keras.layers.Dense, batch: tuple) -> tf.Tensor:
+    features, labels = batch
+    logs = log_probabilities(classifier, features)
+    # Twice differentiated, TensorFlow's fused operation makes a tiny matrix product
+    # for every document; this form makes none.
+    right = tf.one_hot(labels, classifier.units, dtype=logs.dtype)
+    return -tf.reduce_mean(tf.reduce_sum(right * logs, axis=1))
+
+
+def penalty(upper: tb.FeaturePenalties, lower: keras.layers.Dense) -> tf.Tensor:
+    return half_mean_squares(upper.coefficients, tf.convert_to_tensor(lower.kernel))
+
+
+def upper_loss(upper: Any, lower: keras.layers.Dense, batch: tuple) -> tf.Tensor:
+    return cross_entropy(lower, batch)
+
+
+def lower_loss(
+    upper: tb.FeaturePenalties, lower: keras.layers.Dense, batch: tuple
+) -> tf.Tensor:
+    return cross_entropy(lower, batch) + penalty(upper, lower)
+
+
+def build_model(data: Data) -> tb.BilevelModel:
+    features = data.train.features.shape[1]
+    classifier = keras.layers.Dense(
+        data.classes, use_bias=False, kernel_initializer="zeros"
+    )
+    classifier.build((None, features))
+    return tb.BilevelModel(
+        tb.FeaturePenalties(features), classifier, upper_loss, lower_loss
+    )
+
+
+def build_method(args: argparse.Namespace) -> tb.Method:
+    def inner_steps(**options: Any) -> tb.InnerSolver:
+        optimizer = keras.optimizers.SGD(args.inner_lr, args.inner_momentum)
+        return tb.InnerSolver(optimizer, args.inner_steps, **options)
+
+    steps = args.solver_steps
+    if args.method == "stocbio":
+        return tb.StocBiO(inner_steps(), steps, args.eta)
+    if args.method == "reverse":
+        return tb.Unroll(inner_steps(), last=min(steps, args.inner_steps))
+    if args.method == "hoag":
+        tolerance = tb.Geometric(args.tolerance, args.tolerance_ratio)
+        solver = tb.ConjugateGradient(steps, tolerance=tolerance)
+        return tb.Implicit(inner_steps(tolerance=tolerance), solver)
+    kind = {"aid-fp": tb.FixedPoint, "aid-cg": tb.ConjugateGradient}[args.method]
+    return tb.Implicit(inner_steps(), kind(steps, tolerance=args.tolerance))
+
+
+def full_batches(data: Data, steps: int) -> tf.data.Dataset:
+    """Both levels' whole data, for every outer step."""
+    validation, train = (
+        tf.data.Dataset.from_tensors(tensors(part))
+        for part in (data.validation, data.train)
+    )
+    return tb.pair(validation, train).repeat(steps)
+
+
+def minibatches(
+    args: argparse.Namespace, data: Data, model: tb.BilevelModel, steps: int
+) -> tf.data.Dataset:
+    """The minibatches of the next `steps` outer steps, wherever training is then."""
+    draws = model.method.draws
+    lower = Minibatches(data.train, args.batch_size, (args.seed, 0))
+    upper = Minibatches(data.validation, args.validation_batch_size, (args.seed, 1))
+
+    def draw() -> Iterator[tuple]:
+        begin = model.outer_step
+        for step in range(begin, begin + steps):
+            documents = take(data.validation, upper.documents(step))
+            yield tensors(documents), lower.stack(step * draws, draws)
+
+    def kind(*documents: int) -> tuple:
+        shape = (*documents, data.train.features.shape[1])
+        labels = tf.TensorSpec(documents, tf.int32)
+        return tf.SparseTensorSpec(shape, tf.float32), labels
+
+    dataset = tf.data.Dataset.from_generator(
+        draw, output_signature=(kind(upper.size), kind(draws, lower.size))
+    )
+    counted = dataset.apply(tf.data.experimental.assert_cardinality(steps))
+    return counted.map(tb.StackedBatches).prefetch(2)
+
+
+# Training.
+
+
+class Clock(keras.callbacks.Callback):
+    """Logs an evaluation before the first outer step, every so many and at the end,
+    and stops training when its seconds are over.
+
+    Seconds are those of the outer steps alone, with their data and with TensorFlow's
+    tracing in the first one; evaluations and backups take none.
+
+    Args:
+        run: where rows go.
+        measure: () -> dict of numbers.
+        every: outer steps between evaluations.
+        limit: seconds after which training stops; `None`: no limit.
+    """
+
+    def __init__(
+        self,
+        run: experiment.Run,
+        measure: Callable[[], Mapping],
+        every: int,
+        limit: float | None,
+    ):
+        super().__init__()
+        self.run, self.measure, self.every, self.limit = run, measure, every, limit
+        self.seconds: float | None = None
+        self._begun = 0.0
+        self._logged = -1
+
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+        if self.seconds is None:  # only now is a backup restored
+            self.seconds = self.run.rewind(self.model.outer_step)
+            if not self.run.rows():
+                self._log(0.0)
+        self._begun = time.perf_counter()
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        self.seconds = (self.seconds or 0.0) + time.perf_counter() - self._begun
+        if self.model.outer_step % self.every == 0:
+            self._log(self.seconds)
+        if self.limit is not None and self.seconds >= self.limit:
+            self.model.stop_training = True
+
+    def on_train_end(self, logs: Any = None) -> None:
+        # Nothing was done if the run was at its end already.
+        if self.seconds is not None and self._logged != self.model.outer_step:
+            self._log(self.seconds)
+        if sys.stdout.isatty():
+            print()
+
+    def _log(self, seconds: float) -> None:
+        self._logged = self.model.outer_step
+        row = {"step": self._logged, "seconds": round(seconds, 4), **self.measure()}
+        self.run.log(row)
+        if sys.stdout.isatty():
+            print(
+                f"\r{row['method']}: step {row['step']}, {row['seconds']:.1f} s, "
+                f"test loss {row['test_loss']:.4f}",
+                end="",
+                flush=True,
+            )
+
+
+def peak_memory() -> float:
+    """The most memory this process has held so far, in MB (Linux counts in KB)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def train(args: argparse.Namespace, run: experiment.Run, data: Data) -> dict:
+    """One method, from zero weights to the last outer step or second."""
+    model = build_model(data)
+    model.compile(
+        build_method(args),
+        keras.optimizers.SGD(args.upper_lr, args.upper_momentum),
+        jit_compile=False,  # XLA has no sparse matrix product
+    )
+    measure = measurements(args.method, model, data)
+    epochs, steps = epochs_and_steps(args)
+    batches = (
+        minibatches(args, data, model, steps)
+        if args.method == "stocbio"
+        else full_batches(data, steps)
+    )
+    measure()  # so that tracing it is not in the peak of training
+    before = peak_memory()
+    clock = Clock(run, measure, args.eval_every, args.seconds)
+    model.fit(
+        batches,
+        epochs=epochs,
+        callbacks=[experiment.Backup(run.out / "backup", steps), clock],
+        verbose=0,
+    )
+    memory = {"peak_memory_mb": peak_memory(), "peak_memory_before_training_mb": before}
+    draw_curves(run.out / "curves.png", {args.method: numbers(run.rows())})
+    coefficients = model.upper.coefficients.numpy()
+    np.save(run.out / "coefficients.npy", coefficients)
+    draw_coefficients(run, coefficients, data.words)
+    retrained = retrain(args, model, data) if args.final_steps else {}
+    return summarise(args, numbers(run.rows())) | memory | retrained
+
+
+def epochs_and_steps(args: argparse.Namespace) -> tuple[int, int]:
+    """How many Keras epochs, and outer steps in each: what a kill can cost."""
+    if args.outer_steps is None:
+        return 10**6, 20 * args.eval_every
+    steps = largest_divisor(args.outer_steps, 20 * args.eval_every)
+    return args.outer_steps // steps, steps
+
+
+def largest_divisor(number: int, most: int) -> int:
+    return max(n for n in range(1, min(number, most) + 1) if number % n == 0)
+
+
+def measurements(method: str, model: tb.BilevelModel, data: Data) -> Callable:
+    parts = {"test": data.test, "validation": data.validation, "train": data.train}
+    batches = {name: tensors(part) for name, part in parts.items()}
+
+    @tf.function(autograph=False)
+    def values() -> dict[str, tf.Tensor]:
+        made = {}
+        for name, batch in batches.items():
+            made |= loss_and_accuracy(model.lower, name, batch)
+        logits = tf.convert_to_tensor(model.upper.logits)
+        return made | {
+            "largest_x": tf.reduce_max(logits),
+            "smallest_x": tf.reduce_min(logits),
+        }
+
+    return lambda: {"method": method} | {k: float(v) for k, v in values().items()}
+
+
+def loss_and_accuracy(
+    classifier: keras.layers.Dense, name: str, batch: tuple
+) -> dict[str, tf.Tensor]:
+    features, labels = batch
+    predictions = tf.argmax(
+        log_probabilities(classifier, features), axis=1, output_type=labels.dtype
+    )
+    right = tf.cast(predictions == labels, tf.float32)
+    return {
+        f"{name}_loss": cross_entropy(classifier, batch),
+        f"{name}_accuracy": 100 * tf.reduce_mean(right),
+    }
+
+
+def retrain(args: argparse.Namespace, model: tb.BilevelModel, data: Data) -> dict:
+    """New weights from zero, with the learned coefficients, on both halves.
+
+    hypertorch's script ends so: what tuning is for is a classifier that has seen all
+    the documents there are.
+    """
+    both = Part(
+        sparse.vstack([data.train.features, data.validation.features]).tocsr(),
+        np.concatenate([data.train.labels, data.validation.labels]),
+    )
+    every = largest_divisor(args.final_steps, 100)
+    optimizer = keras.optimizers.SGD(args.inner_lr, args.inner_momentum)
+    inner = tb.InnerSolver(optimizer, every, optimizer_state="carry")
+    x = tb.functional(model.upper).initial()
+    weights = [tf.zeros_like(model.lower.kernel.value)]
+    batches = tb.Batches(upper=None, lower=tensors(both))
+    state = inner.init(model.problem, x, weights)
+
+    @tf.function(autograph=False)
+    def advance(weights: list, state: dict) -> tuple:
+        weights, state, _ = inner.solve(model.problem, x, weights, batches, state)
+        return weights, state
+
+    test, losses, accuracies = tensors(data.test), [], []
+    for _ in range(args.final_steps // every):
+        weights, state = advance(weights, state)
+        model.lower.kernel.assign(weights[0])
+        made = loss_and_accuracy(model.lower, "test", test)
+        losses.append(float(made["test_loss"]))
+        accuracies.append(float(made["test_accuracy"]))
+    return {
+        "retrained_steps": every * len(losses),
+        "retrained_test_loss": losses[-1],
+        "retrained_test_accuracy": accuracies[-1],
+        "retrained_test_losses": losses,
+    }
+
+
+# Results.
+
+
+def numbers(rows: list[dict]) -> list[dict]:
+    """Rows of a file, with numbers for strings."""
+    return [
+        {k: v if k == "method" else float(v) for k, v in row.items()} for row in rows
+    ]
+
+
+def summarise(args: argparse.Namespace, rows: list[dict]) -> dict:
+    final = rows[-1]
+    seconds, steps = (np.diff([row[name] for row in rows]) for name in TIMES)
+    chosen = min(rows, key=lambda row: row["validation_loss"])
+    best = min(rows, key=lambda row: row["test_loss"])
+    return {
+        "method": args.method,
+        "outer_steps": int(final["step"]),
+        "seconds": final["seconds"],
+        # The median leaves tracing out, which is in the first.
+        "seconds_per_outer_step": float(np.median(seconds / steps)),
+        "test_loss": final["test_loss"],
+        "test_accuracy": final["test_accuracy"],
+        "seconds_to_test_loss_1": first_below(rows, 1.0),
+        "best_validation_step": int(chosen["step"]),
+        "test_loss_at_best_validation": chosen["test_loss"],
+        "test_accuracy_at_best_validation": chosen["test_accuracy"],
+        "best_test_loss": best["test_loss"],
+        "best_test_accuracy": max(row["test_accuracy"] for row in rows),
+        "test_loss_after": {
+            str(mark): at(rows, mark)["test_loss"]
+            for mark in MARKS
+            if mark <= final["seconds"]
+        },
+    }
+
+
+def first_below(rows: list[dict], loss: float) -> float | None:
+    """Seconds until the test loss is below a value for the first time."""
+    return next((row["seconds"] for row in rows if row["test_loss"] < loss), None)
+
+
+def at(rows: list[dict], seconds: float) -> dict:
+    """The last row within so many seconds."""
+    return [row for row in rows if row["seconds"] <= seconds][-1]
+
+
+def draw_curves(path: pathlib.Path, curves: dict[str, list[dict]]) -> None:
+    """Test loss and accuracy against seconds, a line for every method."""
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4))
+    for axes, name in zip(panels, ("test_loss", "test_accuracy"), strict=True):
+        for method, rows in curves.items():
+            seconds = [row["seconds"] for row in rows]
+            axes.plot(seconds, [row[name] for row in rows], label=method)
+        axes.set(xlabel="seconds of training", ylabel=name.replace("_", " "))
+        axes.grid(alpha=0.3)
+        axes.legend()
+    panels[0].axhline(1.0, color="black", linewidth=0.7, linestyle=":")
+    panels[1].set(ylabel="test accuracy, percent")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw_coefficients(
+    run: experiment.Run, coefficients: np.ndarray, words: np.ndarray
+) -> None:
+    """The words whose weights are held back least and most."""
+    order = np.argsort(coefficients, kind="stable")
+    figure, panels = plt.subplots(1, 2, figsize=(9, 5))
+    groups = {"smallest": order[:20][::-1], "largest": order[-20:]}
+    for axes, (name, group) in zip(panels, groups.items(), strict=True):
+        places = np.arange(len(group))
+        # The text may hold characters that mean something to matplotlib.
+        labels = [str(word).replace("$", r"\$") for word in words[group]]
+        axes.barh(places, coefficients[group])
+        axes.set_yticks(places, labels, fontsize=8)
+        axes.set(title=f"{name} coefficients", xlabel="exp(x)")
+    figure.tight_layout()
+    figure.savefig(run.out / "coefficients.png", dpi=110)
+    plt.close(figure)
+
+
+def print_table(summaries: list[dict]) -> None:
+    """One line per method; the memory is the peak of that method's own process."""
+    print(
+        f"{'method':9s}{'steps':>7s}{'ms/step':>9s}{'seconds':>9s}{'loss':>9s}"
+        f"{'acc %':>8s}{'to loss 1':>11s}{'peak MB':>9s}"
+    )
+    for row in summaries:
+        below = row["seconds_to_test_loss_1"]
+        print(
+            f"{row['method']:9s}{row['outer_steps']:7d}"
+            f"{1000 * row['seconds_per_outer_step']:9.1f}{row['seconds']:9.1f}"
+            f"{row['test_loss']:9.4f}{row['test_accuracy']:8.2f}"
+            f"{'never' if below is None else f'{below:.1f} s':>11s}"
+            f"{row['peak_memory_mb']:9.0f}"
+        )
+    marks = [m for m in MARKS if all(str(m) in r["test_loss_after"] for r in summaries)]
+    if marks:
+        print("\ntest loss after   " + "".join(f"{mark:>7d} s" for mark in marks))
+        for row in summaries:
+            after = (f"{row['test_loss_after'][str(mark)]:9.4f}" for mark in marks)
+            print(f"{row['method']:18s}" + "".join(after))
+
+
+# One method, or a comparison of several.
+
+
+def main(argv: list[str] | None = None) -> dict:
+    args = parse_args(argv)
+    plans = [with_defaults(args, method) for method in args.method]
+    alone = plans[0] if len(plans) == 1 else None
+    try:
+        data = load_data(args)
+        for plan in plans:
+            require_sizes(plan, data)
+        run = experiment.Run(args.out, settings(alone or args), args.resume)
+    except (FileNotFoundError, ValueError) as error:
+        print(f"l2reg_twentynews.py: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    keras.utils.set_random_seed(args.seed)
+    if alone:
+        try:
+            summary = train(alone, run, data)
+        except tb.NonFiniteError as error:
+            print(f"l2reg_twentynews.py: {error}", file=sys.stderr)
+            raise SystemExit(1) from None
+        summaries = [summary]
+    else:
+        del data  # every method's own process loads it
+        summary = compare(args, plans, run)
+        summaries = list(summary["methods"].values())
+    run.summarise(summary)
+    print_table(summaries)
+    print(f"Files in {run.out}: {', '.join(sorted(p.name for p in run.out.iterdir()))}")
+    return summary
+
+
+def require_sizes(plan: argparse.Namespace, data: Data) -> None:
+    """Raise unless a minibatch fits into its part."""
+    sizes = {"batch_size": data.train, "validation_batch_size": data.validation}
+    for name, part in sizes.items():
+        size = getattr(plan, name)
+        if size is not None and size > len(part.labels):
+            raise ValueError(
+                f"--{name.replace('_', '-')} must not exceed the documents of its "
+                f"half, got {size} of {len(part.labels)}: lower it"
+            )
+
+
+def compare(
+    args: argparse.Namespace, plans: list[argparse.Namespace], run: experiment.Run
+) -> dict:
+    """Every method in a process of its own, one after the other."""
+    run.rewind(-1)
+    summaries, curves = {}, {}
+    for plan in plans:
+        out = run.out / plan.method
+        if not (out / "summary.json").exists():
+            resume = ["--resume"] if (out / "config.json").exists() else []
+            if run_alone([*flags_of(args, plan), "--out", str(out), *resume]):
+                print(f"{plan.method} failed; --resume goes on", file=sys.stderr)
+                raise SystemExit(1)
+        summaries[plan.method] = json.loads((out / "summary.json").read_text())
+        with (out / "metrics.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        curves[plan.method] = numbers(rows)
+        for row in rows:
+            run.log(row)
+    draw_curves(run.out / "curves.png", curves)
+    return {"methods": summaries}
+
+
+def flags_of(args: argparse.Namespace, plan: argparse.Namespace) -> list[str]:
+    """The command line of one method's run in a comparison: the flags given that mean
+    something to it."""
+    flags = ["--method", plan.method]
+    if args.seconds is None and plan.seconds is not None:
+        flags += ["--seconds", str(plan.seconds)]
+    for name, value in settings(args).items():
+        meaningless = getattr(plan, name) is None
+        if name != "method" and value is not None and not meaningless:
+            flags += ["--" + name.replace("_", "-"), str(value)]
+    return flags
+
+
+def run_alone(argv: list[str]) -> int:
+    return subprocess.run([sys.executable, __file__, *argv], check=False).returncode
+
+
+def settings(args: argparse.Namespace) -> dict:
+    hidden = ("out", "resume")
+    return {k: v for k, v in sorted(vars(args).items()) if k not in hidden}
+
+
+if __name__ == "__main__":
+    main()
