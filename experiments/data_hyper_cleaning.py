@@ -207,6 +207,16 @@ def fill_defaults(parser: experiment.Parser, args: argparse.Namespace) -> None:
                 f"--last must not exceed --inner-steps, got {args.last} of "
                 f"{args.inner_steps}: lower one or raise the other"
             )
+    for name in ("alpha", "alpha_decay"):
+        value = getattr(args, name)
+        if value is not None and value > 1:
+            flag = "--" + name.replace("_", "-")
+            parser.error(f"{flag} must be above 0 and at most 1, got {value}")
+    if args.dynamics != "gd" and args.inner_steps is None:
+        parser.error(
+            f"--dynamics means nothing to --method {args.method}, which makes no "
+            "inner steps: leave it out"
+        )
     if args.outer_steps % args.eval_every:
         parser.error(
             f"--outer-steps must be a multiple of --eval-every, got "

@@ -192,6 +192,13 @@ def test_rows_go_under_their_own_columns(tmp_path):
         (["--outer-steps", "0"], "above zero"),
         (["--upper-lr", "nan"], "above zero"),
         (["--method", "rhg", "--gamma-max", "1"], "--gamma-max means nothing"),
+        (["--method", "rhg", "--start-lr", "1"], "--start-lr means nothing"),
+        (["--method", "bda", "--alpha", "2"], "--alpha must be above 0"),
+        (["--method", "bda", "--alpha-decay", "1.1"], "--alpha-decay must be above 0"),
+        (
+            ["--method", "g-pbgd", "--dynamics", "nesterov-t"],
+            "--dynamics means nothing",
+        ),
         (["--method", "t-rhg", "--inner-steps", "50"], "--last must not exceed"),
         (["--outer-steps", "25"], "multiple of --eval-every"),
         (["--dataset", "mnist", "--data-dir", "/nowhere"], "not prepared"),
