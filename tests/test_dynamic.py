@@ -126,6 +126,15 @@ def test_invalid_combinations(options, message) -> None:
         make(**options)
 
 
+def test_a_nan_is_an_error_and_moves_nothing() -> None:
+    dynamic = make()
+    before = dynamic.ul_model.get_weights()
+    optimize(dynamic, ul_opt=SGD(0.0))
+    with pytest.raises(tb.NonFiniteError, match="upper loss .* outer step 1"):
+        optimize(dynamic, validate_data=DATA * float("nan"), ul_opt=SGD(0.1))
+    np.testing.assert_array_equal(dynamic.ul_model.get_weights(), before)
+
+
 def test_invalid_calls() -> None:
     for options in ({"alpha": 0.5}, {"acquire_max_loss": True}):
         with pytest.raises(ValueError, match="`validate_data` must be given"):

@@ -7,6 +7,7 @@ import keras
 import tensorflow as tf
 
 from tfbilevel._aggregation import Aggregation
+from tfbilevel._finite import NonFiniteError, first_nonfinite
 from tfbilevel._inner import InnerSolver, require_count
 from tfbilevel._model import BilevelModel
 from tfbilevel._problem import Batches
@@ -158,6 +159,7 @@ class Dynamic:
             lower_start="learned" if init_auxiliary else None,
         ).problem
         self.method: Unroll | None = None
+        self._calls = 0
         if ll_opt is not None:
             self._use(ll_opt)
 
@@ -205,6 +207,8 @@ class Dynamic:
         Raises:
             ValueError: without an inner optimizer, with two, or without validation
                 data where the inner loop needs it.
+            tb.NonFiniteError: if a loss, gradient or variable is not finite; no
+                model was changed by that call.
         """
         if self.method is None and auxiliary_opt is None:
             raise ValueError(
@@ -244,6 +248,10 @@ class Dynamic:
             ),
             self.method.init(self.problem, upper, lower),
         )
+        code = int(first_nonfinite(step))
+        if code >= 0:
+            raise NonFiniteError(code, self._calls)
+        self._calls += 1
         gradients = step.upper_gradient
         result = DynamicResult(
             upper_gradients=gradients[: len(upper)],
