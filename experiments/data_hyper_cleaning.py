@@ -177,12 +177,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     for part, size in zip(PARTS, sizes, strict=True):
         if getattr(args, f"{part}_size") is None:
             setattr(args, f"{part}_size", size)
-    if args.method not in BASELINES:
-        fill_defaults(parser, args)
-    return args
+    return args if args.method in BASELINES else fill_defaults(parser, args)
 
 
-def fill_defaults(parser: experiment.Parser, args: argparse.Namespace) -> None:
+def fill_defaults(
+    parser: experiment.Parser, args: argparse.Namespace
+) -> argparse.Namespace:
     published = DEFAULTS[args.method, args.net]
     if args.dataset == "digits" and published.gamma_steps is not None:
         # Less than half the data, and a demo should not take minutes.
@@ -191,16 +191,10 @@ def fill_defaults(parser: experiment.Parser, args: argparse.Namespace) -> None:
             outer_steps=published.outer_steps // 4,
             gamma_steps=published.gamma_steps // 4,
         )
-    for name, value in dataclasses.asdict(published).items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-        elif value is None:
-            flag = "--" + name.replace("_", "-")
-            parser.error(
-                f"{flag} means nothing to --method {args.method}: leave it out"
-            )
+    parser.refuse_meaningless(args, [published], f"--method {args.method}")
+    args = experiment.filled(args, published)
     if args.last is not None and args.last > args.inner_steps:
-        if "last" in vars(args) and args.method == "rhg":
+        if args.method == "rhg":
             args.last = args.inner_steps
         else:
             parser.error(
@@ -210,7 +204,7 @@ def fill_defaults(parser: experiment.Parser, args: argparse.Namespace) -> None:
     for name in ("alpha", "alpha_decay"):
         value = getattr(args, name)
         if value is not None and value > 1:
-            flag = "--" + name.replace("_", "-")
+            flag = experiment.flag(name)
             parser.error(f"{flag} must be above 0 and at most 1, got {value}")
     if args.dynamics != "gd" and args.inner_steps is None:
         parser.error(
@@ -222,6 +216,7 @@ def fill_defaults(parser: experiment.Parser, args: argparse.Namespace) -> None:
             f"--outer-steps must be a multiple of --eval-every, got "
             f"{args.outer_steps} and {args.eval_every}"
         )
+    return args
 
 
 def build_net(net: str, inputs: int, seed: int) -> keras.Model:
@@ -463,12 +458,9 @@ def best(rows: list[dict], by: str) -> dict:
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
-    try:
+    with experiment.one_line_errors(__file__):
         data = load_data(args)
-        run = experiment.Run(args.out, settings(args), args.resume)
-    except (FileNotFoundError, ValueError) as error:
-        print(f"data_hyper_cleaning.py: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        run = experiment.Run(args.out, experiment.settings(args), args.resume)
     keras.utils.set_random_seed(args.seed)
     network = build_net(args.net, data["train"][0].shape[1], args.seed)
     if args.method in BASELINES:
@@ -548,9 +540,9 @@ def clean(
         epochs=args.outer_steps // per_epoch,
         callbacks=[
             experiment.Backup(run.out / "backup", per_epoch),
-            experiment.Evaluate(run, evaluate, args.eval_every),
+            experiment.Evaluate(run, evaluate, args.eval_every, args.outer_steps),
         ],
-        verbose=1 if sys.stdout.isatty() else 0,
+        verbose=0,
     )
     rows = [{k: float(v) for k, v in row.items()} for row in run.rows()]
     draw_curves(run, args)
@@ -577,11 +569,6 @@ def summarise(args: argparse.Namespace, rows: list[dict]) -> dict:
         "f1_at_best_test_accuracy": published["f1"],
         "best_f1": best(rows, "f1")["f1"],
     }
-
-
-def settings(args: argparse.Namespace) -> dict:
-    hidden = ("out", "resume")
-    return {k: v for k, v in sorted(vars(args).items()) if k not in hidden}
 
 
 if __name__ == "__main__":

@@ -37,8 +37,7 @@ import pathlib
 import resource
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -144,14 +143,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     if "all" in args.method:
         args.method = list(METHODS)
     args.method = list(dict.fromkeys(args.method))
-    for name in (field.name for field in dataclasses.fields(Settings)):
-        flag = "--" + name.replace("_", "-")
-        known = [getattr(DEFAULTS[m], name) is not None for m in args.method]
-        if getattr(args, name) is not None and not any(known):
-            parser.error(
-                f"{flag} means nothing to --method {' '.join(args.method)}: leave it "
-                "out"
-            )
+    published = [DEFAULTS[method] for method in args.method]
+    parser.refuse_meaningless(args, published, f"--method {' '.join(args.method)}")
     return args
 
 
@@ -166,11 +159,8 @@ def fraction(text: str) -> float:
 def with_defaults(args: argparse.Namespace, method: str) -> argparse.Namespace:
     """The settings of one method's run: the flags that mean something to it, its
     published settings, and one of the two limits."""
-    published = dataclasses.asdict(DEFAULTS[method])
-    plan = argparse.Namespace(**{**vars(args), "method": method})
-    for name, value in published.items():
-        if value is None or getattr(plan, name) is None:
-            setattr(plan, name, value)
+    plan = experiment.filled(args, DEFAULTS[method])
+    plan.method = method
     if plan.outer_steps is None and plan.seconds is None:
         if len(args.method) == 1:
             plan.outer_steps = OUTER_STEPS
@@ -413,67 +403,6 @@ def minibatches(
 # Training.
 
 
-class Clock(keras.callbacks.Callback):
-    """Logs an evaluation before the first outer step, every so many and at the end,
-    and stops training when its seconds are over.
-
-    Seconds are those of the outer steps alone, with their data and with TensorFlow's
-    tracing in the first one; evaluations and backups take none.
-
-    Args:
-        run: where rows go.
-        measure: () -> dict of numbers.
-        every: outer steps between evaluations.
-        limit: seconds after which training stops; `None`: no limit.
-    """
-
-    def __init__(
-        self,
-        run: experiment.Run,
-        measure: Callable[[], Mapping],
-        every: int,
-        limit: float | None,
-    ):
-        super().__init__()
-        self.run, self.measure, self.every, self.limit = run, measure, every, limit
-        self.seconds: float | None = None
-        self._begun = 0.0
-        self._logged = -1
-
-    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
-        if self.seconds is None:  # only now is a backup restored
-            self.seconds = self.run.rewind(self.model.outer_step)
-            if not self.run.rows():
-                self._log(0.0)
-        self._begun = time.perf_counter()
-
-    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        self.seconds = (self.seconds or 0.0) + time.perf_counter() - self._begun
-        if self.model.outer_step % self.every == 0:
-            self._log(self.seconds)
-        if self.limit is not None and self.seconds >= self.limit:
-            self.model.stop_training = True
-
-    def on_train_end(self, logs: Any = None) -> None:
-        # Nothing was done if the run was at its end already.
-        if self.seconds is not None and self._logged != self.model.outer_step:
-            self._log(self.seconds)
-        if sys.stdout.isatty():
-            print()
-
-    def _log(self, seconds: float) -> None:
-        self._logged = self.model.outer_step
-        row = {"step": self._logged, "seconds": round(seconds, 4), **self.measure()}
-        self.run.log(row)
-        if sys.stdout.isatty():
-            print(
-                f"\r{row['method']}: step {row['step']}, {row['seconds']:.1f} s, "
-                f"test loss {row['test_loss']:.4f}",
-                end="",
-                flush=True,
-            )
-
-
 def peak_memory() -> float:
     """The most memory this process has held so far, in MB (Linux counts in KB)."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -496,7 +425,9 @@ def train(args: argparse.Namespace, run: experiment.Run, data: Data) -> dict:
     )
     measure()  # so that tracing it is not in the peak of training
     before = peak_memory()
-    clock = Clock(run, measure, args.eval_every, args.seconds)
+    clock = experiment.Evaluate(
+        run, measure, args.eval_every, args.outer_steps, args.seconds
+    )
     model.fit(
         batches,
         epochs=epochs,
@@ -707,14 +638,12 @@ def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
     plans = [with_defaults(args, method) for method in args.method]
     alone = plans[0] if len(plans) == 1 else None
-    try:
+    with experiment.one_line_errors(__file__):
         data = load_data(args)
         for plan in plans:
             require_sizes(plan, data)
-        run = experiment.Run(args.out, settings(alone or args), args.resume)
-    except (FileNotFoundError, ValueError) as error:
-        print(f"l2reg_twentynews.py: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        config = experiment.settings(alone or args)
+        run = experiment.Run(args.out, config, args.resume)
     keras.utils.set_random_seed(args.seed)
     if alone:
         try:
@@ -740,7 +669,7 @@ def require_sizes(plan: argparse.Namespace, data: Data) -> None:
         size = getattr(plan, name)
         if size is not None and size > len(part.labels):
             raise ValueError(
-                f"--{name.replace('_', '-')} must not exceed the documents of its "
+                f"{experiment.flag(name)} must not exceed the documents of its "
                 f"half, got {size} of {len(part.labels)}: lower it"
             )
 
@@ -774,20 +703,15 @@ def flags_of(args: argparse.Namespace, plan: argparse.Namespace) -> list[str]:
     flags = ["--method", plan.method]
     if args.seconds is None and plan.seconds is not None:
         flags += ["--seconds", str(plan.seconds)]
-    for name, value in settings(args).items():
+    for name, value in experiment.settings(args).items():
         meaningless = getattr(plan, name) is None
         if name != "method" and value is not None and not meaningless:
-            flags += ["--" + name.replace("_", "-"), str(value)]
+            flags += [experiment.flag(name), str(value)]
     return flags
 
 
 def run_alone(argv: list[str]) -> int:
     return subprocess.run([sys.executable, __file__, *argv], check=False).returncode
-
-
-def settings(args: argparse.Namespace) -> dict:
-    hidden = ("out", "resume")
-    return {k: v for k, v in sorted(vars(args).items()) if k not in hidden}
 
 
 if __name__ == "__main__":

@@ -170,11 +170,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
             setattr(args, f"{part}_size", size)
     if args.method == "all" and args.outer_steps is None and args.seconds is None:
         args.seconds = 150.0
+    methods = METHODS if args.method == "all" else [args.method]
+    published = [DEFAULTS[method] for method in methods]
+    parser.refuse_meaningless(args, published, f"--method {args.method}")
     try:
         args.jobs = [
             job_of(args, method, args.seed + trial)
             for trial in range(args.trials)
-            for method in (METHODS if args.method == "all" else [args.method])
+            for method in methods
         ]
     except ValueError as error:
         parser.error(str(error))
@@ -183,13 +186,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def job_of(args: argparse.Namespace, method: str, seed: int) -> argparse.Namespace:
     """The flags of one run: one method, one seed, every setting filled in."""
-    job = argparse.Namespace(**vars(args) | {"method": method, "seed": seed})
-    for name, value in dataclasses.asdict(DEFAULTS[method]).items():
-        given = getattr(args, name)
-        if value is None and given is not None and args.method != "all":
-            flag = "--" + name.replace("_", "-")
-            raise ValueError(f"{flag} means nothing to --method {method}: leave it out")
-        setattr(job, name, value if value is None or given is None else given)
+    job = experiment.filled(args, DEFAULTS[method])
+    job.method, job.seed = method, seed
     if args.outer_steps is None and args.seconds is not None:
         job.outer_steps = None
     if method == "reverse" and job.hessian_q > job.inner_steps:
@@ -369,39 +367,6 @@ def outer_batches(
     return tb.pair(validation, train, lower_batches=draws).prefetch(2)
 
 
-class Clock(keras.callbacks.Callback):
-    """Adds up the seconds of training steps over all sittings; ends at a limit.
-
-    Args:
-        run: whose rows hold the seconds of earlier sittings.
-        seconds: training time after which to stop, or `None`.
-        steps: outer steps in all, for the progress bar, or `None`.
-    """
-
-    def __init__(self, run: experiment.Run, seconds: float | None, steps: int | None):
-        super().__init__()
-        self.run, self.limit, self.seconds = run, seconds, 0.0
-        self._start = 0.0
-        self._begun = False
-        self._bar = keras.utils.Progbar(steps or int(np.ceil(seconds or 1)))
-        self._counts_steps = steps is not None
-
-    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
-        if not self._begun:
-            # Not at the start of training: a backup is restored there.
-            self.seconds = self.run.rewind(self.model.outer_step)
-            self._begun = True
-        self._start = time.perf_counter()
-
-    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        self.seconds += time.perf_counter() - self._start
-        if self.limit is not None and self.seconds >= self.limit:
-            self.model.stop_training = True
-        if sys.stdout.isatty():
-            done = self.model.outer_step if self._counts_steps else int(self.seconds)
-            self._bar.update(min(done, self._bar.target))
-
-
 def warm_up(model: tb.BilevelModel, batches: tf.data.Dataset, steps: int) -> float:
     """Compile the outer step without moving anything; the seconds it took."""
     start = time.perf_counter()
@@ -446,16 +411,10 @@ def train(job: argparse.Namespace, run: experiment.Run, data: Data) -> dict:
     model = build_model(job, data)
     compile_seconds = warm_up(model, outer_batches(job, model.method), job.eval_every)
     evaluate = measure(model, data)
-    clock = Clock(run, job.seconds, job.outer_steps)
 
-    def evaluate_timed() -> dict[str, Any]:
-        row = {"method": job.method, "seed": job.seed}
-        return {**row, "seconds": round(clock.seconds, 4), **evaluate()}
+    def labelled() -> dict[str, Any]:
+        return {"method": job.method, "seed": job.seed, **evaluate()}
 
-    if not run.rows():
-        # Keras hands the callbacks its logs in sorted order.
-        unknown = {name: float("nan") for name in sorted(model.get_metrics_result())}
-        run.log({"step": 0, "seconds": 0.0} | unknown | evaluate_timed())
     backup = run.out / "backup" / "latest.weights.h5"
     if backup.exists():
         model.load_weights(str(backup))  # its step decides which batches are next
@@ -465,8 +424,9 @@ def train(job: argparse.Namespace, run: experiment.Run, data: Data) -> dict:
         epochs=10**9 if job.outer_steps is None else job.outer_steps // job.eval_every,
         callbacks=[
             experiment.Backup(run.out / "backup", job.eval_every),
-            clock,
-            experiment.Evaluate(run, evaluate_timed, job.eval_every),
+            experiment.Evaluate(
+                run, labelled, job.eval_every, job.outer_steps, job.seconds
+            ),
         ],
         verbose=0,
     )
@@ -608,21 +568,17 @@ def print_table(summaries: list[dict], header: bool = True) -> None:
 
 
 def settings(args: argparse.Namespace) -> dict:
-    hidden = ("out", "resume", "jobs")
-    return {k: v for k, v in sorted(vars(args).items()) if k not in hidden}
+    return experiment.settings(args, "jobs")
 
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
     alone = len(args.jobs) == 1
-    try:
+    with experiment.one_line_errors(__file__):
         parts = load_parts(args)
         data = add_noise(parts, args.jobs[0])
         config = settings(args.jobs[0] if alone else args)
         run = experiment.Run(args.out, config, args.resume)
-    except (FileNotFoundError, ValueError) as error:
-        print(f"mnist_reweighting.py: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
     if alone:
         summary = finished(run) or train(args.jobs[0], run, data)
         print_table([summary])

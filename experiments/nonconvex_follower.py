@@ -197,10 +197,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def flag(knob: str) -> str:
-    return "--" + knob.replace("_", "-")
-
-
 def check(parser: experiment.Parser, args: argparse.Namespace) -> None:
     """Refuse what no run would use; fill in the methods and each example's settings."""
     known = {m for name in args.example for m in EXAMPLES[name].methods}
@@ -220,15 +216,17 @@ def check(parser: experiment.Parser, args: argparse.Namespace) -> None:
     for knob, users in USERS.items():
         if getattr(args, knob) is not None and not {*users} & {*args.method}:
             parser.error(
-                f"{flag(knob)} means nothing to --method {' '.join(args.method)}: "
-                "leave it out"
+                f"{experiment.flag(knob)} means nothing to --method "
+                f"{' '.join(args.method)}: leave it out"
             )
     if args.project_inner and "sine" not in args.example:
         parser.error("--project-inner needs --example sine: only its y is bounded")
     for knob in ("settle", "alpha", "alpha_decay"):
         value = getattr(args, knob)
         if value is not None and not 0 <= value <= 1:
-            parser.error(f"{flag(knob)} must be between 0 and 1, got {value}")
+            parser.error(
+                f"{experiment.flag(knob)} must be between 0 and 1, got {value}"
+            )
     knobs = [field.name for field in dataclasses.fields(Settings)]
     given = {k: getattr(args, k) for k in knobs if getattr(args, k) is not None}
     args.settings = {
@@ -473,11 +471,8 @@ def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
     config = {k: getattr(args, k) for k in ("example", "method", "tolerance", "seed")}
     config |= {name: dataclasses.asdict(s) for name, s in args.settings.items()}
-    try:
+    with experiment.one_line_errors(__file__):
         run = experiment.Run(args.out, config, args.resume)
-    except ValueError as error:
-        print(f"nonconvex_follower.py: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
     run.rewind(-1)  # a resumed run starts again: it takes seconds
     # TensorFlow would warn that a function is traced anew for every method and start.
     tf.get_logger().setLevel("ERROR")

@@ -19,7 +19,6 @@ import csv
 import json
 import os
 import pathlib
-import sys
 import time
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -141,12 +140,8 @@ def clusters(x: np.ndarray, y: np.ndarray, width: float = 0.05) -> list[dict]:
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
-    config = {k: v for k, v in vars(args).items() if k not in ("out", "resume")}
-    try:
-        run = experiment.Run(args.out, config, args.resume)
-    except ValueError as error:
-        print(f"toy_pbgd.py: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    with experiment.one_line_errors(__file__):
+        run = experiment.Run(args.out, experiment.settings(args), args.resume)
     run.rewind(0)  # a resumed toy starts again: it takes seconds
     generator = np.random.default_rng(args.seed)
     x = tf.constant(generator.uniform(0, 3.5, args.starts))

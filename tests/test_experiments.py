@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import keras
 import numpy as np
@@ -92,7 +93,8 @@ def test_cleaning_runs_every_method_and_writes_its_files(method, net, tmp_path):
     assert summary["before"]["f1"] == pytest.approx(200 / 3)
     with (tmp_path / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [int(row["step"]) for row in rows] == [2, 4]
+    assert [int(row["step"]) for row in rows] == [0, 2, 4]
+    assert float(rows[0]["recall"]) == 100  # nothing is doubted before training
     assert {"seconds", "upper_loss", "lower_loss", "test_accuracy", "f1"} <= set(
         rows[0]
     )
@@ -182,6 +184,59 @@ def test_rows_go_under_their_own_columns(tmp_path):
     with pytest.raises(ValueError, match="not in fieldnames"):
         run.log({"step": 2, "c": 5})
     assert len(run.rows()) == 2
+
+
+def test_seconds_are_those_of_outer_steps_alone(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    def measure():
+        now[0] += 100
+        return {"test_loss": 1.0}
+
+    model = types.SimpleNamespace(
+        outer_step=0, stop_training=False, reset_metrics=lambda: None
+    )
+    run = experiment.Run(tmp_path / "run", {}, False)
+
+    def fit(made, **limits):
+        clock = experiment.Evaluate(run, measure, every=2, **limits)
+        clock.set_model(model)
+        clock.on_train_begin()
+        for step in made:
+            assert not model.stop_training
+            clock.on_train_batch_begin(step)
+            now[0] += 0.5
+            model.outer_step = step
+            clock.on_train_batch_end(step, {"upper_loss": 10.0 * step})
+            now[0] += 7  # a backup
+        return [
+            (int(row["step"]), float(row["seconds"]), float(row["upper_loss"]))
+            for row in run.rows()
+        ]
+
+    rows = fit([1, 2, 3, 4, 5], limit=2.5)
+    np.testing.assert_equal(
+        rows, [(0, 0, np.nan), (2, 1, 20), (4, 2, 40), (5, 2.5, 50)]
+    )
+    assert model.stop_training
+    # From a backup after step 2, and from the start for want of one.
+    model.outer_step, model.stop_training = 2, False
+    assert fit([3], limit=9, steps=3)[1:] == [(2, 1, 20), (3, 1.5, 30)]
+    model.outer_step = 0
+    assert fit([1, 2])[1:] == [(2, 1, 20)]
+    assert fit([])[1:] == [(2, 1, 20)]
+
+
+def test_no_clock_runs_before_the_first_evaluation_is_whole(tmp_path):
+    """A run killed before its first row starts over with the right columns."""
+    run = experiment.Run(tmp_path / "run", {}, False)
+    model = types.SimpleNamespace(outer_step=0, reset_metrics=lambda: None)
+    for _ in range(2):
+        clock = experiment.Evaluate(run, lambda: {"a": 1}, every=2)
+        clock.set_model(model)
+        clock.on_train_batch_begin(0)
+        assert run.rows() == []
 
 
 @pytest.mark.parametrize(

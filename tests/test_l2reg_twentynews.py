@@ -4,7 +4,6 @@ import csv
 import json
 import pickle
 import sys
-import time
 import types
 import zlib
 from typing import Any
@@ -361,7 +360,7 @@ def test_an_interrupted_run_resumes_to_the_same_numbers(
     monkeypatch.setattr(news, "epochs_and_steps", lambda args: (3, 3))
     news.main([*flags, "--out", str(tmp_path / "whole")])
 
-    class Interrupted(news.Clock):
+    class Interrupted(experiment.Evaluate):
         def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
             super().on_train_batch_end(batch, logs)
             if self.model.outer_step == 5:
@@ -369,7 +368,7 @@ def test_an_interrupted_run_resumes_to_the_same_numbers(
 
     broken = ["--out", str(tmp_path / "broken")]
     with monkeypatch.context() as patch:
-        patch.setattr(news, "Clock", Interrupted)
+        patch.setattr(experiment, "Evaluate", Interrupted)
         with pytest.raises(KeyboardInterrupt):
             news.main([*flags, *broken])
     summary = news.main([*flags, *broken, "--resume"])
@@ -387,42 +386,6 @@ def test_epochs_make_up_the_outer_steps(limit: int, cut: tuple[int, int]):
     flags = ["--out", "x", "--eval-every", "1", "--outer-steps", str(limit)]
     plan = news.with_defaults(news.parse_args(flags), "stocbio")
     assert news.epochs_and_steps(plan) == cut
-
-
-def test_the_clock_counts_outer_steps_alone(
-    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
-):
-    now = [0.0]
-    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-
-    def measure() -> dict:
-        now[0] += 100
-        return {"method": "m", "test_loss": 1.0}
-
-    model = types.SimpleNamespace(outer_step=0, stop_training=False)
-    run = experiment.Run(tmp_path / "run", {}, False)
-
-    def fit(limit: float, steps: list[int]) -> list[tuple]:
-        clock = news.Clock(run, measure, every=2, limit=limit)
-        clock.set_model(model)
-        for step in steps:
-            assert not model.stop_training
-            clock.on_train_batch_begin(step)
-            now[0] += 0.5
-            model.outer_step = step
-            clock.on_train_batch_end(step)
-            now[0] += 7  # a backup
-        clock.on_train_end()
-        return [(int(row["step"]), float(row["seconds"])) for row in run.rows()]
-
-    assert fit(2.5, [1, 2, 3, 4, 5]) == [(0, 0), (2, 1), (4, 2), (5, 2.5)]
-    assert model.stop_training
-    # From a backup after step 2, and from the start for want of one.
-    model.outer_step, model.stop_training = 2, False
-    assert fit(9.0, [3]) == [(0, 0), (2, 1), (3, 1.5)]
-    model.outer_step = 0
-    assert fit(9.0, [1, 2]) == [(0, 0), (2, 1)]
-    assert fit(9.0, []) == [(0, 0), (2, 1)]
 
 
 def test_seconds_end_a_run_and_retraining_is_on_both_halves(tmp_path: Any):

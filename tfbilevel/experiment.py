@@ -6,7 +6,9 @@ Files appear whole or not at all.
 """
 
 import argparse
+import contextlib
 import csv
+import dataclasses
 import importlib.metadata
 import json
 import math
@@ -15,7 +17,7 @@ import pathlib
 import platform
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import keras
@@ -45,6 +47,60 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         print(f"{self.prog}: {message} (see --help)", file=sys.stderr)
         raise SystemExit(2)
+
+    def refuse_meaningless(
+        self, args: argparse.Namespace, published: Sequence[Any], chosen: str
+    ) -> None:
+        """An error for a flag that was given and that none of the settings knows.
+
+        Args:
+            args: the parsed flags, `None` where not given.
+            published: dataclasses of settings, `None` where they have no such knob.
+            chosen: what chose them, such as "--method rhg".
+        """
+        for field in dataclasses.fields(published[0]):
+            unknown = all(getattr(one, field.name) is None for one in published)
+            if getattr(args, field.name) is not None and unknown:
+                self.error(
+                    f"{flag(field.name)} means nothing to {chosen}: leave it out"
+                )
+
+
+def flag(name: str) -> str:
+    """A setting's name as it is written on the command line."""
+    return "--" + name.replace("_", "-")
+
+
+def filled(args: argparse.Namespace, published: Any) -> argparse.Namespace:
+    """The flags, with published settings where none was given.
+
+    Settings that are `None` stay `None`, whatever the flag: they have no such knob.
+    """
+    made = argparse.Namespace(**vars(args))
+    for name, value in dataclasses.asdict(published).items():
+        if value is None or getattr(args, name) is None:
+            setattr(made, name, value)
+    return made
+
+
+def settings(args: argparse.Namespace, *hidden: str) -> dict[str, Any]:
+    """The flags that decide a run's results, by name."""
+    hidden = ("out", "resume", *hidden)
+    return {k: v for k, v in sorted(vars(args).items()) if k not in hidden}
+
+
+@contextlib.contextmanager
+def one_line_errors(script: str) -> Iterator[None]:
+    """What goes wrong before any work is done: one line, exit status 2.
+
+    Args:
+        script: the script's `__file__`.
+    """
+    try:
+        yield
+    except (FileNotFoundError, ValueError) as error:
+        print(f"{pathlib.Path(script).name}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def positive(kind: type) -> Callable[[str], Any]:
@@ -153,46 +209,79 @@ class Run:
 
 
 class Evaluate(keras.callbacks.Callback):
-    """Evaluates a model every so many outer steps and logs a row to the run.
+    """Measures a model before training, every so many outer steps and at the end.
 
-    The row holds `step`, `seconds` (of training, evaluations included, over all
-    sittings), the training metrics (means over the steps since the last evaluation;
-    Keras's `history` then covers the last stretch of an epoch only) and what the
-    function returns.
+    A row of the run holds `step`, `seconds`, the training metrics (means over the
+    steps since the last row; not known at step 0) and what the function returns.
+    `seconds` are those of outer steps over all sittings, with their data and with
+    TensorFlow's tracing in the first one; evaluations and backups take none.
+    On a terminal a bar shows how far training is.
 
     Args:
         run: where rows go.
-        function: () -> dict of numbers.
-        every: outer steps between evaluations.
+        function: () -> dict of what to log.
+        every: outer steps between rows.
+        steps: outer steps in all, `None` if only the seconds end training.
+        limit: seconds after which training stops, `None` for no limit.
     """
 
-    def __init__(self, run: Run, function: Callable[[], Mapping], every: int):
+    def __init__(
+        self,
+        run: Run,
+        function: Callable[[], Mapping],
+        every: int,
+        steps: int | None = None,
+        limit: float | None = None,
+    ):
         super().__init__()
-        self.run, self.function, self.every = run, function, every
-        self._next: int | None = None
-        self._before = self._start = 0.0
+        self.run, self.function, self.every, self.limit = run, function, every, limit
+        self.steps = steps
+        self.seconds: float | None = None
+        self._begun = 0.0
+        self._logged = -1
+        self._first: dict | None = None
+        self._bar = keras.utils.Progbar(steps or math.ceil(limit or 1))
 
     def on_train_begin(self, logs: Any = None) -> None:
-        self._next = None
+        self.seconds = None
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
-        if self._next is None:
+        if self.seconds is None:
             # Not at the start of training: a backup is restored there.
-            step = self.model.outer_step
-            self._before = self.run.rewind(step)
-            self._start = time.perf_counter()
-            self._next = (step // self.every + 1) * self.every
+            self._logged = self.model.outer_step
+            self.seconds = self.run.rewind(self._logged)
+            if not self.run.rows():
+                self._first = {"step": self._logged, "seconds": 0.0, **self.function()}
+        self._begun = time.perf_counter()
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        assert self.seconds is not None
+        self.seconds += time.perf_counter() - self._begun
         step = self.model.outer_step
-        if self._next is None or step < self._next:
-            return
-        self._next = (step // self.every + 1) * self.every
-        measured = dict(self.function())
-        seconds = self._before + time.perf_counter() - self._start
-        training = {name: float(value) for name, value in (logs or {}).items()}
+        over = self.limit is not None and self.seconds >= self.limit
+        if over:
+            self.model.stop_training = True
+        if (
+            over
+            or step // self.every > self._logged // self.every
+            or step == self.steps
+        ):
+            self._log(step, logs or {})
+        if sys.stdout.isatty():
+            done = int(self.seconds) if self.steps is None else step
+            self._bar.update(min(done, self._bar.target))
+
+    def _log(self, step: int, logs: Mapping) -> None:
+        self._logged = step
+        training = {name: float(value) for name, value in logs.items()}
         self.model.reset_metrics()
-        self.run.log({"step": step, "seconds": round(seconds, 3)} | training | measured)
+        row = {"step": step, "seconds": round(self.seconds or 0.0, 4)}
+        row |= training | dict(self.function())
+        if self._first is not None:
+            # Only now are the names of the training metrics known.
+            self.run.log(dict.fromkeys(row, float("nan")) | self._first)
+            self._first = None
+        self.run.log(row)
 
 
 class Backup(keras.callbacks.BackupAndRestore):
