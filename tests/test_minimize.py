@@ -307,6 +307,41 @@ def test_compiled_once() -> None:
     assert calls(2) == calls(200) <= 2
 
 
+@pytest.mark.parametrize("fixed", [True, False])
+def test_going_on_is_not_traced_again(fixed: bool) -> None:
+    """Four calls of 5 steps are one of 20, on other data too; another rate counts."""
+    counted = []
+
+    def upper_loss(x: Any, y: Any, batch: Any) -> Any:
+        counted.append(1)
+        return 0.5 * (y - batch) ** 2
+
+    problem = tb.Problem(upper_loss, lambda x, y, b: 0.5 * (y - x) ** 2)
+    method, rate = tb.Unroll(inner(2)), keras.optimizers.Adam(0.1)
+    target = tb.Batches(tf.constant(1.0), None)
+    batches = target if fixed else lambda k: target
+
+    def run(steps: int, x: Any = 0.0, y: Any = 0.0, **options: Any) -> tb.Result:
+        batches = options.pop("batches", target if fixed else source)
+        return tb.minimize(problem, method, x, y, rate, batches, steps, **options)
+
+    source = batches
+    whole = run(20)
+    counted.clear()
+    result = run(5)
+    once = len(counted)
+    for _ in range(3):
+        result = run(5, result.upper, result.lower, state=result.state)
+    assert len(counted) == once
+    np.testing.assert_allclose(result.upper, whole.upper, rtol=1e-6)
+    if fixed:
+        other = run(5, batches=tb.Batches(tf.constant(-1.0), None))
+        assert len(counted) == once and float(other.upper) < 0 < float(whole.upper)
+    slow = run(5)
+    rate.learning_rate.assign(0.01)
+    assert abs(float(run(5).upper)) < 0.2 * abs(float(slow.upper))
+
+
 def test_upper_optimizer_is_not_changed() -> None:
     optimizer = keras.optimizers.Adam(0.1)
     tb.minimize(many(), tb.Unroll(inner()), STARTS, STARTS, optimizer, NO_DATA, steps=2)

@@ -1,5 +1,6 @@
 """The outer loop for plain tensors, compiled whole."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -7,9 +8,9 @@ import keras
 import tensorflow as tf
 
 from tfbilevel import _structure as structure
-from tfbilevel._differentiable import differentiable
+from tfbilevel._arguments import require_count
+from tfbilevel._differentiable import UpdateRule, differentiable
 from tfbilevel._finite import NonFiniteError, first_nonfinite, warn_diverged
-from tfbilevel._inner import require_count
 from tfbilevel._method import Method
 from tfbilevel._problem import Batches, Problem, require_batches
 
@@ -72,7 +73,9 @@ def minimize(
         x <- P( x - upper_optimizer(hypergradient) ),    `steps` times
 
     For toys, tests and full-batch problems; `BilevelModel.fit` is for networks.
-    Traced once, all outer steps run in one call. Memory: one step's, plus the trace.
+    Traced once, all outer steps run in one call; called again with the same objects
+    (and the last result's variables and `state`) it is not traced again. Memory: one
+    step's, plus the trace.
 
     Many starts run as one problem when losses are sums over a leading axis that all
     variables share: gradients do not mix. `stop` may then return one bool per
@@ -118,21 +121,62 @@ def minimize(
     upper, lower = structure.to_tensors(upper), structure.to_tensors(lower)
     structure.require_floating(upper, "upper")
     structure.require_floating(lower, "lower")
-    rule = differentiable(upper_optimizer)
+    differentiable(upper_optimizer)  # or an error
     if jit_compile and isinstance(batches, tf.data.Dataset):
         raise ValueError(
             "`jit_compile` cannot compile the reading of a dataset. Pass fixed batches "
             "or a function of the step number, or leave it False. "
             f"Received: jit_compile=True, batches={batches!r}"
         )
-    batch_at = _batch_source(batches, steps)
+    source, data = _batch_source(batches, steps)
+    make = _compile if isinstance(batches, tf.data.Dataset) else _compile_once
+    options = repr(upper_optimizer.get_config())
+    rule, run = make(
+        problem,
+        method,
+        upper_optimizer,
+        options,
+        source,
+        steps,
+        stop,
+        trace,
+        jit_compile,
+    )
     if state is None:
         state = (method.init(problem, upper, lower), rule.init(upper))
+    k, upper, lower, state, bad, diverged, stopped, taken, metrics, record = run(
+        upper, lower, state, data
+    )
+    if int(bad) >= 0:
+        raise NonFiniteError(int(bad), int(k) - 1)
+    if int(diverged) >= 0:
+        warn_diverged(method, int(diverged))
+    made = int(k)
+    record = tf.nest.map_structure(lambda leaf: leaf[:made], record)
+    return Result(
+        upper, lower, state, taken, stopped, metrics, None if trace is None else record
+    )
+
+
+def _compile(
+    problem: Problem,
+    method: Method,
+    upper_optimizer: keras.optimizers.Optimizer,
+    options: str,
+    source: "_Source",
+    steps: int,
+    stop: Callable | None,
+    trace: Callable | None,
+    jit_compile: bool,
+) -> tuple[UpdateRule, Callable]:
+    """The loop as a compiled function of (x, y, state, batches), and its upper rule."""
+    del options  # part of the key of `_compile_once`
+    rule = differentiable(upper_optimizer)
 
     def outer_step(k: tf.Tensor, x: Any, y: Any, carried: Any, batch: Batches) -> tuple:
         step = method.step(problem, x, y, batch, carried[0])
         moved, optimizer = rule.update(step.upper_gradient, carried[1], x)
-        moved = problem.projected_upper(moved)
+        moved = problem.projected_upper(step.damped(x, moved))
         after = Point(k + 1, moved, step.lower, step.metrics)
         done = tf.constant(False)
         if stop is not None:
@@ -145,9 +189,9 @@ def minimize(
         record = () if trace is None else trace(after)
         return after, (step.state, optimizer), first_nonfinite(step), done, record
 
-    def loop(x: Any, y: Any, carried: Any) -> tuple:
+    def loop(x: Any, y: Any, carried: Any, data: Any) -> tuple:
         # Traced once, here, so that the loop knows what a step returns.
-        first = batch_at(tf.constant(0)) if callable(batches) else batch_spec
+        first = source.first(data)
         compiled = tf.function(outer_step, autograph=False).get_concrete_function(
             *_specs((tf.constant(0), x, y, carried)), _specs(first)
         )
@@ -175,7 +219,7 @@ def minimize(
             m: Any,
             a: Any,
         ) -> tuple:
-            after, s, bad, now, record = compiled(k, x, y, s, batch_at(k))
+            after, s, bad, now, record = compiled(k, x, y, s, source.at(k, data))
             diverged = after.metrics.get("diverged", tf.constant(0.0)) > 0
             diverged = tf.where(diverged & (seen[1] < 0), k, seen[1])
             taken = taken + tf.cast(~done, tf.int32)
@@ -215,23 +259,30 @@ def minimize(
         record = tf.nest.pack_sequence_as(like[4], [array.stack() for array in arrays])
         return k, x, y, carried, *seen, done, taken, metrics, record
 
-    batch_spec = None if callable(batches) else _first(batches)
-    run = tf.function(loop, autograph=False, jit_compile=jit_compile)
-    k, upper, lower, state, bad, diverged, stopped, taken, metrics, record = run(
-        upper, lower, state
-    )
-    if int(bad) >= 0:
-        raise NonFiniteError(int(bad), int(k) - 1)
-    if int(diverged) >= 0:
-        warn_diverged(method, int(diverged))
-    made = int(k)
-    record = tf.nest.map_structure(lambda leaf: leaf[:made], record)
-    return Result(
-        upper, lower, state, taken, stopped, metrics, None if trace is None else record
-    )
+    return rule, tf.function(loop, autograph=False, jit_compile=jit_compile)
 
 
-def _batch_source(batches: Any, steps: int) -> Callable[[tf.Tensor], Any]:
+# A loop called again with the same objects (to go on from its state, say) is not traced
+# again. The few last ones are kept, with what they refer to.
+_compile_once = functools.lru_cache(maxsize=8)(_compile)
+
+
+class _Source(NamedTuple):
+    """Where the loop's batches come from.
+
+    Attributes:
+        at: (step, data) -> batches.
+        first: data -> batches, or their specification, to trace a step with.
+    """
+
+    at: Callable[[tf.Tensor, Any], Any]
+    first: Callable[[Any], Any]
+
+
+_FIXED = _Source(at=lambda k, data: data, first=lambda data: data)
+
+
+def _batch_source(batches: Any, steps: int) -> tuple[_Source, Any]:
     if isinstance(batches, tf.data.Dataset):
         require_batches(batches.element_spec, "every element of the dataset `batches`")
         count = int(batches.cardinality())
@@ -241,18 +292,17 @@ def _batch_source(batches: Any, steps: int) -> Callable[[tf.Tensor], Any]:
                 f"lower `steps`. Received: {count} elements, steps={steps}"
             )
         iterator = iter(batches)
-        return lambda k: iterator.get_next()
+        spec = batches.element_spec
+        return _Source(lambda k, data: iterator.get_next(), lambda data: spec), ()
     if callable(batches):
-        return batches
+        return _from_function(batches), ()
     require_batches(batches)
-    fixed = _to_tensors(batches)
-    return lambda k: fixed
+    return _FIXED, _to_tensors(batches)
 
 
-def _first(batches: Any) -> Any:
-    if isinstance(batches, tf.data.Dataset):
-        return batches.element_spec
-    return _to_tensors(batches)
+@functools.lru_cache(maxsize=8)
+def _from_function(batches: Callable) -> _Source:
+    return _Source(lambda k, data: batches(k), lambda data: batches(tf.constant(0)))
 
 
 def _to_tensors(batches: Batches) -> Batches:
