@@ -15,6 +15,7 @@ import tfbilevel as tb
 
 NAMES = {
     "Aggregation",
+    "AugmentedLagrangian",
     "BSA",
     "Batches",
     "BilevelModel",
@@ -38,6 +39,7 @@ NAMES = {
     "Implicit",
     "InnerSolver",
     "IterativeSolver",
+    "LazyAdam",
     "LinearRamp",
     "LinearSolution",
     "LinearSolver",
