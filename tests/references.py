@@ -114,6 +114,28 @@ def gradient_norm(
     return d_x, d_y
 
 
+def augmented_lagrangian(
+    oracle: Oracle,
+    x: Vector,
+    y: Vector,
+    *,
+    rate: float,
+    steps: int,
+    rho: float,
+    lam: float,
+    nu: float,
+) -> tuple[Vector, Vector]:
+    """The upper direction of one step of the method of multipliers, and y after it."""
+
+    def multiplied(y: Vector) -> Vector:
+        return nu + rho * oracle.g_y(x, y)
+
+    for _ in range(steps):
+        curved = oracle.hessian(x) @ multiplied(y)
+        y = y - rate * (oracle.f_y(x, y) + curved + lam * oracle.g_y(x, y))
+    return oracle.f_x(x, y) + oracle.g_xy(x, y, multiplied(y)), y
+
+
 def sgd(gradient, y: Vector, rate: float, steps: int) -> Vector:
     for _ in range(steps):
         y = y - rate * gradient(y)

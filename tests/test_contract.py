@@ -74,6 +74,12 @@ def gradient_norm(oracle: Oracle, x: Vector, y: Vector) -> tuple[Vector, Vector]
     return d_x, y - LOWER_RATE * d_y
 
 
+def multipliers(oracle: Oracle, x: Vector, y: Vector) -> tuple[Vector, Vector]:
+    return references.augmented_lagrangian(
+        oracle, x, y, rate=LOWER_RATE, steps=FEW, rho=1.7, lam=0.6, nu=0.3
+    )
+
+
 def first_order(oracle: Oracle, x: Vector, y: Vector) -> tuple[Vector, Vector]:
     """Only f_x at the last iterate: nothing passes through the steps."""
     end = references.descend(oracle, x, y, oracle.rate, FEW)[-1]
@@ -206,6 +212,13 @@ METHODS = [
         "gradient-norm",
         lambda oracle: tb.GradientNorm(rate(), WEIGHT),
         gradient_norm,
+    ),
+    Row(
+        "augmented-lagrangian",
+        lambda oracle: tb.AugmentedLagrangian(
+            rate(), FEW, weight=1.7, lower_weight=0.6, multiplier=0.3
+        ),
+        multipliers,
     ),
 ]
 

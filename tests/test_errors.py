@@ -130,7 +130,7 @@ BAD: dict[str, tuple[Callable[[], Any], list[str]]] = {
     "constant": (lambda: tb.Constant(float("inf")), ["`value`", "finite"]),
     "ramp": (lambda: tb.LinearRamp(0.0, 1.0, 0), ["`steps`", "at least 1"]),
     "ramp stop": (lambda: tb.LinearRamp(0.0, float("nan"), 3), ["`stop`", "finite"]),
-    "ratio": (lambda: tb.Geometric(1.0, 0.0), ["`ratio`", "positive"]),
+    "ratio": (lambda: tb.Geometric(1.0, 0.0), ["`ratio`", "above 0"]),
     "geometric start": (lambda: tb.Geometric(float("inf"), 0.5), ["`start`"]),
     "pair of arrays": (
         lambda: tb.pair(np.ones(3), RANGE),

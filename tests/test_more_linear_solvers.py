@@ -253,7 +253,7 @@ def test_through_a_plain_step_is_through_the_gradient() -> None:
 
 def test_wrong_tolerances() -> None:
     for tolerance in (-1.0, float("nan")):
-        with pytest.raises(ValueError, match="`tolerance` must be finite"):
+        with pytest.raises(ValueError, match="`tolerance` must be a finite number"):
             tb.InnerSolver(SGD(0.1), 5, tolerance=tolerance)
-        with pytest.raises(ValueError, match="`tolerance` must be finite"):
+        with pytest.raises(ValueError, match="`tolerance` must be a finite number"):
             tb.ConjugateGradient(5, tolerance=tolerance)

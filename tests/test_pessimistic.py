@@ -238,7 +238,7 @@ def test_combinations_that_exclude_each_other() -> None:
     for build in (tb.Unroll, tb.ForwardUnroll, tb.FiniteDifference):
         with pytest.raises(ValueError, match="`inner.tolerance` must be None"):
             build(early)
-    with pytest.raises(ValueError, match="`radius` must be positive"):
+    with pytest.raises(ValueError, match="`radius` must be a finite number, above 0"):
         tb.FiniteDifference(inner, radius=0.0)
 
 

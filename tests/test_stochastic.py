@@ -213,7 +213,9 @@ def test_ranges() -> None:
         with pytest.raises(ValueError, match="`max_steps` must be an integer"):
             kind(inner, 0)
         for rate in (0.0, -1.0, float("nan")):
-            with pytest.raises(ValueError, match=r"`rate` \(eta\) must be positive"):
+            with pytest.raises(
+                ValueError, match=r"`rate` must be a finite number, above 0 \(eta\)"
+            ):
                 kind(inner, 3, rate)
     with pytest.raises(ValueError, match="`factors` must be one of"):
         tb.StocBiO(inner, factors="new")

@@ -1,6 +1,9 @@
 """Gradient-based bilevel optimization for TensorFlow 2 and Keras 3."""
 
 from tfbilevel._aggregation import Aggregation as Aggregation
+from tfbilevel._augmented_lagrangian import (
+    AugmentedLagrangian as AugmentedLagrangian,
+)
 from tfbilevel._check import HypergradientReport as HypergradientReport
 from tfbilevel._check import check_hypergradient as check_hypergradient
 from tfbilevel._derivatives import UnconnectedGradientError as UnconnectedGradientError
@@ -21,6 +24,7 @@ from tfbilevel._implicit import Implicit as Implicit
 from tfbilevel._inner import InnerSolver as InnerSolver
 from tfbilevel._layers import ExampleWeights as ExampleWeights
 from tfbilevel._layers import FeaturePenalties as FeaturePenalties
+from tfbilevel._lazy_adam import LazyAdam as LazyAdam
 from tfbilevel._linear_solvers import ConjugateGradient as ConjugateGradient
 from tfbilevel._linear_solvers import Direct as Direct
 from tfbilevel._linear_solvers import FixedPoint as FixedPoint

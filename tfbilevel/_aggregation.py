@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
+from tfbilevel._arguments import require_number, share
 from tfbilevel._problem import Batches, Prepared
 from tfbilevel._schedules import Schedule, as_schedule
 
@@ -52,11 +53,8 @@ class Aggregation:
                 "loss in the inner direction. Leave the aggregation out for 0. "
                 f"Received: alpha={self.alpha!r}"
             )
-        if not 0 < self.decay <= 1:
-            raise ValueError(
-                "`decay` must be above 0 and at most 1. Use 1 for a constant weight. "
-                f"Received: decay={self.decay}"
-            )
+        remedy = "Use 1 for a constant weight."
+        require_number(self.decay, "decay", share, "above 0 and at most 1", remedy)
         if isinstance(self.alpha, Schedule) and self.decay != 1:
             raise ValueError(
                 "`decay` means nothing to a schedule, which decays by itself. Leave "

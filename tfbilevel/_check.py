@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from tfbilevel import _derivatives as derivatives
 from tfbilevel import _structure as structure
-from tfbilevel._inner import require_count
+from tfbilevel._arguments import require_count
 from tfbilevel._method import Method
 from tfbilevel._problem import Batches, Problem
 

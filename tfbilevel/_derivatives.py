@@ -180,11 +180,10 @@ def add_partials(*gradients: Any) -> Any:
     return tf.nest.pack_sequence_as(gradients[0], flat)
 
 
-def scale_partial(coefficient: Any, gradient: Any) -> Any:
-    """coefficient * gradient, in which `None` stays `None`."""
+def scale_partial(factor: Any, gradient: Any) -> Any:
+    """factor * gradient, in which `None` stays `None`."""
     return tf.nest.map_structure(
-        lambda g: None if g is None else structure.scalar(coefficient, g.dtype) * g,
-        gradient,
+        lambda g: None if g is None else structure.coefficient(factor, g) * g, gradient
     )
 
 

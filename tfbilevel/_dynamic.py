@@ -7,8 +7,9 @@ import keras
 import tensorflow as tf
 
 from tfbilevel._aggregation import Aggregation
+from tfbilevel._arguments import require_count
 from tfbilevel._finite import NonFiniteError, first_nonfinite
-from tfbilevel._inner import InnerSolver, require_count
+from tfbilevel._inner import InnerSolver
 from tfbilevel._model import BilevelModel
 from tfbilevel._problem import Batches
 from tfbilevel._unroll import Unroll

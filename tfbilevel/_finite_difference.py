@@ -1,7 +1,6 @@
 """The last inner step differentiated by a finite difference."""
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +8,7 @@ import tensorflow as tf
 
 from tfbilevel import _derivatives as derivatives
 from tfbilevel import _structure as structure
+from tfbilevel._arguments import positive, require_number
 from tfbilevel._inner import InnerSolver, require_fixed_length, require_inner
 from tfbilevel._method import Method, Step
 from tfbilevel._problem import Batches, Problem
@@ -60,11 +60,8 @@ class FiniteDifference(Method):
     def __post_init__(self) -> None:
         require_inner(self.inner)
         require_fixed_length(self.inner, "FiniteDifference")
-        if not (math.isfinite(self.radius) and self.radius > 0):
-            raise ValueError(
-                "`radius` must be positive and finite. The published value is 0.01. "
-                f"Received: radius={self.radius}"
-            )
+        remedy = "The published value is 0.01."
+        require_number(self.radius, "radius", positive, "above 0", remedy)
 
     def init(self, problem: Problem, upper: Any, lower: Any) -> Any:
         return self.inner.init(problem, upper, lower)

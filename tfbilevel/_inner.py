@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from tfbilevel import _derivatives as derivatives
 from tfbilevel import _structure as structure
+from tfbilevel._arguments import require_choice, require_count
 from tfbilevel._differentiable import OptimizerState, differentiable
 from tfbilevel._problem import Batches, Prepared, Problem
 from tfbilevel._schedules import Schedule, require_tolerance
@@ -339,22 +340,4 @@ def require_fixed_length(inner: InnerSolver, method: str) -> None:
             f"`inner.tolerance` must be None for tb.{method}: the steps it "
             "differentiates must not depend on the variables. Leave it out, or use "
             f"tb.Implicit. Received: tolerance={inner.tolerance!r}"
-        )
-
-
-def require_count(value: Any, name: str, least: int = 1) -> None:
-    """Raise unless `value` is an integer of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(
-            f"`{name}` must be an integer of at least {least}. "
-            f"Received: {name}={value!r}"
-        )
-
-
-def require_choice(value: Any, name: str, choices: tuple[str, ...]) -> None:
-    """Raise unless `value` is one of the named choices."""
-    if value not in choices:
-        raise ValueError(
-            f"`{name}` must be one of {', '.join(map(repr, choices))}. "
-            f"Received: {name}={value!r}"
         )

@@ -5,7 +5,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tfbilevel._inner import require_count
+from tfbilevel._arguments import require_count
 
 
 class _PositiveVector(keras.layers.Layer):

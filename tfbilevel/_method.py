@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
+from tfbilevel import _structure as structure
 from tfbilevel._problem import Batches, Problem
 
 
@@ -17,12 +18,24 @@ class Step(NamedTuple):
         lower: the lower variables after the step.
         state: what the method carries to the next outer step.
         metrics: name -> scalar tensor, for logs and diagnosis.
+        upper_scale: factor on the step that the upper optimizer makes, a scalar or
+            one value per entry of a leading axis; `()` counts as 1. For methods whose
+            schedule slows the upper level too: with most optimizers a scaled gradient
+            would not.
     """
 
     upper_gradient: Any
     lower: Any
     state: Any
     metrics: dict[str, tf.Tensor]
+    upper_scale: Any = ()
+
+    def damped(self, before: Any, after: Any) -> Any:
+        """The upper variables, which the upper optimizer moved from before to after."""
+        if isinstance(self.upper_scale, tuple):
+            return after
+        move = structure.subtract(after, before)
+        return structure.add_scaled(before, self.upper_scale, move)
 
 
 class Method(abc.ABC):
@@ -45,7 +58,8 @@ class Method(abc.ABC):
     ) -> Step:
         """One outer step: the upper gradient and the new lower variables.
 
-        The caller applies the upper gradient, then `problem.project_upper`.
+        The caller applies the upper gradient, scaled as the step says, then
+        `problem.project_upper`.
         """
 
     def objective(

@@ -8,10 +8,10 @@ import keras
 import tensorflow as tf
 
 from tfbilevel import _structure as structure
+from tfbilevel._arguments import require_choice
 from tfbilevel._derivatives import UnconnectedGradientError
 from tfbilevel._finite import first_nonfinite, warn_diverged
 from tfbilevel._functional import require_built
-from tfbilevel._inner import require_choice
 from tfbilevel._method import Method
 from tfbilevel._problem import Batches, Problem
 from tfbilevel._training_state import (
@@ -398,6 +398,7 @@ class BilevelModel(keras.Model):
 
     def _commit(self, step: Any, data: Batches) -> None:
         upper, lower = self._variables()
+        before = [tf.convert_to_tensor(v.value) for v in upper]
         if self.start_optimizer is None:
             self.optimizer.apply(step.upper_gradient, upper)
         else:
@@ -405,10 +406,11 @@ class BilevelModel(keras.Model):
             variables = self._split(upper)
             self.optimizer.apply(gradients[0], variables[0])
             self.start_optimizer.apply(gradients[1], variables[1])
-        if self.problem.project_upper is not None:
+        scaled = not isinstance(step.upper_scale, tuple)
+        if scaled or self.problem.project_upper is not None:
             moved = [tf.convert_to_tensor(v.value) for v in upper]
-            projected = self.problem.projected_upper(moved)
-            for variable, value in zip(upper, projected, strict=True):
+            moved = self.problem.projected_upper(step.damped(before, moved))
+            for variable, value in zip(upper, moved, strict=True):
                 variable.assign(value)
         for variable, value in zip(lower, step.lower, strict=True):
             variable.assign(value)

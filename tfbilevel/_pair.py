@@ -2,7 +2,7 @@
 
 import tensorflow as tf
 
-from tfbilevel._inner import require_count
+from tfbilevel._arguments import require_count
 from tfbilevel._problem import Batches, StackedBatches
 
 

@@ -2,10 +2,16 @@
 
 import abc
 import dataclasses
-import math
 from typing import Any
 
 import tensorflow as tf
+
+from tfbilevel._arguments import (
+    not_negative,
+    positive,
+    require_count,
+    require_number,
+)
 
 
 class Schedule(abc.ABC):
@@ -62,11 +68,7 @@ class LinearRamp(Schedule):
 
     def __post_init__(self) -> None:
         _require_finite(start=self.start, stop=self.stop)
-        if self.steps < 1:
-            raise ValueError(
-                "`steps` must be at least 1. Use tb.Constant for a value that does "
-                f"not change. Received: steps={self.steps}"
-            )
+        require_count(self.steps, "steps")
 
     def __call__(self, step: tf.Tensor) -> tf.Tensor:
         progress = tf.minimum(tf.cast(step, tf.float64) / self.steps, 1.0)
@@ -93,12 +95,9 @@ class Geometric(Schedule):
     ratio: float
 
     def __post_init__(self) -> None:
-        _require_finite(start=self.start, ratio=self.ratio)
-        if self.ratio <= 0:
-            raise ValueError(
-                "`ratio` must be positive. Use a ratio below 1 to decay, above 1 to "
-                f"grow. Received: ratio={self.ratio}"
-            )
+        _require_finite(start=self.start)
+        remedy = "Use a ratio below 1 to decay, above 1 to grow."
+        require_number(self.ratio, "ratio", positive, "above 0", remedy)
 
     def __call__(self, step: tf.Tensor) -> tf.Tensor:
         ratio = tf.constant(self.ratio, tf.float64)
@@ -134,14 +133,16 @@ def require_tolerance(tolerance: Any) -> None:
     """Raise unless it is a finite number, not negative, or such a schedule."""
     if isinstance(tolerance, Schedule):
         as_weight(tolerance, "tolerance")
-    elif not math.isfinite(tolerance) or tolerance < 0:
-        raise ValueError(
-            "`tolerance` must be finite and not negative, or a schedule such as "
-            f"tb.Geometric(0.1, 0.9). Received: tolerance={tolerance}"
+    else:
+        require_number(
+            tolerance,
+            "tolerance",
+            not_negative,
+            "not negative",
+            "A schedule such as tb.Geometric(0.1, 0.9) will do too.",
         )
 
 
 def _require_finite(**values: float) -> None:
     for name, value in values.items():
-        if not math.isfinite(value):
-            raise ValueError(f"`{name}` must be finite. Received: {name}={value}")
+        require_number(value, name, lambda v: True, "of either sign")

@@ -39,22 +39,33 @@ def subtract(a: Any, b: Any) -> Any:
     return tf.nest.map_structure(tf.subtract, a, b)
 
 
-def scale(coefficient: Any, a: Any) -> Any:
-    """coefficient * a."""
-    return tf.nest.map_structure(lambda u: scalar(coefficient, u.dtype) * u, a)
+def coefficient(value: Any, leaf: tf.Tensor) -> tf.Tensor:
+    """A number, scalar or one value per leading entry, to multiply a leaf with."""
+    made = scalar(value, leaf.dtype)
+    if not made.shape.rank:
+        return made
+    ones = tf.ones([leaf.shape.rank - made.shape.rank], tf.int32)
+    return tf.reshape(made, tf.concat([tf.shape(made), ones], axis=0))
 
 
-def add_scaled(a: Any, coefficient: Any, b: Any) -> Any:
-    """a + coefficient * b."""
-    return tf.nest.map_structure(
-        lambda u, v: u + scalar(coefficient, u.dtype) * v, a, b
-    )
+def scale(factor: Any, a: Any) -> Any:
+    """factor * a; a factor that is not a scalar has the leading axes of every leaf."""
+    return tf.nest.map_structure(lambda u: coefficient(factor, u) * u, a)
 
 
-def dot(a: Any, b: Any) -> tf.Tensor:
-    """The inner product over all leaves, a scalar in the first leaf's dtype."""
+def add_scaled(a: Any, factor: Any, b: Any) -> Any:
+    """a + factor * b, with a factor as in `scale`."""
+    return tf.nest.map_structure(lambda u, v: u + coefficient(factor, u) * v, a, b)
+
+
+def dot(a: Any, b: Any, leading: int = 0) -> tf.Tensor:
+    """The inner product over all leaves, in the first leaf's dtype.
+
+    A scalar; with `leading` axes that all leaves share, one value for each of their
+    entries.
+    """
     products = [
-        tf.reduce_sum(u * v)
+        tf.reduce_sum(u * v, axis=list(range(leading, u.shape.rank)))
         for u, v in zip(tf.nest.flatten(a), tf.nest.flatten(b), strict=True)
     ]
     total = products[0]

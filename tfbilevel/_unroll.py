@@ -10,12 +10,11 @@ import tensorflow as tf
 from tfbilevel import _derivatives as derivatives
 from tfbilevel import _structure as structure
 from tfbilevel._aggregation import Aggregation
+from tfbilevel._arguments import require_choice, require_count
 from tfbilevel._inner import (
     SERIAL,
     InnerSolver,
     Iterate,
-    require_choice,
-    require_count,
     require_fixed_length,
     require_inner,
 )

@@ -9,8 +9,9 @@ import tensorflow as tf
 
 from tfbilevel import _derivatives as derivatives
 from tfbilevel import _structure as structure
+from tfbilevel._arguments import require_choice
 from tfbilevel._differentiable import differentiable
-from tfbilevel._inner import InnerSolver, require_choice, require_inner
+from tfbilevel._inner import InnerSolver, require_inner
 from tfbilevel._method import Method, Step
 from tfbilevel._problem import Batches, Prepared, Problem
 from tfbilevel._schedules import Schedule, as_weight

@@ -2,14 +2,18 @@
 
 import abc
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import tensorflow as tf
 
 from tfbilevel import _structure as structure
-from tfbilevel._inner import require_count
+from tfbilevel._arguments import (
+    not_negative,
+    positive,
+    require_count,
+    require_number,
+)
 from tfbilevel._schedules import Schedule, require_tolerance
 
 Product = Callable[[Any], Any]
@@ -74,11 +78,7 @@ class LinearSolver(abc.ABC):
     damping: float = dataclasses.field(default=0.0, kw_only=True)
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.damping) or self.damping < 0:
-            raise ValueError(
-                "`damping` must be finite and not negative. "
-                f"Received: damping={self.damping}"
-            )
+        require_number(self.damping, "damping", not_negative, "not negative")
 
     @property
     def transposes(self) -> bool:
@@ -187,11 +187,9 @@ class IterativeSolver(LinearSolver):
 
 def require_rate(rate: float | None) -> None:
     """Raise unless the step size is `None` or positive and finite."""
-    if rate is not None and not (math.isfinite(rate) and rate > 0):
-        raise ValueError(
-            "`rate` must be positive and below 2 / (largest eigenvalue of the lower "
-            f"Hessian). Received: rate={rate}"
-        )
+    if rate is not None:
+        remedy = "Stay below 2 / (largest eigenvalue of the lower Hessian)."
+        require_number(rate, "rate", positive, "above 0", remedy)
 
 
 def _nothing(state: Any) -> bool:

@@ -7,8 +7,9 @@ import keras
 import tensorflow as tf
 
 from tfbilevel import _structure as structure
+from tfbilevel._arguments import require_choice
 from tfbilevel._differentiable import differentiable
-from tfbilevel._inner import SERIAL, require_choice
+from tfbilevel._inner import SERIAL
 from tfbilevel._linear_solvers._base import (
     IterativeSolver,
     LinearSolution,

@@ -1,24 +1,21 @@
 """Stochastic estimates of the inverse Hessian's product with f_y."""
 
-import math
 from typing import Any
 
 import tensorflow as tf
 
 from tfbilevel import _derivatives as derivatives
 from tfbilevel import _structure as structure
-from tfbilevel._inner import SERIAL, require_count
+from tfbilevel._arguments import positive, require_count, require_number
+from tfbilevel._inner import SERIAL
 from tfbilevel._problem import Prepared
 
 
 def require_series(max_steps: int, rate: float) -> None:
     """Raise unless the series has a length and its factors a step size."""
     require_count(max_steps, "max_steps")
-    if not (math.isfinite(rate) and rate > 0):
-        raise ValueError(
-            "`rate` (eta) must be positive and below 1 / (largest eigenvalue of the "
-            f"lower Hessian). Received: rate={rate}"
-        )
+    remedy = "Stay below 1 / (largest eigenvalue of the lower Hessian)."
+    require_number(rate, "rate", positive, "above 0 (eta)", remedy)
 
 
 def factors(

@@ -4,7 +4,8 @@ import dataclasses
 from typing import Any
 
 from tfbilevel import _structure as structure
-from tfbilevel._inner import InnerSolver, require_choice, require_inner
+from tfbilevel._arguments import require_choice
+from tfbilevel._inner import InnerSolver, require_inner
 from tfbilevel._method import Method, Step
 from tfbilevel._problem import Batches, Problem
 from tfbilevel._stochastic._series import (

@@ -1,0 +1,58 @@
+"""What constructors require of their arguments."""
+
+import math
+import numbers
+from collections.abc import Callable
+from typing import Any
+
+
+def require_count(value: Any, name: str, least: int = 1) -> None:
+    """Raise unless `value` is an integer of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(
+            f"`{name}` must be an integer of at least {least}. "
+            f"Received: {name}={value!r}"
+        )
+
+
+def require_choice(value: Any, name: str, choices: tuple[str, ...]) -> None:
+    """Raise unless `value` is one of the named choices."""
+    if value not in choices:
+        raise ValueError(
+            f"`{name}` must be one of {', '.join(map(repr, choices))}. "
+            f"Received: {name}={value!r}"
+        )
+
+
+def require_number(
+    value: Any, name: str, holds: Callable[[Any], bool], rule: str, remedy: str = ""
+) -> None:
+    """Raise unless `value` is a finite number for which `holds`.
+
+    Args:
+        value: the argument.
+        name: its name.
+        holds: number -> bool.
+        rule: what `holds` says, such as "above 0".
+        remedy: a sentence on what to do.
+    """
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not (number and math.isfinite(value) and holds(value)):
+        remedy = remedy and f" {remedy}"
+        raise ValueError(
+            f"`{name}` must be a finite number, {rule}.{remedy} "
+            f"Received: {name}={value!r}"
+        )
+
+
+def positive(value: Any) -> bool:
+    return value > 0
+
+
+def not_negative(value: Any) -> bool:
+    return value >= 0
+
+
+def share(value: Any) -> bool:
+    """Above 0 and at most 1."""
+    return 0 < value <= 1
