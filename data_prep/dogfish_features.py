@@ -1,0 +1,280 @@
+"""Images of the dogfish bundle (or any of its layout) to features of a frozen network.
+
+    python data_prep/dogfish_features.py --data dogfish.npz --out dogfish_features.h5
+
+The bundle is CodaLab's dataset_dog-fish_train-900_test-300.npz. It holds `X_train` and
+`X_test`, images [n, height, width, channels] in [-1, 1], and `Y_train` and `Y_test`,
+their classes. The features are those of Inception-v3 without its top, averaged over the
+image: 2,048 numbers. Images are read a batch at a time, so the bundle's gigabytes need
+not fit into memory; a killed run goes on when it is started again.
+"""
+
+import argparse
+import contextlib
+import pathlib
+import sys
+import zipfile
+import zlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+from data_prep import hdf5
+from tfbilevel import experiment
+
+KIND = "tfbilevel image features 1"
+TOOL = "python data_prep/dogfish_features.py --data FILE.npz --out FILE.h5"
+PARTS = ("train", "test")
+
+
+class Header(NamedTuple):
+    """What an array of an .npz file is, known before it is read."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+
+class Bundle:
+    """An .npz file of images, read a few at a time.
+
+    Raises:
+        FileNotFoundError: if it is not there.
+        ValueError: if it is cut short, or does not hold the four arrays.
+    """
+
+    def __init__(self, path: pathlib.Path):
+        self.path = pathlib.Path(path)
+        if not self.path.exists():
+            raise FileNotFoundError(
+                f"{path} does not exist. The dogfish bundle is on CodaLab: see "
+                "docs/experiments.md"
+            )
+        wanted = {f"{kind}_{part}" for kind in "XY" for part in PARTS}
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                found = {name.removesuffix(".npy") for name in archive.namelist()}
+        except zipfile.BadZipFile as error:
+            raise ValueError(
+                f"{path} is cut short or not an .npz file ({error}). Download it again"
+            ) from None
+        if not wanted <= found:
+            raise ValueError(
+                f"{path} must hold X_train, Y_train, X_test and Y_test. Received: "
+                f"{', '.join(sorted(found)) or 'nothing'}"
+            )
+        for part in PARTS:
+            images, labels = self.header(f"X_{part}"), self.header(f"Y_{part}")
+            if len(images.shape) != 4 or images.shape[0] != np.prod(labels.shape):
+                raise ValueError(
+                    f"X_{part} of {path} must be images [n, height, width, channels] "
+                    f"and Y_{part} their n classes. Received: shapes {images.shape} "
+                    f"and {labels.shape}"
+                )
+
+    def header(self, name: str) -> Header:
+        with self._open(name) as file:
+            return self._read_header(file)
+
+    def array(self, name: str) -> np.ndarray:
+        """A whole array."""
+        return np.concatenate(list(self.pieces(name, [slice(0, None)])))
+
+    def pieces(self, name: str, slices: Any) -> Iterator[np.ndarray]:
+        """The entries of slices that follow one another; what lies before the first
+        is read and dropped."""
+        with self._open(name) as file:
+            header = self._read_header(file)
+            each = int(np.prod(header.shape[1:])) * header.dtype.itemsize
+            at = 0
+            for piece in slices:
+                start, stop, _ = piece.indices(header.shape[0])
+                while at < start:
+                    at += len(self._read(file, each, name)) // each
+                size = (stop - start) * each
+                content = self._read(file, size, name)
+                at = stop
+                yield np.frombuffer(content, header.dtype).reshape(
+                    stop - start, *header.shape[1:]
+                )
+
+    @contextlib.contextmanager
+    def _open(self, name: str) -> Iterator[Any]:
+        with (
+            zipfile.ZipFile(self.path) as archive,
+            archive.open(f"{name}.npy") as file,
+        ):
+            yield file
+
+    def _read(self, file: Any, size: int, name: str) -> bytes:
+        try:
+            content = file.read(size)
+        except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
+            raise ValueError(f"{name} of {self.path} is damaged ({error})") from None
+        if len(content) < size:
+            raise ValueError(f"{name} of {self.path} is cut short. Download it again")
+        return content
+
+    def _read_header(self, file: Any) -> Header:
+        version = np.lib.format.read_magic(file)
+        read = getattr(np.lib.format, f"read_array_header_{version[0]}_0")
+        shape, fortran, dtype = read(file)
+        if fortran or dtype.hasobject:
+            raise ValueError(f"{self.path} must hold plain arrays in C order")
+        return Header(shape, dtype)
+
+
+def build_extractor(weights: str, model: pathlib.Path | None) -> keras.Model:
+    """Inception-v3 as published, or a saved Keras model, from images to vectors.
+
+    Raises:
+        ValueError: if a saved model is not of that kind.
+    """
+    if model is None:
+        chosen: Any = None if weights == "none" else weights
+        return keras.applications.InceptionV3(
+            include_top=False,
+            weights=chosen,
+            pooling="avg",
+            input_shape=(299, 299, 3),
+        )
+    if not model.exists():
+        raise FileNotFoundError(f"--model {model} does not exist")
+    extractor: Any = keras.saving.load_model(model, compile=False)
+    require_extractor(extractor)
+    return extractor
+
+
+def require_extractor(extractor: Any) -> None:
+    """Raise unless the model turns images into vectors."""
+    shapes = (
+        getattr(extractor, "input_shape", ()),
+        getattr(extractor, "output_shape", ()),
+    )
+    if len(shapes[0]) != 4 or len(shapes[1]) != 2 or shapes[1][1] is None:
+        raise ValueError(
+            "a feature model must map images [n, height, width, channels] to vectors "
+            f"[n, features]. Received: from {shapes[0]} to {shapes[1]}"
+        )
+
+
+def require_images(images: Header, extractor: keras.Model, path: pathlib.Path) -> None:
+    """Raise unless the images have the size that the extractor takes."""
+    wanted = tuple(extractor.input_shape[1:])
+    fits = zip(wanted, images.shape[1:], strict=True)
+    if any(want is not None and want != got for want, got in fits):
+        raise ValueError(
+            f"the images of {path} must be {wanted} for this feature model. Resize "
+            f"them or name another --model. Received: {images.shape[1:]}"
+        )
+
+
+def in_range(images: np.ndarray, low: float, high: float) -> np.ndarray:
+    """The images as float32, or an error where they leave [low, high]."""
+    least, most = float(images.min()), float(images.max())
+    slack = 1e-3 * (high - low)
+    if not (low - slack <= least and most <= high + slack):
+        raise ValueError(
+            f"images must lie in [{low:g}, {high:g}], the range that the feature model "
+            "was trained on (--range). Scale them; Inception's is x / 127.5 - 1. "
+            f"Received: values from {least:g} to {most:g}"
+        )
+    return images.astype(np.float32)
+
+
+def prepare(
+    data: pathlib.Path,
+    out: pathlib.Path,
+    weights: str = "imagenet",
+    model: pathlib.Path | None = None,
+    batch: int = 100,
+    limits: tuple[float, float] = (-1.0, 1.0),
+) -> dict[str, tuple[int, ...]]:
+    """Write the features of both parts; their shapes."""
+    bundle = Bundle(data)
+    extractor = build_extractor(weights, model)
+    for part in PARTS:
+        require_images(bundle.header(f"X_{part}"), extractor, data)
+    width = int(extractor.output_shape[1])
+    counts = {part: bundle.header(f"X_{part}").shape[0] for part in PARTS}
+    shapes: dict[str, Any] = {}
+    for part, count in counts.items():
+        shapes[f"{part}_features"] = (count, width), np.float32
+        shapes[f"{part}_labels"] = (count,), np.int64
+    made_from = {
+        "data": data.name,
+        "bytes": data.stat().st_size,
+        "weights": weights if model is None else model.name,
+    }
+    writer = hdf5.Writer(out, KIND, made_from, shapes)
+
+    def features(part: str) -> Iterator[np.ndarray]:
+        first = writer.filled(f"{part}_features")
+        where = hdf5.slices(first, counts[part], batch)
+        images = bundle.pieces(f"X_{part}", where)
+        for some in hdf5.with_bar(images, where, counts[part]):
+            yield np.asarray(extractor.predict_on_batch(in_range(some, *limits)))
+
+    try:
+        for part in PARTS:
+            writer.fill(f"{part}_features", features(part))
+            done = writer.filled(f"{part}_labels")
+            labels = bundle.array(f"Y_{part}").ravel().astype(np.int64)
+            writer.fill(f"{part}_labels", [labels[done:]])
+        writer.finish()
+    except BaseException:
+        writer.close()
+        raise
+    return {part: (count, width) for part, count in counts.items()}
+
+
+class Features(NamedTuple):
+    """Features [n, width] float32 and classes [n] of one part."""
+
+    features: np.ndarray
+    labels: np.ndarray
+
+
+def load(path: pathlib.Path) -> dict[str, Features]:
+    """Both parts of a prepared file."""
+    with hdf5.open_complete(path, KIND, TOOL) as file:
+        return {
+            part: Features(
+                file[f"{part}_features"][:], file[f"{part}_labels"][:].astype(np.int32)
+            )
+            for part in PARTS
+        }
+
+
+def main(argv: list[str] | None = None) -> dict[str, tuple[int, ...]]:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--data", type=pathlib.Path, required=True, help=".npz of images")
+    add("--out", type=pathlib.Path, required=True, help=".h5 of features")
+    add(
+        "--weights",
+        default="imagenet",
+        help="of Inception-v3: imagenet (downloaded), a file, or none (random)",
+    )
+    add("--model", type=pathlib.Path, help="another feature model, saved by Keras")
+    add("--batch", type=experiment.positive(int), default=100)
+    add("--range", type=float, nargs=2, default=(-1.0, 1.0), help="of the pixels")
+    add("--seed", type=int, default=0, help="of random weights")
+    args = parser.parse_args(argv)
+    keras.utils.set_random_seed(args.seed)
+    with experiment.one_line_errors(__file__):
+        shapes = prepare(
+            args.data, args.out, args.weights, args.model, args.batch, args.range
+        )
+    print(f"{args.out}: train {shapes['train']}, test {shapes['test']}")
+    return shapes
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""HDF5 files that are filled in pieces, survive a kill and are never half there.
+
+A file is written as `NAME.partial` and takes its name when it is complete. What it is
+made from is stored in it: a second run with the same sources goes on where the first
+one was stopped, with others it is refused.
+"""
+
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import keras
+import numpy as np
+
+
+class Writer:
+    """Fills the data sets of one file, resuming what an earlier run left.
+
+    Args:
+        path: the file to be made; it must not exist.
+        kind: what the file is, checked by `open_complete`.
+        made_from: everything that decides its contents, JSON-serialisable.
+        shapes: data set -> (shape, dtype).
+
+    Raises:
+        FileExistsError: if the file is there already.
+        ValueError: if a partial file was made from something else.
+    """
+
+    def __init__(
+        self,
+        path: pathlib.Path,
+        kind: str,
+        made_from: Mapping[str, Any],
+        shapes: Mapping[str, tuple[tuple[int, ...], Any]],
+    ):
+        import h5py
+
+        self.path = pathlib.Path(path)
+        if self.path.exists():
+            raise FileExistsError(
+                f"{self.path} exists already. Delete it or name another --out"
+            )
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._partial = self.path.with_name(self.path.name + ".partial")
+        source = json.dumps({"kind": kind, **made_from}, sort_keys=True)
+        self._file: Any = h5py.File(self._partial, "a")
+        if self._file.attrs.setdefault("made_from", source) != source:
+            found = self._file.attrs["made_from"]
+            self._file.close()
+            raise ValueError(
+                f"{self._partial} is the unfinished work of another run, from {found}. "
+                "Delete it or name another --out"
+            )
+        self._file.attrs["kind"] = kind
+        for name, (shape, dtype) in shapes.items():
+            if name not in self._file:
+                self._file.create_dataset(name, shape, dtype).attrs["filled"] = 0
+        self._file.flush()
+
+    def filled(self, name: str) -> int:
+        """How many entries of a data set are there."""
+        return int(self._file[name].attrs["filled"])
+
+    def fill(self, name: str, pieces: Iterable[np.ndarray]) -> None:
+        """Append pieces to a data set, from the first entry not yet filled."""
+        data = self._file[name]
+        for piece in pieces:
+            at = self.filled(name)
+            data[at : at + len(piece)] = piece
+            data.attrs["filled"] = at + len(piece)
+            self._file.flush()
+
+    def finish(self, **attributes: Any) -> None:
+        """Give the complete file its name."""
+        for name, data in self._file.items():
+            if self.filled(name) != len(data):
+                raise ValueError(
+                    f"{name} holds {self.filled(name)} of {len(data)} entries: its "
+                    f"source ended early. {self._partial} is kept"
+                )
+        self._file.attrs.update(attributes)
+        self._file.close()
+        os.replace(self._partial, self.path)
+
+    def close(self) -> None:
+        """Leave the work for a later run."""
+        self._file.close()
+
+
+def slices(first: int, count: int, size: int) -> list[slice]:
+    """first, ..., count - 1 in slices of `size`."""
+    return [slice(at, min(at + size, count)) for at in range(first, count, size)]
+
+
+def with_bar(
+    pieces: Iterable[np.ndarray], where: Iterable[slice], count: int
+) -> Iterator[np.ndarray]:
+    """The pieces; on a terminal a bar shows how far they are."""
+    bar = keras.utils.Progbar(count, unit_name="image")
+    for piece, place in zip(pieces, where, strict=True):
+        yield piece
+        if sys.stdout.isatty():
+            bar.update(place.stop)
+
+
+def open_complete(path: pathlib.Path, kind: str, tool: str) -> Any:
+    """A finished file, opened to read.
+
+    Raises:
+        FileNotFoundError: if it is not there.
+        ValueError: if it is not an HDF5 file of this kind.
+    """
+    import h5py
+
+    if not pathlib.Path(path).exists():
+        raise FileNotFoundError(f"{path} does not exist. Make it with {tool}")
+    try:
+        file = h5py.File(path, "r")
+    except OSError as error:
+        raise ValueError(
+            f"{path} is not an HDF5 file, or is cut short ({error}). Make it anew "
+            f"with {tool}"
+        ) from None
+    if file.attrs.get("kind") != kind:
+        found = file.attrs.get("kind")
+        file.close()
+        raise ValueError(f"{path} holds {found!r}, not {kind!r}. Make it with {tool}")
+    return file

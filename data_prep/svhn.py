@@ -1,0 +1,182 @@
+"""SVHN's cropped digits: the published .mat files to one HDF5 file.
+
+    python data_prep/svhn.py --mat-dir DIR --out svhn.h5
+
+DIR holds `train_32x32.mat` and `test_32x32.mat` (format 2). 100 training digits of each
+class become validation data, drawn by --seed: 72,257 / 1,000 / 26,032 images, uint8,
+32 x 32 x 3, with integer labels (the files' 10 is the digit 0). The file stores the
+seed and which training digits are validation data. A killed run goes on when it is
+started again.
+"""
+
+import argparse
+import pathlib
+import sys
+from typing import Any, NamedTuple
+
+import numpy as np
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+from data_prep import hdf5
+from data_prep.images import Part
+from tfbilevel import experiment
+
+KIND = "tfbilevel svhn 1"
+TOOL = "python data_prep/svhn.py --mat-dir DIR --out FILE"
+COUNTS = {"train": 73_257, "test": 26_032}
+PARTS = ("train", "validation", "test")
+GREY = (0.2989, 0.5870, 0.1140)
+PIECE = 2000
+
+
+class Digits(NamedTuple):
+    """A .mat file: images [32, 32, 3, n] uint8, labels [n] in 0, ..., 9."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+
+def read_mat(path: pathlib.Path, count: int | None) -> Digits:
+    """One published file, checked.
+
+    Raises:
+        FileNotFoundError: if it is not there.
+        ValueError: if it is not SVHN's, is cut short or has another count of digits.
+    """
+    import scipy.io
+
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} does not exist. Download the cropped digits (format 2) from "
+            "http://ufldl.stanford.edu/housenumbers and point --mat-dir at them"
+        )
+    try:
+        content: dict[str, Any] = scipy.io.loadmat(path)
+    except Exception as error:  # noqa: BLE001  (SciPy raises what zlib and it find)
+        raise ValueError(
+            f"{path} cannot be read: it is cut short or not a MATLAB file ({error}). "
+            "Download it again"
+        ) from None
+    images, labels = content.get("X"), content.get("y")
+    if (
+        images is None
+        or labels is None
+        or images.ndim != 4
+        or images.shape[:3] != (32, 32, 3)
+        or images.dtype != np.uint8
+        or labels.size != images.shape[3]
+        or not np.isin(labels, np.arange(1, 11)).all()
+    ):
+        found = {k: getattr(v, "shape", v) for k, v in content.items() if k[0] != "_"}
+        raise ValueError(
+            f"{path} is not a file of cropped digits: it must hold X, uint8 "
+            f"[32, 32, 3, n], and y, n labels from 1 to 10. Received: {found}"
+        )
+    if count is not None and labels.size != count:
+        raise ValueError(
+            f"{path} must hold {count} digits. Download it again, or pass --any-size "
+            f"for a sample. Received: {labels.size}"
+        )
+    return Digits(images, (labels.ravel() % 10).astype(np.int64))
+
+
+def draw_validation(labels: np.ndarray, per_class: int, seed: int) -> np.ndarray:
+    """The numbers of the validation digits, `per_class` of each, in order."""
+    generator = np.random.default_rng(seed)
+    chosen = []
+    for digit in range(10):
+        own = np.flatnonzero(labels == digit)
+        if len(own) < per_class:
+            raise ValueError(
+                f"--validation-per-class must not exceed the digits of a class, got "
+                f"{per_class} where there are {len(own)} of the digit {digit}"
+            )
+        chosen.append(generator.choice(own, per_class, replace=False))
+    return np.sort(np.concatenate(chosen))
+
+
+def prepare(
+    mat_dir: pathlib.Path,
+    out: pathlib.Path,
+    validation_per_class: int = 100,
+    seed: int = 0,
+    any_size: bool = False,
+) -> dict[str, int]:
+    """Write the HDF5 file; how many images each part holds."""
+    train, test = (
+        read_mat(mat_dir / f"{name}_32x32.mat", None if any_size else COUNTS[name])
+        for name in ("train", "test")
+    )
+    validation = draw_validation(train.labels, validation_per_class, seed)
+    kept = np.setdiff1d(np.arange(len(train.labels)), validation)
+    sources = {
+        "train": (train, kept),
+        "validation": (train, validation),
+        "test": (test, np.arange(len(test.labels))),
+    }
+    counts = {part: len(numbers) for part, (_, numbers) in sources.items()}
+    shapes: dict[str, Any] = {"validation_indices": (validation.shape, np.int64)}
+    for part, count in counts.items():
+        shapes[f"{part}_images"] = (count, 32, 32, 3), np.uint8
+        shapes[f"{part}_labels"] = (count,), np.int64
+    made_from = {"seed": seed, "validation_per_class": validation_per_class, **counts}
+    writer = hdf5.Writer(out, KIND, made_from, shapes)
+    try:
+        for part, ((images, labels), order) in sources.items():
+            name = f"{part}_images"
+            where = hdf5.slices(writer.filled(name), counts[part], PIECE)
+            pieces = (
+                images[..., order[piece]].transpose(3, 0, 1, 2) for piece in where
+            )
+            writer.fill(name, hdf5.with_bar(pieces, where, counts[part]))
+            done = writer.filled(f"{part}_labels")
+            writer.fill(f"{part}_labels", [labels[order[done:]]])
+        done = writer.filled("validation_indices")
+        writer.fill("validation_indices", [validation[done:]])
+        writer.finish(seed=seed)
+    except BaseException:
+        writer.close()
+        raise
+    return counts
+
+
+def load(path: pathlib.Path, grey: bool = True) -> dict[str, Part]:
+    """The three parts, images in [0, 1], float32, with one channel if `grey`."""
+    with hdf5.open_complete(path, KIND, TOOL) as file:
+        parts = {}
+        for part in PARTS:
+            images = file[f"{part}_images"][:].astype(np.float32) / 255
+            if grey:
+                images = images @ np.array(GREY, np.float32)[:, None]
+            labels = file[f"{part}_labels"][:].astype(np.int32)
+            parts[part] = Part(images, labels)
+    return parts
+
+
+def main(argv: list[str] | None = None) -> dict[str, int]:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--mat-dir", type=pathlib.Path, required=True)
+    parser.add_argument("--out", type=pathlib.Path, required=True)
+    parser.add_argument(
+        "--validation-per-class", type=experiment.positive(int), default=100
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--any-size", action="store_true", help="accept a sample of the digits"
+    )
+    args = parser.parse_args(argv)
+    with experiment.one_line_errors(__file__):
+        counts = prepare(
+            args.mat_dir, args.out, args.validation_per_class, args.seed, args.any_size
+        )
+    sizes = ", ".join(f"{part} {count:,}" for part, count in counts.items())
+    print(f"{args.out}: {sizes} images, 32 x 32 x 3, uint8")
+    return counts
+
+
+if __name__ == "__main__":
+    main()
