@@ -244,10 +244,7 @@ def draw_weights(shapes: list[tuple], seed: int, step: tf.Tensor) -> list[tf.Ten
 
 def cross_entropy(network: keras.Model, batch: tuple) -> tf.Tensor:
     pixels, labels = batch
-    # Twice differentiated, TensorFlow's fused operation makes 5,000 tiny matrix
-    # products; this form makes none.
-    log_probabilities = tf.nn.log_softmax(network(pixels))
-    return -tf.reduce_sum(tf.one_hot(labels, 10) * log_probabilities, axis=1)
+    return experiment.cross_entropy(network(pixels), labels)
 
 
 def build_method(args: argparse.Namespace, network: keras.Model) -> tb.Method:
@@ -371,17 +368,13 @@ def draw_distrusted(
     pixels = data["train"][0].numpy()[worst]
     predicted = np.argmax(network(pixels), axis=1)
     given = data["train"][1].numpy()[worst]
-    figure, grid = plt.subplots(6, 8, figsize=(9, 8.4))
-    for axes, index, a, b in zip(grid.flat, worst, given, predicted, strict=False):
-        axes.imshow(np.squeeze(data["train_images"][index]), cmap="gray")
-        wrong = data["true_labels"][index] != a
-        axes.set_title(f"given {a}, looks {b}", fontsize=7,
-                       color="tab:red" if wrong else "black")  # fmt: skip
-        axes.axis("off")
-    figure.suptitle("Most distrusted labels (red: the label is wrong indeed)")
-    figure.tight_layout()
-    figure.savefig(run.out / "distrusted.png", dpi=110)
-    plt.close(figure)
+    experiment.draw_images(
+        run.out / "distrusted.png",
+        data["train_images"][worst] / data["train_images"].max(),
+        [f"given {a}, looks {b}" for a, b in zip(given, predicted, strict=True)],
+        "Most distrusted labels (red: the label is wrong indeed)",
+        red=data["true_labels"][worst] != given,
+    )
 
 
 def draw_inner_curve(

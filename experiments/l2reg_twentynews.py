@@ -308,18 +308,15 @@ def half_mean_squares(coefficients: tf.Tensor, kernel: tf.Tensor) -> Any:
     return value, gradient
 
 
-def log_probabilities(classifier: keras.layers.Dense, features: Any) -> tf.Tensor:
+def logits_of(classifier: keras.layers.Dense, features: Any) -> tf.Tensor:
     kernel = tf.convert_to_tensor(classifier.kernel)
-    return tf.nn.log_softmax(tf.sparse.sparse_dense_matmul(features, kernel))
+    return tf.sparse.sparse_dense_matmul(features, kernel)
 
 
 def cross_entropy(classifier: keras.layers.Dense, batch: tuple) -> tf.Tensor:
     features, labels = batch
-    logs = log_probabilities(classifier, features)
-    # Twice differentiated, TensorFlow's fused operation makes a tiny matrix product
-    # for every document; this form makes none.
-    right = tf.one_hot(labels, classifier.units, dtype=logs.dtype)
-    return -tf.reduce_mean(tf.reduce_sum(right * logs, axis=1))
+    logits = logits_of(classifier, features)
+    return tf.reduce_mean(experiment.cross_entropy(logits, labels))
 
 
 def penalty(upper: tb.FeaturePenalties, lower: keras.layers.Dense) -> tf.Tensor:
@@ -478,7 +475,7 @@ def loss_and_accuracy(
 ) -> dict[str, tf.Tensor]:
     features, labels = batch
     predictions = tf.argmax(
-        log_probabilities(classifier, features), axis=1, output_type=labels.dtype
+        logits_of(classifier, features), axis=1, output_type=labels.dtype
     )
     right = tf.cast(predictions == labels, tf.float32)
     return {

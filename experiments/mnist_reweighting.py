@@ -51,7 +51,6 @@ cures that.
 import argparse
 import csv
 import dataclasses
-import json
 import os
 import pathlib
 import sys
@@ -332,25 +331,12 @@ def build_method(job: argparse.Namespace) -> tb.Method:
 
 
 def index_batches(
-    count: int, size: int | None, seed: int, first: int = 0
+    count: int, size: int | None, seed: int, first: int
 ) -> tf.data.Dataset:
-    """Batches of `size` indices below `count` without end, from the `first` one on.
-
-    One random permutation after the other, each cut into batches; it depends on
-    nothing but the arguments, so that a resumed run goes on where it was.
-    """
+    """Which examples to look at; `None` for the size: all, so it does not matter."""
     if size is None:
         return tf.data.Dataset.from_tensors(tf.zeros([], tf.int32)).repeat()
-    per_permutation = count // size
-    permutations, rest = divmod(first, per_permutation)
-
-    def batches(number: tf.Tensor) -> tf.data.Dataset:
-        key = tf.stack([tf.constant(seed, tf.int64), number])
-        order = tf.random.experimental.stateless_shuffle(tf.range(count), key)
-        order = order[: per_permutation * size]
-        return tf.data.Dataset.from_tensor_slices(tf.reshape(order, [-1, size]))
-
-    return tf.data.Dataset.counter(permutations).flat_map(batches).skip(rest)
+    return experiment.index_batches(count, size, seed, first)
 
 
 def outer_batches(
@@ -523,7 +509,7 @@ def compare(
         one = experiment.Run(
             folder, settings(job), resume=(folder / "config.json").exists()
         )
-        summary = finished(one) or train(job, one, add_noise(parts, job))
+        summary = one.summary() or train(job, one, add_noise(parts, job))
         keras.backend.clear_session()
         print_table([summary], header=not summaries)
         summaries.append(summary)
@@ -537,12 +523,6 @@ def compare(
         writer.writerows(rows)
     os.replace(partial, run.out / "metrics.csv")
     return {"methods": means(summaries), "runs": summaries}
-
-
-def finished(run: experiment.Run) -> dict | None:
-    """The summary of a run that is complete."""
-    path = run.out / "summary.json"
-    return json.loads(path.read_text()) if path.exists() else None
 
 
 def means(summaries: list[dict]) -> dict[str, dict[str, float]]:
@@ -580,7 +560,7 @@ def main(argv: list[str] | None = None) -> dict:
         config = settings(args.jobs[0] if alone else args)
         run = experiment.Run(args.out, config, args.resume)
     if alone:
-        summary = finished(run) or train(args.jobs[0], run, data)
+        summary = run.summary() or train(args.jobs[0], run, data)
         print_table([summary])
     else:
         summary = compare(args, run, parts)

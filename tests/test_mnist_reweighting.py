@@ -12,6 +12,7 @@ from experiment_scripts import load_experiment
 
 import tfbilevel as tb
 from data_prep import images
+from tfbilevel import experiment
 
 reweighting = load_experiment("mnist_reweighting")
 
@@ -160,7 +161,7 @@ def test_pixels_and_start_are_the_published_ones():
 
 def test_index_batches_go_through_whole_permutations():
     def take(first, number):
-        dataset = reweighting.index_batches(11, 3, seed=4, first=first)
+        dataset = experiment.index_batches(11, 3, seed=4, first=first)
         return np.array([batch.numpy() for batch in dataset.take(number)])
 
     whole = take(0, 12)

@@ -21,6 +21,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import keras
+import numpy as np
+import tensorflow as tf
 
 from tfbilevel._version import __version__
 
@@ -207,6 +209,11 @@ class Run:
         """Write `summary.json`."""
         write_json(self.out / "summary.json", values)
 
+    def summary(self) -> dict[str, Any] | None:
+        """What `summarise` wrote; `None` if the run is not complete."""
+        path = self.out / "summary.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
 
 class Evaluate(keras.callbacks.Callback):
     """Measures a model before training, every so many outer steps and at the end.
@@ -314,6 +321,73 @@ class Backup(keras.callbacks.BackupAndRestore):
         if self._file.exists():
             self.model.load_weights(str(self._file))
             self.model._initial_epoch = self.model.outer_step // self.steps_per_epoch
+
+
+def index_batches(count: int, size: int, seed: int, first: int = 0) -> tf.data.Dataset:
+    """Batches of `size` indices below `count` without end, from the `first` one on.
+
+    One random permutation after the other, each cut into batches; what is left of one
+    is dropped. Batch n depends on the arguments and n alone, so that a resumed run goes
+    on where it was.
+    """
+    per_permutation = count // size
+    permutations, rest = divmod(first, per_permutation)
+
+    def batches(number: tf.Tensor) -> tf.data.Dataset:
+        key = tf.stack([tf.constant(seed, tf.int64), number])
+        order = tf.random.experimental.stateless_shuffle(tf.range(count), key)
+        order = order[: per_permutation * size]
+        return tf.data.Dataset.from_tensor_slices(tf.reshape(order, [-1, size]))
+
+    return tf.data.Dataset.counter(permutations).flat_map(batches).skip(rest)
+
+
+def cross_entropy(logits: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
+    """Cross-entropy of integer labels, one value per example.
+
+    Twice differentiated, TensorFlow's fused operation makes a tiny matrix product for
+    every example; this form makes none.
+    """
+    targets = tf.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
+    return -tf.reduce_sum(targets * tf.nn.log_softmax(logits), axis=-1)
+
+
+def draw_images(
+    path: pathlib.Path,
+    images: np.ndarray,
+    captions: Sequence[str],
+    title: str,
+    red: Sequence[bool] = (),
+    columns: int = 8,
+) -> None:
+    """A page of images, each with a caption, some of them in red.
+
+    Args:
+        path: the picture to write.
+        images: [n, height, width] or [n, height, width, channels], in [0, 1].
+        captions: what to write above each.
+        title: what to write above all.
+        red: whether each caption is red; none by default.
+        columns: images in a row.
+    """
+    # Only scripts draw; the library does not ask for matplotlib.
+    import matplotlib.pyplot as plt
+
+    rows = math.ceil(len(images) / columns)
+    figure, grid = plt.subplots(
+        rows, columns, figsize=(1.13 * columns, 1.4 * rows + 0.5), squeeze=False
+    )
+    for axes in grid.flat:
+        axes.axis("off")
+    for place, image in enumerate(images):
+        axes = grid.flat[place]
+        axes.imshow(np.squeeze(image), cmap="gray", vmin=0, vmax=1)
+        colour = "tab:red" if red and red[place] else "black"
+        axes.set_title(captions[place], fontsize=7, color=colour)
+    figure.suptitle(title)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 def write_json(path: pathlib.Path, values: Mapping[str, Any]) -> None:

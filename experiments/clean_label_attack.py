@@ -1,0 +1,549 @@
+"""Clean-label poisoning: one innocent-looking training image that flips one test image.
+
+    python experiments/clean_label_attack.py --out runs/clean-label
+    python experiments/clean_label_attack.py --data dogfish.npz --features dogfish.h5 \\
+        --weights imagenet --out runs/dogfish
+
+A classifier is a linear head on the features phi of a frozen network. For a target, a
+test image t of class c, the poison starts as the nearest training image b of the other
+class, keeps that class as its label, and is moved so that a head trained with it takes
+t for that class. Upper variables: the poison u. Lower variables: the head.
+
+    f = cross-entropy of the head on phi(t) with the other class
+        + |phi(u) - phi(t)|^2 + beta |u - b|^2
+    g = mean cross-entropy of the head on the clean training features and on phi(u)
+
+| method            | the poison                                                   |
+|-------------------|--------------------------------------------------------------|
+| penalty           | Adam on the augmented Lagrangian, 10 steps of the head each  |
+| feature-collision | Adam on f without its first term: no bilevel problem at all  |
+
+An attack succeeds if most of several heads, trained from scratch with the poison, take
+the target for the other class. Reproduces the clean-label attack of Mehra and Hamm
+(2021), arXiv:1911.03432; the settings of the published code are the defaults.
+
+Without --data the images are two classes of --dataset, and phi is a small convolutional
+network that this script trains on the other classes. With it they are an .npz of the
+published layout, and phi is Inception-v3 or --model, its features made beforehand by
+data_prep/dogfish_features.py or here.
+"""
+
+import argparse
+import os
+import pathlib
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import keras
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import tensorflow as tf
+
+import tfbilevel as tb
+from tfbilevel import experiment
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+from data_prep import dogfish_features, images
+
+METHODS = ("penalty", "feature-collision")
+PARTS = dogfish_features.PARTS
+
+
+class Pictures(NamedTuple):
+    """Images [n, height, width, channels], their features [n, width], classes 0, 1."""
+
+    images: np.ndarray
+    features: np.ndarray
+    labels: np.ndarray
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = experiment.Parser(description=__doc__)
+    add, above = parser.add_argument, experiment.positive
+    add("--data", type=pathlib.Path, help=".npz with X_train, Y_train, X_test, Y_test")
+    add("--features", type=pathlib.Path, help="of --data, by dogfish_features.py")
+    add("--weights", default="imagenet", help="of Inception-v3: imagenet, FILE, none")
+    add("--model", type=pathlib.Path, help="another feature model, saved by Keras")
+    add("--dataset", choices=("digits", "mnist", "fashion_mnist"), default="digits")
+    add("--data-dir", type=pathlib.Path, help="tensorflow-datasets folder")
+    add("--classes", type=int, nargs=2, default=(4, 9), help="of --dataset")
+    add("--train-size", type=above(int), help="of each class; 900 (digits 300)")
+    add("--test-size", type=above(int), help="of each class; 300 (digits 100)")
+    add("--feature-epochs", type=above(int), default=5, help="of the small network")
+    add("--method", choices=METHODS, default="penalty")
+    add("--poisons", type=above(int), default=1, help="per target")
+    add("--max-targets", type=above(int), help="default: all correctly read ones")
+    add("--start", type=int, default=0, help="first test image to look at")
+    add("--outer-steps", type=above(int), default=201)
+    add("--inner-steps", type=above(int), default=10, help="T")
+    add("--upper-lr", type=above(float), default=0.01, help="of the poison")
+    add("--lower-lr", type=above(float), default=1e-3)
+    add("--weight", type=above(float), default=1.0, help="rho at the start")
+    add("--lower-weight", type=float, default=1.0, help="lambda at the start")
+    add("--tolerance", type=above(float), default=1.0, help="epsilon at the start")
+    add("--beta", type=float, default=0.01, help="weight of the distance to the base")
+    add("--head-steps", type=above(int), default=2001, help="of a head's training")
+    add("--head-lr", type=above(float), default=1e-3)
+    add("--retrain-seeds", type=above(int), default=3, help="heads that are asked")
+    args = parser.parse_args(argv)
+    if args.data is None and (args.features is not None or args.model is not None):
+        parser.error("--features and --model go with --data")
+    if len(set(args.classes)) != 2 or not all(0 <= c <= 9 for c in args.classes):
+        parser.error(f"--classes must be two of 0, ..., 9, got {args.classes}")
+    digits = args.dataset == "digits"
+    for name, large, small in (("train_size", 900, 300), ("test_size", 300, 100)):
+        if getattr(args, name) is None:
+            setattr(args, name, small if digits else large)
+    return args
+
+
+# Images, features.
+
+
+def load_files(args: argparse.Namespace) -> tuple[images.Part, images.Part]:
+    """A training and a test file, pixels in [-1, 1]."""
+    if args.dataset == "digits":
+        whole = images.load_training_file("digits")
+        order = np.random.default_rng(0).permutation(len(whole.labels))
+        cuts = order[:3500], order[3500:]
+        files = [images.Part(whole.images[cut], whole.labels[cut]) for cut in cuts]
+    else:
+        files = [
+            images.load_file(args.dataset, split, args.data_dir) for split in PARTS
+        ]
+    train, test = (
+        images.Part(part.images.astype(np.float32) / 127.5 - 1, part.labels)
+        for part in files
+    )
+    return train, test
+
+
+def choose_images(args: argparse.Namespace) -> dict[str, images.Part]:
+    """So many images of each of the two classes, now 0 and 1, in a fixed order."""
+    parts = {}
+    for part, file in zip(PARTS, load_files(args), strict=True):
+        size, chosen = getattr(args, f"{part}_size"), []
+        for digit in args.classes:
+            own = np.flatnonzero(file.labels == digit)[:size]
+            if len(own) < size:
+                raise ValueError(
+                    f"--{part}-size must not exceed the images of a class, got {size} "
+                    f"where there are {len(own)} of class {digit}"
+                )
+            chosen.append(own)
+        order = np.random.default_rng(0).permutation(np.concatenate(chosen))
+        labels = (file.labels[order] == args.classes[1]).astype(np.int64)
+        parts[part] = images.Part(file.images[order], labels)
+    return parts
+
+
+def train_feature_model(
+    args: argparse.Namespace, file: images.Part, path: pathlib.Path
+) -> None:
+    """A convolutional network's last hidden layer, after training on all classes but
+    the two: as ImageNet's features know little of dogs against fish."""
+    others = ~np.isin(file.labels, args.classes)
+    pixels, labels = file.images[others], file.labels[others]
+    keras.utils.set_random_seed(args.seed)
+    inputs = keras.Input(pixels.shape[1:])
+    hidden = inputs
+    for filters in (32, 64):
+        hidden = keras.layers.Conv2D(filters, 3, activation="relu")(hidden)
+        hidden = keras.layers.MaxPooling2D()(hidden)
+    # As wide as Inception's: more features than training images, so that one image
+    # can move the head.
+    features = keras.layers.Dense(2048, "relu")(keras.layers.Flatten()(hidden))
+    network = keras.Model(inputs, keras.layers.Dense(10)(features))
+    network.compile(
+        keras.optimizers.Adam(1e-3),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    )
+    network.fit(pixels, labels, batch_size=128, epochs=args.feature_epochs, verbose=0)
+    partial = path.with_name("partial.keras")
+    keras.Model(inputs, features).save(partial)
+    os.replace(partial, path)
+
+
+def prepare_pictures(
+    args: argparse.Namespace, out: pathlib.Path, chosen: dict[str, images.Part]
+) -> tuple[dict[str, Pictures], keras.Model]:
+    """Images and features of both parts, and the network that makes features."""
+    data, model, features = args.data, args.model, args.features
+    if data is None:
+        data, model = out / "images.npz", out / "feature_model.keras"
+        if not model.exists():
+            train_feature_model(args, load_files(args)[0], model)
+        if not data.exists():
+            write_bundle(data, chosen)
+    if features is None:
+        features = out / "features.h5"
+        if not features.exists():
+            dogfish_features.prepare(data, features, args.weights, model)
+    bundle = dogfish_features.Bundle(data)
+    pictures = {}
+    for part, made in dogfish_features.load(features).items():
+        pixels = bundle.array(f"X_{part}").astype(np.float32)
+        labels = bundle.array(f"Y_{part}").ravel().astype(np.int32)
+        if len(pixels) != len(made.labels) or (labels != made.labels).any():
+            raise ValueError(
+                f"{features} was not made from {data}: their {part} classes differ. "
+                f"Make it anew with {dogfish_features.TOOL}"
+            )
+        if set(labels.tolist()) != {0, 1}:
+            raise ValueError(
+                f"Y_{part} of {data} must hold the classes 0 and 1. Received: "
+                f"{sorted(set(labels.tolist()))}"
+            )
+        pictures[part] = Pictures(pixels, made.features, labels)
+    extractor = dogfish_features.build_extractor(args.weights, model)
+    extractor.trainable = False
+    return pictures, extractor
+
+
+def write_bundle(path: pathlib.Path, chosen: dict[str, images.Part]) -> None:
+    """The two classes in the published layout."""
+    arrays = {}
+    for part, (pixels, labels) in chosen.items():
+        arrays[f"X_{part}"], arrays[f"Y_{part}"] = pixels, labels
+    partial = path.with_name("partial.npz")
+    np.savez_compressed(partial, **arrays)
+    os.replace(partial, path)
+
+
+# Heads.
+
+
+def draw_heads(count: int, width: int, seed: list[int]) -> list[tf.Tensor]:
+    """Linear heads side by side: kernels [count, width, 2] and biases [count, 1, 2]."""
+    kernels = np.random.default_rng(seed).normal(0, 0.01, (count, width, 2))
+    return [tf.constant(kernels, tf.float32), tf.zeros([count, 1, 2])]
+
+
+def logits_of(heads: list, features: Any) -> tf.Tensor:
+    """[count, n, 2]"""
+    kernels, biases = heads
+    return tf.einsum("nd,sdc->snc", features, kernels) + biases
+
+
+def mean_loss(heads: list, features: Any, labels: Any) -> tf.Tensor:
+    """Mean over the points, summed over the heads, which do not mix."""
+    logits = logits_of(heads, features)
+    count = tf.shape(logits)[0]
+    labels = tf.tile(labels[None], [count, 1])
+    losses = experiment.cross_entropy(logits, labels)
+    return tf.reduce_sum(tf.reduce_mean(losses, axis=1))
+
+
+def head_trainer(args: argparse.Namespace) -> Callable:
+    """(features, labels, heads at the start) -> heads trained on all of them."""
+    optimizer = keras.optimizers.RMSprop(args.head_lr)
+    inner = tb.InnerSolver(optimizer, args.head_steps)
+    problem = tb.Problem(
+        lambda x, heads, batch: mean_loss(heads, *batch),
+        lambda x, heads, batch: mean_loss(heads, *batch),
+    )
+
+    @tf.function(autograph=False, jit_compile=True)
+    def train(features: Any, labels: Any, heads: list) -> list:
+        state = inner.init(problem, (), heads)
+        batch = tb.Batches(None, (features, labels))
+        return inner.solve(problem, (), heads, batch, state)[0]
+
+    return train
+
+
+# The attack.
+
+
+class Attack:
+    """Makes poisons; compiled once for all targets.
+
+    Args:
+        args: the flags.
+        clean: the training images and features.
+        extractor: phi.
+    """
+
+    def __init__(
+        self, args: argparse.Namespace, clean: Pictures, extractor: keras.Model
+    ):
+        self.args, self.clean = args, clean
+        self.extractor = extractor
+        least, most = float(clean.images.min()), float(clean.images.max())
+
+        def box(u: tf.Tensor) -> tf.Tensor:
+            return tf.clip_by_value(u, least, most)
+
+        def collision(u: tf.Tensor, features: tf.Tensor, batch: dict) -> tf.Tensor:
+            apart = tf.reduce_sum((features - batch["target"]) ** 2)
+            return apart + args.beta * tf.reduce_sum((u - batch["base"]) ** 2)
+
+        def prepare(u: tf.Tensor, batches: tb.Batches) -> tb.Batches:
+            features = extractor(u, training=False)
+            return batches._replace(
+                upper={**batches.upper, "poison": features},
+                lower={**batches.lower, "poison": features},
+            )
+
+        def upper_loss(u: tf.Tensor, heads: list, batch: dict) -> tf.Tensor:
+            wanted = mean_loss(heads, batch["target"], batch["wanted"])
+            return wanted + collision(u, batch["poison"], batch)
+
+        def lower_loss(u: tf.Tensor, heads: list, batch: dict) -> tf.Tensor:
+            features = tf.concat([batch["features"], batch["poison"]], axis=0)
+            labels = tf.concat([batch["labels"], batch["poison_labels"]], axis=0)
+            return mean_loss(heads, features, labels)
+
+        self.problem = tb.Problem(
+            upper_loss, lower_loss, project_upper=box, prepare=prepare
+        )
+        self.method = tb.AugmentedLagrangian(
+            keras.optimizers.Adam(args.lower_lr, epsilon=1e-8),
+            args.inner_steps,
+            weight=args.weight,
+            lower_weight=args.lower_weight,
+            tolerance=args.tolerance,
+            # The published test compares fourth powers: see data_denoising.py.
+            tolerance_decay=0.9**0.5,
+        )
+        self.optimizer = keras.optimizers.Adam(args.upper_lr, epsilon=1e-8)
+        # Feature collision is one level: the poison is what an inner solver moves.
+        self.single = tb.Problem(
+            lambda x, u, batch: collision(u, extractor(u, training=False), batch),
+            lambda x, u, batch: collision(u, extractor(u, training=False), batch),
+            project_lower=box,
+        )
+        self.inner = tb.InnerSolver(self.optimizer, args.outer_steps)
+        self._collide = tf.function(self._collide_once, autograph=False)
+
+    def base_of(self, target: np.ndarray, label: int) -> np.ndarray:
+        """The numbers of the nearest training images of the other class."""
+        others = np.flatnonzero(self.clean.labels != label)
+        distances = np.linalg.norm(self.clean.features[others] - target, axis=1)
+        order = others[np.argsort(distances, kind="stable")]
+        if distances.min() == 0:
+            raise ValueError(
+                "a training image of the other class has the target's own features. "
+                "Remove duplicates between the parts"
+            )
+        return order[: self.args.poisons]
+
+    def poison(self, target: np.ndarray, label: int, number: int) -> np.ndarray:
+        """The poison images for a target, [poisons, height, width, channels]."""
+        base = self.base_of(target, label)
+        upper = {
+            "target": tf.constant(target[None]),
+            "wanted": tf.constant([1 - label], tf.int32),
+            "base": tf.constant(self.clean.images[base]),
+        }
+        if self.args.method == "feature-collision":
+            return self._collide(upper["base"], upper).numpy()
+        lower = {
+            "features": tf.constant(self.clean.features),
+            "labels": tf.constant(self.clean.labels),
+            "poison_labels": tf.constant(self.clean.labels[base]),
+        }
+        heads = draw_heads(1, len(target), [self.args.seed, 1, number])
+        result = tb.minimize(
+            self.problem,
+            self.method,
+            upper["base"],
+            heads,
+            self.optimizer,
+            tb.Batches(upper, lower),
+            self.args.outer_steps,
+        )
+        return result.upper.numpy()
+
+    def _collide_once(self, base: tf.Tensor, batch: dict) -> tf.Tensor:
+        state = self.inner.init(self.single, (), base)
+        batches = tb.Batches(None, batch)
+        return self.inner.solve(self.single, (), base, batches, state)[0]
+
+
+def run_attack(
+    args: argparse.Namespace,
+    run: experiment.Run,
+    pictures: dict[str, Pictures],
+    extractor: keras.Model,
+) -> dict:
+    """Target after target; one row each."""
+    clean, test = pictures["train"], pictures["test"]
+    train, attack = head_trainer(args), Attack(args, clean, extractor)
+    labels = tf.constant(clean.labels)
+    width = clean.features.shape[1]
+
+    def ask(heads: list) -> np.ndarray:
+        """Probabilities of the true class of every test image, [heads, n]."""
+        likely = tf.nn.softmax(logits_of(heads, tf.constant(test.features))).numpy()
+        return likely[:, np.arange(len(test.labels)), test.labels]
+
+    fresh = draw_heads(args.retrain_seeds, width, [args.seed, 0])
+    before = ask(train(tf.constant(clean.features), labels, fresh))
+    read = np.flatnonzero((before > 0.5).all(axis=0))
+    targets = read[read >= args.start][: args.max_targets]
+    if not len(targets):
+        raise ValueError(
+            "no test image from --start on is read correctly by every head: train "
+            f"them longer (--head-steps). Received: --start {args.start}"
+        )
+    folder = run.out / "poisons"
+    folder.mkdir(exist_ok=True)
+    done = {int(row["target"]) for row in run.rows()}
+    bar = keras.utils.Progbar(len(targets))
+    for number, target in enumerate(targets):
+        if int(target) not in done:
+            row = attack_one(args, attack, train, ask, test, int(target), folder)
+            confidence = float(before[:, target].mean())
+            run.log({"step": number, "probability_before": confidence, **row})
+        if sys.stdout.isatty():
+            bar.update(number + 1)
+    return summarise(args, run, before)
+
+
+def attack_one(
+    args: argparse.Namespace,
+    attack: Attack,
+    train: Callable,
+    ask: Callable,
+    test: Pictures,
+    target: int,
+    folder: pathlib.Path,
+) -> dict[str, Any]:
+    """Poison, retrain, look."""
+    clean, label = attack.clean, int(test.labels[target])
+    features = test.features[target]
+    base = attack.base_of(features, label)
+    poison = attack.poison(features, label, target)
+    made = attack.extractor(poison, training=False).numpy()
+    heads = train(
+        tf.constant(np.concatenate([clean.features, made])),
+        tf.constant(np.concatenate([clean.labels, clean.labels[base]])),
+        draw_heads(args.retrain_seeds, features.shape[0], [args.seed, 2, target]),
+    )
+    after = ask(heads)
+    flipped = after[:, target] < 0.5
+    difference = poison - clean.images[base]
+    np.savez_compressed(
+        folder / f"target-{target}.npz",
+        target=test.images[target],
+        base=clean.images[base],
+        poison=poison,
+    )
+    return {
+        "target": target,
+        "label": label,
+        "base": int(base[0]),
+        "probability_after": float(after[:, target].mean()),
+        "flipped_heads": int(flipped.sum()),
+        "success": int(flipped.mean() > 0.5),
+        "feature_distance_before": distance(clean.features[base] - features),
+        "feature_distance": distance(made - features),
+        "distortion": distance(difference),
+        "largest_change": float(np.abs(difference).max()),
+        "test_accuracy": 100 * float((after > 0.5).mean()),
+    }
+
+
+def distance(differences: np.ndarray) -> float:
+    """Mean over the poisons of the Euclidean norm."""
+    flat = differences.reshape(len(differences), -1)
+    return float(np.linalg.norm(flat, axis=1).mean())
+
+
+# Results.
+
+
+def summarise(
+    args: argparse.Namespace, run: experiment.Run, before: np.ndarray
+) -> dict[str, Any]:
+    success = np.array(run.column("success"))
+    names = ("distortion", "feature_distance", "feature_distance_before",
+             "test_accuracy", "probability_before", "probability_after")  # fmt: skip
+    made: dict[str, Any] = {
+        "method": args.method,
+        "targets": len(success),
+        "success_rate": 100 * float(success.mean()),
+        "clean_test_accuracy": 100 * float((before > 0.5).mean()),
+    }
+    for name in names:
+        made[name] = float(np.mean(run.column(name)))
+    distortion = np.array(run.column("distortion"))
+    won = success > 0
+    made["distortion_of_successes"] = (
+        float(distortion[won].mean()) if won.any() else None
+    )
+    return made
+
+
+def draw_curve(run: experiment.Run, method: str) -> None:
+    """Share of targets flipped at no more than a distortion."""
+    success, distortion = map(np.array, map(run.column, ("success", "distortion")))
+    order = np.argsort(distortion)
+    figure, axes = plt.subplots(figsize=(5.5, 4))
+    share = 100 * np.cumsum(success[order]) / len(success)
+    axes.step(distortion[order], share, where="post")
+    axes.set(
+        xlabel="|u - b|, Euclidean", ylabel="percent of all targets", ylim=(0, 100)
+    )
+    axes.set_title(f"{method}: flipped at this distortion or less")
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(run.out / "distortion.png", dpi=110)
+    plt.close(figure)
+
+
+def draw_attacks(run: experiment.Run) -> None:
+    """Target, base, poison and what was changed, of up to eight attacks."""
+    rows = sorted(run.rows(), key=lambda row: -int(row["success"]))[:8]
+    pixels, captions, red = [], [], []
+    for row in rows:
+        kept = np.load(run.out / "poisons" / f"target-{row['target']}.npz")
+        base, poison = kept["base"][0], kept["poison"][0]
+        change = (poison - base) / 2
+        four = [kept["target"], base, poison, change]
+        pixels += [np.clip((image + 1) / 2, 0, 1) for image in four]
+        outcome = "flipped" if int(row["success"]) else "not flipped"
+        captions += [f"target: {outcome}", "base", "poison", "its change"]
+        red += [not int(row["success"]), False, False, False]
+    experiment.draw_images(
+        run.out / "attacks.png",
+        np.stack(pixels),
+        captions,
+        "The poison carries the label of its base",
+        red,
+        columns=8,
+    )
+
+
+def main(argv: list[str] | None = None) -> dict:
+    args = parse_args(argv)
+    with experiment.one_line_errors(__file__):
+        chosen = {}
+        if args.data is None:
+            chosen = choose_images(args)
+        else:
+            dogfish_features.Bundle(args.data)  # or an error, before anything is made
+        run = experiment.Run(args.out, experiment.settings(args), args.resume)
+        summary = run.summary()
+        if summary is None:
+            pictures, extractor = prepare_pictures(args, run.out, chosen)
+            summary = run_attack(args, run, pictures, extractor)
+            run.summarise(summary)
+    draw_curve(run, args.method)
+    draw_attacks(run)
+    for name, value in summary.items():
+        shown = f"{value:.2f}" if isinstance(value, float) else value
+        print(f"{name:28s}{shown}")
+    print(f"Files in {run.out}: {', '.join(sorted(p.name for p in run.out.iterdir()))}")
+    return summary
+
+
+if __name__ == "__main__":
+    main()

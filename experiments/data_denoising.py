@@ -1,0 +1,779 @@
+"""Importance learning: which training labels a large network should believe.
+
+    python experiments/data_denoising.py --out runs/denoising
+    python experiments/data_denoising.py --dataset mnist --noise 0.5 --seconds 3600 \\
+        --out runs/mnist-50
+
+Upper variables: one number a_i per training example, its importance
+s_i = (tanh(a_i) + 1) / 2. Lower variables: a classifier's weights.
+
+    f(y)    = mean cross-entropy on a clean validation batch
+    g(a, y) = sum of s_i * cross-entropy_i / sum of s_i    on a noisy training batch
+
+A share of the training labels is replaced by wrong ones. The classifier is trained on
+the validation data; a starts according to whether it agrees with a label; then every
+training batch, with a validation batch drawn for it, makes one update of the method.
+After each epoch the importances are scaled to a mean of 1/2. The Adam of a has moments
+and a step count per example (the published script shares them between all examples
+that ever stood at the same place of a batch).
+
+| method     | one update                                                            |
+|------------|-----------------------------------------------------------------------|
+| penalty    | T Adam steps of y, one of a, on the augmented Lagrangian              |
+| approxgrad | T Adam steps of y on g, T of Adam on the linear system, one of a      |
+| oracle     | trained on the right part of the training data and on validation data |
+| val-only   | trained on validation data                                            |
+| train+val  | trained on all training labels, right and wrong, and validation data  |
+
+Reproduces the denoising experiments of Mehra and Hamm (2021), arXiv:1911.03432: MNIST
+small (logistic regression, retrained at the end on what it believes) and large, CIFAR10
+and SVHN, with the networks and settings of the published code as defaults. `digits`
+ships with the installed packages and takes a minute. The tolerance of the penalty
+method is on the gradient's norm: the published script compares its fourth power, which
+is why its numbers appear here as their square roots. SVHN wants --data-file, made by
+data_prep/svhn.py.
+
+`test_accuracy` is that of the last epoch (mnist-small and digits: after retraining).
+"""
+
+import argparse
+import dataclasses
+import os
+import pathlib
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import keras
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import sklearn.metrics
+import tensorflow as tf
+
+import tfbilevel as tb
+from tfbilevel import experiment
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+from data_prep import images, label_noise, svhn
+
+METHODS = ("penalty", "approxgrad")
+BASELINES = ("oracle", "val-only", "train+val")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """A method's settings on a data set; `None` where it has no such knob."""
+
+    epochs: int | None = None
+    inner_steps: int | None = None
+    upper_lr: float | None = None
+    lower_lr: float | None = None
+    weight: float | None = None
+    lower_weight: float | None = None
+    tolerance: float | None = None
+    multiplier: float | None = None
+    solver_lr: float | None = None
+    damping: float | None = None
+    halve_every: int | None = None
+
+
+def penalty(epochs: int, multiplier: float, lower_lr: float = 1e-4) -> Settings:
+    return Settings(epochs, 20, 3.0, lower_lr, 0.01, 0.01, 0.1, multiplier)
+
+
+def approxgrad(epochs: int, lower_lr: float, solver_lr: float, steps: int) -> Settings:
+    return Settings(
+        epochs,
+        steps,
+        upper_lr=1.0,
+        lower_lr=lower_lr,
+        solver_lr=solver_lr,
+        damping=1e-3,
+        halve_every=20,
+    )
+
+
+DEFAULTS = {
+    ("penalty", "mnist-small"): penalty(100, 1e-4),
+    ("penalty", "mnist"): penalty(101, 1e-6),
+    ("penalty", "cifar10"): penalty(200, 1e-4),
+    ("penalty", "svhn"): penalty(101, 0.0, 1e-5),
+    ("penalty", "digits"): penalty(100, 1e-4),
+    ("approxgrad", "mnist-small"): approxgrad(100, 1e-6, 1e-5, 20),
+    ("approxgrad", "mnist"): approxgrad(100, 1e-6, 1e-5, 20),
+    ("approxgrad", "cifar10"): approxgrad(201, 1e-5, 1e-4, 20),
+    ("approxgrad", "svhn"): approxgrad(101, 1e-6, 1e-5, 20),
+    ("approxgrad", "digits"): approxgrad(100, 1e-6, 1e-5, 20),
+}
+
+
+class Dataset(NamedTuple):
+    """What a data set's experiment is, whatever the method.
+
+    Attributes:
+        net: of NETS.
+        noise: share of wrong training labels.
+        sizes: training and validation examples.
+        pretrain_epochs: on validation data.
+        low, high: importances at the start where the network disagrees, and agrees.
+        retrain_threshold: importance from which an example counts at the end; `None`:
+            no retraining.
+    """
+
+    net: str
+    noise: float
+    sizes: tuple[int, int]
+    pretrain_epochs: int
+    low: float
+    high: float
+    retrain_threshold: float | None = None
+
+
+DATASETS = {
+    "digits": Dataset("logistic", 0.5, (2000, 1000), 100, 0.4, 0.6, 0.9),
+    "mnist-small": Dataset("logistic", 0.5, (5000, 5000), 100, 0.4, 0.6, 0.9),
+    "mnist": Dataset("mnist-cnn", 0.25, (59_000, 1000), 100, 0.4, 0.6),
+    "cifar10": Dataset("cifar-cnn", 0.25, (40_000, 10_000), 101, 0.2, 0.8),
+    "svhn": Dataset("svhn-cnn", 0.5, (72_257, 1000), 200, 0.2, 0.8),
+}
+
+
+class Data(NamedTuple):
+    """Images in [0, 1] and labels.
+
+    Attributes:
+        train: with the labels that the methods see.
+        validation, test: clean.
+        true_labels: of the training images.
+        clean: whether a training label is the true one.
+    """
+
+    train: images.Part
+    validation: images.Part
+    test: images.Part
+    true_labels: np.ndarray
+    clean: np.ndarray
+
+
+# Flags.
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = experiment.Parser(description=__doc__)
+    add, above = parser.add_argument, experiment.positive
+    add("--dataset", choices=DATASETS, default="digits")
+    add("--data-dir", type=pathlib.Path, help="tensorflow-datasets folder")
+    add("--data-file", type=pathlib.Path, help="svhn: made by data_prep/svhn.py")
+    add("--net", choices=NETS, help="by data set")
+    add("--method", choices=METHODS + BASELINES, default="penalty")
+    add("--noise", type=float, help="share of wrong labels, in [0, 1); by data set")
+    add("--train-size", type=above(int), help="by data set")
+    add("--validation-size", type=above(int), help="by data set")
+    add("--test-size", type=above(int), help="default: all")
+    add("--trials", type=above(int), default=1, help="runs, at seeds SEED, SEED + 1..")
+    add("--epochs", type=above(int), help="over the training data; by method")
+    add("--seconds", type=above(float), help="of training, after which to stop")
+    add("--batch-size", type=above(int), default=200)
+    add("--inner-steps", type=above(int), help="T")
+    add("--upper-lr", type=above(float), help="of the importances")
+    add("--lower-lr", type=above(float))
+    add("--weight", type=above(float), help="penalty: rho at the start")
+    add("--lower-weight", type=float, help="penalty: lambda at the start")
+    add("--tolerance", type=above(float), help="penalty: epsilon at the start")
+    add("--multiplier", type=float, help="penalty: nu at the start")
+    add("--solver-lr", type=above(float), help="approxgrad: on the linear system")
+    add("--damping", type=float, help="approxgrad")
+    add(
+        "--halve-every", type=above(int), help="approxgrad: epochs per halving of rates"
+    )
+    add("--pretrain-epochs", type=above(int), help="on validation data; by data set")
+    add("--pretrain-lr", type=above(float), default=1e-3)
+    add("--baseline-epochs", type=above(int), default=100)
+    add("--baseline-lr", type=above(float), default=1e-3)
+    add(
+        "--retrain-threshold",
+        type=float,
+        help="importance that an example needs at the end; 0: no retraining",
+    )
+    add("--retrain-epochs", type=above(int), default=500)
+    add("--retrain-lr", type=above(float), default=1e-4)
+    add(
+        "--augment",
+        action=argparse.BooleanOptionalAction,
+        help="turn, shift, zoom and flip; default for cifar10 only",
+    )
+    add("--dropout", action=argparse.BooleanOptionalAction, default=False)
+    add("--jit", choices=("auto", "on", "off"), default="auto")
+    args = parser.parse_args(argv)
+    return complete(parser, args)
+
+
+def complete(parser: experiment.Parser, args: argparse.Namespace) -> argparse.Namespace:
+    """What follows from the data set and the method; errors."""
+    dataset = DATASETS[args.dataset]
+    published = DEFAULTS.get((args.method, args.dataset), Settings())
+    parser.refuse_meaningless(args, [published], f"--method {args.method}")
+    args = experiment.filled(args, published)
+    by_dataset = {
+        "net": dataset.net,
+        "noise": dataset.noise,
+        "train_size": dataset.sizes[0],
+        "validation_size": dataset.sizes[1],
+        "pretrain_epochs": dataset.pretrain_epochs,
+        "retrain_threshold": dataset.retrain_threshold or 0.0,
+        "augment": args.dataset == "cifar10",
+    }
+    for name, value in by_dataset.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if not 0 <= args.noise < 1:
+        parser.error(f"--noise must be at least 0 and below 1, got {args.noise}")
+    if not 0 <= args.retrain_threshold < 1:
+        parser.error(
+            f"--retrain-threshold must be at least 0 and below 1, got "
+            f"{args.retrain_threshold}"
+        )
+    for part in ("train", "validation"):
+        size = getattr(args, f"{part}_size")
+        if size < args.batch_size:
+            parser.error(
+                f"--{part}-size must be at least --batch-size, got {size} of "
+                f"{args.batch_size}: raise it or lower --batch-size"
+            )
+    if (args.dataset == "svhn") != (args.data_file is not None):
+        parser.error("--data-file FILE goes with --dataset svhn, and with it alone")
+    return args
+
+
+# Data.
+
+
+def load_data(args: argparse.Namespace) -> Data:
+    """The three parts, and the noise, which depends on the seed."""
+    train, validation, test = load_parts(args)
+    noisy, clean = label_noise.pollute(
+        train.labels, args.noise, np.random.default_rng(args.seed), "strict"
+    )
+    return Data(images.Part(train.images, noisy), validation, test, train.labels, clean)
+
+
+def load_parts(args: argparse.Namespace) -> list[images.Part]:
+    """Training, validation and test examples with their true labels."""
+    if args.dataset == "svhn":
+        parts = svhn.load(args.data_file)
+        file, validation, test = (parts[name] for name in svhn.PARTS)
+        sizes = (args.train_size, len(file.labels)), (args.validation_size, 1000)
+        if any(size > most for size, most in sizes):
+            raise ValueError(
+                f"--train-size and --validation-size must fit in {args.data_file}, "
+                f"got {args.train_size} of {len(file.labels)} and "
+                f"{args.validation_size} of {len(validation.labels)}"
+            )
+        chosen = [first(file, args.train_size), first(validation, args.validation_size)]
+        return [*chosen, first(test, args.test_size)]
+    if args.dataset == "digits":  # sorted by class: in a fixed random order
+        whole = scaled(images.load_training_file("digits"))
+        order = np.random.default_rng(0).permutation(len(whole.labels))
+        whole = images.Part(whole.images[order], whole.labels[order])
+        cut = len(order) - 2000
+        file = images.Part(whole.images[:cut], whole.labels[:cut])
+        test = images.Part(whole.images[cut:], whole.labels[cut:])
+    else:
+        name = args.dataset.removesuffix("-small")
+        loaded = [images.load_file(name, s, args.data_dir) for s in ("train", "test")]
+        if name == "mnist":
+            loaded[0] = images.in_published_order(loaded[0], "train")
+        file, test = map(scaled, loaded)
+    if args.train_size + args.validation_size > len(file.labels):
+        raise ValueError(
+            f"--train-size and --validation-size must fit in {len(file.labels)} "
+            f"images, got {args.train_size} and {args.validation_size}"
+        )
+    # As published: validation data right behind the small training set, and at the
+    # end of the file behind the large ones.
+    small = args.dataset == "mnist-small"
+    begin = args.train_size if small else len(file.labels) - args.validation_size
+    place = slice(begin, begin + args.validation_size)
+    validation = images.Part(file.images[place], file.labels[place])
+    return [first(file, args.train_size), validation, first(test, args.test_size)]
+
+
+def first(part: images.Part, size: int | None) -> images.Part:
+    return images.Part(part.images[:size], part.labels[:size])
+
+
+def scaled(part: images.Part) -> images.Part:
+    pixels = part.images.astype(np.float32) / 255
+    return images.Part(pixels, part.labels.astype(np.int32))
+
+
+def batches(args: argparse.Namespace, data: Data, first_step: int) -> tf.data.Dataset:
+    """An update's batches: fresh validation examples with every training batch."""
+    level = {
+        name: experiment.index_batches(
+            len(part.labels), args.batch_size, 2 * args.seed + number, first_step
+        ).map(gather(part))
+        for number, (name, part) in enumerate(
+            [("lower", data.train), ("upper", data.validation)]
+        )
+    }
+    if args.augment:
+        augment = augmentation(args.seed)
+        for name, dataset in level.items():
+            level[name] = dataset.map(
+                lambda pixels, labels, index: (augment(pixels), labels, index)
+            )
+    upper = level["upper"].map(lambda pixels, labels, index: (pixels, labels))
+    return tb.pair(upper, level["lower"]).prefetch(2)
+
+
+def gather(part: images.Part) -> Callable:
+    pixels, labels = tf.constant(part.images), tf.constant(part.labels)
+    return lambda index: (tf.gather(pixels, index), tf.gather(labels, index), index)
+
+
+def augmentation(seed: int) -> Callable:
+    """The published transformations (but for a shear of 0.2 degrees)."""
+    options: dict[str, Any] = {"fill_mode": "nearest", "interpolation": "bilinear"}
+    layers = [
+        keras.layers.RandomRotation(40 / 360, seed=seed, **options),
+        keras.layers.RandomTranslation(0.2, 0.2, seed=seed + 1, **options),
+        keras.layers.RandomZoom((-0.2, 0.2), (-0.2, 0.2), seed=seed + 2, **options),
+        keras.layers.RandomFlip("horizontal", seed=seed + 3),
+    ]
+
+    def augment(pixels: tf.Tensor) -> tf.Tensor:
+        for layer in layers:
+            pixels = layer(pixels, training=True)
+        return pixels
+
+    return augment
+
+
+# Networks; all end in logits.
+
+
+def logistic() -> list:
+    return [keras.layers.Flatten(), keras.layers.Dense(10)]
+
+
+def mnist_cnn() -> list:
+    """1,389,578 parameters."""
+    layers = []
+    for filters in (64, 128):
+        layers += [
+            keras.layers.Conv2D(filters, 5, activation="relu"),
+            keras.layers.MaxPooling2D(),
+            keras.layers.Dropout(0.25),
+        ]
+    return [*layers, keras.layers.Flatten(), *dense(512, 256, rate=0.5)]
+
+
+def cifar_cnn() -> list:
+    """1,172,410 parameters."""
+    layers = []
+    for filters in (48, 96, 192):
+        layers += [
+            keras.layers.Conv2D(filters, 3, padding="same", activation="relu"),
+            keras.layers.Conv2D(filters, 3, activation="relu"),
+            keras.layers.MaxPooling2D(),
+            keras.layers.Dropout(0.25),
+        ]
+    return [*layers, keras.layers.Flatten(), *dense(512, 256, rate=0.5)]
+
+
+def svhn_cnn() -> list:
+    """1,340,650 parameters."""
+    layers = []
+    for filters in (32, 64, 128):
+        layers += [
+            keras.layers.Conv2D(filters, 3, padding="same", activation="relu"),
+            keras.layers.Conv2D(filters, 3, padding="same", activation="relu"),
+            keras.layers.MaxPooling2D(),
+            keras.layers.Dropout(0.3),
+        ]
+    return [*layers, keras.layers.Flatten(), *dense(512, rate=0.3)]
+
+
+def dense(*widths: int, rate: float) -> list:
+    hidden = []
+    for width in widths:
+        hidden += [
+            keras.layers.Dense(width, activation="relu"),
+            keras.layers.Dropout(rate),
+        ]
+    return [*hidden, keras.layers.Dense(10)]
+
+
+NETS = {
+    "logistic": logistic,
+    "mnist-cnn": mnist_cnn,
+    "cifar-cnn": cifar_cnn,
+    "svhn-cnn": svhn_cnn,
+}
+
+
+def build_net(net: str, shape: tuple[int, ...], seed: int) -> keras.Model:
+    keras.utils.set_random_seed(seed)
+    return keras.Sequential([keras.Input(shape), *NETS[net]()])
+
+
+def fit_plainly(
+    net: keras.Model,
+    parts: list[images.Part],
+    rate: float,
+    epochs: int,
+    batch_size: int,
+    dropout: bool,
+) -> None:
+    """Adam on everything in the parts, every label believed."""
+    pixels, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    without = None if dropout else net(net.inputs[0], training=False)
+    trained = net if dropout else keras.Model(net.inputs, without)
+    trained.compile(
+        keras.optimizers.Adam(rate, epsilon=1e-8),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    )
+    verbose = 2 if sys.stdout.isatty() else 0
+    trained.fit(pixels, labels, batch_size, epochs, verbose=verbose)
+
+
+def accuracy(net: keras.Model, part: images.Part) -> float:
+    """In percent, of every image once."""
+    return 100 * float(np.mean(predict(net, part.images) == part.labels))
+
+
+def predict(net: keras.Model, pixels: np.ndarray) -> np.ndarray:
+    return net.predict(pixels, batch_size=1000, verbose=0).argmax(axis=1)
+
+
+# The bilevel problem.
+
+
+def importance(a: Any) -> Any:
+    return 0.5 * (tf.tanh(a) + 1)
+
+
+def to_logits(importances: np.ndarray) -> np.ndarray:
+    return np.arctanh(2 * importances - 1)
+
+
+def renormalised(a: np.ndarray) -> np.ndarray:
+    """Importances of mean 1/2, then held within [1e-5, 1 - 1e-5]."""
+    importances = 0.5 * (np.tanh(a.astype(np.float64)) + 1)
+    importances *= 0.5 / max(importances.mean(), 1e-12)
+    return to_logits(np.clip(importances, 1e-5, 1 - 1e-5)).astype(a.dtype)
+
+
+class Renormalise(keras.callbacks.Callback):
+    """`renormalised` after each epoch, before anything looks at the importances."""
+
+    def __init__(self, logits: keras.Variable, every: int):
+        super().__init__()
+        self.logits, self.every = logits, every
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        if self.model.outer_step % self.every == 0:
+            self.logits.assign(renormalised(self.logits.numpy()))
+
+
+def build_method(args: argparse.Namespace, per_epoch: int) -> tb.Method:
+    def adam(rate: Any) -> keras.optimizers.Adam:
+        return keras.optimizers.Adam(rate, epsilon=1e-8)
+
+    if args.method == "penalty":
+        return tb.AugmentedLagrangian(
+            adam(args.lower_lr),
+            args.inner_steps,
+            weight=args.weight,
+            lower_weight=args.lower_weight,
+            tolerance=args.tolerance,
+            tolerance_decay=0.9**0.5,
+            multiplier=args.multiplier,
+        )
+    halving = args.halve_every * per_epoch * args.inner_steps
+    rate = keras.optimizers.schedules.ExponentialDecay(
+        args.lower_lr, halving, 0.5, staircase=True
+    )
+    inner = tb.InnerSolver(adam(rate), args.inner_steps, optimizer_state="carry")
+    solver = tb.GradientSolver(
+        adam(args.solver_lr),
+        args.inner_steps,
+        "residual",
+        tolerance=0.0,
+        damping=args.damping,
+    )
+    return tb.Implicit(inner, solver)
+
+
+def build_model(
+    args: argparse.Namespace, net: keras.Model, importances: np.ndarray, per_epoch: int
+) -> tb.BilevelModel:
+    weights = tb.ExampleWeights(args.train_size, activation=importance)
+    weights.logits.assign(to_logits(importances))
+
+    def upper_loss(upper: tb.ExampleWeights, lower: keras.Model, batch: tuple):
+        pixels, labels = batch
+        logits = lower(pixels, training=args.dropout)
+        return tf.reduce_mean(experiment.cross_entropy(logits, labels))
+
+    def lower_loss(upper: tb.ExampleWeights, lower: keras.Model, batch: tuple):
+        pixels, labels, index = batch
+        losses = experiment.cross_entropy(lower(pixels, training=args.dropout), labels)
+        s = upper(index)
+        return tf.reduce_sum(s * losses) / (tf.reduce_sum(s) + 1e-12)
+
+    model = tb.BilevelModel(weights, net, upper_loss, lower_loss)
+    rate: Any = args.upper_lr
+    if args.halve_every is not None:
+        rate = keras.optimizers.schedules.ExponentialDecay(
+            rate, args.halve_every * per_epoch, 0.5, staircase=True
+        )
+    model.compile(
+        build_method(args, per_epoch),
+        tb.LazyAdam(rate, epsilon=1e-8),
+        jit_compile={"auto": "auto", "on": True, "off": False}[args.jit],
+    )
+    return model
+
+
+def measure(
+    args: argparse.Namespace, model: tb.BilevelModel, data: Data
+) -> Callable[[], dict[str, float]]:
+    """A function that evaluates the model after an epoch."""
+
+    def evaluate() -> dict[str, float]:
+        s = 0.5 * (np.tanh(model.upper.logits.numpy()) + 1)
+        predicted = predict(model.lower, data.train.images)
+        values = {
+            "test_accuracy": accuracy(model.lower, data.test),
+            "validation_accuracy": accuracy(model.lower, data.validation),
+            "train_accuracy": 100 * float(np.mean(predicted == data.train.labels)),
+            "clean_train_accuracy": 100 * float(np.mean(predicted == data.true_labels)),
+            "mean_importance": float(s.mean()),
+        }
+        if 0 < data.clean.mean() < 1:
+            values["auc"] = 100 * float(sklearn.metrics.roc_auc_score(data.clean, s))
+        for level in (0.5, 0.9):
+            scores = label_noise.cleaning_scores(s > level, data.clean)
+            values |= {f"{name}_at_{level}": score for name, score in scores.items()}
+        return values
+
+    return evaluate
+
+
+def pretrain(args: argparse.Namespace, run: experiment.Run, data: Data) -> keras.Model:
+    """The network trained on validation data; kept, so that --resume finds it."""
+    net = build_net(args.net, data.train.images.shape[1:], args.seed)
+    path = run.out / "pretrained.weights.h5"
+    if path.exists():
+        net.load_weights(path)
+        return net
+    fit_plainly(
+        net,
+        [data.validation],
+        args.pretrain_lr,
+        args.pretrain_epochs,
+        args.batch_size,
+        args.dropout,
+    )
+    partial = run.out / "partial.weights.h5"
+    net.save_weights(partial)
+    os.replace(partial, path)
+    return net
+
+
+def denoise(args: argparse.Namespace, run: experiment.Run, data: Data) -> dict:
+    """The bilevel methods: train, measure, draw, retrain."""
+    net = pretrain(args, run, data)
+    dataset = DATASETS[args.dataset]
+    agrees = predict(net, data.train.images) == data.train.labels
+    per_epoch = args.train_size // args.batch_size
+    start = np.where(agrees, dataset.high, dataset.low)
+    pretrained = accuracy(net, data.test)
+    model = build_model(args, net, start, per_epoch)
+    backup = run.out / "backup" / "latest.weights.h5"
+    if backup.exists():
+        model.load_weights(str(backup))  # its step decides which batches are next
+    steps = args.epochs * per_epoch
+    model.fit(
+        batches(args, data, model.outer_step),
+        steps_per_epoch=per_epoch,
+        epochs=args.epochs,
+        callbacks=[
+            Renormalise(model.upper.logits, per_epoch),
+            experiment.Backup(run.out / "backup", per_epoch),
+            experiment.Evaluate(
+                run, measure(args, model, data), per_epoch, steps, args.seconds
+            ),
+        ],
+        verbose=0,
+    )
+    s = 0.5 * (np.tanh(model.upper.logits.numpy()) + 1)
+    np.savez_compressed(run.out / "importances.npz", importance=s, clean=data.clean)
+    draw_importances(run.out / "importances.png", s, data.clean)
+    draw_distrusted(run.out / "distrusted.png", s, data, net)
+    draw_curves(run)
+    summary = summarise(args, run) | {"pretrained_test_accuracy": pretrained}
+    if args.retrain_threshold:
+        believed = s > args.retrain_threshold
+        kept = images.Part(data.train.images[believed], data.train.labels[believed])
+        fresh = build_net(args.net, data.train.images.shape[1:], args.seed + 1)
+        fit_plainly(
+            fresh,
+            [kept, data.validation],
+            args.retrain_lr,
+            args.retrain_epochs,
+            args.batch_size,
+            args.dropout,
+        )
+        summary["last_epoch_test_accuracy"] = summary["test_accuracy"]
+        summary["test_accuracy"] = accuracy(fresh, data.test)
+        summary["retrained_on"] = int(believed.sum()) + len(data.validation.labels)
+    return summary
+
+
+def train_baseline(args: argparse.Namespace, data: Data) -> dict:
+    pixels, labels = data.train
+    right = images.Part(pixels[data.clean], labels[data.clean])
+    parts = {
+        "oracle": [right, data.validation],
+        "val-only": [data.validation],
+        "train+val": [data.train, data.validation],
+    }[args.method]
+    net = build_net(args.net, pixels.shape[1:], args.seed)
+    fit_plainly(
+        net,
+        parts,
+        args.baseline_lr,
+        args.baseline_epochs,
+        args.batch_size,
+        args.dropout,
+    )
+    return {
+        **about(args),
+        "test_accuracy": accuracy(net, data.test),
+        "validation_accuracy": accuracy(net, data.validation),
+    }
+
+
+# Results.
+
+
+def about(args: argparse.Namespace) -> dict:
+    names = ("method", "dataset", "net", "noise", "seed")
+    return {name: getattr(args, name) for name in names}
+
+
+def summarise(args: argparse.Namespace, run: experiment.Run) -> dict:
+    rows = [{k: float(v) for k, v in row.items()} for row in run.rows()]
+    final = rows[-1]
+    chosen = max(rows, key=lambda row: row["validation_accuracy"])
+    hidden = ("step", "seconds")
+    return {
+        **about(args),
+        "epochs": final["step"] / (args.train_size // args.batch_size),
+        "seconds": final["seconds"],
+        "seconds_per_outer_step": final["seconds"] / max(final["step"], 1),
+        **{name: value for name, value in final.items() if name not in hidden},
+        "f1": final["f1_at_0.5"],
+        "best_validation_step": int(chosen["step"]),
+        "test_accuracy_at_best_validation": chosen["test_accuracy"],
+        "best_test_accuracy": max(row["test_accuracy"] for row in rows),
+    }
+
+
+def draw_importances(path: pathlib.Path, s: np.ndarray, clean: np.ndarray) -> None:
+    figure, axes = plt.subplots(figsize=(6, 4))
+    bins = np.linspace(0, 1, 51).tolist()
+    for name, mask in (("true label", clean), ("wrong label", ~clean)):
+        axes.hist(s[mask], bins, alpha=0.6, label=name)
+    axes.set(xlabel="importance", ylabel="training examples", yscale="log")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw_distrusted(
+    path: pathlib.Path, s: np.ndarray, data: Data, net: keras.Model
+) -> None:
+    """The 48 training images of least importance."""
+    worst = np.argsort(s, kind="stable")[:48]
+    pixels, given = data.train.images[worst], data.train.labels[worst]
+    looks = predict(net, pixels)
+    captions = [f"given {a}, looks {b}" for a, b in zip(given, looks, strict=True)]
+    title = "Most distrusted labels (red: the label is wrong indeed)"
+    red = (~data.clean[worst]).tolist()
+    experiment.draw_images(path, pixels, captions, title, red)
+
+
+def draw_curves(run: experiment.Run) -> None:
+    seconds = run.column("seconds")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
+    for name in ("test", "validation", "clean_train", "train"):
+        left.plot(seconds, run.column(f"{name}_accuracy"), label=name)
+    left.set(xlabel="seconds of training", ylabel="percent", title="accuracy")
+    for name in ("precision_at_0.5", "recall_at_0.5", "f1_at_0.5"):
+        right.plot(seconds, run.column(name), label=name.split("_")[0])
+    right.set(xlabel="seconds of training", title="examples of importance above 0.5")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.tight_layout()
+    figure.savefig(run.out / "curves.png", dpi=110)
+    plt.close(figure)
+
+
+def one_trial(args: argparse.Namespace, run: experiment.Run, data: Data) -> dict:
+    done = run.summary()
+    if done is not None:
+        return done
+    if args.method in BASELINES:
+        summary = train_baseline(args, data)
+    else:
+        summary = denoise(args, run, data)
+    run.summarise(summary)
+    return summary
+
+
+def main(argv: list[str] | None = None) -> dict:
+    args = parse_args(argv)
+    with experiment.one_line_errors(__file__):
+        data = load_data(args)
+        run = experiment.Run(args.out, experiment.settings(args), args.resume)
+    if args.trials == 1:
+        summary = one_trial(args, run, data)
+    else:
+        trials = []
+        for seed in range(args.seed, args.seed + args.trials):
+            own = argparse.Namespace(**vars(args) | {"seed": seed, "trials": 1})
+            folder = run.out / f"seed-{seed}"
+            begun = (folder / "config.json").exists()
+            one = experiment.Run(folder, experiment.settings(own), begun)
+            trials.append(one_trial(own, one, load_data(own)))
+        accuracies = [trial["test_accuracy"] for trial in trials]
+        summary = {
+            **about(args),
+            "trials": len(trials),
+            "test_accuracy": float(np.mean(accuracies)),
+            "test_accuracy_std": float(np.std(accuracies)),
+            "runs": trials,
+        }
+        run.summarise(summary)
+    for name in ("test_accuracy", "test_accuracy_std", "last_epoch_test_accuracy",
+                 "pretrained_test_accuracy", "auc", "precision_at_0.5",
+                 "recall_at_0.5"):  # fmt: skip
+        if name in summary:
+            print(f"{name:28s}{summary[name]:8.2f}")
+    print(f"Files in {run.out}: {', '.join(sorted(p.name for p in run.out.iterdir()))}")
+    return summary
+
+
+if __name__ == "__main__":
+    main()
