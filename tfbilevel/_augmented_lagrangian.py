@@ -87,10 +87,11 @@ class AugmentedLagrangian(Method):
         ...     upper_loss=lambda x, y, batch: 0.5 * (y - 1.0) ** 2 + 0.5 * x**2,
         ...     lower_loss=lambda x, y, batch: 0.5 * (y - x) ** 2,
         ... )
-        >>> method = tb.AugmentedLagrangian(keras.optimizers.SGD(0.1), steps=20)
+        >>> method = tb.AugmentedLagrangian(
+        ...     keras.optimizers.SGD(0.1), steps=20, tolerance=0.1)
         >>> result = tb.minimize(problem, method, tf.constant(3.0), tf.constant(0.0),
-        ...     keras.optimizers.SGD(0.1), tb.Batches(None, None), steps=200)
-        >>> round(float(result.upper), 3), round(float(result.lower), 3)
+        ...     keras.optimizers.SGD(0.1), tb.Batches(None, None), steps=400)
+        >>> round(float(result.upper), 2), round(float(result.lower), 2)
         (0.5, 0.5)
 
     References:

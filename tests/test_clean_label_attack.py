@@ -1,0 +1,230 @@
+"""The clean-label attack: its losses, its pipeline on a small problem, bad files."""
+
+import csv
+import json
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from experiment_scripts import load_experiment
+
+import tfbilevel as tb
+
+attack = load_experiment("clean_label_attack")
+SMALL = ["--train-size", "30", "--test-size", "10", "--feature-epochs", "1"]
+SMALL += ["--max-targets", "2", "--outer-steps", "6", "--head-steps", "150"]
+
+
+def tiny(method="penalty", poisons=1):
+    """Images of 3 x 3, features of a fixed dense layer."""
+    generator = np.random.default_rng(0)
+    keras.utils.set_random_seed(1)
+    extractor = keras.Sequential(
+        [
+            keras.Input((3, 3, 1)),
+            keras.layers.Flatten(),
+            keras.layers.Dense(4, activation="tanh"),
+        ]
+    )
+    pixels = generator.uniform(-1, 1, (11, 3, 3, 1)).astype(np.float32)
+    labels = (np.arange(11) % 2).astype(np.int32)
+    clean = attack.Pictures(pixels, extractor(pixels).numpy(), labels)
+    args = attack.parse_args(
+        ["--out", "x", "--method", method, "--poisons", str(poisons), "--beta", "0.3"]
+    )
+    return attack.Attack(args, clean, extractor), clean, extractor
+
+
+def batches_of(made, clean, target):
+    base = made.base_of(target, 0)
+    upper = {
+        "target": tf.constant(target[None]),
+        "wanted": tf.constant([1], tf.int32),
+        "base": tf.constant(clean.images[base]),
+    }
+    lower = {
+        "features": tf.constant(clean.features),
+        "labels": tf.constant(clean.labels),
+        "poison_labels": tf.constant(clean.labels[base]),
+    }
+    return tb.Batches(upper, lower), base
+
+
+def test_bases_are_the_nearest_of_the_other_class():
+    made, clean, _ = tiny(poisons=3)
+    target = np.array([0.1, -0.2, 0.3, 0.0], np.float32)
+    base = made.base_of(target, 0)
+    assert (clean.labels[base] == 1).all()
+    distances = np.linalg.norm(clean.features - target, axis=1)
+    others = distances[clean.labels == 1]
+    np.testing.assert_allclose(distances[base], np.sort(others)[:3])
+    with pytest.raises(ValueError, match="target's own features"):
+        made.base_of(clean.features[1], 0)
+
+
+def test_losses_are_the_formulas():
+    made, clean, extractor = tiny(poisons=2)
+    target = np.array([0.1, -0.2, 0.3, 0.0], np.float32)
+    batches, base = batches_of(made, clean, target)
+    u = tf.constant(clean.images[base] + 0.1)
+    heads = attack.draw_heads(1, 4, [3])
+    assert heads[0].shape == (1, 4, 2) and not heads[1].numpy().any()
+    kernel, bias = heads[0].numpy()[0], heads[1].numpy()[0]
+
+    def losses(features, labels):
+        logits = features @ kernel + bias
+        return np.log(np.exp(logits).sum(1)) - logits[np.arange(len(labels)), labels]
+
+    made_features = extractor(u).numpy()
+    want = losses(target[None], [1]).sum()
+    want += ((made_features - target) ** 2).sum() + 0.3 * 0.01 * u.numpy().size
+    ready = made.problem.prepare(u, batches)
+    got = float(made.problem.upper_loss(u, heads, ready.upper))
+    assert got == pytest.approx(want, rel=1e-5)
+    every = np.concatenate([clean.features, made_features])
+    labels = np.concatenate([clean.labels, clean.labels[base]])
+    got = float(made.problem.lower_loss(u, heads, ready.lower))
+    assert got == pytest.approx(losses(every, labels).mean(), rel=1e-5)
+    # Each head on its own: two heads side by side have the sum of their losses.
+    pair = attack.draw_heads(2, 4, [4])
+    apart = sum(
+        float(attack.mean_loss([k[None], b[None]], every, labels))
+        for k, b in zip(*pair, strict=True)
+    )
+    assert float(attack.mean_loss(pair, every, labels)) == pytest.approx(apart)
+
+
+def test_the_gradient_passes_through_the_features():
+    """Computed once per outer step, outside the inner loop."""
+    made, clean, _ = tiny()
+    target = np.array([0.1, -0.2, 0.3, 0.0], np.float32)
+    batches, base = batches_of(made, clean, target)
+    u, heads = tf.constant(clean.images[base] * 0.9), attack.draw_heads(1, 4, [3])
+    calls = []
+    inner = made.problem.prepare
+
+    def counting(u, batches):
+        calls.append(1)
+        return inner(u, batches)
+
+    problem = tb.Problem(
+        made.problem.upper_loss, made.problem.lower_loss, prepare=counting
+    )
+    method = tb.AugmentedLagrangian(keras.optimizers.SGD(0.1), 4, multiplier=0.2)
+    state = method.init(problem, u, heads)
+    step = method.step(problem, u, heads, batches, state)
+    assert len(calls) == 1
+    value = method.objective(problem, u, heads, batches, state)
+    generator = np.random.default_rng(5)
+    direction = generator.normal(size=u.shape).astype(np.float32)
+    slope = (
+        float(value(u + 0.01 * direction)) - float(value(u - 0.01 * direction))
+    ) / 0.02
+    assert float((step.upper_gradient.numpy() * direction).sum()) == pytest.approx(
+        slope, rel=2e-3
+    )
+
+
+def test_feature_collision_is_one_level():
+    """Adam on |phi(u) - phi(t)|^2 + beta |u - b|^2, in the box, and nothing else."""
+    made, clean, extractor = tiny("feature-collision")
+    target = clean.features[0] * 0.9 + 0.05
+    poison = made.poison(target, 0, 0)
+    _, base = batches_of(made, clean, target)
+
+    def collision(u):
+        apart = ((extractor(u).numpy() - target) ** 2).sum()
+        return apart + 0.3 * ((u - clean.images[base]) ** 2).sum()
+
+    assert collision(poison) < 0.9 * collision(clean.images[base])
+    assert poison.min() >= clean.images.min() and poison.max() <= clean.images.max()
+
+
+@pytest.mark.parametrize("method", attack.METHODS)
+def test_the_whole_pipeline(method, tmp_path):
+    summary = attack.main([*SMALL, "--method", method, "--out", str(tmp_path)])
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+    with (tmp_path / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == summary["targets"] == 2
+    for row in rows:
+        kept = np.load(tmp_path / "poisons" / f"target-{row['target']}.npz")
+        change = (kept["poison"] - kept["base"]).ravel()
+        assert float(row["distortion"]) == pytest.approx(
+            np.linalg.norm(change), rel=1e-4
+        )
+        assert float(row["largest_change"]) == pytest.approx(np.abs(change).max())
+        assert float(row["probability_before"]) > 0.5
+        assert (int(row["flipped_heads"]) >= 2) == bool(int(row["success"]))
+    rate = np.mean([int(row["success"]) for row in rows])
+    assert summary["success_rate"] == pytest.approx(100 * rate)
+    for picture in ("attacks.png", "distortion.png"):
+        assert (tmp_path / picture).stat().st_size > 5_000
+    with np.load(tmp_path / "images.npz") as bundle:
+        assert bundle["X_train"].shape == (60, 28, 28, 1)
+        assert bundle["X_train"].min() == -1 and bundle["X_train"].max() == 1
+        assert np.bincount(bundle["Y_test"]).tolist() == [10, 10]
+
+
+def test_a_killed_run_resumes(tmp_path, monkeypatch):
+    broken = [*SMALL, "--out", str(tmp_path / "broken")]
+    one = attack.attack_one
+    done = []
+
+    def dying(*arguments):
+        if done:
+            raise KeyboardInterrupt
+        done.append(1)
+        return one(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(attack, "attack_one", dying)
+        with pytest.raises(KeyboardInterrupt):
+            attack.main(broken)
+    monkeypatch.setattr(attack, "train_feature_model", None)  # it is there already
+    counted = []
+    monkeypatch.setattr(attack, "attack_one", lambda *a: counted.append(1) or one(*a))
+    summary = attack.main([*broken, "--resume"])
+    assert summary["targets"] == 2 and len(counted) == 1
+
+
+def test_a_bundle_with_a_feature_model(tmp_path):
+    """The published layout and any Keras model, no features prepared."""
+    generator = np.random.default_rng(0)
+    prototypes = generator.uniform(-0.5, 0.5, (2, 6, 6, 3))
+    arrays = {}
+    for part, size in (("train", 24), ("test", 8)):
+        labels = np.arange(size) % 2
+        noise = generator.uniform(-0.4, 0.4, (size, 6, 6, 3))
+        arrays[f"X_{part}"], arrays[f"Y_{part}"] = prototypes[labels] + noise, labels
+    np.savez(tmp_path / "d.npz", **arrays)
+    keras.utils.set_random_seed(0)
+    keras.Sequential(
+        [keras.Input((6, 6, 3)), keras.layers.Flatten(), keras.layers.Dense(16, "relu")]
+    ).save(tmp_path / "m.keras")
+    flags = ["--data", str(tmp_path / "d.npz"), "--model", str(tmp_path / "m.keras")]
+    flags += ["--max-targets", "2", "--outer-steps", "5", "--head-steps", "300"]
+    summary = attack.main([*flags, "--out", str(tmp_path / "run")])
+    assert summary["targets"] == 2 and summary["clean_test_accuracy"] > 90
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--features", "x.h5"], "--features and --model go with --data"),
+        (["--classes", "4", "4"], "--classes must be two of"),
+        (["--train-size", "5000"], "--train-size must not exceed"),
+        (["--data", "/nowhere.npz"], "does not exist"),
+        (["--dataset", "mnist", "--data-dir", "/nowhere"], "not prepared"),
+        (["--resume"], "folder with a run"),
+    ],
+)
+def test_bad_flags_are_one_line_and_leave_nothing(flags, message, tmp_path, capsys):
+    out = tmp_path / "run"
+    with pytest.raises(SystemExit) as stop:
+        attack.main(["--out", str(out), *flags])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error and "\n" not in error
+    assert not out.exists()

@@ -1,0 +1,401 @@
+"""Denoising: networks, losses, noise, importances, files in published formats."""
+
+import csv
+import json
+import pathlib
+from unittest import mock
+
+import keras
+import numpy as np
+import pytest
+import scipy.io
+import tensorflow as tf
+from experiment_scripts import load_experiment
+
+import tfbilevel as tb
+from data_prep import images, svhn
+
+denoising = load_experiment("data_denoising")
+SMALL = ["--train-size", "60", "--validation-size", "40", "--test-size", "70"]
+SMALL += ["--batch-size", "20", "--jit", "off", "--pretrain-epochs", "3"]
+EPOCHS = ["--epochs", "2", "--inner-steps", "2", "--retrain-epochs", "2"]
+
+
+def parse(*flags):
+    return denoising.parse_args(["--out", "x", *flags])
+
+
+@pytest.mark.parametrize(
+    "net, shape, count",
+    [
+        ("logistic", (28, 28, 1), 7_850),
+        ("mnist-cnn", (28, 28, 1), 1_389_578),
+        ("cifar-cnn", (32, 32, 3), 1_172_410),
+        ("svhn-cnn", (32, 32, 1), 1_340_650),
+    ],
+)
+def test_networks_have_the_published_parameter_counts(net, shape, count):
+    model = denoising.build_net(net, shape, seed=0)
+    assert model.count_params() == count
+    assert model.output_shape == (None, 10)
+    assert model.layers[-1].activation is keras.activations.linear
+
+
+def test_published_settings_are_the_defaults():
+    args = parse("--dataset", "mnist")
+    assert (args.epochs, args.inner_steps, args.batch_size) == (101, 20, 200)
+    assert (args.train_size, args.validation_size, args.noise) == (59_000, 1000, 0.25)
+    assert (args.upper_lr, args.lower_lr, args.multiplier) == (3, 1e-4, 1e-6)
+    assert (args.weight, args.lower_weight) == (0.01, 0.01)
+    # norm^2 < 0.01 as published: 0.1 for the norm.
+    assert args.tolerance == pytest.approx(0.01**0.5)
+    method = denoising.build_method(args, 295)
+    assert method.tolerance_decay == pytest.approx(0.9**0.5)
+    assert (method.growth, method.decay, method.rate_decay) == (1.1, 0.9, 0.9)
+    assert not args.augment and args.retrain_threshold == 0
+    assert parse("--dataset", "cifar10").augment
+    small = parse("--dataset", "mnist-small")
+    assert (small.retrain_threshold, small.net, small.noise) == (0.9, "logistic", 0.5)
+    other = parse("--dataset", "mnist", "--method", "approxgrad")
+    assert (other.upper_lr, other.lower_lr, other.solver_lr) == (1, 1e-6, 1e-5)
+    solver = denoising.build_method(other, 295).solver
+    assert (solver.max_steps, solver.damping, solver.objective) == (
+        20,
+        1e-3,
+        "residual",
+    )
+
+
+def part_of(count, seed, shape=(4, 4, 1)):
+    generator = np.random.default_rng(seed)
+    pixels = generator.random((count, *shape)).astype(np.float32)
+    return images.Part(pixels, generator.integers(0, 10, count).astype(np.int32))
+
+
+def test_losses_are_the_formulas():
+    args = parse(*SMALL)
+    net = denoising.build_net("logistic", (4, 4, 1), seed=0)
+    generator = np.random.default_rng(1)
+    start = generator.uniform(0.1, 0.9, 60)
+    model = denoising.build_model(args, net, start, 3)
+    part = part_of(5, 2)
+    index = np.array([7, 0, 59, 3, 3], np.int32)
+    kernel, bias = net.get_weights()
+    logits = part.images.reshape(5, 16) @ kernel + bias
+    losses = np.log(np.exp(logits).sum(1)) - logits[np.arange(5), part.labels]
+    x = [tf.convert_to_tensor(model.upper.logits.value)]
+    y = [tf.convert_to_tensor(v.value) for v in net.trainable_variables]
+    batch = tuple(map(tf.constant, part))
+    got = model.problem.upper_loss(x, y, batch)
+    assert float(got) == pytest.approx(losses.mean(), rel=1e-5)
+    s = start[index]
+    got = model.problem.lower_loss(x, y, (*batch, tf.constant(index)))
+    assert float(got) == pytest.approx((s * losses).sum() / s.sum(), rel=1e-5)
+
+
+def test_importances_round_trip_and_have_a_mean_of_a_half():
+    s = np.linspace(1e-4, 1 - 1e-4, 50)
+    np.testing.assert_allclose(
+        denoising.importance(denoising.to_logits(s)), s, rtol=1e-6
+    )
+    generator = np.random.default_rng(0)
+    for scale in (0.1, 4.0):
+        a = (scale * generator.normal(size=2000)).astype(np.float32)
+        once = denoising.renormalised(a)
+        s = 0.5 * (np.tanh(once) + 1)
+        assert s.mean() == pytest.approx(0.5, abs=2e-2)  # 1/2 before the clipping
+        assert s.min() >= 0.99e-5 and s.max() <= 1 - 0.99e-5
+        if scale == 0.1:
+            assert s.mean() == pytest.approx(0.5, abs=1e-6)
+            np.testing.assert_allclose(denoising.renormalised(once), once, atol=1e-5)
+    everything_off = denoising.renormalised(np.full(5, -40.0, np.float32))
+    assert np.isfinite(everything_off).all()
+
+
+@pytest.mark.parametrize("rate", [0.25, 0.5, 0.75])
+def test_noise_is_always_wrong_and_over_all_other_classes(rate):
+    args = parse("--noise", str(rate), "--train-size", "2500")
+    data = denoising.load_data(args)
+    wrong = data.train.labels != data.true_labels
+    assert wrong.sum() == int(rate * 2500)
+    np.testing.assert_array_equal(wrong, ~data.clean)
+    shift = (data.train.labels - data.true_labels)[wrong] % 10
+    counts = np.bincount(shift, minlength=10)[1:]
+    assert counts.min() > 0.7 * counts.mean()
+    assert wrong[: wrong.sum()].mean() < 0.9  # not a prefix
+
+
+def test_batches_carry_the_numbers_of_their_examples():
+    args = parse(*SMALL)
+    data = denoising.load_data(args)
+    seen = []
+    for upper, lower in denoising.batches(args, data, 0).take(3):
+        pixels, labels, index = (part.numpy() for part in lower)
+        np.testing.assert_array_equal(pixels, data.train.images[index])
+        np.testing.assert_array_equal(labels, data.train.labels[index])
+        assert upper[0].shape == (20, 28, 28, 1)
+        seen += index.tolist()
+    assert sorted(seen) == list(range(60))
+    later = next(iter(denoising.batches(args, data, 2)))
+    np.testing.assert_array_equal(later.lower[2], seen[40:])
+
+
+def test_augmentation_changes_pixels_and_nothing_else():
+    args = parse(*SMALL, "--augment")
+    data = denoising.load_data(args)
+    batch = next(iter(denoising.batches(args, data, 0)))
+    pixels, labels, index = (part.numpy() for part in batch.lower)
+    original = data.train.images[index]
+    np.testing.assert_array_equal(labels, data.train.labels[index])
+    assert pixels.shape == original.shape
+    assert pixels.min() >= -1e-6 and pixels.max() <= 1 + 1e-6
+    assert (np.abs(pixels - original).max(axis=(1, 2, 3)) > 0.1).all()
+
+
+def test_renormalisation_comes_before_the_row_of_an_epoch(tmp_path):
+    flags = [*SMALL, *EPOCHS, "--retrain-threshold", "0", "--out", str(tmp_path)]
+    summary = denoising.main(flags)
+    assert summary["mean_importance"] == pytest.approx(0.5, abs=0.02)
+    assert "retrained_on" not in summary
+
+
+@pytest.mark.filterwarnings("ignore::tfbilevel.DivergenceWarning")
+@pytest.mark.parametrize("method", denoising.METHODS)
+def test_methods_write_their_files(method, tmp_path):
+    flags = [*SMALL, *EPOCHS, "--method", method, "--out", str(tmp_path)]
+    summary = denoising.main(flags)
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+    with (tmp_path / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == [0, 3, 6]
+    # Before training: the importances say whether the network agrees.
+    agreed = 0.4 + 0.2 * float(rows[0]["train_accuracy"]) / 100
+    assert float(rows[0]["mean_importance"]) == pytest.approx(agreed, rel=1e-5)
+    kept = np.load(tmp_path / "importances.npz")
+    believed = (kept["importance"] > 0.9).sum()
+    assert summary["retrained_on"] == believed + 40
+    scores = (kept["importance"] > 0.5) & kept["clean"]
+    assert summary["recall_at_0.5"] == pytest.approx(
+        100 * scores.sum() / kept["clean"].sum()
+    )
+    order = np.argsort(kept["importance"])
+    ranks = np.empty(60)
+    ranks[order] = np.arange(60)
+    if len(np.unique(kept["importance"])) == 60:
+        positives = ranks[kept["clean"]]
+        n = len(positives)
+        auc = (positives.sum() - n * (n - 1) / 2) / (n * (60 - n))
+        assert summary["auc"] == pytest.approx(100 * auc)
+    if method == "penalty":
+        assert {"weight", "lower_weight", "tolerance", "rate_scale"} <= set(rows[0])
+    for picture in ("importances.png", "distrusted.png", "curves.png"):
+        assert (tmp_path / picture).stat().st_size > 5_000
+
+
+@pytest.mark.parametrize("method", denoising.BASELINES)
+def test_baselines_see_what_they_may(method, tmp_path, monkeypatch):
+    seen = []
+    fit = denoising.fit_plainly
+    monkeypatch.setattr(
+        denoising,
+        "fit_plainly",
+        lambda net, parts, *a: seen.append(parts) or fit(net, parts, *a),
+    )
+    flags = [*SMALL, "--method", method, "--baseline-epochs", "2"]
+    summary = denoising.main([*flags, "--noise", "0.25", "--out", str(tmp_path)])
+    sizes = [len(part.labels) for part in seen[0]]
+    assert (
+        sizes == {"oracle": [45, 40], "val-only": [40], "train+val": [60, 40]}[method]
+    )
+    assert 0 <= summary["test_accuracy"] <= 100
+
+
+def test_dropout_is_off_unless_asked_for():
+    part = part_of(40, 0, (28, 28, 1))
+    for dropout in (False, True):
+        net = denoising.build_net("mnist-cnn", (28, 28, 1), seed=0)
+        weights = net.get_weights()
+        denoising.fit_plainly(net, [part], 1e-9, 1, 40, dropout)
+        noisy = net(part.images, training=True).numpy()
+        assert not np.allclose(noisy, net(part.images).numpy())
+        del weights
+    args = parse(*SMALL)
+    net = denoising.build_net("mnist-cnn", (28, 28, 1), seed=0)
+    model = denoising.build_model(args, net, np.full(60, 0.5), 3)
+    x = [tf.convert_to_tensor(model.upper.logits.value)]
+    y = [tf.convert_to_tensor(v.value) for v in net.trainable_variables]
+    batch = tuple(map(tf.constant, part))
+    twice = [float(model.problem.upper_loss(x, y, batch)) for _ in range(2)]
+    assert twice[0] == twice[1]
+
+
+def test_accuracy_counts_every_image_once():
+    """70 images are no multiple of anything."""
+    net = denoising.build_net("logistic", (28, 28, 1), seed=0)
+    part = part_of(70, 1, (28, 28, 1))
+    logits = net(part.images).numpy()
+    want = 100 * (logits.argmax(1) == part.labels).mean()
+    assert denoising.accuracy(net, part) == pytest.approx(want)
+
+
+def test_a_killed_run_resumes_to_the_same_numbers(tmp_path, monkeypatch):
+    flags = [*SMALL, "--inner-steps", "2", "--epochs", "4", "--retrain-threshold", "0"]
+    denoising.main([*flags, "--out", str(tmp_path / "whole")])
+    backup = denoising.experiment.Backup
+
+    class Dying(backup):
+        def on_epoch_end(self, epoch, logs=None):
+            super().on_epoch_end(epoch, logs)
+            if epoch == 1:
+                raise KeyboardInterrupt
+
+    broken = ["--out", str(tmp_path / "broken")]
+    with monkeypatch.context() as patch:
+        patch.setattr(denoising.experiment, "Backup", Dying)
+        with pytest.raises(KeyboardInterrupt):
+            denoising.main([*flags, *broken])
+    # Pretraining is not done again.
+    monkeypatch.setattr(denoising, "fit_plainly", mock.Mock(side_effect=AssertionError))
+    denoising.main([*flags, *broken, "--resume"])
+
+    def rows(name):
+        with (tmp_path / name / "metrics.csv").open() as file:
+            made = list(csv.DictReader(file))
+        for row in made:
+            del row["seconds"]
+        return made
+
+    assert rows("whole") == rows("broken")
+
+
+def test_trials_are_runs_of_their_own(tmp_path):
+    flags = [*SMALL, "--method", "val-only", "--baseline-epochs", "1", "--trials", "2"]
+    summary = denoising.main([*flags, "--out", str(tmp_path)])
+    found = [run["test_accuracy"] for run in summary["runs"]]
+    assert [run["seed"] for run in summary["runs"]] == [0, 1]
+    assert summary["test_accuracy"] == pytest.approx(np.mean(found))
+    assert summary["test_accuracy_std"] == pytest.approx(np.std(found))
+
+
+# Published formats.
+
+
+@pytest.fixture
+def svhn_file(tmp_path):
+    folder = tmp_path / "mat"
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    for name, count in (("train", 120), ("test", 30)):
+        scipy.io.savemat(
+            folder / f"{name}_32x32.mat",
+            {
+                "X": generator.integers(0, 256, (32, 32, 3, count)).astype(np.uint8),
+                "y": np.resize(np.arange(1, 11), count).astype(np.uint8)[:, None],
+            },
+        )
+    out = tmp_path / "svhn.h5"
+    svhn.prepare(folder, out, 3, any_size=True)
+    return out
+
+
+def test_svhn_from_its_published_files(svhn_file, tmp_path):
+    flags = ["--dataset", "svhn", "--data-file", str(svhn_file), *SMALL, *EPOCHS]
+    flags[flags.index("--validation-size") + 1] = "30"
+    flags[flags.index("--epochs") + 1] = "1"
+    summary = denoising.main([*flags, "--out", str(tmp_path / "run")])
+    assert summary["net"] == "svhn-cnn" and summary["epochs"] == 1
+
+
+def test_cifar10_from_its_published_files(tmp_path):
+    """The binary version, read by tensorflow-datasets' own builder."""
+    import tensorflow_datasets as tfds
+
+    binary = tmp_path / "cifar" / "cifar-10-batches-bin"
+    binary.mkdir(parents=True)
+    generator = np.random.default_rng(0)
+
+    def write(name, count):
+        rows = generator.integers(0, 256, (count, 3073)).astype(np.uint8)
+        rows[:, 0] %= 10
+        (binary / name).write_bytes(rows.tobytes())
+        return rows
+
+    batches = [write(f"data_batch_{n}.bin", 25) for n in range(1, 6)]
+    write("test_batch.bin", 30)
+    (binary / "batches.meta.txt").write_text("\n".join(
+        "airplane automobile bird cat deer dog frog horse ship truck".split()
+    ))  # fmt: skip
+    builder = tfds.builder("cifar10", data_dir=str(tmp_path / "tfds"))
+    fetched = mock.patch.object(
+        tfds.download.DownloadManager,
+        "download_and_extract",
+        lambda self, url: str(tmp_path / "cifar"),
+    )
+    with (
+        fetched,
+        mock.patch.object(
+            tfds.download.DownloadManager, "download", lambda self, url: str(binary)
+        ),
+    ):
+        builder.download_and_prepare(
+            download_config=tfds.download.DownloadConfig(try_download_gcs=False)
+        )
+    flags = ["--dataset", "cifar10", "--data-dir", str(tmp_path / "tfds"), *SMALL]
+    flags += [*EPOCHS, "--out", str(tmp_path / "run")]
+    flags[flags.index("--epochs") + 1] = "1"
+    summary = denoising.main(flags)
+    assert summary["net"] == "cifar-cnn"
+    args = parse("--dataset", "cifar10", "--data-dir", str(tmp_path / "tfds"), *SMALL)
+    train = denoising.load_parts(args)[0]
+    first = {tuple(row[1:]) for rows in batches for row in rows}
+    pixels = np.round(train.images[0] * 255).astype(np.uint8)
+    assert tuple(pixels.transpose(2, 0, 1).ravel()) in first
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--noise", "1.0"], "--noise must be at least 0 and below 1"),
+        (["--noise", "-0.1"], "--noise must be at least 0"),
+        (["--dataset", "svhn"], "--data-file FILE goes with --dataset svhn"),
+        (["--data-file", "x"], "--data-file FILE goes with --dataset svhn"),
+        (["--validation-size", "100"], "--validation-size must be at least --batch"),
+        (["--train-size", "2900"], "must fit in 3000 images"),
+        (["--method", "penalty", "--solver-lr", "1"], "--solver-lr means nothing"),
+        (["--method", "oracle", "--epochs", "1"], "--epochs means nothing"),
+        (["--retrain-threshold", "1"], "below 1"),
+        (["--dataset", "mnist", "--data-dir", "/nowhere"], "not prepared"),
+        (["--resume"], "folder with a run"),
+    ],
+)
+def test_bad_flags_are_one_line_and_leave_nothing(flags, message, tmp_path, capsys):
+    out = tmp_path / "run"
+    with pytest.raises(SystemExit) as stop:
+        denoising.main(["--out", str(out), *flags])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error and "\n" not in error
+    assert not out.exists()
+
+
+def test_a_foreign_svhn_file(tmp_path, capsys):
+    pathlib.Path(tmp_path / "x.h5").write_text("no")
+    flags = ["--dataset", "svhn", "--data-file", str(tmp_path / "x.h5")]
+    with pytest.raises(SystemExit):
+        denoising.main([*flags, "--out", str(tmp_path / "run")])
+    assert "not an HDF5 file" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_importances_adam_is_per_example():
+    args = parse(*SMALL)
+    net = denoising.build_net("logistic", (28, 28, 1), seed=0)
+    model = denoising.build_model(args, net, np.full(60, 0.5), 3)
+    assert isinstance(model.optimizer, tb.LazyAdam)
+    data = denoising.load_data(args)
+    before = model.upper.logits.numpy()
+    batch = denoising.batches(args, data, 0).take(1)
+    index = next(iter(batch)).lower[2].numpy()
+    model.fit(batch, verbose=0)
+    moved = np.flatnonzero(model.upper.logits.numpy() != before)
+    assert set(moved) == set(index)
