@@ -114,7 +114,8 @@ def test_importances_round_trip_and_have_a_mean_of_a_half():
 
 @pytest.mark.parametrize("rate", [0.25, 0.5, 0.75])
 def test_noise_is_always_wrong_and_over_all_other_classes(rate):
-    args = parse("--noise", str(rate), "--train-size", "2500")
+    sizes = "--train-size", "2500", "--validation-size", "500"
+    args = parse("--noise", str(rate), *sizes)
     data = denoising.load_data(args)
     wrong = data.train.labels != data.true_labels
     assert wrong.sum() == int(rate * 2500)
@@ -396,6 +397,6 @@ def test_the_importances_adam_is_per_example():
     before = model.upper.logits.numpy()
     batch = denoising.batches(args, data, 0).take(1)
     index = next(iter(batch)).lower[2].numpy()
-    model.fit(batch, verbose=0)
+    model.fit(batch, steps_per_epoch=1, verbose=0)
     moved = np.flatnonzero(model.upper.logits.numpy() != before)
     assert set(moved) == set(index)

@@ -11,7 +11,7 @@ from experiment_scripts import load_experiment
 import tfbilevel as tb
 
 synthetic = load_experiment("synthetic_penalty")
-SMALL = ["--trials", "3", "--outer-steps", "40", "--inner-steps", "2", "5"]
+SMALL = ["--trials", "3", "--outer-steps", "40", "--inner-steps", "2"]
 
 
 def setting():
@@ -110,20 +110,17 @@ def test_gd_is_blind_to_the_lower_problem():
 
 
 def test_files_and_resuming(tmp_path):
-    flags = [*SMALL, "--problem", "ex1", "ex4", "--out"]
+    flags = [*SMALL, "--problem", "ex4", "--out"]
     summary = synthetic.main([*flags, str(tmp_path / "a")])
-    assert len(summary["runs"]) == 2 * 4 * 2
+    assert len(summary["runs"]) == 4
     with (tmp_path / "a" / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
-    starts = {
-        row["error"] for row in rows if row["step"] == "0" and row["problem"] == "ex1"
-    }
+    starts = {row["error"] for row in rows if row["step"] == "0"}
     assert len(starts) == 1  # all methods from the same points
-    for problem in ("ex1", "ex4"):
-        assert (tmp_path / "a" / f"{problem}.png").stat().st_size > 10_000
-    kept = tmp_path / "a" / "curves" / "ex1-penalty-T5.npz"
+    assert (tmp_path / "a" / "ex4.png").stat().st_size > 10_000
+    kept = tmp_path / "a" / "curves" / "ex4-penalty-T2.npz"
     before = kept.stat().st_mtime_ns
-    (tmp_path / "a" / "curves" / "ex1-gd-T2.npz").unlink()
+    (tmp_path / "a" / "curves" / "ex4-gd-T2.npz").unlink()
     again = synthetic.main([*flags, str(tmp_path / "a"), "--resume"])
     assert kept.stat().st_mtime_ns == before
     for one, other in zip(summary["runs"], again["runs"], strict=True):
@@ -132,13 +129,14 @@ def test_files_and_resuming(tmp_path):
 
 
 def test_penalty_sees_the_null_space_and_approxgrad_does_not(tmp_path):
-    """3,000 steps at ten times the rates: about as far as 30,000 at the published."""
+    """The published run but for the number of starts. A simulation in NumPy had 0.0324
+    (0.0346 with the null space) and 0.0024 (9.26)."""
     flags = ["--problem", "ex3", "--method", "approxgrad", "penalty"]
-    flags += ["--inner-steps", "10", "--trials", "4", "--outer-steps", "4000"]
-    flags += ["--upper-lr", "0.01", "--lower-lr", "0.001", "--out", str(tmp_path)]
+    flags += ["--inner-steps", "10", "--trials", "4", "--out", str(tmp_path)]
     runs = {run["method"]: run for run in synthetic.main(flags)["runs"]}
-    assert runs["penalty"]["full_error"] < 0.3
-    assert runs["approxgrad"]["error"] < 0.3 < 5 < runs["approxgrad"]["full_error"]
+    assert runs["penalty"]["error"] < 0.05 and runs["penalty"]["full_error"] < 0.05
+    assert runs["approxgrad"]["error"] < 0.05
+    assert runs["approxgrad"]["full_error"] == pytest.approx(9.26, abs=2)
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ class LazyAdam(keras.optimizers.Optimizer):
         >>> optimizer = tb.LazyAdam(0.1)
         >>> x = keras.Variable([1.0, 1.0])
         >>> optimizer.apply([tf.constant([3.0, 0.0])], [x])
-        >>> x.numpy().round(3).tolist()
+        >>> [round(float(entry), 3) for entry in x.numpy()]
         [0.9, 1.0]
 
     References:
