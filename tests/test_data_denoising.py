@@ -122,7 +122,7 @@ def test_noise_is_always_wrong_and_over_all_other_classes(rate):
     np.testing.assert_array_equal(wrong, ~data.clean)
     shift = (data.train.labels - data.true_labels)[wrong] % 10
     counts = np.bincount(shift, minlength=10)[1:]
-    assert counts.min() > 0.7 * counts.mean()
+    assert counts.min() > 0.5 * counts.mean()
     assert wrong[: wrong.sum()].mean() < 0.9  # not a prefix
 
 
