@@ -131,6 +131,18 @@ BAD: dict[str, tuple[Callable[[], Any], list[str]]] = {
     "ramp": (lambda: tb.LinearRamp(0.0, 1.0, 0), ["`steps`", "at least 1"]),
     "ramp stop": (lambda: tb.LinearRamp(0.0, float("nan"), 3), ["`stop`", "finite"]),
     "ratio": (lambda: tb.Geometric(1.0, 0.0), ["`ratio`", "above 0"]),
+    "tolerance of words": (
+        lambda: tb.ConjugateGradient(5, tolerance="tight"),
+        ["`tolerance`", "'tight'"],
+    ),
+    "radius of words": (
+        lambda: tb.FiniteDifference(inner(), radius="small"),
+        ["`radius`", "'small'"],
+    ),
+    "rate of words": (lambda: tb.Neumann(5, rate="0.1"), ["`rate`", "'0.1'"]),
+    "damping of words": (lambda: tb.Direct(damping="1"), ["`damping`", "'1'"]),
+    "start of words": (lambda: tb.LinearRamp("0", 1.0, 5), ["`start`", "'0'"]),
+    "decay of words": (lambda: tb.Aggregation(0.5, "slow"), ["`decay`", "'slow'"]),
     "geometric start": (lambda: tb.Geometric(float("inf"), 0.5), ["`start`"]),
     "pair of arrays": (
         lambda: tb.pair(np.ones(3), RANGE),

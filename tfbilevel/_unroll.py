@@ -1,9 +1,8 @@
 """Reverse-mode differentiation through the inner loop."""
 
 import dataclasses
-import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import tensorflow as tf
 
@@ -12,7 +11,6 @@ from tfbilevel import _structure as structure
 from tfbilevel._aggregation import Aggregation
 from tfbilevel._arguments import require_choice, require_count
 from tfbilevel._inner import (
-    SERIAL,
     InnerSolver,
     Iterate,
     require_fixed_length,
@@ -20,10 +18,7 @@ from tfbilevel._inner import (
 )
 from tfbilevel._method import Method, Step
 from tfbilevel._problem import Batches, Prepared, Problem
-
-# In the reverse sweep each step's map is derived anew from a stored iterate, which
-# the next step's can begin before this one's adjoint is there.
-OVERLAPPED = 2
+from tfbilevel._trajectory import Span, checkpoint, replay, search, tape
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -145,6 +140,11 @@ class Unroll(Method):
         """T - K, the first inner step that is differentiated."""
         return self.inner.steps - self.differentiated
 
+    @property
+    def _span(self) -> Span:
+        pessimistic = self.end == "pessimistic"
+        return Span(self.inner, self.first, self.first_order, pessimistic)
+
     def init(self, problem: Problem, upper: Any, lower: Any) -> Any:
         return self.inner.init(problem, upper, lower)
 
@@ -152,12 +152,10 @@ class Unroll(Method):
         self, problem: Problem, upper: Any, lower: Any, batches: Batches, state: Any
     ) -> Step:
         here = self._prepared(problem, upper, batches)
-        loop = {"replay": _replay, "checkpoint": _checkpoint, "tape": _tape}[
-            self.memory
-        ]
+        loop = {"replay": replay, "checkpoint": checkpoint, "tape": tape}[self.memory]
         iterate, pull_start = self.inner.begin_pullback(here, lower, state)
         iterate = self._skip(here, iterate)
-        run = loop(self, here, iterate)
+        run = loop(self._span, here, iterate)
         metrics = {}
         end = run.made.end
         point = end.lower
@@ -185,7 +183,7 @@ class Unroll(Method):
         at = self._prepared(problem, upper, batches)
         begun = self.inner.begin(at.problem, at.upper, lower, state)
         fixed = self._skip(at, begun)
-        stop = self._stop(_search(self, at, fixed))
+        stop = self._span.stop(search(self._span, at, fixed))
 
         def value(x: Any) -> tf.Tensor:
             here = self._prepared(problem, x, batches)
@@ -199,7 +197,7 @@ class Unroll(Method):
             if self.first_order:
                 end = self._with_constant_gradients(at, fixed, here, iterate, stop)
             else:
-                end, _ = self._rest(here, here.upper, iterate, stop)
+                end, _ = self._span.run(here, here.upper, iterate, stop)
             return here.problem.upper_loss(here.upper, end.lower, here.batches.upper)
 
         return value
@@ -231,25 +229,6 @@ class Unroll(Method):
                 "A first-order unroll (upper loss, start and rate)",
             ) from None
 
-    def _stop(self, made: "_Run") -> Any:
-        """How many steps lead to the end point."""
-        return made.worst.steps if self.end == "pessimistic" else self.inner.steps
-
-    def _rest(
-        self, here: Prepared, c: Any, iterate: Iterate, stop: Any
-    ) -> tuple[Iterate, Any]:
-        """The differentiated steps, from the iterate before them."""
-        return self.inner.run(
-            here.problem,
-            c,
-            here.batches,
-            iterate,
-            self.first,
-            stop,
-            self.differentiated,
-            self.first_order,
-        )
-
     def _with_constant_gradients(
         self, at: Prepared, fixed: Iterate, here: Prepared, start: Iterate, stop: Any
     ) -> Iterate:
@@ -273,288 +252,3 @@ class Unroll(Method):
             maximum_iterations=self.differentiated,
         )
         return end
-
-
-class _Worst(NamedTuple):
-    """The iterate of largest upper loss so far, the first one on ties."""
-
-    upper_loss: tf.Tensor
-    steps: tf.Tensor
-    lower: Any
-
-    def against(self, here: Prepared, steps: tf.Tensor, lower: Any) -> "_Worst":
-        loss = here.problem.upper_loss(here.upper, lower, here.batches.upper)
-        # NaN wins and stays, so that it is seen.
-        worse = tf.logical_not(
-            (loss <= self.upper_loss) | tf.math.is_nan(self.upper_loss)
-        )
-        return _Worst(
-            tf.where(worse, loss, self.upper_loss),
-            tf.where(worse, steps, self.steps),
-            structure.where(worse, lower, self.lower),
-        )
-
-
-class _Run(NamedTuple):
-    """Where some inner steps led.
-
-    Attributes:
-        end: the last iterate.
-        lower_loss: the lower loss before the last step.
-        worst: the worst iterate; `()` unless the end is pessimistic.
-    """
-
-    end: Iterate
-    lower_loss: tf.Tensor
-    worst: Any
-
-
-class _Loop(NamedTuple):
-    """The differentiated part of an inner loop.
-
-    Attributes:
-        made: where the steps led.
-        pullback: adjoint of the end point's y -> (adjoint of c, `None` where not
-            connected; adjoint of the first y).
-    """
-
-    made: _Run
-    pullback: Callable[[Any], tuple[Any, Any]]
-
-
-def _tape(method: Unroll, here: Prepared, iterate: Iterate) -> _Loop:
-    stop: Any = method.inner.steps
-    searched = None
-    if method.end == "pessimistic":
-        # Once to find the worst iterate, once more to record the way there.
-        searched = _search(method, here, iterate)
-        stop = searched.worst.steps
-
-    def rest(c: Any, y: Any) -> tuple[Any, _Run]:
-        end, value = method._rest(here, c, iterate._replace(lower=y), stop)
-        return end.lower, _Run(end, value, ())
-
-    _, made, both = derivatives.vjp(rest, here.upper, iterate.lower)
-
-    def pullback(adjoint: Any) -> tuple[Any, Any]:
-        response, start = both(adjoint)
-        return response, derivatives.fill_zeros(start, iterate.lower)
-
-    return _Loop(made if searched is None else searched, pullback)
-
-
-def _replay(method: Unroll, here: Prepared, iterate: Iterate) -> _Loop:
-    first, last = method.first, method.inner.steps
-    begun, kept = _begun(method, here, iterate), _arrays(iterate, last - first)
-    made, kept = _make(method, here, begun, kept, first, last, last - first)
-    stop = method._stop(made)
-
-    def pullback(adjoint: Any) -> tuple[Any, Any]:
-        sweep = _Sweep(method, here, iterate)
-        carried = sweep.run(kept, first, stop, sweep.begin(adjoint))
-        return sweep.response(carried), carried.lower
-
-    return _Loop(made, pullback)
-
-
-def _checkpoint(method: Unroll, here: Prepared, iterate: Iterate) -> _Loop:
-    first, last = method.first, method.inner.steps
-    length = math.isqrt(last - first - 1) + 1
-    segments = -(-(last - first) // length)
-
-    def ends(segment: tf.Tensor, stop: Any) -> tuple[tf.Tensor, tf.Tensor]:
-        begin = first + segment * length
-        return begin, tf.minimum(begin + length, stop)
-
-    def forward(segment: tf.Tensor, made: _Run, kept: list) -> tuple:
-        kept = _write(kept, segment, made.end)
-        made, _ = _make(method, here, made, [], *ends(segment, last), length)
-        return segment + 1, made, kept
-
-    begun = _begun(method, here, iterate)
-    _, made, kept = tf.while_loop(
-        lambda *_: True,
-        forward,
-        (tf.constant(0), begun, _arrays(iterate, segments)),
-        maximum_iterations=segments,
-        parallel_iterations=SERIAL,
-    )
-    stop = method._stop(made)
-
-    def pullback(adjoint: Any) -> tuple[Any, Any]:
-        sweep = _Sweep(method, here, iterate)
-
-        def backward(segment: tf.Tensor, carried: _Adjoint) -> tuple:
-            begin, end = ends(segment, stop)
-            now = _Run(
-                _read(kept, segment, iterate, begin - first), begun.lower_loss, ()
-            )
-            _, trajectory = _make(
-                method, here, now, _arrays(iterate, length), begin, end, length
-            )
-            return segment - 1, sweep.run(trajectory, begin, end, carried)
-
-        _, carried = tf.while_loop(
-            lambda segment, _: segment >= 0,
-            backward,
-            (tf.convert_to_tensor((stop - first - 1) // length), sweep.begin(adjoint)),
-            maximum_iterations=segments,
-            parallel_iterations=SERIAL,
-        )
-        return sweep.response(carried), carried.lower
-
-    return _Loop(made, pullback)
-
-
-def _search(method: Unroll, here: Prepared, iterate: Iterate) -> _Run:
-    """All differentiated steps; nothing is stored but the worst iterate."""
-    first, last = method.first, method.inner.steps
-    begun = _begun(method, here, iterate)
-    return _make(method, here, begun, [], first, last, last - first)[0]
-
-
-def _begun(method: Unroll, here: Prepared, iterate: Iterate) -> _Run:
-    value = tf.zeros([], tf.nest.flatten(iterate.lower)[0].dtype)
-    if method.end == "final":
-        return _Run(iterate, value, ())
-    loss = here.problem.upper_loss(here.upper, iterate.lower, here.batches.upper)
-    lowest = tf.constant(-float("inf"), loss.dtype)
-    return _Run(iterate, value, _Worst(lowest, tf.constant(0), iterate.lower))
-
-
-def _make(
-    method: Unroll,
-    here: Prepared,
-    begun: _Run,
-    kept: list,
-    first: Any,
-    last: Any,
-    most: int,
-) -> tuple[_Run, list]:
-    """Steps first, ..., last - 1; the iterate before each is stored in `kept`, if any
-    arrays are given."""
-
-    def body(t: tf.Tensor, now: _Run, kept: list) -> tuple:
-        if kept:
-            kept = _write(kept, t - first, now.end)
-        after, value = method.inner.advance(
-            here.problem, here.upper, here.batches, now.end, t
-        )
-        worst = now.worst
-        if isinstance(worst, _Worst):
-            worst = worst.against(here, t + 1, after.lower)
-        return t + 1, _Run(after, tf.cast(value, now.lower_loss.dtype), worst), kept
-
-    _, made, kept = tf.while_loop(
-        lambda t, *_: t < last,
-        body,
-        (tf.convert_to_tensor(first), begun, kept),
-        maximum_iterations=most,
-        parallel_iterations=SERIAL,
-    )
-    return made, kept
-
-
-class _Adjoint(NamedTuple):
-    """What the reverse sweep carries: adjoints of y, of the slots and of c."""
-
-    lower: Any
-    slots: list
-    upper: Any
-
-
-class _Sweep:
-    """The reverse sweep over stored iterates, each step's map derived anew."""
-
-    def __init__(self, method: Unroll, here: Prepared, iterate: Iterate):
-        self.method, self.here, self.start = method, here, iterate
-        # Which leaves of c the inner map reaches: known once its step was traced.
-        self._connected: set[int] = set()
-
-    def begin(self, adjoint: Any) -> _Adjoint:
-        return _Adjoint(
-            adjoint,
-            structure.zeros_like(self.start.optimizer.slots),
-            structure.zeros_like(self.here.upper),
-        )
-
-    def run(self, trajectory: list, first: Any, last: Any, start: _Adjoint) -> _Adjoint:
-        """Steps last - 1, ..., first; the trajectory begins at step `first`."""
-
-        def body(t: tf.Tensor, after: _Adjoint) -> tuple:
-            passed = t - self.method.first
-            now = _read(trajectory, t - first, self.start, passed)
-
-            def inner_map(c: Any, y: Any, slots: list) -> tuple[Any, None]:
-                optimizer = now.optimizer._replace(slots=slots)
-                end, _ = self.method.inner.advance(
-                    self.here.problem,
-                    c,
-                    self.here.batches,
-                    Iterate(y, optimizer),
-                    t,
-                    self.method.first_order,
-                )
-                return (end.lower, end.optimizer.slots), None
-
-            _, _, pullback = derivatives.vjp(
-                inner_map, self.here.upper, now.lower, now.optimizer.slots
-            )
-            upper, lower, slots = pullback((after.lower, after.slots))
-            self._connected.update(
-                i for i, e in enumerate(tf.nest.flatten(upper)) if e is not None
-            )
-            return t - 1, _Adjoint(
-                derivatives.fill_zeros(lower, now.lower),
-                derivatives.fill_zeros(slots, now.optimizer.slots),
-                structure.add(
-                    after.upper, derivatives.fill_zeros(upper, self.here.upper)
-                ),
-            )
-
-        _, carried = tf.while_loop(
-            lambda t, _: t >= first,
-            body,
-            (tf.convert_to_tensor(last) - 1, start),
-            maximum_iterations=self.method.differentiated,
-            parallel_iterations=OVERLAPPED,
-        )
-        return carried
-
-    def response(self, carried: _Adjoint) -> Any:
-        return tf.nest.pack_sequence_as(
-            self.here.upper,
-            [
-                entry if index in self._connected else None
-                for index, entry in enumerate(tf.nest.flatten(carried.upper))
-            ],
-        )
-
-
-def _stored(iterate: Iterate) -> list[tf.Tensor]:
-    """What a trajectory keeps of an iterate: the rest follows from the step number."""
-    return tf.nest.flatten((iterate.lower, iterate.optimizer.slots))
-
-
-def _arrays(iterate: Iterate, size: int) -> list[tf.TensorArray]:
-    return [
-        tf.TensorArray(
-            leaf.dtype, size, element_shape=leaf.shape, clear_after_read=False
-        )
-        for leaf in _stored(iterate)
-    ]
-
-
-def _write(arrays: list, index: tf.Tensor, iterate: Iterate) -> list:
-    leaves = _stored(iterate)
-    return [a.write(index, leaf) for a, leaf in zip(arrays, leaves, strict=True)]
-
-
-def _read(arrays: list, index: tf.Tensor, start: Iterate, passed: Any) -> Iterate:
-    """The stored iterate at `index`, `passed` steps after the loop's start."""
-    like = (start.lower, start.optimizer.slots)
-    leaves = [array.read(index) for array in arrays]
-    lower, slots = tf.nest.pack_sequence_as(like, leaves)
-    iteration = start.optimizer.iteration
-    iteration += tf.cast(passed, iteration.dtype)
-    return Iterate(lower, start.optimizer._replace(iteration=iteration, slots=slots))
