@@ -108,7 +108,7 @@ BAD: dict[str, tuple[Callable[[], Any], list[str]]] = {
         lambda: tb.FixedPoint(3, damping=-0.1),
         ["`damping`", "not negative"],
     ),
-    "rate": (lambda: tb.Neumann(3, rate=0.0), ["`rate`", "positive"]),
+    "rate": (lambda: tb.Neumann(3, rate=0.0), ["`rate`", "above 0"]),
     "rate inf": (lambda: tb.FixedPoint(3, rate=float("inf")), ["`rate`"]),
     "auxiliary": (
         lambda: tb.ValueGap(inner(), SGD(0.1), 1.0, auxiliary="new"),
