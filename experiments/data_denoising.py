@@ -65,31 +65,30 @@ METHODS = ("penalty", "approxgrad")
 BASELINES = ("oracle", "val-only", "train+val")
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(experiment.InversionFree):
     """A method's settings on a data set; `None` where it has no such knob."""
 
     epochs: int | None = None
-    inner_steps: int | None = None
-    upper_lr: float | None = None
-    lower_lr: float | None = None
-    weight: float | None = None
-    lower_weight: float | None = None
-    tolerance: float | None = None
-    multiplier: float | None = None
-    solver_lr: float | None = None
-    damping: float | None = None
-    halve_every: int | None = None
 
 
 def penalty(epochs: int, multiplier: float, lower_lr: float = 1e-4) -> Settings:
-    return Settings(epochs, 20, 3.0, lower_lr, 0.01, 0.01, 0.1, multiplier)
-
-
-def approxgrad(epochs: int, lower_lr: float, solver_lr: float, steps: int) -> Settings:
     return Settings(
-        epochs,
-        steps,
+        epochs=epochs,
+        inner_steps=20,
+        upper_lr=3.0,
+        lower_lr=lower_lr,
+        weight=0.01,
+        lower_weight=0.01,
+        tolerance=0.1,
+        multiplier=multiplier,
+    )
+
+
+def approxgrad(epochs: int, lower_lr: float, solver_lr: float) -> Settings:
+    return Settings(
+        epochs=epochs,
+        inner_steps=20,
         upper_lr=1.0,
         lower_lr=lower_lr,
         solver_lr=solver_lr,
@@ -104,11 +103,11 @@ DEFAULTS = {
     ("penalty", "cifar10"): penalty(200, 1e-4),
     ("penalty", "svhn"): penalty(101, 0.0, 1e-5),
     ("penalty", "digits"): penalty(100, 1e-4),
-    ("approxgrad", "mnist-small"): approxgrad(100, 1e-6, 1e-5, 20),
-    ("approxgrad", "mnist"): approxgrad(100, 1e-6, 1e-5, 20),
-    ("approxgrad", "cifar10"): approxgrad(201, 1e-5, 1e-4, 20),
-    ("approxgrad", "svhn"): approxgrad(101, 1e-6, 1e-5, 20),
-    ("approxgrad", "digits"): approxgrad(100, 1e-6, 1e-5, 20),
+    ("approxgrad", "mnist-small"): approxgrad(100, 1e-6, 1e-5),
+    ("approxgrad", "mnist"): approxgrad(100, 1e-6, 1e-5),
+    ("approxgrad", "cifar10"): approxgrad(201, 1e-5, 1e-4),
+    ("approxgrad", "svhn"): approxgrad(101, 1e-6, 1e-5),
+    ("approxgrad", "digits"): approxgrad(100, 1e-6, 1e-5),
 }
 
 
@@ -179,18 +178,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--epochs", type=above(int), help="over the training data; by method")
     add("--seconds", type=above(float), help="of training, after which to stop")
     add("--batch-size", type=above(int), default=200)
-    add("--inner-steps", type=above(int), help="T")
-    add("--upper-lr", type=above(float), help="of the importances")
-    add("--lower-lr", type=above(float))
-    add("--weight", type=above(float), help="penalty: rho at the start")
-    add("--lower-weight", type=float, help="penalty: lambda at the start")
-    add("--tolerance", type=above(float), help="penalty: epsilon at the start")
-    add("--multiplier", type=float, help="penalty: nu at the start")
-    add("--solver-lr", type=above(float), help="approxgrad: on the linear system")
-    add("--damping", type=float, help="approxgrad")
-    add(
-        "--halve-every", type=above(int), help="approxgrad: epochs per halving of rates"
-    )
+    Settings.add_flags(parser, "epochs")
     add("--pretrain-epochs", type=above(int), help="on validation data; by data set")
     add("--pretrain-lr", type=above(float), default=1e-3)
     add("--baseline-epochs", type=above(int), default=100)
@@ -482,35 +470,6 @@ class Renormalise(keras.callbacks.Callback):
             self.logits.assign(renormalised(self.logits.numpy()))
 
 
-def build_method(args: argparse.Namespace, per_epoch: int) -> tb.Method:
-    def adam(rate: Any) -> keras.optimizers.Adam:
-        return keras.optimizers.Adam(rate, epsilon=1e-8)
-
-    if args.method == "penalty":
-        return tb.AugmentedLagrangian(
-            adam(args.lower_lr),
-            args.inner_steps,
-            weight=args.weight,
-            lower_weight=args.lower_weight,
-            tolerance=args.tolerance,
-            tolerance_decay=0.9**0.5,
-            multiplier=args.multiplier,
-        )
-    halving = args.halve_every * per_epoch * args.inner_steps
-    rate = keras.optimizers.schedules.ExponentialDecay(
-        args.lower_lr, halving, 0.5, staircase=True
-    )
-    inner = tb.InnerSolver(adam(rate), args.inner_steps, optimizer_state="carry")
-    solver = tb.GradientSolver(
-        adam(args.solver_lr),
-        args.inner_steps,
-        "residual",
-        tolerance=0.0,
-        damping=args.damping,
-    )
-    return tb.Implicit(inner, solver)
-
-
 def build_model(
     args: argparse.Namespace, net: keras.Model, importances: np.ndarray, per_epoch: int
 ) -> tb.BilevelModel:
@@ -529,14 +488,9 @@ def build_model(
         return tf.reduce_sum(s * losses) / (tf.reduce_sum(s) + 1e-12)
 
     model = tb.BilevelModel(weights, net, upper_loss, lower_loss)
-    rate: Any = args.upper_lr
-    if args.halve_every is not None:
-        rate = keras.optimizers.schedules.ExponentialDecay(
-            rate, args.halve_every * per_epoch, 0.5, staircase=True
-        )
     model.compile(
-        build_method(args, per_epoch),
-        tb.LazyAdam(rate, epsilon=1e-8),
+        Settings.method(args, per_epoch),
+        tb.LazyAdam(Settings.upper_rate(args, per_epoch), epsilon=1e-8),
         jit_compile={"auto": "auto", "on": True, "off": False}[args.jit],
     )
     return model

@@ -19,8 +19,8 @@ is written too, as `best_test_accuracy`.)
 Reproduces the hyper-cleaning tables of Shen and Chen (2023), arXiv:2302.05185, and of
 Liu et al. (2021), arXiv:2110.00455 (iaptt-gm and bda, on the net mlp-linear: two
 layers with nothing between them); every method's and net's published settings are
-its defaults (aid-cg, aid-fp, neumann and bda's mixing weights have none: theirs are
-our choice). The default dataset, `digits`, ships with the
+its defaults (aid-cg, aid-fp, neumann, penalty, approxgrad and bda's mixing weights have
+none: theirs are our choice). The default dataset, `digits`, ships with the
 installed packages and takes about a minute.
 """
 
@@ -53,46 +53,66 @@ from data_prep import images, label_noise
 NETS = ("linear", "mlp", "mlp-linear")
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(experiment.InversionFree):
     """A method's published settings on one net; `None` where it has no such knob."""
 
     outer_steps: int
-    upper_lr: float
-    lower_lr: float | None = None
+    upper_optimizer: str = "sgd"
+    eval_every: int = 10
     inner_lr: float | None = None
-    inner_steps: int | None = None
     last: int | None = None
     gamma_init: float | None = None
     gamma_max: float | None = None
     gamma_steps: int | None = None
     solver_steps: int | None = None
-    upper_optimizer: str = "sgd"
-    eval_every: int = 10
     start_lr: float | None = None
     alpha: float | None = None
     alpha_decay: float | None = None
 
 
 def v_pbgd(lower_lr: float, gamma_max: float, gamma_steps: int, outer: int) -> Settings:
-    return Settings(outer, 0.1, lower_lr, 0.01, 1, None, 0.0, gamma_max, gamma_steps)
+    return Settings(
+        outer_steps=outer,
+        upper_lr=0.1,
+        lower_lr=lower_lr,
+        inner_lr=0.01,
+        inner_steps=1,
+        gamma_init=0.0,
+        gamma_max=gamma_max,
+        gamma_steps=gamma_steps,
+    )
 
 
 def g_pbgd(upper_lr: float, gamma_steps: int, outer: int) -> Settings:
-    return Settings(outer, upper_lr, 0.5, None, None, None, 0.0, 37.0, gamma_steps)
+    return Settings(
+        outer_steps=outer,
+        upper_lr=upper_lr,
+        lower_lr=0.5,
+        gamma_init=0.0,
+        gamma_max=37.0,
+        gamma_steps=gamma_steps,
+    )
 
 
 def rhg(inner_lr: float, last: int) -> Settings:
-    return Settings(100, 0.001, None, inner_lr, 500, last, eval_every=1)
+    return Settings(
+        outer_steps=100,
+        upper_lr=0.001,
+        inner_lr=inner_lr,
+        inner_steps=500,
+        last=last,
+        eval_every=1,
+    )
 
 
-def aid(inner_lr: float, solver_steps: int) -> Settings:
+def aid(inner_lr: float) -> Settings:
     return Settings(
         outer_steps=500,
         upper_lr=0.03,
         inner_lr=inner_lr,
         inner_steps=20,
-        solver_steps=solver_steps,
+        solver_steps=10,
         upper_optimizer="adam",
         eval_every=5,
     )
@@ -110,6 +130,18 @@ def dynamic(**settings: float) -> Settings:
     )
 
 
+def inversion_free(**settings: float) -> Settings:
+    """What penalty and approxgrad share."""
+    return Settings(
+        outer_steps=1000,
+        upper_lr=0.1,
+        lower_lr=1e-3,
+        inner_steps=20,
+        upper_optimizer="adam",
+        **settings,
+    )
+
+
 DEFAULTS = {
     ("v-pbgd", "linear"): v_pbgd(0.1, 0.2, 30_000, 40_000),
     ("v-pbgd", "mlp"): v_pbgd(0.01, 0.1, 10_000, 80_000),
@@ -119,16 +151,22 @@ DEFAULTS = {
     ("rhg", "mlp"): rhg(0.4, 500),
     ("t-rhg", "linear"): rhg(0.1, 100),
     ("t-rhg", "mlp"): rhg(0.4, 100),
-    ("aid-cg", "linear"): aid(0.5, 10),
-    ("aid-cg", "mlp"): aid(0.4, 10),
-    ("aid-fp", "linear"): aid(0.5, 10),
-    ("aid-fp", "mlp"): aid(0.4, 10),
-    ("neumann", "linear"): aid(0.5, 10),
-    ("neumann", "mlp"): aid(0.4, 10),
+    ("aid-cg", "linear"): aid(0.5),
+    ("aid-cg", "mlp"): aid(0.4),
+    ("aid-fp", "linear"): aid(0.5),
+    ("aid-fp", "mlp"): aid(0.4),
+    ("neumann", "linear"): aid(0.5),
+    ("neumann", "mlp"): aid(0.4),
 }
 for _net in NETS:
     DEFAULTS["iaptt-gm", _net] = dynamic(start_lr=0.03)
     DEFAULTS["bda", _net] = dynamic(alpha=0.5, alpha_decay=0.9)
+    DEFAULTS["penalty", _net] = inversion_free(
+        weight=0.01, lower_weight=0.01, tolerance=0.1, multiplier=0.0
+    )
+    DEFAULTS["approxgrad", _net] = inversion_free(
+        solver_lr=1e-2, damping=1e-3, halve_every=500
+    )
 # No published run has both: the settings of the other two-layer net.
 for _method in ("v-pbgd", "g-pbgd", "rhg", "t-rhg", "aid-cg", "aid-fp", "neumann"):
     DEFAULTS[_method, "mlp-linear"] = DEFAULTS[_method, "mlp"]
@@ -153,12 +191,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--test-size", type=above(int), help="default 10000 (digits 1500)")
     add("--selection-size", type=above(int), help="default 5000 (digits 500)")
     add("--outer-steps", type=above(int))
-    add("--inner-steps", type=above(int))
     add("--last", type=above(int), help="t-rhg: inner steps differentiated")
     add("--solver-steps", type=above(int), help="aid-*, neumann: products")
+    Settings.add_flags(parser, "outer steps")
     add("--upper-optimizer", choices=("sgd", "adam"))
-    add("--upper-lr", type=above(float))
-    add("--lower-lr", type=above(float))
     add("--inner-lr", type=above(float))
     add("--start-lr", type=above(float), help="iaptt-gm: rate of the learned start")
     add("--alpha", type=above(float), help="bda: weight of the upper loss")
@@ -206,10 +242,10 @@ def fill_defaults(
         if value is not None and value > 1:
             flag = experiment.flag(name)
             parser.error(f"{flag} must be above 0 and at most 1, got {value}")
-    if args.dynamics != "gd" and args.inner_steps is None:
+    if args.dynamics != "gd" and args.inner_lr is None:
         parser.error(
             f"--dynamics means nothing to --method {args.method}, which makes no "
-            "inner steps: leave it out"
+            "inner steps of gradient descent: leave it out"
         )
     if args.outer_steps % args.eval_every:
         parser.error(
@@ -259,6 +295,8 @@ def build_method(args: argparse.Namespace, network: keras.Model) -> tb.Method:
             **options,
         )
 
+    if args.method in ("penalty", "approxgrad"):
+        return Settings.method(args)
     if args.method in ("v-pbgd", "g-pbgd"):
         gamma_max = max(args.gamma_max, args.gamma_init)
         weight = tb.LinearRamp(args.gamma_init, gamma_max, args.gamma_steps)
@@ -501,7 +539,7 @@ def clean(
     )
     model.compile(
         build_method(args, network),
-        optimizer[args.upper_optimizer](args.upper_lr),
+        optimizer[args.upper_optimizer](Settings.upper_rate(args)),
         jit_compile={"auto": "auto", "on": True, "off": False}[args.jit],
         steps_per_execution=args.eval_every,
         start_optimizer=keras.optimizers.SGD(args.start_lr) if learned else None,

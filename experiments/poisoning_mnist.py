@@ -58,24 +58,24 @@ SOURCE, GOAL = 8, 3
 SCORES = ("clean", "label_flip", "poisoned")
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(experiment.InversionFree):
     """A method's settings; `None` where it has no such knob."""
 
     outer_steps: int | None = None
-    inner_steps: int | None = None
-    upper_lr: float | None = None
-    lower_lr: float | None = None
-    weight: float | None = None
-    lower_weight: float | None = None
-    tolerance: float | None = None
-    solver_lr: float | None = None
-    damping: float | None = None
-    halve_every: int | None = None
 
 
 def penalty(lower_lr: float, lower_weight: float) -> Settings:
-    return Settings(5000, 20, 0.1, lower_lr, 10.0, lower_weight, 1.0)
+    return Settings(
+        outer_steps=5000,
+        inner_steps=20,
+        upper_lr=0.1,
+        lower_lr=lower_lr,
+        weight=10.0,
+        lower_weight=lower_weight,
+        tolerance=1.0,
+        multiplier=0.0,
+    )
 
 
 def approxgrad(upper_lr: float, lower_lr: float, solver_lr: float) -> Settings:
@@ -136,15 +136,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--poisons", type=above(int), nargs="+", default=[60], help="how many images")
     add("--trials", type=above(int), default=1, help="runs, at seeds SEED, SEED + 1..")
     add("--outer-steps", type=above(int))
-    add("--inner-steps", type=above(int), help="T; approxgrad: of its solver too")
-    add("--upper-lr", type=above(float), help="of the poisons")
-    add("--lower-lr", type=above(float))
-    add("--weight", type=above(float), help="penalty: rho at the start")
-    add("--lower-weight", type=float, help="penalty: lambda at the start")
-    add("--tolerance", type=above(float), help="penalty: epsilon at the start")
-    add("--solver-lr", type=above(float), help="approxgrad: on the linear system")
-    add("--damping", type=float, help="approxgrad")
-    add("--halve-every", type=above(int), help="approxgrad: outer steps per halving")
+    Settings.add_flags(parser, "outer steps")
     add("--stay-close", type=float, default=0.0, help="weight of |u - u_0|^2 in f")
     add("--train-steps", type=above(int), default=10_001, help="of W, plain training")
     add("--train-lr", type=above(float), default=1e-3)
@@ -324,33 +316,6 @@ def adam(rate: Any) -> keras.optimizers.Adam:
     return keras.optimizers.Adam(rate, epsilon=1e-8)
 
 
-def build_method(args: argparse.Namespace) -> tb.Method:
-    if args.method == "penalty":
-        return tb.AugmentedLagrangian(
-            adam(args.lower_lr),
-            args.inner_steps,
-            weight=args.weight,
-            lower_weight=args.lower_weight,
-            tolerance=args.tolerance,
-            # The published test compares fourth powers: see data_denoising.py.
-            tolerance_decay=0.9**0.5,
-        )
-    rate = halved(args.lower_lr, args.halve_every * args.inner_steps)
-    solver = tb.GradientSolver(
-        adam(args.solver_lr),
-        args.inner_steps,
-        "residual",
-        tolerance=0.0,
-        damping=args.damping,
-    )
-    inner = tb.InnerSolver(adam(rate), args.inner_steps, optimizer_state="carry")
-    return tb.Implicit(inner, solver)
-
-
-def halved(rate: float, every: int) -> Any:
-    return keras.optimizers.schedules.ExponentialDecay(rate, every, 0.5, staircase=True)
-
-
 def trainer(args: argparse.Namespace, data: Data) -> Callable:
     """(images or None, seed) -> W trained from scratch, on clean data and them."""
     inner = tb.InnerSolver(adam(args.train_lr), args.train_steps)
@@ -436,12 +401,9 @@ def optimise(
     """The images after the last outer step."""
     model = build_model(args, data, seed)
     model.lower.set_weights(clean.get_weights())
-    rate = args.upper_lr
-    if args.halve_every is not None:
-        rate = halved(rate, args.halve_every)
     model.compile(
-        build_method(args),
-        adam(rate),
+        Settings.method(args),
+        adam(Settings.upper_rate(args)),
         jit_compile={"auto": "auto", "on": True, "off": False}[args.jit],
         steps_per_execution=args.eval_every,
     )

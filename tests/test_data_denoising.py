@@ -49,7 +49,7 @@ def test_published_settings_are_the_defaults():
     assert (args.weight, args.lower_weight) == (0.01, 0.01)
     # norm^2 < 0.01 as published: 0.1 for the norm.
     assert args.tolerance == pytest.approx(0.01**0.5)
-    method = denoising.build_method(args, 295)
+    method = denoising.Settings.method(args, 295)
     assert method.tolerance_decay == pytest.approx(0.9**0.5)
     assert (method.growth, method.decay, method.rate_decay) == (1.1, 0.9, 0.9)
     assert not args.augment and args.retrain_threshold == 0
@@ -58,7 +58,7 @@ def test_published_settings_are_the_defaults():
     assert (small.retrain_threshold, small.net, small.noise) == (0.9, "logistic", 0.5)
     other = parse("--dataset", "mnist", "--method", "approxgrad")
     assert (other.upper_lr, other.lower_lr, other.solver_lr) == (1, 1e-6, 1e-5)
-    solver = denoising.build_method(other, 295).solver
+    solver = denoising.Settings.method(other, 295).solver
     assert (solver.max_steps, solver.damping, solver.objective) == (
         20,
         1e-3,

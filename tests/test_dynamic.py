@@ -117,7 +117,10 @@ def test_no_validation_data_where_the_inner_loop_needs_none() -> None:
         ({"truncate_iters": 2, "ll_opt": None}, "`ll_opt` must be given"),
         ({"alpha": -0.1}, "`alpha` must be between 0 and 1"),
         ({"alpha": 1.1}, "`alpha` must be between 0 and 1"),
-        ({"alpha": 0.5, "alpha_decay": 0.0}, "`decay` must be a finite number, above 0"),
+        (
+            {"alpha": 0.5, "alpha_decay": 0.0},
+            "`decay` must be a finite number, above 0",
+        ),
         ({"lower_loop": 0}, "`lower_loop` must be an integer"),
     ],
 )

@@ -230,7 +230,9 @@ def test_combinations_that_exclude_each_other() -> None:
         with pytest.raises(ValueError, match="`alpha` must be above 0"):
             tb.Aggregation(alpha)
     for decay in (0.0, 1.1):
-        with pytest.raises(ValueError, match="`decay` must be a finite number, above 0"):
+        with pytest.raises(
+            ValueError, match="`decay` must be a finite number, above 0"
+        ):
             tb.Aggregation(0.5, decay)
     with pytest.raises(ValueError, match="decays by itself"):
         tb.Aggregation(Harmonic(), 0.9)

@@ -108,7 +108,7 @@ def test_scores_count_eights_read_as_threes():
 def test_published_settings_are_the_defaults():
     args = parse()
     assert (args.outer_steps, args.inner_steps, args.train_steps) == (5000, 20, 10_001)
-    method = poisoning.build_method(args)
+    method = poisoning.Settings.method(args)
     assert (method.weight, method.lower_weight, method.tolerance) == (10, 100, 1)
     assert (args.upper_lr, args.lower_lr, method.multiplier) == (0.1, 1e-3, 0)
     targeted = parse("--attack", "targeted")
@@ -116,7 +116,7 @@ def test_published_settings_are_the_defaults():
     other = parse("--method", "approxgrad")
     assert (other.upper_lr, other.lower_lr, other.solver_lr) == (1e-2, 1e-3, 1e-2)
     assert (other.damping, other.halve_every) == (1e-3, 1000)
-    rate = poisoning.build_method(other).inner.optimizer._learning_rate
+    rate = poisoning.Settings.method(other).inner.optimizer._learning_rate
     assert float(rate(20 * 1000 - 1)) == pytest.approx(1e-3)
     assert float(rate(20 * 1000)) == pytest.approx(5e-4)
 
@@ -220,7 +220,7 @@ def test_projected_images_stay_in_the_box_at_every_step():
     part = file_of(30, 0)
     data = poisoning.Data(part, part, part, None, poisoning.take(part, np.arange(4)))
     model = poisoning.build_model(args, data, seed=1)
-    method = poisoning.build_method(args)
+    method = poisoning.Settings.method(args)
     x = [tf.constant(data.poisons.images)]
     y = [tf.convert_to_tensor(v.value) for v in model.lower.trainable_variables]
     result = tb.minimize(

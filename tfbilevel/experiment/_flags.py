@@ -1,0 +1,101 @@
+"""Flags, and the one-line errors that scripts end with."""
+
+import argparse
+import contextlib
+import dataclasses
+import math
+import pathlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, with exit status 2.
+
+    Flags that every experiment has are there from the start: `--out`, `--resume`,
+    `--seed`.
+    """
+
+    def __init__(self, **keywords: Any):
+        super().__init__(
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            **keywords,
+        )
+        self.add_argument("--out", type=pathlib.Path, required=True, help="folder")
+        self.add_argument(
+            "--resume", action="store_true", help="continue the run in --out"
+        )
+        self.add_argument("--seed", type=int, default=0, help="of everything random")
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: {message} (see --help)", file=sys.stderr)
+        raise SystemExit(2)
+
+    def refuse_meaningless(
+        self, args: argparse.Namespace, published: Sequence[Any], chosen: str
+    ) -> None:
+        """An error for a flag that was given and that none of the settings knows.
+
+        Args:
+            args: the parsed flags, `None` where not given.
+            published: dataclasses of settings, `None` where they have no such knob.
+            chosen: what chose them, such as "--method rhg".
+        """
+        for field in dataclasses.fields(published[0]):
+            unknown = all(getattr(one, field.name) is None for one in published)
+            if getattr(args, field.name) is not None and unknown:
+                self.error(
+                    f"{flag(field.name)} means nothing to {chosen}: leave it out"
+                )
+
+
+def flag(name: str) -> str:
+    """A setting's name as it is written on the command line."""
+    return "--" + name.replace("_", "-")
+
+
+def filled(args: argparse.Namespace, published: Any) -> argparse.Namespace:
+    """The flags, with published settings where none was given.
+
+    Settings that are `None` stay `None`, whatever the flag: they have no such knob.
+    """
+    made = argparse.Namespace(**vars(args))
+    for name, value in dataclasses.asdict(published).items():
+        if value is None or getattr(args, name) is None:
+            setattr(made, name, value)
+    return made
+
+
+def settings(args: argparse.Namespace, *hidden: str) -> dict[str, Any]:
+    """The flags that decide a run's results, by name."""
+    hidden = ("out", "resume", *hidden)
+    return {k: v for k, v in sorted(vars(args).items()) if k not in hidden}
+
+
+@contextlib.contextmanager
+def one_line_errors(script: str) -> Iterator[None]:
+    """What goes wrong before any work is done: one line, exit status 2.
+
+    Args:
+        script: the script's `__file__`.
+    """
+    try:
+        yield
+    except (FileNotFoundError, ValueError) as error:
+        print(f"{pathlib.Path(script).name}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def positive(kind: type) -> Callable[[str], Any]:
+    """An argparse type: a finite number of this kind, above zero."""
+
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not (math.isfinite(value) and value > 0):
+            raise argparse.ArgumentTypeError(f"must be above zero, got {text}")
+        return value
+
+    parse.__name__ = f"positive {kind.__name__}"
+    return parse

@@ -1,0 +1,97 @@
+"""The penalty method and ApproxGrad, as several scripts set them up."""
+
+import argparse
+import dataclasses
+from typing import Any
+
+import keras
+
+from tfbilevel._augmented_lagrangian import AugmentedLagrangian
+from tfbilevel._implicit import Implicit
+from tfbilevel._inner import InnerSolver
+from tfbilevel._linear_solvers import GradientSolver
+from tfbilevel._method import Method
+from tfbilevel.experiment._flags import Parser, positive
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InversionFree:
+    """Settings of `penalty` or `approxgrad` in the experiments of Mehra and Hamm
+    (2021), arXiv:1911.03432; `None` where the method has no such knob.
+
+    Attributes:
+        inner_steps: T; of approxgrad's linear solver too.
+        upper_lr, lower_lr: of Adam at the two levels.
+        weight, lower_weight, tolerance, multiplier: of penalty, at the start.
+        solver_lr, damping: of approxgrad's linear solver.
+        halve_every: approxgrad: when both rates are halved, in a unit of the script's.
+    """
+
+    inner_steps: int | None = None
+    upper_lr: float | None = None
+    lower_lr: float | None = None
+    weight: float | None = None
+    lower_weight: float | None = None
+    tolerance: float | None = None
+    multiplier: float | None = None
+    solver_lr: float | None = None
+    damping: float | None = None
+    halve_every: int | None = None
+
+    @staticmethod
+    def add_flags(parser: Parser, unit: str) -> None:
+        """A flag for every setting; `unit` is that of --halve-every."""
+        add = parser.add_argument
+        add("--inner-steps", type=positive(int), help="T; approxgrad: solver steps too")
+        add("--upper-lr", type=positive(float))
+        add("--lower-lr", type=positive(float))
+        add("--weight", type=positive(float), help="penalty: rho at the start")
+        add("--lower-weight", type=float, help="penalty: lambda at the start")
+        add("--tolerance", type=positive(float), help="penalty: epsilon at the start")
+        add("--multiplier", type=float, help="penalty: nu at the start")
+        add("--solver-lr", type=positive(float), help="approxgrad: on its system")
+        add("--damping", type=float, help="approxgrad")
+        add("--halve-every", type=positive(int), help=f"approxgrad: {unit} per halving")
+
+    @staticmethod
+    def method(args: argparse.Namespace, unit: int = 1) -> Method:
+        """The method that the flags describe; `unit` in outer steps."""
+        if args.solver_lr is None:
+            return AugmentedLagrangian(
+                adam(args.lower_lr),
+                args.inner_steps,
+                weight=args.weight,
+                lower_weight=args.lower_weight,
+                tolerance=args.tolerance,
+                multiplier=args.multiplier,
+                # The published test squares norms that are squared already: its
+                # factor 0.9 is the root of 0.9 for the norm, as its tolerances are.
+                tolerance_decay=0.9**0.5,
+            )
+        rate = halved(args.lower_lr, args.halve_every, unit * args.inner_steps)
+        solver = GradientSolver(
+            adam(args.solver_lr),
+            args.inner_steps,
+            "residual",
+            tolerance=0.0,
+            damping=args.damping,
+        )
+        inner = InnerSolver(adam(rate), args.inner_steps, optimizer_state="carry")
+        return Implicit(inner, solver)
+
+    @staticmethod
+    def upper_rate(args: argparse.Namespace, unit: int = 1) -> Any:
+        """The rate of the upper optimizer, which approxgrad halves as well."""
+        return halved(args.upper_lr, args.halve_every, unit)
+
+
+def adam(rate: Any) -> keras.optimizers.Adam:
+    return keras.optimizers.Adam(rate, epsilon=1e-8)
+
+
+def halved(rate: float, every: int | None, unit: int) -> Any:
+    if every is None:
+        return rate
+    return keras.optimizers.schedules.ExponentialDecay(
+        rate, every * unit, 0.5, staircase=True
+    )

@@ -1,0 +1,125 @@
+"""One run's folder."""
+
+import csv
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+from collections.abc import Mapping
+from typing import Any
+
+from tfbilevel._version import __version__
+
+
+class Run:
+    """One run's folder.
+
+    Args:
+        out: the folder; it must be new or empty, or hold the run to resume.
+        config: every setting, JSON-serialisable.
+        resume: continue: `config` must equal the stored one.
+
+    Raises:
+        ValueError: if the folder is in use, there is nothing to resume, or the
+            settings differ from the run's.
+    """
+
+    def __init__(self, out: pathlib.Path, config: Mapping[str, Any], resume: bool):
+        self.out = pathlib.Path(out)
+        self._metrics = self.out / "metrics.csv"
+        settings = json.loads(json.dumps(dict(config), default=str))
+        stored = self.out / "config.json"
+        if resume:
+            if not stored.exists():
+                raise ValueError(
+                    "--resume needs a folder with a run in it. Start without "
+                    f"--resume. Received: --out {self.out}"
+                )
+            before = json.loads(stored.read_text())["settings"]
+            changed = sorted(
+                key
+                for key in {*before, *settings}
+                if before.get(key) != settings.get(key)
+            )
+            if changed:
+                raise ValueError(
+                    "--resume needs the settings of the run it continues. Repeat "
+                    "its flags or start in a new folder. Received: other "
+                    f"{', '.join(changed)}"
+                )
+        else:
+            if self.out.exists() and any(self.out.iterdir()):
+                raise ValueError(
+                    "--out must be a new or empty folder. Name another one or pass "
+                    f"--resume. Received: --out {self.out}"
+                )
+            self.out.mkdir(parents=True, exist_ok=True)
+            write_json(stored, {"settings": settings, "versions": _versions()})
+
+    def rows(self) -> list[dict[str, str]]:
+        """The rows of `metrics.csv` so far."""
+        if not self._metrics.exists():
+            return []
+        with self._metrics.open(newline="") as file:
+            return list(csv.DictReader(file))
+
+    def column(self, name: str) -> list[float]:
+        """One column of `metrics.csv` as numbers."""
+        return [float(row[name]) for row in self.rows()]
+
+    def log(self, values: Mapping[str, Any]) -> None:
+        """Append a row; the first one decides the columns."""
+        columns, new = list(values), True
+        if self._metrics.exists():
+            new = False
+            with self._metrics.open(newline="") as file:
+                columns = next(csv.reader(file))
+        with self._metrics.open("a", newline="") as file:
+            # An unknown column is an error before anything is written.
+            writer = csv.DictWriter(file, fieldnames=columns)
+            if new:
+                writer.writeheader()
+            writer.writerow(values)
+
+    def rewind(self, step: int) -> float:
+        """Drop the rows after `step` and return the seconds of the last one kept."""
+        kept = [row for row in self.rows() if int(row["step"]) <= step]
+        if self._metrics.exists():
+            partial = self._metrics.with_suffix(".partial")
+            with partial.open("w", newline="") as file:
+                if kept:
+                    writer = csv.DictWriter(file, fieldnames=list(kept[0]))
+                    writer.writeheader()
+                    writer.writerows(kept)
+            if kept:
+                os.replace(partial, self._metrics)
+            else:
+                partial.unlink()
+                self._metrics.unlink()
+        return float(kept[-1]["seconds"]) if kept else 0.0
+
+    def summarise(self, values: Mapping[str, Any]) -> None:
+        """Write `summary.json`."""
+        write_json(self.out / "summary.json", values)
+
+    def summary(self) -> dict[str, Any] | None:
+        """What `summarise` wrote; `None` if the run is not complete."""
+        path = self.out / "summary.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+
+def write_json(path: pathlib.Path, values: Mapping[str, Any]) -> None:
+    """Write JSON so that the file is either whole or as before."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(dict(values), indent=2, default=float) + "\n")
+    os.replace(partial, path)
+
+
+def _versions() -> dict[str, str]:
+    names = ("tensorflow", "keras", "numpy")
+    return {
+        "tfbilevel": __version__,
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in names},
+    }
