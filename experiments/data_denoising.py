@@ -555,13 +555,15 @@ def denoise(args: argparse.Namespace, run: experiment.Run, data: Data) -> dict:
     if backup.exists():
         model.load_weights(str(backup))  # its step decides which batches are next
     steps = args.epochs * per_epoch
+    # What a kill can cost: an epoch, or part of a long one.
+    saved = max(d for d in range(1, 61) if per_epoch % d == 0)
     model.fit(
         batches(args, data, model.outer_step),
-        steps_per_epoch=per_epoch,
-        epochs=args.epochs,
+        steps_per_epoch=saved,
+        epochs=steps // saved,
         callbacks=[
             Renormalise(model.upper.logits, per_epoch),
-            experiment.Backup(run.out / "backup", per_epoch),
+            experiment.Backup(run.out / "backup", saved),
             experiment.Evaluate(
                 run, measure(args, model, data), per_epoch, steps, args.seconds
             ),

@@ -353,6 +353,32 @@ def test_the_schedule_survives_saving(tmp_path):
     assert history["weight"][0] == pytest.approx(mean, rel=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["cold", "drawn", "lower_start"])
+def test_every_outer_step_may_start_anew(kind):
+    """Multipliers and slots go on; y starts where it is told to."""
+    starts = {"cold": [-1.0, -1.0], "drawn": [5.0, 6.0], "lower_start": [4.0, 1.0]}
+    options = {
+        "cold": {"start": "cold"},
+        "drawn": {"start": lambda step: 5.0 + tf.cast(step, tf.float64)},
+        "lower_start": {},
+    }[kind]
+    problem = tb.Problem(
+        line().upper_loss,
+        line().lower_loss,
+        lower_start=(lambda x: 2.0 * x) if kind == "lower_start" else None,
+    )
+    method = tb.AugmentedLagrangian(SGD(0.1), 1, multiplier=0.3, **options)
+    y = tf.constant(-1.0, tf.float64)
+    state = method.init(problem, tf.constant(2.0, tf.float64), y)
+    for x, start in zip((2.0, 0.5), starts[kind], strict=True):
+        step = method.step(problem, tf.constant(x, tf.float64), y, NOTHING, state)
+        w = float(state["multiplier"]) + float(state["weight"]) * (start - x)
+        along = (start - 1) + w + float(state["lower_weight"]) * (start - x)
+        assert float(step.lower) == pytest.approx(start - 0.1 * along)
+        y, state = step.lower, step.state
+    assert int(state["inner"]["optimizer"].iteration) == 2
+
+
 @pytest.mark.parametrize(
     "argument, value",
     [
