@@ -37,7 +37,7 @@ def draw_images(
     for place, image in enumerate(images):
         axes = grid.flat[place]
         axes.imshow(np.squeeze(image), cmap="gray", vmin=0, vmax=1)
-        colour = "tab:red" if red and red[place] else "black"
+        colour = "tab:red" if len(red) and red[place] else "black"
         axes.set_title(captions[place], fontsize=7, color=colour)
     figure.suptitle(title)
     figure.tight_layout()

@@ -1,0 +1,37 @@
+"""Pages of images."""
+
+import numpy as np
+import pytest
+from matplotlib import image
+
+from tfbilevel import experiment
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (8, 8, 1), (8, 8, 3)])
+@pytest.mark.parametrize("kind", [list, np.asarray])
+def test_a_page_holds_every_image(shape, kind, tmp_path):
+    """Five white images in rows of three: as many white pixels as five of one."""
+    whites = []
+    for count in (1, 5):
+        path = tmp_path / f"{count}.png"
+        experiment.draw_images(
+            path,
+            np.zeros((count, *shape)),
+            ["x"] * count,
+            "title",
+            red=kind([False] * count),
+            columns=3,
+        )
+        page = image.imread(path)[..., :3]
+        whites.append((page.max(axis=2) < 0.01).mean() * page.size)
+    assert whites[1] > 4 * whites[0] > 0
+
+
+def test_captions_in_red(tmp_path):
+    pixels = np.ones((2, 4, 4))
+    for name, red in (("none", ()), ("one", [True, False])):
+        path = tmp_path / f"{name}.png"
+        experiment.draw_images(path, pixels, ["label", "label"], "title", red)
+        page = image.imread(path)[..., :3]
+        reddish = (page[..., 0] > 0.7) & (page[..., 1] < 0.4)
+        assert reddish.any() == (name == "one")
