@@ -42,6 +42,18 @@ def load_training_file(dataset: str, data_dir: pathlib.Path | None = None) -> Pa
 
 def load_file(dataset: str, split: str, data_dir: pathlib.Path | None = None) -> Part:
     """All images of a published file, "train" or "test", as `load_training_file`."""
+    data, _ = load_named(dataset, split, data_dir)
+    return Part(data["image"], data["label"])
+
+
+def load_named(
+    dataset: str, split: str, data_dir: pathlib.Path | None = None
+) -> tuple[dict[str, np.ndarray], dict[str, list[str]]]:
+    """All features of a published file as arrays, and the names of their labels.
+
+    Raises:
+        FileNotFoundError: if the prepared dataset is not there.
+    """
     logging.getLogger("absl").setLevel(logging.ERROR)
     import tensorflow_datasets as tfds
 
@@ -58,7 +70,12 @@ def load_file(dataset: str, split: str, data_dir: pathlib.Path | None = None) ->
             "or TFDS_DATA_DIR at a folder that holds it, or prepare it once with "
             f"python -c \"import tensorflow_datasets as tfds; tfds.load('{dataset}')\""
         ) from error
-    return Part(data["image"].numpy(), data["label"].numpy())
+    names = {
+        key: feature.names
+        for key, feature in builder.info.features.items()
+        if isinstance(feature, tfds.features.ClassLabel)
+    }
+    return {key: value.numpy() for key, value in data.items()}, names
 
 
 def in_published_order(data: Part, split: str) -> Part:

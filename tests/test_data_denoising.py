@@ -11,6 +11,7 @@ import pytest
 import scipy.io
 import tensorflow as tf
 from experiment_scripts import load_experiment
+from published_files import prepare_with_tfds
 
 import tfbilevel as tb
 from data_prep import images, svhn
@@ -309,8 +310,6 @@ def test_svhn_from_its_published_files(svhn_file, tmp_path):
 
 def test_cifar10_from_its_published_files(tmp_path):
     """The binary version, read by tensorflow-datasets' own builder."""
-    import tensorflow_datasets as tfds
-
     binary = tmp_path / "cifar" / "cifar-10-batches-bin"
     binary.mkdir(parents=True)
     generator = np.random.default_rng(0)
@@ -323,24 +322,9 @@ def test_cifar10_from_its_published_files(tmp_path):
 
     batches = [write(f"data_batch_{n}.bin", 25) for n in range(1, 6)]
     write("test_batch.bin", 30)
-    (binary / "batches.meta.txt").write_text("\n".join(
-        "airplane automobile bird cat deer dog frog horse ship truck".split()
-    ))  # fmt: skip
-    builder = tfds.builder("cifar10", data_dir=str(tmp_path / "tfds"))
-    fetched = mock.patch.object(
-        tfds.download.DownloadManager,
-        "download_and_extract",
-        lambda self, url: str(tmp_path / "cifar"),
-    )
-    with (
-        fetched,
-        mock.patch.object(
-            tfds.download.DownloadManager, "download", lambda self, url: str(binary)
-        ),
-    ):
-        builder.download_and_prepare(
-            download_config=tfds.download.DownloadConfig(try_download_gcs=False)
-        )
+    names = "airplane automobile bird cat deer dog frog horse ship truck"
+    (binary / "batches.meta.txt").write_text("\n".join(names.split()))
+    prepare_with_tfds("cifar10", tmp_path / "cifar", tmp_path / "tfds")
     flags = ["--dataset", "cifar10", "--data-dir", str(tmp_path / "tfds"), *SMALL]
     flags += [*EPOCHS, "--out", str(tmp_path / "run")]
     flags[flags.index("--epochs") + 1] = "1"

@@ -1,0 +1,134 @@
+"""Images of many classes, for few-shot tasks: what every such data set becomes."""
+
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+SPLITS = ("train", "validation", "test")
+
+
+class Classes(NamedTuple):
+    """Images class after class.
+
+    Attributes:
+        images: uint8 [n, height, width, channels].
+        starts: int64 [classes + 1]: class c has the images starts[c]:starts[c + 1].
+        names: one per class, no two equal.
+    """
+
+    images: np.ndarray
+    starts: np.ndarray
+    names: tuple[str, ...]
+
+    def of(self, number: int) -> np.ndarray:
+        """The images of one class."""
+        return self.images[self.starts[number] : self.starts[number + 1]]
+
+
+def grouped(
+    images: np.ndarray, labels: np.ndarray, names: Sequence[str] | None = None
+) -> Classes:
+    """Images in any order, sorted by their labels.
+
+    Args:
+        images: uint8 [n, height, width, channels].
+        labels: integers [n]; those that occur become classes, in ascending order.
+        names: label -> name; `None`: the numbers.
+
+    Raises:
+        ValueError: if there is not one label for every image.
+    """
+    if len(images) != len(labels) or not len(images):
+        raise ValueError(
+            f"there must be a label for every image, got {len(labels)} for "
+            f"{len(images)} images"
+        )
+    order = np.argsort(labels, kind="stable")
+    present, counts = np.unique(labels, return_counts=True)
+    chosen = [str(label) if names is None else names[label] for label in present]
+    starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    return Classes(images[order], starts, tuple(chosen))
+
+
+def select(classes: Classes, numbers: Sequence[int]) -> Classes:
+    """Some classes, in the order given."""
+    parts = [classes.of(number) for number in numbers]
+    starts = np.concatenate([[0], np.cumsum([len(part) for part in parts])])
+    images = np.concatenate(parts) if parts else classes.images[:0]
+    names = tuple(classes.names[number] for number in numbers)
+    return Classes(images, starts.astype(np.int64), names)
+
+
+def joined(parts: Sequence[Classes]) -> Classes:
+    """All classes of several collections."""
+    sizes = np.concatenate([np.diff(part.starts) for part in parts])
+    starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+    names = tuple(name for part in parts for name in part.names)
+    return Classes(np.concatenate([part.images for part in parts]), starts, names)
+
+
+def with_rotations(classes: Classes) -> Classes:
+    """Four classes of each: its images turned by 0, 90, 180 and 270 degrees."""
+    turned = []
+    for turn in range(4):
+        names = tuple(f"{name}, {90 * turn} degrees" for name in classes.names)
+        images = np.rot90(classes.images, turn, axes=(1, 2))
+        turned.append(Classes(images, classes.starts, names))
+    count = len(classes.names)
+    order = [turn * count + number for number in range(count) for turn in range(4)]
+    return select(joined(turned), order)
+
+
+def require_apart(splits: dict[str, Classes]) -> dict[str, Classes]:
+    """The splits, or an error if a class is in two of them."""
+    seen: dict[str, str] = {}
+    for split, classes in splits.items():
+        for name in classes.names:
+            if name in seen:
+                raise ValueError(
+                    f"the splits must share no class, but {name} is in {seen[name]} "
+                    f"and in {split}"
+                )
+            seen[name] = split
+    return splits
+
+
+def save(path: pathlib.Path, splits: dict[str, Classes]) -> None:
+    """Write all splits to one .npz, whole or not at all."""
+    arrays: dict[str, np.ndarray] = {}
+    for split, classes in require_apart(splits).items():
+        arrays[f"{split}_images"] = classes.images
+        arrays[f"{split}_starts"] = classes.starts
+        arrays[f"{split}_names"] = np.array(classes.names)
+    partial = path.with_name(path.name + ".partial.npz")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(partial, **arrays)
+    os.replace(partial, path)
+
+
+def load(path: pathlib.Path) -> dict[str, Classes]:
+    """The splits that `save` wrote.
+
+    Raises:
+        FileNotFoundError: if the file is not there.
+        ValueError: if it is another file.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist. Make it with data_prep")
+    try:
+        with np.load(path) as file:
+            return {
+                split: Classes(
+                    file[f"{split}_images"],
+                    file[f"{split}_starts"],
+                    tuple(map(str, file[f"{split}_names"])),
+                )
+                for split in SPLITS
+            }
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{path} is not a file of classes that data_prep made ({error})"
+        ) from None

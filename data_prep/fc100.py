@@ -1,0 +1,69 @@
+"""FC100 and CIFAR-FS: two few-shot splits of CIFAR-100, by tensorflow-datasets.
+
+FC100 (Oreshkin et al. 2018) keeps whole super-classes together: 60, 20 and 20 classes.
+CIFAR-FS (Bertinetto et al. 2019) mixes them: 64, 16 and 20. Every class has 600 images,
+those of the training and of the test file.
+"""
+
+import pathlib
+
+import numpy as np
+
+from data_prep.classes import Classes, grouped, require_apart, select
+from data_prep.images import load_named
+
+# Super-classes; the other twelve are for training.
+FC100 = {
+    "validation": (
+        "large_carnivores",
+        "large_omnivores_and_herbivores",
+        "non-insect_invertebrates",
+        "small_mammals",
+    ),
+    "test": ("aquatic_mammals", "insects", "medium_mammals", "people"),
+}
+# Classes; the other 64 are for training.
+CIFAR_FS = {
+    "validation": (
+        "beaver otter flatfish shark lamp television beetle butterfly sea camel cattle "
+        "crab crocodile maple_tree motorcycle tractor"
+    ).split(),
+    "test": (
+        "whale poppy rose sweet_pepper telephone bed table wardrobe leopard plain "
+        "chimpanzee fox snail worm baby man woman bicycle pickup_truck rocket"
+    ).split(),
+}
+
+
+def load(split: str, data_dir: pathlib.Path | None = None) -> dict[str, Classes]:
+    """The three splits of "fc100" or "cifar_fs", uint8 32 x 32 x 3.
+
+    Raises:
+        FileNotFoundError: if CIFAR-100 is not prepared.
+    """
+    names: dict[str, list[str]] = {}
+    parts = []
+    for file in ("train", "test"):
+        data, names = load_named("cifar100", file, data_dir)
+        parts.append(data)
+    images, fine, coarse = (
+        np.concatenate([part[key] for part in parts])
+        for key in ("image", "label", "coarse_label")
+    )
+    classes = grouped(images, fine, names["label"])
+    above = {
+        names["label"][label]: names["coarse_label"][group]
+        for label, group in zip(fine.tolist(), coarse.tolist(), strict=True)
+    }
+    return divide(classes, above, split)
+
+
+def divide(classes: Classes, above: dict[str, str], split: str) -> dict[str, Classes]:
+    """The splits, from all classes and the super-class of each."""
+    wanted = {"fc100": FC100, "cifar_fs": CIFAR_FS}[split]
+    found: dict[str, list[int]] = {"train": [], "validation": [], "test": []}
+    for number, name in enumerate(classes.names):
+        key = above[name] if split == "fc100" else name
+        place = next((s for s, keys in wanted.items() if key in keys), "train")
+        found[place].append(number)
+    return require_apart({s: select(classes, some) for s, some in found.items()})

@@ -1,0 +1,116 @@
+"""Omniglot's characters as classes, 28 x 28, read through tensorflow-datasets.
+
+    python data_prep/omniglot.py --data-dir FOLDER --out omniglot.npz
+
+1,623 characters, 20 drawings each, strokes bright. `--split vinyals`: the published
+one, 1,028 / 172 / 423 characters: five alphabets of the background set for validation,
+the last 423 characters of the evaluation set for testing. `--split sorted`: all
+characters sorted by name, the first 1,200 for training (the last 100 of them for
+validation) and 423 for testing. Rotations become classes of their own when tasks are
+drawn.
+"""
+
+import argparse
+import pathlib
+import sys
+
+import numpy as np
+import tensorflow as tf
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+from data_prep.classes import Classes, grouped, joined, require_apart, save, select
+from data_prep.images import load_named
+from tfbilevel import experiment
+
+SIDE = 28
+RULES = ("vinyals", "sorted")
+VALIDATION = ("Armenian", "Bengali", "Early_Aramaic", "Hebrew", "Mkhedruli_(Georgian)")
+TEST_COUNT, SORTED_VALIDATION = 423, 100
+
+
+def load(
+    data_dir: pathlib.Path | None = None, rule: str = "vinyals"
+) -> dict[str, Classes]:
+    """The three splits, uint8 [n, 28, 28, 1].
+
+    Raises:
+        FileNotFoundError: if the prepared dataset is not there.
+        ValueError: for an unknown rule.
+    """
+    if rule not in RULES:
+        raise ValueError(f"`rule` must be one of {RULES}. Received: rule={rule!r}")
+    background, evaluation = (characters(file, data_dir) for file in ("train", "test"))
+    return divide(background, evaluation, rule)
+
+
+def characters(file: str, data_dir: pathlib.Path | None) -> Classes:
+    """One of the two published sets: names are alphabet/number, sorted."""
+    data, names = load_named("omniglot", file, data_dir)
+    numbers = data["alphabet"].astype(int) * 1000 + data["alphabet_char_id"]
+    labels = {
+        int(number): f"{names['alphabet'][number // 1000]}/{number % 1000:02d}"
+        for number in np.unique(numbers)
+    }
+    made = grouped(shrunk(data["image"]), numbers, labels)
+    return select(made, np.argsort(made.names).tolist())
+
+
+def shrunk(images: np.ndarray) -> np.ndarray:
+    """105 x 105 ink on paper to 28 x 28 light on dark, a thousand at a time."""
+    parts = []
+    for start in range(0, len(images), 1000):
+        grey = tf.cast(images[start : start + 1000, :, :, :1], tf.float32)
+        small = tf.image.resize(grey, [SIDE, SIDE], "area")
+        parts.append(tf.cast(tf.round(255 - small), tf.uint8).numpy())
+    return np.concatenate(parts)
+
+
+def divide(background: Classes, evaluation: Classes, rule: str) -> dict[str, Classes]:
+    """The splits, from the two published sets, each sorted by name."""
+    if rule == "sorted":
+        every = joined([background, evaluation])
+        order = np.argsort(every.names).tolist()
+        train, test = order[:-TEST_COUNT], order[-TEST_COUNT:]
+        cut = len(train) - SORTED_VALIDATION
+        places = {"train": train[:cut], "validation": train[cut:], "test": test}
+        splits = {split: select(every, some) for split, some in places.items()}
+        return require_apart(splits)
+    held = [
+        number
+        for number, name in enumerate(background.names)
+        if name.rpartition("/")[0] in VALIDATION
+    ]
+    rest = sorted(set(range(len(background.names))) - set(held))
+    last = len(evaluation.names) - TEST_COUNT
+    return require_apart(
+        {
+            "train": joined(
+                [select(background, rest), select(evaluation, range(last))]
+            ),
+            "validation": select(background, held),
+            "test": select(evaluation, range(last, len(evaluation.names))),
+        }
+    )
+
+
+def main(argv: list[str] | None = None) -> dict[str, int]:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data-dir", type=pathlib.Path, help="tensorflow-datasets")
+    parser.add_argument("--out", type=pathlib.Path, required=True)
+    parser.add_argument("--split", choices=RULES, default="vinyals")
+    args = parser.parse_args(argv)
+    with experiment.one_line_errors(__file__):
+        splits = load(args.data_dir, args.split)
+        save(args.out, splits)
+    counts = {split: len(classes.names) for split, classes in splits.items()}
+    sizes = ", ".join(f"{split} {count:,}" for split, count in counts.items())
+    print(f"{args.out}: {sizes} characters, {SIDE} x {SIDE}, uint8")
+    return counts
+
+
+if __name__ == "__main__":
+    main()
