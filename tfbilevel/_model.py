@@ -472,7 +472,7 @@ class BilevelModel(keras.Model):
 
     def _use_compilation(self, xla: bool) -> None:
         self._progress.compilation.assign(XLA if xla else GRAPH)
-        if self.jit_compile != xla or self.train_function is not None:
+        if self.jit_compile != xla:
             self.jit_compile = xla
             self.make_train_function(force=True)
 
