@@ -289,25 +289,6 @@ class Minibatches:
 # The problem.
 
 
-@tf.custom_gradient
-def half_mean_squares(coefficients: tf.Tensor, kernel: tf.Tensor) -> Any:
-    """1/2 * mean over d and c of coefficients_d kernel_dc^2.
-
-    On minibatches most of a step is passes over the 10 MB of weights. Automatic
-    differentiation makes about ten of them for this gradient; written out it is one.
-    """
-    share = 1.0 / tf.cast(tf.size(kernel), kernel.dtype)
-    norms = tf.raw_ops.EuclideanNorm(input=kernel, axis=[1])
-    value = 0.5 * share * tf.reduce_sum(coefficients * norms * norms)
-
-    def gradient(upstream: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        squares = tf.reduce_sum(kernel * kernel, axis=1)
-        share_of_each = upstream * share * coefficients
-        return 0.5 * upstream * share * squares, share_of_each[:, None] * kernel
-
-    return value, gradient
-
-
 def logits_of(classifier: keras.layers.Dense, features: Any) -> tf.Tensor:
     kernel = tf.convert_to_tensor(classifier.kernel)
     return tf.sparse.sparse_dense_matmul(features, kernel)
@@ -320,7 +301,7 @@ def cross_entropy(classifier: keras.layers.Dense, batch: tuple) -> tf.Tensor:
 
 
 def penalty(upper: tb.FeaturePenalties, lower: keras.layers.Dense) -> tf.Tensor:
-    return half_mean_squares(upper.coefficients, tf.convert_to_tensor(lower.kernel))
+    return upper(lower.kernel) / tf.cast(tf.size(lower.kernel), tf.float32)
 
 
 def upper_loss(upper: Any, lower: keras.layers.Dense, batch: tuple) -> tf.Tensor:

@@ -43,6 +43,33 @@ def test_feature_penalties_are_half_the_weighted_squares(shape):
     np.testing.assert_allclose(penalties.coefficients, np.exp(LOGITS), rtol=1e-6)
 
 
+@pytest.mark.parametrize("jit", [False, True])
+def test_feature_penalties_have_both_derivatives(jit):
+    """Gradient and Hessian-vector product, written out in NumPy."""
+    generator = np.random.default_rng(1)
+    kernel, v = generator.normal(size=(2, 4, 3)).astype("float32")
+    penalties = filled(tb.FeaturePenalties(4))
+    penalty = tb.functional(penalties)
+
+    @tf.function(jit_compile=jit, autograph=False)
+    def derivatives(x, y, v):
+        with tf.GradientTape() as outer:
+            outer.watch((x, y))
+            with tf.GradientTape() as inner:
+                inner.watch((x, y))
+                value = 3.0 * penalty([x], y)
+            first = inner.gradient(value, (x, y))
+            along = tf.reduce_sum(first[1] * v)
+        return first, outer.gradient(along, (x, y))
+
+    (d_x, d_y), (mixed, curved) = derivatives(*map(tf.constant, (LOGITS, kernel, v)))
+    c = 3 * np.exp(LOGITS)
+    np.testing.assert_allclose(d_x, 0.5 * c * (kernel**2).sum(1), rtol=1e-5)
+    np.testing.assert_allclose(d_y, c[:, None] * kernel, rtol=1e-5)
+    np.testing.assert_allclose(curved, c[:, None] * v, rtol=1e-5)
+    np.testing.assert_allclose(mixed, c * (kernel * v).sum(1), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", [tb.ExampleWeights, tb.FeaturePenalties])
 def test_layers_survive_their_configuration(kind):
     layer = kind(4, activation="softplus", name="mine")
