@@ -301,7 +301,8 @@ def cross_entropy(classifier: keras.layers.Dense, batch: tuple) -> tf.Tensor:
 
 
 def penalty(upper: tb.FeaturePenalties, lower: keras.layers.Dense) -> tf.Tensor:
-    return upper(lower.kernel) / tf.cast(tf.size(lower.kernel), tf.float32)
+    kernel = tf.convert_to_tensor(lower.kernel)
+    return upper(kernel) / tf.cast(tf.size(kernel), kernel.dtype)
 
 
 def upper_loss(upper: Any, lower: keras.layers.Dense, batch: tuple) -> tf.Tensor:
