@@ -2,8 +2,8 @@
 
 import os
 import pathlib
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -29,7 +29,9 @@ class Classes(NamedTuple):
 
 
 def grouped(
-    images: np.ndarray, labels: np.ndarray, names: Sequence[str] | None = None
+    images: np.ndarray,
+    labels: np.ndarray,
+    names: Sequence[str] | Mapping[int, str] | None = None,
 ) -> Classes:
     """Images in any order, sorted by their labels.
 
@@ -48,7 +50,7 @@ def grouped(
         )
     order = np.argsort(labels, kind="stable")
     present, counts = np.unique(labels, return_counts=True)
-    chosen = [str(label) if names is None else names[label] for label in present]
+    chosen = [str(label if names is None else names[int(label)]) for label in present]
     starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
     return Classes(images[order], starts, tuple(chosen))
 
@@ -98,7 +100,7 @@ def require_apart(splits: dict[str, Classes]) -> dict[str, Classes]:
 
 def save(path: pathlib.Path, splits: dict[str, Classes]) -> None:
     """Write all splits to one .npz, whole or not at all."""
-    arrays: dict[str, np.ndarray] = {}
+    arrays: dict[str, Any] = {}
     for split, classes in require_apart(splits).items():
         arrays[f"{split}_images"] = classes.images
         arrays[f"{split}_starts"] = classes.starts
