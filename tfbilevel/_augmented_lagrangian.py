@@ -237,9 +237,9 @@ class AugmentedLagrangian(Method):
         dtype = state["weight"].dtype
         size = self._dot(along_y, along_y)
         size += tf.cast(self._dot(along_x, along_x), dtype)
-        share = tf.where(tf.math.is_inf(state["mean"]), 0.0, self.smoothing)
-        share = tf.cast(share, dtype)
-        mean = tf.math.multiply_no_nan(state["mean"], share) + (1 - share) * size
+        past = tf.where(tf.math.is_inf(state["mean"]), 0.0, self.smoothing)
+        past = tf.cast(past, dtype)
+        mean = tf.math.multiply_no_nan(state["mean"], past) + (1 - past) * size
         near = mean < state["tolerance"] ** 2
         raised = structure.add_scaled(state["multiplier"], state["weight"], gradient)
         factors = (self.growth, self.decay, self.tolerance_decay, self.rate_decay)

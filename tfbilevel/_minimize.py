@@ -1,6 +1,6 @@
 """The outer loop for plain tensors, compiled whole."""
 
-import functools
+import collections
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -73,9 +73,9 @@ def minimize(
         x <- P( x - upper_optimizer(hypergradient) ),    `steps` times
 
     For toys, tests and full-batch problems; `BilevelModel.fit` is for networks.
-    Traced once, all outer steps run in one call; called again with the same objects
-    (and the last result's variables and `state`) it is not traced again. Memory: one
-    step's, plus the trace.
+    Traced once, all outer steps run in one call; going on with the same objects, and
+    the last result's variables and `state`, is not traced again. Memory: one step's,
+    plus the trace.
 
     Many starts run as one problem when losses are sums over a leading axis that all
     variables share: gradients do not mix. `stop` may then return one bool per
@@ -129,19 +129,9 @@ def minimize(
             f"Received: jit_compile=True, batches={batches!r}"
         )
     source, data = _batch_source(batches, steps)
-    make = _compile if isinstance(batches, tf.data.Dataset) else _compile_once
     options = repr(upper_optimizer.get_config())
-    rule, run = make(
-        problem,
-        method,
-        upper_optimizer,
-        options,
-        source,
-        steps,
-        stop,
-        trace,
-        jit_compile,
-    )
+    parts = (problem, method, upper_optimizer, options, source, steps)
+    rule, run = _loop_of((*parts, stop, trace, jit_compile), going_on=state is not None)
     if state is None:
         state = (method.init(problem, upper, lower), rule.init(upper))
     k, upper, lower, state, bad, diverged, stopped, taken, metrics, record = run(
@@ -163,15 +153,18 @@ def _compile(
     method: Method,
     upper_optimizer: keras.optimizers.Optimizer,
     options: str,
-    source: "_Source",
+    source: Any,
     steps: int,
     stop: Callable | None,
     trace: Callable | None,
     jit_compile: bool,
 ) -> tuple[UpdateRule, Callable]:
     """The loop as a compiled function of (x, y, state, batches), and its upper rule."""
-    del options  # part of the key of `_compile_once`
+    del options  # they only tell one loop from another
     rule = differentiable(upper_optimizer)
+    if not isinstance(source, _Source):
+        function = source
+        source = _Source(lambda k, _: function(k), lambda _: function(tf.constant(0)))
 
     def outer_step(k: tf.Tensor, x: Any, y: Any, carried: Any, batch: Batches) -> tuple:
         step = method.step(problem, x, y, batch, carried[0])
@@ -262,9 +255,24 @@ def _compile(
     return rule, tf.function(loop, autograph=False, jit_compile=jit_compile)
 
 
-# A loop called again with the same objects (to go on from its state, say) is not traced
-# again. The few last ones are kept, with what they refer to.
-_compile_once = functools.lru_cache(maxsize=8)(_compile)
+# The last loops, with what they were made of.
+_LAST: collections.deque = collections.deque(maxlen=8)
+
+
+def _loop_of(parts: tuple, going_on: bool) -> tuple[UpdateRule, Callable]:
+    """The compiled loop of these very objects.
+
+    One that is there already serves only to go on from its own state: a new run
+    traces anew, since a loss may read what has changed in Python since.
+    """
+    if going_on:
+        for made_of, made in _LAST:
+            pairs = zip(made_of, parts, strict=True)
+            if all(a is b or (isinstance(a, (str, int)) and a == b) for a, b in pairs):
+                return made
+    made = _compile(*parts)
+    _LAST.append((parts, made))
+    return made
 
 
 class _Source(NamedTuple):
@@ -282,7 +290,8 @@ class _Source(NamedTuple):
 _FIXED = _Source(at=lambda k, data: data, first=lambda data: data)
 
 
-def _batch_source(batches: Any, steps: int) -> tuple[_Source, Any]:
+def _batch_source(batches: Any, steps: int) -> tuple[Any, Any]:
+    """A source, or the user's function of the step number, and the loop's data."""
     if isinstance(batches, tf.data.Dataset):
         require_batches(batches.element_spec, "every element of the dataset `batches`")
         count = int(batches.cardinality())
@@ -295,14 +304,9 @@ def _batch_source(batches: Any, steps: int) -> tuple[_Source, Any]:
         spec = batches.element_spec
         return _Source(lambda k, data: iterator.get_next(), lambda data: spec), ()
     if callable(batches):
-        return _from_function(batches), ()
+        return batches, ()
     require_batches(batches)
     return _FIXED, _to_tensors(batches)
-
-
-@functools.lru_cache(maxsize=8)
-def _from_function(batches: Callable) -> _Source:
-    return _Source(lambda k, data: batches(k), lambda data: batches(tf.constant(0)))
 
 
 def _to_tensors(batches: Batches) -> Batches:
