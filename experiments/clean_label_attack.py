@@ -79,15 +79,30 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--method", choices=METHODS, default="penalty")
     add("--poisons", type=above(int), default=1, help="per target")
     add("--max-targets", type=above(int), help="default: all correctly read ones")
-    add("--start", type=int, default=0, help="first test image to look at")
+    add(
+        "--start",
+        type=experiment.at_least(int, 0),
+        default=0,
+        help="first test image to look at",
+    )
     add("--outer-steps", type=above(int), default=201)
     add("--inner-steps", type=above(int), default=10, help="T")
     add("--upper-lr", type=above(float), default=0.01, help="of the poison")
     add("--lower-lr", type=above(float), default=1e-3)
     add("--weight", type=above(float), default=1.0, help="rho at the start")
-    add("--lower-weight", type=float, default=1.0, help="lambda at the start")
+    add(
+        "--lower-weight",
+        type=experiment.at_least(float, 0),
+        default=1.0,
+        help="lambda at the start",
+    )
     add("--tolerance", type=above(float), default=1.0, help="epsilon at the start")
-    add("--beta", type=float, default=0.01, help="weight of the distance to the base")
+    add(
+        "--beta",
+        type=experiment.at_least(float, 0),
+        default=0.01,
+        help="weight of the distance to the base",
+    )
     add("--head-steps", type=above(int), default=2001, help="of a head's training")
     add("--head-lr", type=above(float), default=1e-3)
     add("--retrain-seeds", type=above(int), default=3, help="heads that are asked")

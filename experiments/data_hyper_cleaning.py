@@ -200,11 +200,16 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--alpha", type=above(float), help="bda: weight of the upper loss")
     add("--alpha-decay", type=above(float), help="bda: its factor per inner step")
     add("--dynamics", choices=("gd", "nesterov-t", "nesterov-m"), default="gd")
-    add("--gamma-init", type=float)
+    add("--gamma-init", type=experiment.at_least(float, 0))
     add("--gamma-max", type=above(float))
     add("--gamma-steps", type=above(int), help="length of gamma's ramp")
     add("--auxiliary", choices=("persistent", "copy"), default="persistent")
-    add("--reg", type=float, default=0.0, help="L2 coefficient of g")
+    add(
+        "--reg",
+        type=experiment.at_least(float, 0),
+        default=0.0,
+        help="L2 coefficient of g",
+    )
     add("--eval-every", type=above(int), help="outer steps between evaluations")
     add("--memory", choices=("replay", "checkpoint", "tape"), default="replay")
     add("--jit", choices=("auto", "on", "off"), default="auto")

@@ -137,7 +137,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--trials", type=above(int), default=1, help="runs, at seeds SEED, SEED + 1..")
     add("--outer-steps", type=above(int))
     Settings.add_flags(parser, "outer steps")
-    add("--stay-close", type=float, default=0.0, help="weight of |u - u_0|^2 in f")
+    add(
+        "--stay-close",
+        type=experiment.at_least(float, 0),
+        default=0.0,
+        help="weight of |u - u_0|^2 in f",
+    )
     add("--train-steps", type=above(int), default=10_001, help="of W, plain training")
     add("--train-lr", type=above(float), default=1e-3)
     add("--eval-every", type=above(int), default=100, help="outer steps")

@@ -96,11 +96,23 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--record-every", type=above(int), default=10)
     add("--upper-lr", type=above(float), default=1e-3)
     add("--lower-lr", type=above(float), default=1e-4, help="of v, and of p")
-    add("--damping", type=float, default=1e-6, help="approxgrad")
+    add(
+        "--damping", type=experiment.at_least(float, 0), default=1e-6, help="approxgrad"
+    )
     add("--weight", type=above(float), default=1.0, help="penalty: rho at the start")
-    add("--lower-weight", type=float, default=10.0, help="penalty: lambda likewise")
+    add(
+        "--lower-weight",
+        type=experiment.at_least(float, 0),
+        default=10.0,
+        help="penalty: lambda likewise",
+    )
     add("--tolerance", type=above(float), default=1.0, help="penalty: epsilon likewise")
-    add("--growth", type=above(float), default=1.1, help="penalty: factor at a notch")
+    add(
+        "--growth",
+        type=experiment.at_least(float, 1),
+        default=1.1,
+        help="penalty: factor at a notch",
+    )
     return parser.parse_args(argv)
 
 

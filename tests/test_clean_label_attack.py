@@ -217,6 +217,8 @@ def test_a_bundle_with_a_feature_model(tmp_path):
         (["--train-size", "5000"], "--train-size must not exceed"),
         (["--data", "/nowhere.npz"], "does not exist"),
         (["--dataset", "mnist", "--data-dir", "/nowhere"], "not prepared"),
+        (["--beta", "-1"], "at least 0"),
+        (["--start", "-1"], "at least 0"),
         (["--resume"], "folder with a run"),
     ],
 )

@@ -350,6 +350,7 @@ def test_cifar10_from_its_published_files(tmp_path):
         (["--method", "oracle", "--epochs", "1"], "--epochs means nothing"),
         (["--retrain-threshold", "1"], "below 1"),
         (["--dataset", "mnist", "--data-dir", "/nowhere"], "not prepared"),
+        (["--lower-weight", "-1"], "at least 0"),
         (["--resume"], "folder with a run"),
     ],
 )

@@ -259,6 +259,8 @@ def test_no_clock_runs_before_the_first_evaluation_is_whole(tmp_path):
         (["--dataset", "mnist", "--data-dir", "/nowhere"], "not prepared"),
         (["--train-size", "9999"], "fit in 5000"),
         (["--pollution-rate", "1.5"], "pollution rate"),
+        (["--gamma-init", "-1"], "at least 0"),
+        (["--reg", "nan"], "at least 0"),
         (["--resume"], "folder with a run"),
     ],
 )

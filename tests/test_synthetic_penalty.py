@@ -145,6 +145,8 @@ def test_penalty_sees_the_null_space_and_approxgrad_does_not(tmp_path):
         (["--problem", "ex5"], "invalid choice"),
         (["--method", "sgd"], "invalid choice"),
         (["--inner-steps", "0"], "above zero"),
+        (["--growth", "0.9"], "at least 1"),
+        (["--damping", "-1"], "at least 0"),
         (["--resume"], "folder with a run"),
     ],
 )

@@ -10,7 +10,9 @@ from tfbilevel.experiment._callbacks import Evaluate as Evaluate
 from tfbilevel.experiment._data import cross_entropy as cross_entropy
 from tfbilevel.experiment._data import index_batches as index_batches
 from tfbilevel.experiment._flags import Parser as Parser
+from tfbilevel.experiment._flags import at_least as at_least
 from tfbilevel.experiment._flags import filled as filled
+from tfbilevel.experiment._flags import finite as finite
 from tfbilevel.experiment._flags import flag as flag
 from tfbilevel.experiment._flags import one_line_errors as one_line_errors
 from tfbilevel.experiment._flags import positive as positive

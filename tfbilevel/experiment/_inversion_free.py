@@ -11,7 +11,7 @@ from tfbilevel._implicit import Implicit
 from tfbilevel._inner import InnerSolver
 from tfbilevel._linear_solvers import GradientSolver
 from tfbilevel._method import Method
-from tfbilevel.experiment._flags import Parser, positive
+from tfbilevel.experiment._flags import Parser, at_least, finite, positive
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,11 +46,15 @@ class InversionFree:
         add("--upper-lr", type=positive(float))
         add("--lower-lr", type=positive(float))
         add("--weight", type=positive(float), help="penalty: rho at the start")
-        add("--lower-weight", type=float, help="penalty: lambda at the start")
+        add(
+            "--lower-weight",
+            type=at_least(float, 0),
+            help="penalty: lambda at the start",
+        )
         add("--tolerance", type=positive(float), help="penalty: epsilon at the start")
-        add("--multiplier", type=float, help="penalty: nu at the start")
+        add("--multiplier", type=finite, help="penalty: nu at the start")
         add("--solver-lr", type=positive(float), help="approxgrad: on its system")
-        add("--damping", type=float, help="approxgrad")
+        add("--damping", type=at_least(float, 0), help="approxgrad")
         add("--halve-every", type=positive(int), help=f"approxgrad: {unit} per halving")
 
     @staticmethod
