@@ -21,6 +21,7 @@ NAMES = {
     "BilevelModel",
     "ConjugateGradient",
     "Constant",
+    "CosineDecay",
     "Direct",
     "DivergenceWarning",
     "Dynamic",
@@ -66,6 +67,7 @@ NAMES = {
     "differentiable",
     "functional",
     "minimize",
+    "over_tasks",
     "pair",
 }
 PACKAGE = pathlib.Path(tb.__file__).parent

@@ -43,12 +43,14 @@ from tfbilevel._minimize import Point as Point
 from tfbilevel._minimize import Result as Result
 from tfbilevel._minimize import minimize as minimize
 from tfbilevel._model import BilevelModel as BilevelModel
+from tfbilevel._over_tasks import over_tasks as over_tasks
 from tfbilevel._pair import pair as pair
 from tfbilevel._problem import Batches as Batches
 from tfbilevel._problem import Problem as Problem
 from tfbilevel._problem import StackedBatches as StackedBatches
 from tfbilevel._rank_one import RankOne as RankOne
 from tfbilevel._schedules import Constant as Constant
+from tfbilevel._schedules import CosineDecay as CosineDecay
 from tfbilevel._schedules import Geometric as Geometric
 from tfbilevel._schedules import LinearRamp as LinearRamp
 from tfbilevel._schedules import Schedule as Schedule

@@ -8,6 +8,7 @@ import tensorflow as tf
 from tfbilevel._arguments import require_number, share
 from tfbilevel._problem import Batches, Prepared
 from tfbilevel._schedules import Schedule, as_schedule
+from tfbilevel._task_loss import TaskLoss, losses
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -71,14 +72,15 @@ class Aggregation:
         upper_loss, lower_loss = here.problem.upper_loss, here.problem.lower_loss
 
         def mixture(c: Any, y: Any, drawn: _Drawn) -> tf.Tensor:
-            g = lower_loss(c, y, drawn.batch)
-            f = tf.cast(upper_loss(c, y, here.batches.upper), g.dtype)
+            g = losses(lower_loss)(c, y, drawn.batch)
+            f = tf.cast(losses(upper_loss)(c, y, here.batches.upper), g.dtype)
             a = tf.cast(self.weight(drawn.t), g.dtype)
             first = tf.cast(self.weight(0), g.dtype) if self.constant_lower else a
             return (1 - first) * g + a * f
 
+        mixed = TaskLoss(mixture) if here.problem.leading else mixture
         return here._replace(
-            problem=dataclasses.replace(here.problem, lower_loss=mixture),
+            problem=dataclasses.replace(here.problem, lower_loss=mixed),
             batches=_NumberedBatches(here.batches.upper, here.batches),
         )
 

@@ -13,6 +13,7 @@ from tfbilevel import _structure as structure
 from tfbilevel._arguments import (
     not_negative,
     positive,
+    require_choice,
     require_count,
     require_number,
     share,
@@ -46,7 +47,8 @@ class AugmentedLagrangian(Method):
     the schedule moves by one notch: nu <- nu + rho g_y, rho <- growth rho,
     lambda <- decay lambda, epsilon <- tolerance_decay epsilon, and every later step of
     x and y is rate_decay times as long. Under projections each of d_x and d_y is the
-    projected gradient z - P(z - d), which vanishes at an active bound too.
+    projected gradient z - P(z - d), which vanishes at an active bound too. Over tasks
+    (`tb.over_tasks`) ||d_y||^2 is the mean over the tasks.
 
     Cost per inner step: one gradient of f, one of g and one second-order product
     (about two gradients of g); the step of x costs one more. Memory: nu, w and the
@@ -78,6 +80,10 @@ class AugmentedLagrangian(Method):
         start: where every outer step's y starts, as in `tb.InnerSolver`.
         starts: `None`, or how many independent problems share a leading axis of all
             variables: each has a schedule of its own, and metrics are means.
+        optimizer_state: "carry": the slots of `lower_optimizer` go on from one outer
+            step to the next. "reset": they start at zero, as befits new tasks.
+        multipliers: "carry", or "reset": nu is `multiplier` at every outer step, for
+            tasks that change with it.
 
     Raises:
         ValueError: for an unsupported optimizer or an argument out of its range.
@@ -112,11 +118,17 @@ class AugmentedLagrangian(Method):
     smoothing: float = 0.0
     start: str | Callable[[tf.Tensor], Any] = "warm"
     starts: int | None = None
+    optimizer_state: str = "carry"
+    multipliers: str = "carry"
 
     def __post_init__(self) -> None:
         inner = InnerSolver(
-            self.lower_optimizer, self.steps, self.start, optimizer_state="carry"
+            self.lower_optimizer,
+            self.steps,
+            self.start,
+            optimizer_state=self.optimizer_state,
         )
+        require_choice(self.multipliers, "multipliers", ("carry", "reset"))
         object.__setattr__(self, "inner", inner)
         for name, holds, rule in (
             ("weight", positive, "above 0"),
@@ -134,6 +146,11 @@ class AugmentedLagrangian(Method):
             require_count(self.starts, "starts")
 
     def init(self, problem: Problem, upper: Any, lower: Any) -> Any:
+        if self.starts is not None and problem.leading:
+            raise ValueError(
+                "`starts` cannot be many over tasks: the leading axis holds the tasks. "
+                f"Leave it out. Received: starts={self.starts} and a problem over tasks"
+            )
         upper, lower = structure.to_tensors((upper, lower))
         dtype = tf.nest.flatten(lower)[0].dtype
         shape = [] if self.starts is None else [self.starts]
@@ -187,20 +204,22 @@ class AugmentedLagrangian(Method):
         )
         end, along = self._directions(here, lower, self.steps, state)
         gradient = here.gradient(end.partial, end.mixed)
-        after, size = self._schedule(
-            state,
-            end.gradient,
-            _projected(problem.project_upper, structure.to_tensors(upper), gradient),
-            _projected(problem.project_lower, lower, along),
+        along_x = _projected(
+            problem.project_upper, structure.to_tensors(upper), gradient
         )
+        along_y = _projected(problem.project_lower, lower, along)
+        leading = 0 if self.starts is None else 1
+        size = self._dot(problem, along_y, along_y)
+        size += tf.cast(structure.dot(along_x, along_x, leading), size.dtype)
+        after, size = self._schedule(state, end.gradient, size)
         after["inner"] = self.inner.carried(
             iterate._replace(lower=lower, optimizer=optimizer), state["inner"]
         )
-        norms = self._dot(end.gradient, end.gradient)
+        norms = self._dot(problem, end.gradient, end.gradient)
         terms = {
             "stationarity": tf.sqrt(norms),
             "penalty": 0.5 * state["weight"] * norms,
-            "multiplier_term": self._dot(state["multiplier"], end.gradient),
+            "multiplier_term": self._dot(problem, state["multiplier"], end.gradient),
             "kkt_residual": tf.sqrt(size),
             **{name: state[name] for name in SCHEDULE},
         }
@@ -210,7 +229,7 @@ class AugmentedLagrangian(Method):
             state=after,
             metrics={
                 "upper_loss": end.upper_loss,
-                "lower_loss": end.lower_loss,
+                "lower_loss": here.mean(end.lower_loss),
                 **{name: tf.reduce_mean(term) for name, term in terms.items()},
             },
             upper_scale=state["rate_scale"],
@@ -231,12 +250,10 @@ class AugmentedLagrangian(Method):
         return point, structure.add(along, curvature)
 
     def _schedule(
-        self, state: dict, gradient: Any, along_x: Any, along_y: Any
+        self, state: dict, gradient: Any, size: tf.Tensor
     ) -> tuple[dict, tf.Tensor]:
         """The state after a step, and the size that the tolerance was compared with."""
         dtype = state["weight"].dtype
-        size = self._dot(along_y, along_y)
-        size += tf.cast(self._dot(along_x, along_x), dtype)
         past = tf.where(tf.math.is_inf(state["mean"]), 0.0, self.smoothing)
         past = tf.cast(past, dtype)
         mean = tf.math.multiply_no_nan(state["mean"], past) + (1 - past) * size
@@ -247,13 +264,18 @@ class AugmentedLagrangian(Method):
             name: tf.where(near, structure.scalar(factor, dtype), 1) * state[name]
             for name, factor in zip(SCHEDULE, factors, strict=True)
         }
+        if self.multipliers == "reset":
+            raised = state["multiplier"]
         after["multiplier"] = structure.where(near, raised, state["multiplier"])
         # A new penalty is a new problem: its mean starts afresh.
         after["mean"] = tf.where(near, tf.constant(math.inf, dtype), mean)
         return after, mean
 
-    def _dot(self, a: Any, b: Any) -> tf.Tensor:
-        return structure.dot(a, b, leading=0 if self.starts is None else 1)
+    def _dot(self, problem: Problem, a: Any, b: Any) -> tf.Tensor:
+        """Of lower variables: one per start, and over tasks their mean."""
+        leading = problem.leading if self.starts is None else 1
+        product = structure.dot(a, b, leading)
+        return tf.reduce_mean(product) if problem.leading else product
 
     def objective(
         self, problem: Problem, upper: Any, lower: Any, batches: Batches, state: Any
@@ -262,17 +284,15 @@ class AugmentedLagrangian(Method):
 
         def value(x: Any) -> tf.Tensor:
             here = problem.prepared(x, batches)
-            upper_loss = here.problem.upper_loss(
-                here.upper, reached, here.batches.upper
-            )
+            upper_loss = here.upper_loss(reached)
             _, gradient = derivatives.lower_gradient(
                 here.problem.lower_loss,
                 here.upper,
                 reached,
                 here.batches.lower_at(self.steps),
             )
-            penalty = 0.5 * state["weight"] * self._dot(gradient, gradient)
-            penalty += self._dot(state["multiplier"], gradient)
+            penalty = 0.5 * state["weight"] * self._dot(problem, gradient, gradient)
+            penalty += self._dot(problem, state["multiplier"], gradient)
             return upper_loss + tf.cast(tf.reduce_sum(penalty), upper_loss.dtype)
 
         return value

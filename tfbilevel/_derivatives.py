@@ -11,6 +11,7 @@ from typing import Any
 import tensorflow as tf
 
 from tfbilevel import _structure as structure
+from tfbilevel._moments import differentiable_moments
 
 Pullback = Callable[[Any], Any]
 
@@ -31,7 +32,8 @@ def vjp(function: Callable, *primals: Any) -> tuple[Any, Any, Pullback]:
     primals = structure.distinct(primals)
     with tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
         tape.watch(tf.nest.flatten(primals))
-        value, auxiliary = function(*primals)
+        with differentiable_moments():
+            value, auxiliary = function(*primals)
 
     def pullback(cotangent: Any) -> Any:
         return tape.gradient(
@@ -62,7 +64,8 @@ def jvp(function: Callable, *primals: Any) -> tuple[Any, Any, Pullback, list]:
     with tf.GradientTape(persistent=True, watch_accessed_variables=False) as outer:
         with tf.GradientTape(persistent=True, watch_accessed_variables=False) as inner:
             inner.watch(tf.nest.flatten(primals))
-            value, auxiliary = function(*primals)
+            with differentiable_moments():
+                value, auxiliary = function(*primals)
         seeds = [tf.zeros_like(leaf) for leaf in tf.nest.flatten(value)]
         outer.watch(seeds)
         cotangents = inner.gradient(
@@ -92,7 +95,8 @@ def value_and_partials(function: Callable, *primals: Any) -> tuple[tf.Tensor, An
     primals = structure.distinct(primals)
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch(tf.nest.flatten(primals))
-        value = require_scalar(function(*primals))
+        with differentiable_moments():
+            value = require_scalar(function(*primals))
     return value, tape.gradient(value, primals)
 
 
@@ -121,7 +125,8 @@ def lower_gradient_pullback(
         outer.watch(tf.nest.flatten((upper, lower)))
         with tf.GradientTape(watch_accessed_variables=False) as inner:
             inner.watch(tf.nest.flatten(lower))
-            value = require_scalar(lower_loss(upper, lower, batch))
+            with differentiable_moments():
+                value = require_scalar(lower_loss(upper, lower, batch))
         gradient = require_connected(
             inner.gradient(value, lower), lower, "lower", "the lower loss"
         )

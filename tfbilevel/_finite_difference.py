@@ -12,6 +12,7 @@ from tfbilevel._arguments import positive, require_number
 from tfbilevel._inner import InnerSolver, require_fixed_length, require_inner
 from tfbilevel._method import Method, Step
 from tfbilevel._problem import Batches, Problem
+from tfbilevel._task_by_task import task_by_task
 from tfbilevel._unroll import Unroll
 
 
@@ -66,6 +67,7 @@ class FiniteDifference(Method):
     def init(self, problem: Problem, upper: Any, lower: Any) -> Any:
         return self.inner.init(problem, upper, lower)
 
+    @task_by_task
     def step(
         self, problem: Problem, upper: Any, lower: Any, batches: Batches, state: Any
     ) -> Step:
@@ -97,7 +99,10 @@ class FiniteDifference(Method):
             upper_gradient=here.gradient(partial, response),
             lower=end.lower,
             state=inner.carried(end, state),
-            metrics={"upper_loss": upper_loss, "lower_loss": lower_loss},
+            metrics={
+                "upper_loss": upper_loss,
+                "lower_loss": here.mean(lower_loss),
+            },
         )
 
     def objective(
@@ -107,23 +112,15 @@ class FiniteDifference(Method):
         return exact.objective(problem, upper, lower, batches, state)
 
     def _products(self, here: Any, iterate: Any, direction: Any, t: int) -> tuple:
-        """g_xy w and g_yy w along `direction`, by central differences."""
-        size = structure.norm(direction)
+        """g_xy w and g_yy w along `direction`, by central differences; of each task
+        with a width of its own."""
+        size = structure.norm(direction, here.problem.leading)
         width = structure.ratio(tf.cast(self.radius, size.dtype), size)
+        factor = structure.ratio(tf.constant(0.5, width.dtype), width)
 
         def partials(sign: float) -> tuple[Any, Any]:
             point = self.inner.point(iterate)
             y = structure.add_scaled(point, sign * width, direction)
-            _, partial = derivatives.value_and_partials(
-                lambda c, y: here.problem.lower_loss(c, y, here.batches.lower_at(t)),
-                here.upper,
-                y,
-            )
-            return partial
+            return here.lower_pullback(y, t)[1](sign * factor)
 
-        ahead, behind = partials(1.0), partials(-1.0)
-        factor = structure.ratio(tf.constant(0.5, width.dtype), width)
-        difference = derivatives.add_partials(
-            ahead, derivatives.scale_partial(-1.0, behind)
-        )
-        return derivatives.scale_partial(factor, difference)
+        return derivatives.add_partials(partials(1.0), partials(-1.0))

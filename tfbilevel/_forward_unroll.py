@@ -16,6 +16,7 @@ from tfbilevel._inner import (
 )
 from tfbilevel._method import Method, Step
 from tfbilevel._problem import Batches, Problem
+from tfbilevel._task_by_task import task_by_task
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -62,6 +63,7 @@ class ForwardUnroll(Method):
     def init(self, problem: Problem, upper: Any, lower: Any) -> Any:
         return self.inner.init(problem, upper, lower)
 
+    @task_by_task
     def step(
         self, problem: Problem, upper: Any, lower: Any, batches: Batches, state: Any
     ) -> Step:
@@ -128,7 +130,10 @@ class ForwardUnroll(Method):
             upper_gradient=here.gradient(partial, response),
             lower=end.lower,
             state=self.inner.carried(end, state),
-            metrics={"upper_loss": upper_loss, "lower_loss": lower_loss},
+            metrics={
+                "upper_loss": upper_loss,
+                "lower_loss": here.mean(lower_loss),
+            },
         )
 
 

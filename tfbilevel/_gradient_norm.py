@@ -13,6 +13,7 @@ from tfbilevel._differentiable import differentiable
 from tfbilevel._method import Method, Step
 from tfbilevel._problem import Batches, Problem
 from tfbilevel._schedules import Schedule, as_weight
+from tfbilevel._task_by_task import task_by_task
 from tfbilevel._value_gap import penalty_weight
 
 
@@ -66,6 +67,7 @@ class GradientNorm(Method):
     def init(self, problem: Problem, upper: Any, lower: Any) -> Any:
         return {"step": tf.constant(0, tf.int64), "optimizer": self.rule.init(lower)}
 
+    @task_by_task
     def step(
         self, problem: Problem, upper: Any, lower: Any, batches: Batches, state: Any
     ) -> Step:
@@ -87,8 +89,8 @@ class GradientNorm(Method):
             state={"step": state["step"] + 1, "optimizer": optimizer},
             metrics={
                 "upper_loss": upper_loss,
-                "lower_loss": lower_loss,
-                "stationarity": structure.norm(gradient),
+                "lower_loss": here.mean(lower_loss),
+                "stationarity": structure.norm(gradient, here.problem.leading),
                 "weight": weight,
             },
         )
@@ -100,11 +102,10 @@ class GradientNorm(Method):
 
         def value(x: Any) -> tf.Tensor:
             here = problem.prepared(x, batches)
-            upper_loss = here.problem.upper_loss(here.upper, lower, here.batches.upper)
             _, gradient = derivatives.lower_gradient(
                 here.problem.lower_loss, here.upper, lower, here.batches.lower_at(0)
             )
             penalty = 0.5 * weight * structure.dot(gradient, gradient)
-            return scale * (upper_loss + penalty)
+            return scale * (here.upper_loss(lower) + here.mean(penalty))
 
         return value

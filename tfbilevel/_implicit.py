@@ -15,6 +15,7 @@ from tfbilevel._linear_solvers import ConjugateGradient, LinearSolver, LinearSys
 from tfbilevel._method import Method, Step
 from tfbilevel._problem import Batches, Prepared, Problem
 from tfbilevel._schedules import Schedule
+from tfbilevel._task_by_task import task_by_task
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -119,6 +120,7 @@ class Implicit(Method):
             state["step"] = tf.constant(0, tf.int64)
         return state
 
+    @task_by_task
     def step(
         self, problem: Problem, upper: Any, lower: Any, batches: Batches, state: Any
     ) -> Step:
@@ -135,6 +137,7 @@ class Implicit(Method):
         system = equation.system._replace(
             point=(here.problem.own_upper(here.upper), iterate.lower),
             outer_step=state.get("step", 0),
+            leading=here.problem.leading,
         )
         solution = self.solver.solve(system, equation.rhs, state["solver"])
         after = {
@@ -150,8 +153,8 @@ class Implicit(Method):
             state=after,
             metrics={
                 "upper_loss": upper_loss,
-                "lower_loss": equation.lower_loss,
-                "stationarity": structure.norm(equation.gradient),
+                "lower_loss": here.mean(equation.lower_loss),
+                "stationarity": structure.norm(equation.gradient, here.problem.leading),
                 "residual": residual,
                 "iterations": solution.iterations,
                 "diverged": tf.cast(solution.diverged, residual.dtype),

@@ -53,8 +53,11 @@ class InnerSolver:
             step (int64 scalar) -> lower variables: at what it returns, say a fresh
             draw of `tf.random.stateless_uniform`. A problem with a `lower_start`
             always starts there.
-        learning_rate: x -> scalar, the rate as a function of the upper variables
-            where it is to be learned; `None`: the optimizer's own.
+        learning_rate: a schedule of the outer step, such as tb.CosineDecay(0.1, 0.01,
+            1000); or x -> scalar, the rate as a function of the upper variables
+            where it is to be learned; or x -> rates like the lower variables, or that
+            broadcast to them: one per entry (Meta-SGD), or one per layer. `None`: the
+            optimizer's own.
         optimizer_state: "reset": momentum and moments start at zero at every outer
             step. "carry": they go on from the last one.
         accelerated: Nesterov's sequence of extrapolations.
@@ -83,7 +86,7 @@ class InnerSolver:
     optimizer: keras.optimizers.Optimizer
     steps: int
     start: str | Callable[[tf.Tensor], Any] = "warm"
-    learning_rate: Callable[[Any], tf.Tensor] | None = None
+    learning_rate: Schedule | Callable[[Any], tf.Tensor] | None = None
     optimizer_state: str = "reset"
     accelerated: bool = False
     tolerance: float | Schedule | None = None
@@ -99,8 +102,9 @@ class InnerSolver:
         if self.learning_rate is not None:
             if not callable(self.learning_rate):
                 raise ValueError(
-                    "`learning_rate` must be a function of the upper variables. Set "
-                    "a constant rate on the optimizer instead. Received: "
+                    "`learning_rate` must be a function of the upper variables or a "
+                    "schedule of the outer step. Set a constant rate on the "
+                    "optimizer instead. Received: "
                     f"learning_rate={self.learning_rate!r}"
                 )
             if self.rule.scheduled:
@@ -116,7 +120,8 @@ class InnerSolver:
         # The rule makes its templates here: made while a function is traced, they
         # would have TensorFlow trace it a second time.
         fresh = self._fresh(lower)
-        if callable(self.start) or isinstance(self.tolerance, Schedule):
+        followed = (self.tolerance, self.learning_rate)
+        if callable(self.start) or any(isinstance(one, Schedule) for one in followed):
             state["step"] = tf.constant(0, tf.int64)
         if self.start == "cold" and problem.lower_start is None:
             state["start"] = lower
@@ -128,16 +133,19 @@ class InnerSolver:
         """The iterate that this outer step starts from."""
         rule = "return variables like the lower ones"
         if problem.lower_start is not None:
-            start = problem.lower_start(upper)
-            structure.require_like(start, lower, "lower_start", rule)
+            start = problem.started(upper, structure.to_tensors(lower))
         elif callable(self.start):
             start = structure.to_tensors(self.start(state["step"]))
             structure.require_like(start, structure.to_tensors(lower), "start", rule)
         else:
             start = structure.to_tensors(state.get("start", lower))
-        if "optimizer" in state:
-            return Iterate(start, state["optimizer"])
-        return Iterate(start, self._fresh(start))
+        optimizer = state["optimizer"] if "optimizer" in state else self._fresh(start)
+        if isinstance(self.learning_rate, Schedule):
+            rate = tf.cast(
+                self.learning_rate(state["step"]), optimizer.learning_rate.dtype
+            )
+            optimizer = optimizer._replace(learning_rate=rate)
+        return Iterate(start, optimizer)
 
     def begin_pullback(
         self, here: Prepared, lower: Any, state: dict
@@ -175,14 +183,21 @@ class InnerSolver:
         point = self.point(iterate)
         own, _, sequence = self._split(iterate)
         state = own
-        if self.learning_rate is not None:
-            rate = self.learning_rate(problem.own_upper(upper))
-            state = state._replace(
-                learning_rate=tf.cast(rate, state.learning_rate.dtype)
-            )
+        rates: Any = ()
+        learned = None
+        if not isinstance(self.learning_rate, Schedule):
+            learned = self.learning_rate
+        if learned is not None:
+            made = learned(problem.own_upper(upper))
+            state, rates = _rated(state, made, iterate.lower)
         lower, state = self.rule.update(gradient, state, point)
-        if self.learning_rate is not None:
+        if learned is not None:
             state = state._replace(learning_rate=own.learning_rate)
+        if not isinstance(rates, tuple):
+            # A step of rate 1, entry by entry as long as its own rate says.
+            lower = tf.nest.map_structure(
+                lambda y, rate, z: y + rate * (z - y), point, rates, lower
+            )
         lower = problem.projected_lower(lower)
         if not self.accelerated:
             return Iterate(lower, state)
@@ -241,12 +256,16 @@ class InnerSolver:
         most: int,
         first_order: bool = False,
     ) -> tuple[Iterate, tf.Tensor]:
-        """Steps first, ..., last - 1 (at most `most` of them, a Python integer)."""
+        """Steps first, ..., last - 1 (at most `most` of them, a Python integer).
+
+        With one `last` per task, each task stops at its own.
+        """
         dtype = tf.nest.flatten(iterate.lower)[0].dtype
         value = tf.zeros([], dtype)
         if most == 0:
             return iterate, value
-        if most == 1 and (first, last) == (0, 1):
+        each = tf.is_tensor(last) and last.shape.rank == 1
+        if most == 1 and not each and (first, last) == (0, 1):
             # A loop of one step would keep what comes after it waiting.
             iterate, value = self.advance(
                 problem, upper, batches, iterate, 0, first_order
@@ -256,10 +275,12 @@ class InnerSolver:
         def body(t: tf.Tensor, now: Iterate, value: tf.Tensor) -> tuple:
             del value
             after, value = self.advance(problem, upper, batches, now, t, first_order)
+            if each:
+                after = moved_where(t < last, now, after)
             return t + 1, after, tf.cast(value, dtype)
 
         _, iterate, value = tf.while_loop(
-            lambda t, *_: t < last,
+            lambda t, *_: tf.reduce_any(t < last),
             body,
             (tf.convert_to_tensor(first), iterate, value),
             maximum_iterations=most,
@@ -292,21 +313,27 @@ class InnerSolver:
         else:
             goal = tf.constant(self.tolerance, dtype)
 
+        leading = problem.leading
+
         def body(t: tf.Tensor, now: Iterate, value: tf.Tensor, size: Any) -> tuple:
-            del value, size
+            del value
             value, gradient = self.gradient(problem, upper, batches, now, t)
             after = self.move(problem, upper, now, gradient)
-            return t + 1, after, tf.cast(value, dtype), structure.norm(gradient)
+            if leading:
+                after = moved_where(size > goal, now, after)
+            norm = structure.norm(gradient, leading)
+            return t + 1, after, tf.cast(value, dtype), norm
 
+        # The first gradient is not known yet: infinitely far from done.
+        unknown = tf.nest.flatten(iterate.lower)[0].shape[:leading]
         _, iterate, value, _ = tf.while_loop(
-            lambda t, now, value, size: size > goal,
+            lambda t, now, value, size: tf.reduce_any(size > goal),
             body,
-            # The first gradient is not known yet: infinitely far from done.
             (
                 tf.constant(0),
                 iterate,
                 tf.zeros([], dtype),
-                tf.constant(float("inf"), dtype),
+                tf.fill(unknown, tf.constant(float("inf"), dtype)),
             ),
             maximum_iterations=self.steps,
             parallel_iterations=SERIAL,
@@ -321,6 +348,44 @@ class InnerSolver:
         if "step" in state:
             after["step"] = state["step"] + 1
         return after
+
+
+def _rated(state: OptimizerState, made: Any, lower: Any) -> tuple[Any, Any]:
+    """The optimizer's state at a learned rate, and the rates of single entries."""
+    rate = state.learning_rate
+    if not tf.nest.is_nested(made) and (
+        tf.convert_to_tensor(made).shape.rank == 0 or tf.nest.is_nested(lower)
+    ):
+        return state._replace(learning_rate=tf.cast(made, rate.dtype)), ()
+    try:
+        tf.nest.assert_same_structure(made, lower)
+        rates = tf.nest.map_structure(
+            lambda r, y: tf.broadcast_to(tf.cast(r, y.dtype), tf.shape(y)), made, lower
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            "`learning_rate` must return a scalar or rates that broadcast to the lower "
+            "variables, in a nest like theirs. Return one rate, or one tensor for each "
+            f"lower variable. Received: {made!r} for {lower!r}"
+        ) from error
+    return state._replace(learning_rate=tf.ones_like(rate)), rates
+
+
+def moved_where(going: tf.Tensor, now: Iterate, after: Iterate) -> Iterate:
+    """The iterate after a step of those tasks that are `going` on."""
+
+    def chosen(new: tf.Tensor, old: tf.Tensor) -> tf.Tensor:
+        # A number of the optimizer's belongs to all tasks.
+        return structure.where(going, new, old) if new.shape.rank else new
+
+    return Iterate(
+        tf.nest.map_structure(chosen, after.lower, now.lower),
+        after.optimizer._replace(
+            slots=tf.nest.map_structure(
+                chosen, after.optimizer.slots, now.optimizer.slots
+            )
+        ),
+    )
 
 
 def require_inner(inner: Any) -> None:

@@ -17,7 +17,8 @@ class Step(NamedTuple):
         upper_gradient: like the upper variables: what the upper optimizer receives.
         lower: the lower variables after the step.
         state: what the method carries to the next outer step.
-        metrics: name -> scalar tensor, for logs and diagnosis.
+        metrics: name -> scalar tensor, for logs and diagnosis; over tasks some have
+            one value per task.
         upper_scale: factor on the step that the upper optimizer makes, a scalar or
             one value per entry of a leading axis; `()` counts as 1. For methods whose
             schedule slows the upper level too: with most optimizers a scaled gradient
@@ -74,7 +75,6 @@ class Method(abc.ABC):
 
         def value(x: Any) -> tf.Tensor:
             lower_after = self.step(problem, x, lower, batches, state).lower
-            here = problem.prepared(x, batches)
-            return here.problem.upper_loss(here.upper, lower_after, here.batches.upper)
+            return problem.prepared(x, batches).upper_loss(lower_after)
 
         return value

@@ -213,7 +213,8 @@ def _compile(
             a: Any,
         ) -> tuple:
             after, s, bad, now, record = compiled(k, x, y, s, source.at(k, data))
-            diverged = after.metrics.get("diverged", tf.constant(0.0)) > 0
+            diverged = after.metrics.get("diverged", tf.constant(0.0))
+            diverged = tf.reduce_any(diverged > 0)
             diverged = tf.where(diverged & (seen[1] < 0), k, seen[1])
             taken = taken + tf.cast(~done, tf.int32)
             frozen = done if done.shape.rank else tf.constant(False)

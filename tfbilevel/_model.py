@@ -8,12 +8,15 @@ import keras
 import tensorflow as tf
 
 from tfbilevel import _structure as structure
-from tfbilevel._arguments import require_choice
+from tfbilevel._arguments import require_choice, require_count
 from tfbilevel._derivatives import UnconnectedGradientError
 from tfbilevel._finite import first_nonfinite, warn_diverged
 from tfbilevel._functional import require_built
+from tfbilevel._inner import InnerSolver
 from tfbilevel._method import Method
-from tfbilevel._problem import Batches, Problem
+from tfbilevel._over_tasks import apart, first_task, over_tasks
+from tfbilevel._problem import Batches, Problem, count_tasks
+from tfbilevel._task_loss import map_tasks, outcome
 from tfbilevel._training_state import (
     GRAPH,
     UNDECIDED,
@@ -42,6 +45,12 @@ class BilevelModel(keras.Model):
     the step, one evaluation of the lower loss at the new variables advances that
     state once (only for models that have such state; it costs one forward pass).
 
+    Tasks (`tasks=M`): the losses are those of one task, and every outer step sees M of
+    them, along a leading axis of all batches (`tb.over_tasks`). The lower model's
+    weights are then never assigned: each task solves for its own, from `lower_start`,
+    or from the lower model's weights as they are. `adapt` solves new tasks.
+    Non-trainable state is advanced by the first task's data.
+
     Args:
         upper: a built Keras layer or model.
         lower: a built Keras layer or model.
@@ -54,8 +63,11 @@ class BilevelModel(keras.Model):
         lower_start: where inner solves start. A function, upper model -> list of
             tensors; or "learned": the start is a second group of upper variables, at
             first the lower model's own weights (IAPTT-GM, ANIL's head). The upper
-            variables are then the upper model's, followed by the start's.
+            variables are then the upper model's, followed by the start's, which a loss
+            may read as `model.start.trainable_variables`.
         prepare: (upper model, batches) -> batches, once per outer step.
+        tasks: M, how many tasks share an outer step; `None`: the problem has none.
+        mapping: how tasks are mapped, see `tb.over_tasks`.
         **keywords: of `keras.Model`.
 
     Raises:
@@ -91,9 +103,14 @@ class BilevelModel(keras.Model):
         project_lower: Callable | None = None,
         lower_start: Callable | str | None = None,
         prepare: Callable | None = None,
+        tasks: int | None = None,
+        mapping: str = "auto",
         **keywords: Any,
     ):
         super().__init__(**keywords)
+        if tasks is not None:
+            require_count(tasks, "tasks")
+        self.tasks = tasks
         require_built(upper, "upper")
         require_built(lower, "lower")
         self.upper = upper
@@ -111,6 +128,8 @@ class BilevelModel(keras.Model):
             project_lower=project_lower,
             prepare=prepare and self._at_upper_variables(prepare),
         )
+        if tasks is not None:
+            self.problem = over_tasks(self.problem, mapping)
         self._progress = Progress(name="progress")
         self._carried: Carried | None = None
         self._trackers = Trackers()
@@ -120,9 +139,9 @@ class BilevelModel(keras.Model):
 
     def _at_variables(self, loss: Callable) -> Callable:
         def at(x: list, y: list, batch: Any) -> tf.Tensor:
-            own, _ = self._split(x)
+            upper, _ = self._variables()
             values = [
-                *zip(self.upper.trainable_variables, own, strict=True),
+                *zip(upper, x, strict=True),
                 *zip(self.lower.trainable_variables, y, strict=True),
             ]
             with keras.StatelessScope(values):
@@ -346,10 +365,50 @@ class BilevelModel(keras.Model):
         for name, tracker in self._trackers.named(logs).items():
             kept = code < 0 if name != "skipped" else True
             tracker.update_state(
-                tf.where(kept, tf.cast(logs[name], tf.float32), 0.0),
+                tf.where(kept, tf.reduce_mean(tf.cast(logs[name], tf.float32)), 0.0),
                 sample_weight=tf.cast(kept, tf.float32) if name != "skipped" else None,
             )
         return {name: self._trackers.of[name].result() for name in logs}
+
+    def adapt(self, batches: Batches, inner: InnerSolver, function: Callable) -> Any:
+        """What a function gives for each task after an inner solve on its lower batch.
+
+        Args:
+            batches: any number of tasks along the leading axis.
+            inner: the inner solver; its steps and rate may differ from training's.
+            function: (upper model, lower model, batches of the task, prepared) -> nest
+                of tensors, called with the lower model at the task's solution.
+
+        Returns:
+            The nest, with the tasks along a leading axis.
+
+        Raises:
+            ValueError: if the model was built without `tasks`.
+        """
+        if self.tasks is None:
+            raise ValueError(
+                "`adapt` solves tasks. Build the model with tb.BilevelModel(..., "
+                "tasks=M), or use evaluate and predict. Received: tasks=None"
+            )
+        x, y, _ = self._read(count_tasks(batches), state=False)
+        if self.problem.prepare is not None:
+            batches = self.problem.prepare(x, batches)
+        problem = self.problem.prepared_before()
+        here = problem.prepared(x, batches)
+        state = inner.init(problem, x, y)
+        y, _, _ = inner.solve(here.problem, here.upper, y, here.batches, state)
+
+        def one(task: Any) -> Any:
+            lower, upper_batch, lower_batch = task
+            return at(x, lower, type(batches)(upper_batch, lower_batch))
+
+        # Variables among the results must be read while they hold the task's values.
+        at = self._at_variables(lambda *task: structure.to_tensors(function(*task)))
+        tasks = (y, *apart(batches))
+        if self.problem.one_in_turn(y) is None:
+            return map_tasks(one, tasks)
+        traced, results = outcome(one, tasks)
+        return map_tasks(traced, tasks, results)
 
     def test_step(self, data: Any) -> dict[str, Any]:
         if isinstance(data, Batches):
@@ -388,13 +447,15 @@ class BilevelModel(keras.Model):
         upper = [*self.upper.trainable_variables, *start]
         return upper, self.lower.trainable_variables
 
-    def _read(self) -> tuple[list, list, Any]:
+    def _read(self, tasks: Any = None, state: bool = True) -> tuple[list, list, Any]:
+        """x, y (of every task) and the method's state."""
         upper, lower = self._variables()
-        return (
-            [tf.convert_to_tensor(v.value) for v in upper],
-            [tf.convert_to_tensor(v.value) for v in lower],
-            self._carried.read(),
-        )
+        x = [tf.convert_to_tensor(v.value) for v in upper]
+        y = [tf.convert_to_tensor(v.value) for v in lower]
+        tasks = self.tasks if tasks is None else tasks
+        if tasks is not None:
+            y = [tf.broadcast_to(v, [tasks, *v.shape]) for v in y]
+        return x, y, self._carried.read() if state else ()
 
     def _commit(self, step: Any, data: Batches) -> None:
         upper, lower = self._variables()
@@ -412,8 +473,9 @@ class BilevelModel(keras.Model):
             moved = self.problem.projected_upper(step.damped(before, moved))
             for variable, value in zip(upper, moved, strict=True):
                 variable.assign(value)
-        for variable, value in zip(lower, step.lower, strict=True):
-            variable.assign(value)
+        if self.tasks is None:
+            for variable, value in zip(lower, step.lower, strict=True):
+                variable.assign(value)
         self._carried.write(step.state)
         self._progress.count()
         self._advance_fixed_state(data)
@@ -424,6 +486,8 @@ class BilevelModel(keras.Model):
         others = [v for v in owned if id(v) not in trainable]
         if not others:
             return
+        if self.tasks is not None:
+            data = first_task(data)
         with keras.StatelessScope() as scope:
             if self._prepare is not None:
                 data = self._prepare(self.upper, data)
@@ -435,8 +499,7 @@ class BilevelModel(keras.Model):
 
     def _ensure_carried(self) -> None:
         if self._carried is None:
-            x, y = ([v.value for v in group] for group in self._variables())
-            x, y = structure.to_tensors(x), structure.to_tensors(y)
+            x, y, _ = self._read(state=False)
             self._carried = Carried(self.method.init(self.problem, x, y))
 
     def _choose_compilation(self, data: Batches) -> None:

@@ -8,14 +8,15 @@ import tensorflow as tf
 
 from tfbilevel import _structure as structure
 from tfbilevel._derivatives import (
+    Pullback,
     add_partials,
     fill_zeros,
     require_connected,
+    require_scalar,
     value_and_partials,
     vjp,
 )
-
-Loss = Callable[[Any, Any, Any], tf.Tensor]
+from tfbilevel._task_loss import Loss, TaskLoss, losses, one_like, rewired
 
 
 class Batches(NamedTuple):
@@ -118,13 +119,33 @@ class Problem:
     prepare: Callable[[Any, Batches], Batches] | None = None
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
+        for field in dataclasses.fields(Problem):
             value = getattr(self, field.name)
             if not callable(value) and not (value is None and field.default is None):
                 raise ValueError(
                     f"`{field.name}` must be callable. Pass a function. "
                     f"Received: {field.name}={value!r}"
                 )
+
+    @property
+    def leading(self) -> int:
+        """How many axes the lower variables of all tasks share: 1 over tasks."""
+        return int(isinstance(self.upper_loss, TaskLoss))
+
+    def one_in_turn(self, lower: Any) -> "Problem | None":
+        """The problem of one task, if tasks are better taken one after the other."""
+        del lower
+        return None
+
+    def started(self, upper: Any, lower: Any) -> Any:
+        """Lower variables like `lower` at the problem's own start."""
+        assert self.lower_start is not None
+        start = self.lower_start(upper)
+        if self.leading:
+            return one_like(start, lower, "lower_start")
+        rule = "return variables like the lower ones"
+        structure.require_like(start, lower, "lower_start", rule)
+        return start
 
     def projected_upper(self, upper: Any) -> Any:
         """`project_upper` applied, or the upper variables as they are."""
@@ -145,6 +166,24 @@ class Problem:
         method differentiates with respect to both without knowing it.
         """
         require_batches(batches)
+        if not self.leading:
+            return self._prepared(upper, batches)
+        summed = {
+            name: dataclasses.replace(getattr(self, name), mean=False)
+            for name in ("upper_loss", "lower_loss")
+        }
+        here = dataclasses.replace(self, **summed)._prepared(upper, batches)
+        tasks, total = count_tasks(batches), here.gradient
+
+        def mean(partial: Any, response: Any) -> Any:
+            gradient = total(partial, response)
+            return tf.nest.map_structure(
+                lambda g: g / tf.cast(tasks, g.dtype), gradient
+            )
+
+        return here._replace(gradient=mean, tasks=tasks)
+
+    def _prepared(self, upper: Any, batches: Batches) -> "Prepared":
         if self.prepare is None:
             return Prepared(self, upper, batches, _total_gradient(upper))
         prepare = self.prepare
@@ -169,12 +208,12 @@ class Problem:
             ]
             return tf.nest.pack_sequence_as(template, leaves, expand_composites=True)
 
-        def upper_loss(joined: dict, y: Any, batch: Any) -> tf.Tensor:
+        def at_upper(joined: dict, y: Any, batch: Any) -> tuple:
             del batch
-            return self.upper_loss(joined["upper"], y, merged(joined).upper)
+            return joined["upper"], y, merged(joined).upper
 
-        def lower_loss(joined: dict, y: Any, draw: Any) -> tf.Tensor:
-            return self.lower_loss(joined["upper"], y, merged(joined).lower_at(draw))
+        def at_lower(joined: dict, y: Any, draw: Any) -> tuple:
+            return joined["upper"], y, merged(joined).lower_at(draw)
 
         def gradient(partial: dict, response: dict) -> Any:
             joined = add_partials(partial, response)
@@ -184,8 +223,8 @@ class Problem:
 
         start = self.lower_start
         problem = _Joined(
-            upper_loss=upper_loss,
-            lower_loss=lower_loss,
+            upper_loss=rewired(self.upper_loss, at_upper),
+            lower_loss=rewired(self.lower_loss, at_lower),
             lower_start=start and (lambda joined: start(joined["upper"])),
             project_lower=self.project_lower,
         )
@@ -210,22 +249,52 @@ class Prepared(NamedTuple):
         gradient: (partial, response) -> the gradient in the problem's own x, where
             `partial` is the partial derivative of f in `upper` (`None` leaves count
             as zero) and `response` is all that reaches f through y.
+        tasks: how many tasks the problem's losses are sums over; `None`: it has none.
     """
 
     problem: Problem
     upper: Any
     batches: Batches
     gradient: Callable[[Any, Any], Any]
+    tasks: Any = None
+
+    def mean(self, value: tf.Tensor) -> tf.Tensor:
+        """What a user sees of a sum over tasks."""
+        return value if self.tasks is None else value / tf.cast(self.tasks, value.dtype)
+
+    def upper_loss(self, lower: Any) -> tf.Tensor:
+        """f as a user sees it."""
+        return self.mean(self.problem.upper_loss(self.upper, lower, self.batches.upper))
+
+    def upper_losses(self, lower: Any) -> tf.Tensor:
+        """f of every task, or the scalar f."""
+        return losses(self.problem.upper_loss)(self.upper, lower, self.batches.upper)
 
     def upper_partials(self, lower: Any) -> tuple[tf.Tensor, Any, Any]:
-        """f, f_x (`None` where not connected) and f_y, every leaf connected."""
+        """f as a user sees it, f_x (`None` where not connected) and f_y, every leaf
+        connected."""
         value, (partial, response) = value_and_partials(
             lambda c, y: self.problem.upper_loss(c, y, self.batches.upper),
             self.upper,
             lower,
         )
         response = require_connected(response, lower, "lower", "the upper loss")
-        return value, partial, response
+        return self.mean(value), partial, response
+
+    def lower_pullback(self, lower: Any, draw: Any) -> tuple[tf.Tensor, Pullback]:
+        """g as a user sees it, and weights -> (sum of weight * g_x, weight * g_y).
+
+        One weight, or one per task; entries are `None` where not connected.
+        """
+        batch = self.batches.lower_at(draw)
+
+        def at(c: Any, y: Any) -> tuple[tf.Tensor, None]:
+            values = losses(self.problem.lower_loss)(c, y, batch)
+            return (values if self.problem.leading else require_scalar(values)), None
+
+        values, _, pullback = vjp(at, self.upper, lower)
+        value = self.mean(tf.reduce_sum(values))
+        return value, lambda weights: pullback(tf.cast(weights, values.dtype))
 
 
 def _total_gradient(upper: Any) -> Callable[[Any, Any], Any]:
@@ -244,6 +313,23 @@ class _Draws(Batches):
 
     def lower_at(self, draw: Any) -> Any:
         return draw
+
+
+def count_tasks(batches: Batches) -> Any:
+    """How many tasks the batches carry: a number, or a tensor where it may vary."""
+    axis = int(isinstance(batches, StackedBatches))
+    for part, where in ((batches.upper, 0), (batches.lower, axis)):
+        for leaf in tf.nest.flatten(part):
+            if leaf is None:
+                continue
+            leaf = tf.convert_to_tensor(leaf)
+            if leaf.shape.rank is not None and leaf.shape.rank > where:
+                known = leaf.shape[where]
+                return tf.shape(leaf)[where] if known is None else known
+    raise ValueError(
+        "`batches` must carry the tasks along a leading axis of every tensor. Stack "
+        f"each task's data. Received: {batches!r}"
+    )
 
 
 def _leaves(batches: Any) -> list:

@@ -3,11 +3,14 @@
 import dataclasses
 from typing import Any
 
+import tensorflow as tf
+
 from tfbilevel import _derivatives as derivatives
 from tfbilevel import _structure as structure
 from tfbilevel._inner import InnerSolver, require_inner
 from tfbilevel._method import Method, Step
 from tfbilevel._problem import Batches, Problem
+from tfbilevel._task_by_task import task_by_task
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -55,6 +58,7 @@ class RankOne(Method):
     def init(self, problem: Problem, upper: Any, lower: Any) -> Any:
         return self.inner.init(problem, upper, lower)
 
+    @task_by_task
     def step(
         self, problem: Problem, upper: Any, lower: Any, batches: Batches, state: Any
     ) -> Step:
@@ -63,20 +67,17 @@ class RankOne(Method):
             here.problem, here.upper, lower, here.batches, state
         )
         upper_loss, partial, adjoint = here.upper_partials(lower)
-        lower_loss, (response, gradient) = derivatives.value_and_partials(
-            lambda c, y: here.problem.lower_loss(
-                c, y, here.batches.lower_at(self.inner.steps)
-            ),
-            here.upper,
-            lower,
-        )
+        leading = here.problem.leading
+        lower_loss, pullback = here.lower_pullback(lower, self.inner.steps)
+        one = tf.ones_like(structure.norm(adjoint, leading))
         gradient = derivatives.require_connected(
-            gradient, lower, "lower", "the lower loss"
+            pullback(one)[1], lower, "lower", "the lower loss"
         )
         coefficient = structure.ratio(
-            structure.dot(gradient, adjoint), structure.dot(gradient, gradient)
+            structure.dot(gradient, adjoint, leading),
+            structure.dot(gradient, gradient, leading),
         )
-        response = derivatives.scale_partial(-coefficient, response)
+        response = pullback(-coefficient)[0]
         return Step(
             upper_gradient=here.gradient(partial, response),
             lower=lower,
@@ -84,6 +85,6 @@ class RankOne(Method):
             metrics={
                 "upper_loss": upper_loss,
                 "lower_loss": lower_loss,
-                "stationarity": structure.norm(gradient),
+                "stationarity": structure.norm(gradient, leading),
             },
         )

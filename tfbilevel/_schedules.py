@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+import math
 from typing import Any
 
 import tensorflow as tf
@@ -45,7 +46,24 @@ class Constant(Schedule):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class LinearRamp(Schedule):
+class _Passage(Schedule):
+    """From one value to another in a number of steps."""
+
+    start: float
+    stop: float
+    steps: int
+
+    def __post_init__(self) -> None:
+        _require_finite(start=self.start, stop=self.stop)
+        require_count(self.steps, "steps")
+
+    def _progress(self, step: tf.Tensor) -> tf.Tensor:
+        """The share of the way made, from 0 to 1."""
+        return tf.minimum(tf.cast(step, tf.float64) / self.steps, 1.0)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LinearRamp(_Passage):
     """start + (stop - start) * min(step / steps, 1).
 
     Args:
@@ -62,17 +80,33 @@ class LinearRamp(Schedule):
         [0.0, 0.1, 0.2, 0.2]
     """
 
-    start: float
-    stop: float
-    steps: int
+    def __call__(self, step: tf.Tensor) -> tf.Tensor:
+        progress = self._progress(step)
+        return self.start + (self.stop - self.start) * progress
 
-    def __post_init__(self) -> None:
-        _require_finite(start=self.start, stop=self.stop)
-        require_count(self.steps, "steps")
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class CosineDecay(_Passage):
+    """stop + (start - stop) * (1 + cos(pi * min(step / steps, 1))) / 2.
+
+    Args:
+        start: value at step 0.
+        stop: value from step `steps` on.
+        steps: length of the decay, at least 1.
+
+    Raises:
+        ValueError: if a value is not finite or `steps` is below 1.
+
+    Example:
+        >>> decay = tb.CosineDecay(0.3, 0.1, steps=10)
+        >>> [round(float(decay(tf.constant(k))), 3) for k in (0, 5, 10, 99)]
+        [0.3, 0.2, 0.1, 0.1]
+    """
 
     def __call__(self, step: tf.Tensor) -> tf.Tensor:
-        progress = tf.minimum(tf.cast(step, tf.float64) / self.steps, 1.0)
-        return self.start + (self.stop - self.start) * progress
+        progress = self._progress(step)
+        share = 0.5 * (1 + tf.cos(math.pi * progress))
+        return self.stop + (self.start - self.stop) * share
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -74,9 +74,12 @@ def dot(a: Any, b: Any, leading: int = 0) -> tf.Tensor:
     return total
 
 
-def norm(a: Any) -> tf.Tensor:
-    """The Euclidean norm over all leaves (one global norm, not a sum of norms)."""
-    return tf.sqrt(dot(a, a))
+def norm(a: Any, leading: int = 0) -> tf.Tensor:
+    """The Euclidean norm over all leaves (one global norm, not a sum of norms).
+
+    With `leading` axes one for each of their entries, as in `dot`.
+    """
+    return tf.sqrt(dot(a, a, leading))
 
 
 def ratio(a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:
@@ -91,18 +94,25 @@ def size(a: Any) -> int:
     )
 
 
-def to_vector(a: Any) -> tf.Tensor:
-    """All entries in one vector, of the first leaf's dtype."""
+def to_vector(a: Any, leading: int = 0) -> tf.Tensor:
+    """All entries in one vector, of the first leaf's dtype.
+
+    With `leading` axes that all leaves share, one vector for each of their entries.
+    """
     leaves = [tf.convert_to_tensor(leaf) for leaf in tf.nest.flatten(a)]
-    parts = [tf.reshape(tf.cast(leaf, leaves[0].dtype), [-1]) for leaf in leaves]
-    return tf.concat(parts, axis=0)
+    parts = [
+        tf.reshape(tf.cast(leaf, leaves[0].dtype), [*leaf.shape[:leading], -1])
+        for leaf in leaves
+    ]
+    return tf.concat(parts, axis=leading)
 
 
-def from_vector(vector: tf.Tensor, like: Any) -> Any:
-    """The nest `like` filled with the entries of a vector."""
+def from_vector(vector: tf.Tensor, like: Any, leading: int = 0) -> Any:
+    """The nest `like` filled with the entries of a vector, as `to_vector` makes it."""
     leaves = tf.nest.flatten(like)
     leaves = [tf.convert_to_tensor(leaf) for leaf in leaves]
-    parts = tf.split(vector, [leaf.shape.num_elements() for leaf in leaves])
+    sizes = [leaf.shape[leading:].num_elements() for leaf in leaves]
+    parts = tf.split(vector, sizes, axis=leading)
     return tf.nest.pack_sequence_as(
         like,
         [

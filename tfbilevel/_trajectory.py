@@ -42,7 +42,7 @@ class Span(NamedTuple):
         return self.last - self.first
 
     def stop(self, made: "Run") -> Any:
-        """How many steps lead to the end point."""
+        """How many steps lead to the end point; of each task its own."""
         return made.worst.steps if self.pessimistic else self.last
 
     def run(
@@ -62,14 +62,15 @@ class Span(NamedTuple):
 
 
 class Worst(NamedTuple):
-    """The iterate of largest upper loss so far, the first one on ties."""
+    """The iterate of largest upper loss so far, the first one on ties; of each task
+    its own."""
 
     upper_loss: tf.Tensor
     steps: tf.Tensor
     lower: Any
 
     def against(self, here: Prepared, steps: tf.Tensor, lower: Any) -> "Worst":
-        loss = here.problem.upper_loss(here.upper, lower, here.batches.upper)
+        loss = here.upper_losses(lower)
         # NaN wins and stays, so that it is seen.
         worse = tf.logical_not(
             (loss <= self.upper_loss) | tf.math.is_nan(self.upper_loss)
@@ -136,8 +137,8 @@ def replay(span: Span, here: Prepared, iterate: Iterate) -> Loop:
     stop = span.stop(made)
 
     def pullback(adjoint: Any) -> tuple[Any, Any]:
-        sweep = _Sweep(span, here, iterate)
-        carried = sweep.run(kept, first, stop, sweep.begin(adjoint))
+        sweep = _Sweep(span, here, iterate, stop)
+        carried = sweep.run(kept, first, _latest(stop), sweep.begin(adjoint))
         return sweep.response(carried), carried.lower
 
     return Loop(made, pullback)
@@ -166,12 +167,13 @@ def checkpoint(span: Span, here: Prepared, iterate: Iterate) -> Loop:
         parallel_iterations=SERIAL,
     )
     stop = span.stop(made)
+    latest = _latest(stop)
 
     def pullback(adjoint: Any) -> tuple[Any, Any]:
-        sweep = _Sweep(span, here, iterate)
+        sweep = _Sweep(span, here, iterate, stop)
 
         def backward(segment: tf.Tensor, carried: _Adjoint) -> tuple:
-            begin, end = ends(segment, stop)
+            begin, end = ends(segment, latest)
             now = Run(
                 _read(kept, segment, iterate, begin - first), begun.lower_loss, ()
             )
@@ -183,7 +185,10 @@ def checkpoint(span: Span, here: Prepared, iterate: Iterate) -> Loop:
         _, carried = tf.while_loop(
             lambda segment, _: segment >= 0,
             backward,
-            (tf.convert_to_tensor((stop - first - 1) // length), sweep.begin(adjoint)),
+            (
+                tf.convert_to_tensor((latest - first - 1) // length),
+                sweep.begin(adjoint),
+            ),
             maximum_iterations=segments,
             parallel_iterations=SERIAL,
         )
@@ -199,13 +204,19 @@ def search(span: Span, here: Prepared, iterate: Iterate) -> Run:
     return _make(span, here, begun, [], first, last, last - first)[0]
 
 
+def _latest(stop: Any) -> Any:
+    """The step after the last one of all tasks."""
+    return tf.reduce_max(stop) if tf.is_tensor(stop) else stop
+
+
 def _begun(span: Span, here: Prepared, iterate: Iterate) -> Run:
     value = tf.zeros([], tf.nest.flatten(iterate.lower)[0].dtype)
     if not span.pessimistic:
         return Run(iterate, value, ())
-    loss = here.problem.upper_loss(here.upper, iterate.lower, here.batches.upper)
-    lowest = tf.constant(-float("inf"), loss.dtype)
-    return Run(iterate, value, Worst(lowest, tf.constant(0), iterate.lower))
+    loss = here.upper_losses(iterate.lower)
+    lowest = tf.fill(loss.shape, tf.constant(-float("inf"), loss.dtype))
+    none = tf.zeros(loss.shape, tf.int32)
+    return Run(iterate, value, Worst(lowest, none, iterate.lower))
 
 
 def _make(
@@ -252,14 +263,17 @@ class _Adjoint(NamedTuple):
 class _Sweep:
     """The reverse sweep over stored iterates, each step's map derived anew."""
 
-    def __init__(self, span: Span, here: Prepared, iterate: Iterate):
-        self.span, self.here, self.start = span, here, iterate
+    def __init__(self, span: Span, here: Prepared, iterate: Iterate, stop: Any):
+        self.span, self.here, self.start, self.stop = span, here, iterate, stop
+        self._each = tf.is_tensor(stop) and stop.shape.rank == 1
         # Which leaves of c the inner map reaches: known once its step was traced.
         self._connected: set[int] = set()
 
     def begin(self, adjoint: Any) -> _Adjoint:
+        self._given = adjoint
         return _Adjoint(
-            adjoint,
+            # With an end of its own each task's adjoint enters there.
+            structure.zeros_like(adjoint) if self._each else adjoint,
             structure.zeros_like(self.start.optimizer.slots),
             structure.zeros_like(self.here.upper),
         )
@@ -269,6 +283,11 @@ class _Sweep:
 
         def body(t: tf.Tensor, after: _Adjoint) -> tuple:
             passed = t - self.span.first
+            if self._each:
+                ends = tf.equal(self.stop, t + 1)
+                after = after._replace(
+                    lower=structure.where(ends, self._given, after.lower)
+                )
             now = _read(trajectory, t - first, self.start, passed)
 
             def inner_map(c: Any, y: Any, slots: list) -> tuple[Any, None]:

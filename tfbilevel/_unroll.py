@@ -13,11 +13,13 @@ from tfbilevel._arguments import require_choice, require_count
 from tfbilevel._inner import (
     InnerSolver,
     Iterate,
+    moved_where,
     require_fixed_length,
     require_inner,
 )
 from tfbilevel._method import Method, Step
 from tfbilevel._problem import Batches, Prepared, Problem
+from tfbilevel._task_by_task import task_by_task
 from tfbilevel._trajectory import Span, checkpoint, replay, search, tape
 
 
@@ -148,6 +150,7 @@ class Unroll(Method):
     def init(self, problem: Problem, upper: Any, lower: Any) -> Any:
         return self.inner.init(problem, upper, lower)
 
+    @task_by_task
     def step(
         self, problem: Problem, upper: Any, lower: Any, batches: Batches, state: Any
     ) -> Step:
@@ -172,7 +175,7 @@ class Unroll(Method):
             state=self.inner.carried(end, state),
             metrics={
                 "upper_loss": upper_loss,
-                "lower_loss": run.made.lower_loss,
+                "lower_loss": here.mean(run.made.lower_loss),
                 **metrics,
             },
         )
@@ -198,7 +201,7 @@ class Unroll(Method):
                 end = self._with_constant_gradients(at, fixed, here, iterate, stop)
             else:
                 end, _ = self._span.run(here, here.upper, iterate, stop)
-            return here.problem.upper_loss(here.upper, end.lower, here.batches.upper)
+            return here.upper_loss(end.lower)
 
         return value
 
@@ -239,14 +242,13 @@ class Unroll(Method):
                 at.problem, at.upper, at.batches, other, t
             )
             other = self.inner.move(at.problem, at.upper, other, gradient)
-            return (
-                t + 1,
-                other,
-                self.inner.move(here.problem, here.upper, now, gradient),
-            )
+            after = self.inner.move(here.problem, here.upper, now, gradient)
+            if here.problem.leading:
+                after = moved_where(t < stop, now, after)
+            return t + 1, other, after
 
         _, _, end = tf.while_loop(
-            lambda t, *_: t < stop,
+            lambda t, *_: tf.reduce_any(t < stop),
             body,
             (tf.constant(self.first), fixed, start),
             maximum_iterations=self.differentiated,

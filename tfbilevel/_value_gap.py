@@ -15,6 +15,7 @@ from tfbilevel._inner import InnerSolver, require_inner
 from tfbilevel._method import Method, Step
 from tfbilevel._problem import Batches, Prepared, Problem
 from tfbilevel._schedules import Schedule, as_weight
+from tfbilevel._task_by_task import task_by_task
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -93,6 +94,7 @@ class ValueGap(Method):
             state["auxiliary"] = lower
         return state
 
+    @task_by_task
     def step(
         self, problem: Problem, upper: Any, lower: Any, batches: Batches, state: Any
     ) -> Step:
@@ -133,8 +135,8 @@ class ValueGap(Method):
             lower=problem.projected_lower(new_lower),
             state=after,
             metrics={
-                **losses,
-                "gap": tf.cast(losses["lower_loss"], weight.dtype) - value,
+                **{name: here.mean(loss) for name, loss in losses.items()},
+                "gap": here.mean(tf.cast(losses["lower_loss"], weight.dtype) - value),
                 "weight": weight,
             },
         )
@@ -151,8 +153,7 @@ class ValueGap(Method):
             gap = _lower_loss(here, here.upper, lower, self._draw)
             if auxiliary is not None:
                 gap -= _lower_loss(here, here.upper, auxiliary, self._draw)
-            upper_loss = here.problem.upper_loss(here.upper, lower, here.batches.upper)
-            return scale * (upper_loss + weight * gap)
+            return scale * (here.upper_loss(lower) + weight * here.mean(gap))
 
         return value
 

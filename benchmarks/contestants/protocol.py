@@ -20,7 +20,7 @@ import pathlib
 import sys
 import time
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -184,13 +184,23 @@ class Clock:
         }
 
 
-def serve(build: Callable[[argparse.Namespace, Instance], Contestant]) -> None:
-    """Answer the driver's commands until it says quit."""
-    arguments = _arguments()
+def serve(
+    build: Callable[[argparse.Namespace, Any], Contestant],
+    read: Callable[[pathlib.Path], Any] = load,
+    methods: tuple[str, ...] = METHODS,
+) -> None:
+    """Answer the driver's commands until it says quit.
+
+    Args:
+        build: the flags and what was read -> the contestant.
+        read: the file of the instance -> the instance.
+        methods: what --method may be.
+    """
+    arguments = _arguments(methods)
     # Frameworks write to standard output as they please: the answers get their own.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    instance = load(arguments.data)
+    instance = read(arguments.data)
     # The framework is imported by now; what comes after is the method's.
     baseline = resident()
     contestant = build(arguments, instance)
@@ -227,9 +237,9 @@ def _status(name: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {name}")
 
 
-def _arguments() -> argparse.Namespace:
+def _arguments(methods: tuple[str, ...]) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--method", choices=METHODS, required=True)
+    parser.add_argument("--method", choices=methods, required=True)
     parser.add_argument("--variant", required=True)
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--data", type=pathlib.Path, required=True)

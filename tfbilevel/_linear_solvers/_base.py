@@ -30,6 +30,8 @@ class LinearSystem(NamedTuple):
         rate: the inner solver's learning rate, for solvers that step with it.
         point: (upper, lower) variables at which A was taken, for preconditioners.
         outer_step: number of the outer step, for tolerances that follow a schedule.
+        leading: 1 if A is block-diagonal, one block for each entry of the leading
+            axis of all leaves (tasks): every block is solved as if it were alone.
 
     Example:
         >>> twice = tb.LinearSystem(product=lambda v: 2.0 * v)
@@ -43,6 +45,19 @@ class LinearSystem(NamedTuple):
     rate: Any = None
     point: tuple[Any, Any] = (None, None)
     outer_step: Any = 0
+    leading: int = 0
+
+    def dot(self, a: Any, b: Any) -> tf.Tensor:
+        """The inner product, of every block its own."""
+        return structure.dot(a, b, self.leading)
+
+    def norm(self, a: Any) -> tf.Tensor:
+        """The Euclidean norm, of every block its own."""
+        return structure.norm(a, self.leading)
+
+    def stepped(self, going: tf.Tensor, before: Any, after: Any) -> Any:
+        """`after`, but `before` for blocks whose steps are over."""
+        return structure.where(going, after, before) if self.leading else after
 
 
 class LinearSolution(NamedTuple):
@@ -55,6 +70,8 @@ class LinearSolution(NamedTuple):
         iterations: how many steps the loop made, int32 scalar.
         state: what the solver carries to the next outer step.
         diverged: whether the steps led away from the solution, bool scalar.
+
+    Of a block-diagonal system `residual` and `diverged` have one entry per block.
     """
 
     value: Any
@@ -156,15 +173,16 @@ class IterativeSolver(LinearSolver):
             return tf.cast(self.tolerance(system.outer_step), dtype)
         return structure.scalar(self.tolerance, dtype)
 
-    def start(self, rhs: Any, state: Any) -> Any:
+    def start(self, system: LinearSystem, rhs: Any, state: Any) -> Any:
         """Where the steps begin: zero for b = 0, whose solution it is."""
         zeros = structure.zeros_like(rhs)
         if _nothing(state):
             return zeros
-        return structure.where(structure.norm(rhs) > 0, state, zeros)
+        return structure.where(system.norm(rhs) > 0, state, zeros)
 
     def solution(
         self,
+        system: LinearSystem,
         value: Any,
         residual_norm: tf.Tensor,
         rhs: Any,
@@ -175,7 +193,7 @@ class IterativeSolver(LinearSolver):
 
         Unless said otherwise it diverged if v = 0 has a smaller residual.
         """
-        residual = structure.ratio(residual_norm, structure.norm(rhs))
+        residual = structure.ratio(residual_norm, system.norm(rhs))
         return LinearSolution(
             value,
             residual,

@@ -62,9 +62,9 @@ class ConjugateGradient(IterativeSolver):
 
     def solve(self, system: LinearSystem, rhs: Any, state: Any = ()) -> LinearSolution:
         product, _ = self.damped(system)
-        rhs_square = structure.dot(rhs, rhs)
+        rhs_square = system.dot(rhs, rhs)
         goal = tf.square(self.goal(system, rhs_square.dtype)) * rhs_square
-        start = self.start(rhs, state)
+        start = self.start(system, rhs, state)
         cold = isinstance(state, tuple) and not state
         residual = rhs if cold else structure.subtract(rhs, product(start))
 
@@ -75,12 +75,13 @@ class ConjugateGradient(IterativeSolver):
 
         def unfinished(step: Any, v: Any, r: Any, p: Any, rz: Any, rr: Any, ok: Any):
             del step, v, r, p, rz
-            return ok & (rr > goal)
+            return tf.reduce_any(ok & (rr > goal))
 
         def body(step: Any, v: Any, r: Any, p: Any, rz: Any, rr: Any, ok: Any) -> tuple:
-            del rr, ok
+            before = (v, r, p, rz, rr, ok)
+            going = ok & (rr > goal)
             curved = product(p)
-            curvature = structure.dot(p, curved)
+            curvature = system.dot(p, curved)
             ok = curvature > 0
             length = tf.where(ok, structure.ratio(rz, curvature), 0)
             # The new iterate is kept also when it is the one that converges: the
@@ -88,9 +89,10 @@ class ConjugateGradient(IterativeSolver):
             v = structure.add_scaled(v, length, p)
             r = structure.add_scaled(r, -length, curved)
             z = preconditioned(r)
-            new_rz = structure.dot(r, z)
-            p = structure.add_scaled(z, new_rz / rz, p)
-            return step + 1, v, r, p, new_rz, structure.dot(r, r), ok
+            new_rz = system.dot(r, z)
+            p = structure.add_scaled(z, structure.ratio(new_rz, rz), p)
+            after = (v, r, p, new_rz, system.dot(r, r), ok)
+            return step + 1, *system.stepped(going, before, after)
 
         direction = preconditioned(residual)
         steps, value, _, _, _, square, ok = tf.while_loop(
@@ -101,9 +103,9 @@ class ConjugateGradient(IterativeSolver):
                 start,
                 residual,
                 direction,
-                structure.dot(residual, direction),
-                structure.dot(residual, residual),
-                tf.constant(True),
+                system.dot(residual, direction),
+                system.dot(residual, residual),
+                tf.ones_like(rhs_square, tf.bool),
             ),
             maximum_iterations=self.max_steps,
             parallel_iterations=SERIAL,
@@ -111,4 +113,4 @@ class ConjugateGradient(IterativeSolver):
         # The residual may rise on the way to the solution; what ends the solve short
         # of it is a direction of curvature that is not positive.
         broken = tf.logical_not(ok) & (square > goal)
-        return self.solution(value, tf.sqrt(square), rhs, steps, broken)
+        return self.solution(system, value, tf.sqrt(square), rhs, steps, broken)

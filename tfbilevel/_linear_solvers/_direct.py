@@ -18,8 +18,8 @@ class Direct(LinearSolver):
         A_ij = <e_i, A e_j>,      v = A^{-1} b   by LU
 
     n products, n^2 numbers of memory and n^3 operations for n lower variables in
-    all; at most 5,000 of them. The only error is rounding, whatever the
-    eigenvalues: what the other solvers are checked against. Prefer
+    all (over tasks: of one task); at most 5,000 of them. The only error is rounding,
+    whatever the eigenvalues: what the other solvers are checked against. Prefer
     `ConjugateGradient` beyond a few hundred variables.
 
     Args:
@@ -38,23 +38,29 @@ class Direct(LinearSolver):
     def solve(self, system: LinearSystem, rhs: Any, state: Any = ()) -> LinearSolution:
         del state
         product, _ = self.damped(system)
-        vector, size = structure.to_vector(rhs), structure.size(rhs)
+        vector = structure.to_vector(rhs, system.leading)
+        size = int(vector.shape[-1] or 0)
         if size > LIMIT:
             raise ValueError(
                 f"tb.Direct holds a dense matrix: at most {LIMIT} lower variables in "
                 "all. Use tb.ConjugateGradient for more. "
                 f"Received: {size} lower variables"
             )
-        columns = tf.map_fn(
-            lambda unit: structure.to_vector(product(structure.from_vector(unit, rhs))),
-            tf.eye(size, dtype=vector.dtype),
-        )
-        matrix = tf.transpose(columns)
-        value = tf.linalg.solve(matrix, vector[:, None])[:, 0]
-        residual = tf.norm(vector - tf.linalg.matvec(matrix, value))
+
+        def column(unit: tf.Tensor) -> tf.Tensor:
+            # Of every block the same column at once.
+            units = tf.broadcast_to(unit, vector.shape)
+            along = structure.from_vector(units, rhs, system.leading)
+            return structure.to_vector(product(along), system.leading)
+
+        columns = tf.map_fn(column, tf.eye(size, dtype=vector.dtype))
+        axes = [*range(1, columns.shape.rank), 0]
+        matrix = tf.transpose(columns, axes)
+        value = tf.linalg.solve(matrix, tf.expand_dims(vector, -1))[..., 0]
+        residual = tf.norm(vector - tf.linalg.matvec(matrix, value), axis=-1)
         return LinearSolution(
-            structure.from_vector(value, rhs),
-            structure.ratio(residual, tf.norm(vector)),
+            structure.from_vector(value, rhs, system.leading),
+            structure.ratio(residual, tf.norm(vector, axis=-1)),
             tf.constant(size),
-            diverged=tf.constant(False),
+            diverged=tf.zeros(residual.shape, tf.bool),
         )

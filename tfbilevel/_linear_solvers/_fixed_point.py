@@ -58,28 +58,29 @@ class FixedPoint(IterativeSolver):
     def solve(self, system: LinearSystem, rhs: Any, state: Any = ()) -> LinearSolution:
         product, _ = self.damped(system)
         rate = system.rate if self.rate is None else self.rate
-        rhs_norm = structure.norm(rhs)
+        rhs_norm = system.norm(rhs)
         goal = self.goal(system, rhs_norm.dtype) * rhs_norm
 
         def unfinished(step: Any, value: Any, size: Any) -> Any:
             del step, value
-            return size > goal
+            return tf.reduce_any(size > goal)
 
         def body(step: Any, value: Any, size: Any) -> tuple:
-            del size
+            before, going = (value, size), size > goal
             residual = structure.subtract(rhs, product(value))
             value = structure.add(value, structure.scale(rate, residual))
-            return step + 1, value, structure.norm(residual)
+            after = (value, system.norm(residual))
+            return step + 1, *system.stepped(going, before, after)
 
         steps, value, size = tf.while_loop(
             unfinished,
             body,
             (
                 tf.constant(0),
-                self.start(rhs, state),
+                self.start(system, rhs, state),
                 # Not known before the first product; anything above the goal.
                 tf.where(rhs_norm > 0, tf.constant(float("inf"), rhs_norm.dtype), 0),
             ),
             maximum_iterations=self.max_steps,
         )
-        return self.solution(value, size, rhs, steps)
+        return self.solution(system, value, size, rhs, steps)

@@ -76,26 +76,29 @@ class GradientSolver(IterativeSolver):
 
     def solve(self, system: LinearSystem, rhs: Any, state: Any = ()) -> LinearSolution:
         product, transposed = self.damped(system)
-        rhs_norm = structure.norm(rhs)
+        rhs_norm = system.norm(rhs)
         goal = self.goal(system, rhs_norm.dtype) * rhs_norm
         if isinstance(state, dict):
-            start, optimizer = self.start(rhs, state["solution"]), state["optimizer"]
+            start = self.start(system, rhs, state["solution"])
+            optimizer = state["optimizer"]
         else:
             start = structure.zeros_like(rhs)
             optimizer = self.rule.init(start)
 
         def unfinished(step: Any, v: Any, optimizer: Any, size: Any) -> Any:
             del step, v, optimizer
-            return size > goal
+            return tf.reduce_any(size > goal)
 
         def body(step: Any, v: Any, optimizer: Any, size: Any) -> tuple:
-            del size
+            before, going = (v, optimizer.slots, size), size > goal
             gradient = structure.subtract(product(v), rhs)
-            size = structure.norm(gradient)
+            size = system.norm(gradient)
             if self.objective == "residual":
                 gradient = structure.scale(2.0, transposed(gradient))
             v, optimizer = self.rule.update(gradient, optimizer, v)
-            return step + 1, v, optimizer, size
+            after = (v, optimizer.slots, size)
+            v, slots, size = system.stepped(going, before, after)
+            return step + 1, v, optimizer._replace(slots=slots), size
 
         steps, value, optimizer, size = tf.while_loop(
             unfinished,

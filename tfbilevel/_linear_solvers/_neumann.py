@@ -58,17 +58,18 @@ class Neumann(IterativeSolver):
         del state
         product, _ = self.damped(system)
         rate = system.rate if self.rate is None else self.rate
-        rhs_norm = structure.norm(rhs)
+        rhs_norm = system.norm(rhs)
         goal = self.goal(system, rhs_norm.dtype) * rhs_norm
 
         def unfinished(step: Any, term: Any, total: Any, size: Any) -> Any:
             del step, term, total
-            return size > goal
+            return tf.reduce_any(size > goal)
 
         def body(step: Any, term: Any, total: Any, size: Any) -> tuple:
-            del size
+            before, going = (term, total, size), size > goal
             term = structure.subtract(term, structure.scale(rate, product(term)))
-            return step + 1, term, structure.add(total, term), structure.norm(term)
+            after = (term, structure.add(total, term), system.norm(term))
+            return step + 1, *system.stepped(going, before, after)
 
         # The j-th term is also the residual of the sum before it.
         steps, _, total, size = tf.while_loop(
@@ -77,4 +78,4 @@ class Neumann(IterativeSolver):
             (tf.constant(0), rhs, rhs, rhs_norm),
             maximum_iterations=self.max_steps,
         )
-        return self.solution(structure.scale(rate, total), size, rhs, steps)
+        return self.solution(system, structure.scale(rate, total), size, rhs, steps)

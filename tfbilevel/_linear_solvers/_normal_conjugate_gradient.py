@@ -56,37 +56,38 @@ class NormalConjugateGradient(IterativeSolver):
 
     def solve(self, system: LinearSystem, rhs: Any, state: Any = ()) -> LinearSolution:
         product, transposed = self.damped(system)
-        start = self.start(rhs, state)
+        start = self.start(system, rhs, state)
         residual = structure.subtract(rhs, product(start))
         gradient = transposed(residual)
-        rhs_square = structure.dot(rhs, rhs)
+        rhs_square = system.dot(rhs, rhs)
         goal = tf.square(self.goal(system, rhs_square.dtype)) * rhs_square
 
-        def unfinished(step: Any, v: Any, r: Any, p: Any, square: Any) -> Any:
-            del step, v, p
-            return (structure.dot(r, r) > goal) & (square > 0)
+        def going(r: Any, square: Any) -> tf.Tensor:
+            return (system.dot(r, r) > goal) & (square > 0)
 
         def body(step: Any, v: Any, r: Any, p: Any, square: Any) -> tuple:
+            before, active = (v, r, p, square), going(r, square)
             moved = product(p)
-            length = structure.ratio(square, structure.dot(moved, moved))
+            length = structure.ratio(square, system.dot(moved, moved))
             v = structure.add_scaled(v, length, p)
             r = structure.add_scaled(r, -length, moved)
             s = transposed(r)
-            new_square = structure.dot(s, s)
+            new_square = system.dot(s, s)
             p = structure.add_scaled(s, structure.ratio(new_square, square), p)
-            return step + 1, v, r, p, new_square
+            after = (v, r, p, new_square)
+            return step + 1, *system.stepped(active, before, after)
 
         steps, value, residual, _, _ = tf.while_loop(
-            unfinished,
+            lambda step, v, r, p, square: tf.reduce_any(going(r, square)),
             body,
             (
                 tf.constant(0),
                 start,
                 residual,
                 gradient,
-                structure.dot(gradient, gradient),
+                system.dot(gradient, gradient),
             ),
             maximum_iterations=self.max_steps,
             parallel_iterations=SERIAL,
         )
-        return self.solution(value, structure.norm(residual), rhs, steps)
+        return self.solution(system, value, system.norm(residual), rhs, steps)

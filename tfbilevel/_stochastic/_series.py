@@ -59,10 +59,14 @@ def mixed_product(here: Prepared, lower: Any, vector: Any, draw: Any) -> tuple:
     value, _, pullback = derivatives.lower_gradient_pullback(
         here.problem.lower_loss, here.upper, lower, here.batches.lower_at(draw)
     )
-    return pullback(vector)[0], value
+    return pullback(vector)[0], here.mean(value)
 
 
-def growth_metrics(term: Any, vector: Any) -> dict[str, tf.Tensor]:
-    """How much the products grew; above 1 the series does not converge."""
-    growth = structure.ratio(structure.norm(term), structure.norm(vector))
+def growth_metrics(here: Prepared, term: Any, vector: Any) -> dict[str, tf.Tensor]:
+    """How much the products grew, of each task its own; above 1 the series does not
+    converge."""
+    leading = here.problem.leading
+    growth = structure.ratio(
+        structure.norm(term, leading), structure.norm(vector, leading)
+    )
     return {"growth": growth, "diverged": tf.cast(growth > 1.001, growth.dtype)}

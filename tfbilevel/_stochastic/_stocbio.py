@@ -14,6 +14,7 @@ from tfbilevel._stochastic._series import (
     mixed_product,
     require_series,
 )
+from tfbilevel._task_by_task import task_by_task
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -80,6 +81,7 @@ class StocBiO(Method):
     def init(self, problem: Problem, upper: Any, lower: Any) -> Any:
         return self.inner.init(problem, upper, lower)
 
+    @task_by_task
     def step(
         self, problem: Problem, upper: Any, lower: Any, batches: Batches, state: Any
     ) -> Step:
@@ -107,6 +109,6 @@ class StocBiO(Method):
             metrics={
                 "upper_loss": upper_loss,
                 "lower_loss": lower_loss,
-                **growth_metrics(term, adjoint),
+                **growth_metrics(here, term, adjoint),
             },
         )

@@ -1,0 +1,820 @@
+"""Few-shot learning: from many small tasks, what the next one should start from.
+
+    python experiments/few_shot.py --out runs/few-shot
+    python experiments/few_shot.py --dataset omniglot --method iaptt-gm --ways 5 \\
+        --shots 1 --seconds 1800 --out runs/omniglot-5w1s
+
+A task has `ways` classes, `shots` support images of each and some query images. Upper
+variables: what all tasks share. Lower variables: what each task adapts on its support
+images. f is the mean cross-entropy on the query images, g the same on the support
+images; losses are averaged over the tasks of a meta-batch.
+
+| method     | x (shared)           | y (per task), start  | hypergradient             |
+|------------|----------------------|----------------------|---------------------------|
+| maml       | start of all weights | all weights, x       | through all steps         |
+| fomaml     | start of all weights | all weights, x       | steps taken for constants |
+| meta-sgd   | start and step sizes | all weights, x       | through all steps         |
+| imaml      | start of all weights | all weights, x       | implicit, proximal g      |
+| anil       | features, head start | head, learned        | through all steps         |
+| itd-bio    | features             | head, fixed          | through all steps         |
+| fo-itd-bio | features             | head, drawn anew     | steps taken for constants |
+| rhg        | features             | head, fixed          | through all steps         |
+| t-rhg      | features             | head, fixed          | through the last steps    |
+| bda        | features             | head, fixed          | of aggregated steps       |
+| iaptt-gm   | features, head start | head, learned        | up to each task's worst f |
+| approxgrad | features             | head, drawn anew     | implicit, Adam on A'A v   |
+| penalty    | features             | head, drawn anew     | augmented Lagrangian      |
+
+Every method has its paper's settings and network for a data set that the paper used,
+and ours elsewhere: Ji, Yang, Liang (2021), arXiv:2010.07962 (maml to fo-itd-bio); Liu,
+Liu, Zeng, Zhang (2021), arXiv:2110.00455 (rhg to iaptt-gm); Mehra and Hamm (2021),
+arXiv:1911.03432 (approxgrad and penalty); Rajeswaran, Finn, Kakade, Levine (2019),
+arXiv:1909.04630 (imaml); Li, Zhou, Chen, Li (2017), arXiv:1707.09835 (meta-sgd).
+
+All networks normalise by the statistics of the set they are given, at test time too:
+every accuracy here is transductive. `glyphs`, drawn by a seeded generator, needs no
+files. The upper variables of best accuracy on validation classes are the ones that are
+tested: `test_accuracy` is a mean over tasks of test classes, `test_accuracy_ci95` half
+the width of its 95 percent interval.
+"""
+
+import argparse
+import dataclasses
+import os
+import pathlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import keras
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import tensorflow as tf
+
+import tfbilevel as tb
+from tfbilevel import experiment
+from tfbilevel.experiment import networks
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+from data_prep import (
+    classes,
+    fc100,
+    glyphs,
+    mini_imagenet,
+    omniglot,
+    tiered_imagenet,
+)
+from data_prep.episodes import episodes
+
+DATASETS = (
+    "glyphs",
+    "omniglot",
+    "mini-imagenet",
+    "tiered-imagenet",
+    "fc100",
+    "cifar-fs",
+)
+CHARACTERS = ("glyphs", "omniglot")
+WHOLE = ("maml", "fomaml", "meta-sgd", "imaml")  # all weights are lower variables
+FRESH = ("fo-itd-bio", "approxgrad", "penalty")  # heads are drawn anew
+LEARNED = ("anil", "iaptt-gm")  # head starts are upper variables
+METHODS = (
+    *WHOLE,
+    *("anil", "itd-bio", "fo-itd-bio"),
+    *("rhg", "t-rhg", "bda", "iaptt-gm"),
+    *("approxgrad", "penalty"),
+)
+NETWORKS = (
+    "norm-relu-pool",
+    "pool-norm-relu",
+    "relu-pool-norm",
+    "shifted",
+    "resnet12",
+    "residual",
+)
+HEADS = ("linear", "conv", "blocks", "cosine")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(experiment.InversionFree):
+    """A method's settings on a data set; `None` where it has no such knob.
+
+    `lower_lr` is the rate of the inner steps, `final_lr` what its cosine decay ends at.
+    """
+
+    network: str
+    filters: int | None = 64
+    head: str
+    queries: int
+    tasks: int
+    iterations: int
+    final_lr: float | None = None
+    start_lr: float | None = None
+    last: int | None = None
+    alpha: float | None = None
+    alpha_decay: float | None = None
+    proximal: float | None = None
+    cg_steps: int | None = None
+    test_steps: int
+    test_lr: float
+    test_tasks: int
+
+
+def stocbio(
+    upper_lr: float, lower_lr: float, steps: int, iterations: int, **other: Any
+) -> Settings:
+    """Meta-learning of the stocBiO paper, and what follows it."""
+    return Settings(
+        **{
+            "network": "norm-relu-pool",
+            "head": "linear",
+            "queries": 5,
+            "tasks": 32,
+            "upper_lr": upper_lr,
+            "lower_lr": lower_lr,
+            "inner_steps": steps,
+            "iterations": iterations,
+            "test_steps": steps,
+            "test_lr": lower_lr,
+            "test_tasks": 600,
+            **other,
+        }
+    )
+
+
+def iaptt(dataset: str, **other: Any) -> Settings:
+    """Few-shot learning of the IAPTT-GM paper."""
+    character = dataset in CHARACTERS
+    return Settings(
+        network="relu-pool-norm" if character else "pool-norm-relu",
+        filters=64 if character else 32,
+        head="linear" if character else "conv",
+        queries=15,
+        tasks=4,
+        upper_lr=1e-3,
+        lower_lr=0.01,
+        final_lr=0.001,
+        inner_steps=10,
+        iterations=80_000,
+        test_steps=10,
+        test_lr=0.1,
+        test_tasks=1000,
+        **other,
+    )
+
+
+def inversion_free(method: str, dataset: str, ways: int) -> Settings:
+    """Few-shot learning of the penalty paper."""
+    character, penalty = dataset in CHARACTERS, method == "penalty"
+    rate = 1e-2 if character else 1e-3
+    if character:
+        tasks, iterations = (15, 10_000) if ways == 20 else (30, 5000)
+    else:
+        tasks, iterations = 2, 20_001
+    own: dict[str, Any]
+    if penalty:
+        own = {
+            "weight": 0.01,
+            "lower_weight": 0.01,
+            "tolerance": 0.01**0.5,
+            "multiplier": 1e-4,
+        }
+    else:
+        own = {"solver_lr": rate, "damping": 1e-3}
+    return Settings(
+        network="shifted" if character else "residual",
+        filters=64 if character else None,
+        head="cosine",
+        queries=15,
+        tasks=tasks,
+        upper_lr=rate,
+        lower_lr=rate,
+        inner_steps=20,
+        iterations=iterations,
+        test_steps=100,
+        test_lr=1e-3 if penalty else rate,
+        test_tasks=600,
+        **own,
+    )
+
+
+def published(method: str, dataset: str, ways: int) -> Settings:
+    """The method's own settings; ours where its paper has none for the data set."""
+    if method in ("approxgrad", "penalty"):
+        return inversion_free(method, dataset, ways)
+    if method in ("rhg", "t-rhg", "bda", "iaptt-gm"):
+        own: dict[str, Any] = {
+            "t-rhg": {"last": 5},
+            "bda": {"alpha": 0.4, "alpha_decay": 0.9},
+            "iaptt-gm": {"start_lr": 1e-3},
+        }
+        return iaptt(dataset, **own.get(method, {}))
+    if dataset in CHARACTERS:
+        # MAML's and iMAML's own papers; heads: ours.
+        if method == "imaml":
+            own = {"proximal": 2.0, "cg_steps": 5, "tasks": 16, "test_tasks": 1000}
+            return stocbio(1e-3, 0.1, 16, 20_000, **own)
+        if method in WHOLE:
+            few = {"lower_lr": 0.4, "steps": 1, "tasks": 32}
+            many = {"lower_lr": 0.1, "steps": 5, "tasks": 16}
+            own = many if ways >= 20 else few
+            return stocbio(1e-3, iterations=60_000, test_steps=3, **own)
+        return stocbio(2e-3, 0.4, 5, 10_000)
+    small = dataset in ("fc100", "cifar-fs")
+    if method == "imaml":
+        own = {"proximal": 0.5, "cg_steps": 5, "tasks": 2, "test_tasks": 1000}
+        return stocbio(1e-3, 0.1, 10, 60_000, **own)
+    if method in WHOLE:
+        if small:
+            return stocbio(1e-3, 0.5, 3, 1200)
+        return stocbio(3e-3, 0.01, 5, 1200, filters=32)
+    if small:
+        rate, iterations = (0.05, 1000) if method == "anil" else (0.1, 1500)
+        return stocbio(1e-3, rate, 20, iterations)
+    return stocbio(2e-3, 0.05, 10, 3000 if method == "fo-itd-bio" else 2000)
+
+
+# Flags.
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = experiment.Parser(description=__doc__)
+    add, above = parser.add_argument, experiment.positive
+    add("--dataset", choices=DATASETS, default="glyphs")
+    add(
+        "--data-dir",
+        type=pathlib.Path,
+        help="folder of the data set's files, or of tensorflow-datasets",
+    )
+    add("--data-file", type=pathlib.Path, help="omniglot: made by data_prep/omniglot")
+    add("--split", choices=omniglot.RULES, default="vinyals", help="of omniglot")
+    add(
+        "--rotations",
+        action=argparse.BooleanOptionalAction,
+        help="turned images are classes of their own; default for characters",
+    )
+    add("--method", choices=METHODS, default="anil")
+    add("--ways", type=above(int), default=5)
+    add("--shots", type=above(int), default=1)
+    add("--queries", type=above(int), help="query images of a class; by method")
+    add("--tasks", type=above(int), help="of a meta-batch; by method")
+    add("--iterations", type=above(int), help="meta-iterations; by method")
+    add("--seconds", type=above(float), help="of training, after which to stop")
+    add("--network", choices=NETWORKS, help="by method and data set")
+    add("--filters", type=above(int), help="of a four-block network")
+    add("--head", choices=HEADS, help="by method and data set")
+    add("--head-blocks", type=above(int), default=1, help="--head blocks: how many")
+    Settings.add_flags(parser, "meta-iterations")
+    add("--final-lr", type=above(float), help="rhg to iaptt-gm: of the inner steps")
+    add("--start-lr", type=above(float), help="iaptt-gm: of the head's start")
+    add("--last", type=above(int), help="t-rhg: inner steps to differentiate")
+    add("--alpha", type=above(float), help="bda: weight of f in the first inner step")
+    add("--alpha-decay", type=above(float), help="bda")
+    add("--proximal", type=above(float), help="imaml: weight of |y - x|^2 / 2 in g")
+    add("--cg-steps", type=above(int), help="imaml")
+    add(
+        "--regulariser",
+        choices=("none", "distance", "quasi-norm"),
+        default="none",
+        help="added to g: to the start, or the sum of |p|^q over all tensors",
+    )
+    add("--regularisation", type=above(float), default=0.25, help="its weight")
+    add("--test-steps", type=above(int), help="inner steps on a new task; by method")
+    add("--test-lr", type=above(float), help="their rate; by method")
+    add("--test-tasks", type=above(int), help="by method")
+    add("--validation-tasks", type=above(int), default=100, help="per evaluation")
+    add("--evaluate-every", type=above(int), default=200, help="meta-iterations")
+    add("--jit", choices=("auto", "on", "off"), default="off")
+    args = parser.parse_args(argv)
+    own = published(args.method, args.dataset, args.ways)
+    parser.refuse_meaningless(args, [own], f"--method {args.method}")
+    args = experiment.filled(args, own)
+    if args.rotations is None:
+        args.rotations = args.dataset in CHARACTERS
+    if args.data_file is not None and args.dataset != "omniglot":
+        parser.error("--data-file goes with --dataset omniglot alone")
+    if args.method in WHOLE and args.head not in ("linear", "cosine"):
+        parser.error(
+            f"--head must be linear or cosine for --method {args.method}, whose lower "
+            f"variables are all weights, got {args.head}"
+        )
+    if args.method in FRESH and args.head not in ("linear", "cosine"):
+        parser.error(
+            f"--head must be linear or cosine for --method {args.method}, which draws "
+            f"it anew, got {args.head}"
+        )
+    if args.regulariser == "distance" and args.method in FRESH:
+        parser.error("--regulariser distance needs a head that has one start")
+    if args.last is not None and args.last > args.inner_steps:
+        parser.error(
+            f"--last must not exceed --inner-steps, got {args.last} of "
+            f"{args.inner_steps}"
+        )
+    if args.head_blocks > 3:
+        parser.error(f"--head-blocks must be at most 3 of 4, got {args.head_blocks}")
+    return args
+
+
+# Data.
+
+
+def load_splits(args: argparse.Namespace) -> dict[str, classes.Classes]:
+    """Classes for training, validation and testing."""
+    name, folder = args.dataset, args.data_dir
+    if name == "glyphs":
+        splits = glyphs.load()
+    elif name == "omniglot" and args.data_file:
+        splits = classes.load(args.data_file)
+    elif name == "omniglot":
+        splits = omniglot.load(folder, args.split)
+    elif name in ("fc100", "cifar-fs"):
+        splits = fc100.load(name.replace("-", "_"), folder)
+    else:
+        if folder is None:
+            raise ValueError(f"--dataset {name} needs --data-dir, its files' folder")
+        module = mini_imagenet if name == "mini-imagenet" else tiered_imagenet
+        splits = module.load(folder)
+    if args.rotations:
+        splits = {split: classes.with_rotations(some) for split, some in splits.items()}
+    return splits
+
+
+def draw(
+    args: argparse.Namespace, some: classes.Classes, seed: int, first: int = 0
+) -> tf.data.Dataset:
+    """Meta-batches of the split without end, from the first one on."""
+    counts = (args.ways, args.shots, args.queries, args.tasks)
+    return episodes(some, *counts, seed=seed, first=first)
+
+
+# The bilevel problem.
+
+
+def build_blocks(args: argparse.Namespace, make: networks.Initializers) -> list:
+    if args.network in ("resnet12", "residual"):
+        whole = {"resnet12": networks.resnet12, "residual": networks.residual_encoder}
+        return whole[args.network](make)
+    return {
+        "norm-relu-pool": networks.norm_relu_pool_conv4,
+        "pool-norm-relu": networks.pool_norm_relu_conv4,
+        "relu-pool-norm": networks.relu_pool_norm_conv4,
+        "shifted": networks.shifted_conv4,
+    }[args.network](args.filters, make)
+
+
+def build_networks(
+    args: argparse.Namespace, shape: tuple[int, ...]
+) -> tuple[keras.Model, keras.Model]:
+    """The shared features and the head that each task adapts."""
+    make = networks.Initializers(args.seed)
+    blocks = build_blocks(args, make)
+    moved = args.head_blocks if args.head == "blocks" else 0
+    last: networks.Block = []
+    if args.head != "conv" and not moved:
+        last = [keras.layers.Flatten()]
+    encoder = networks.sequential(
+        [*blocks[: len(blocks) - moved], last], shape, "features"
+    )
+    between = tuple(encoder.output_shape[1:])
+    own: list[networks.Block] = blocks[len(blocks) - moved :] if moved else []
+    if args.head == "conv":
+        own = [networks.softplus_block(args.filters or 32, make)]
+    if args.head == "cosine":
+        end: networks.Block = [networks.CosineHead(args.ways, seed=args.seed)]
+    else:
+        width = networks.sequential([*own, [keras.layers.Flatten()]], between, "width")
+        kind = "small" if args.method in ("rhg", "t-rhg", "bda", "iaptt-gm") else (
+            "uniform"
+        )  # fmt: skip
+        features = width.output_shape[-1]
+        end = networks.linear_head(args.ways, features, make, kind)
+    return encoder, networks.sequential([*own, end], between, "head")
+
+
+class Start(keras.layers.Layer):
+    """The start of all weights and, for meta-sgd, a step size for every entry."""
+
+    def __init__(self, network: keras.Model, rate: float | None):
+        super().__init__(name="start")
+        self.network = network
+        self.rates = [] if rate is None else [
+            self.add_weight(
+                name=f"rate_{number}",
+                shape=variable.shape,
+                initializer=keras.initializers.Constant(rate),
+            )
+            for number, variable in enumerate(network.trainable_variables)
+        ]  # fmt: skip
+        self.built = True
+
+    def places(self) -> list[int]:
+        """Where the rates stand among all variables."""
+        numbers = {id(v): n for n, v in enumerate(self.trainable_variables)}
+        return [numbers[id(rate)] for rate in self.rates]
+
+
+def fresh_heads(args: argparse.Namespace, head: keras.Model, tasks: int) -> Callable:
+    """Heads drawn anew at every outer step, for every task its own."""
+    kernel, dtype = head.trainable_variables[0].shape, head.trainable_variables[0].dtype
+    edge = kernel[0] ** -0.5
+
+    def start(step: tf.Tensor) -> list[tf.Tensor]:
+        key = tf.stack([tf.constant(args.seed, tf.int64), tf.cast(step, tf.int64)])
+        keys = tf.random.experimental.stateless_split(key, 2)
+        if args.head == "cosine":
+            drawn = tf.random.stateless_normal(
+                [tasks, *kernel], keys[0], stddev=0.01, dtype=dtype
+            )
+            return [drawn, tf.fill([tasks, args.ways], tf.constant(1e-3, dtype))]
+        shapes = [tasks, *kernel], [tasks, args.ways]
+        return [
+            tf.random.stateless_uniform(shape, key, -edge, edge, dtype)
+            for shape, key in zip(shapes, tf.unstack(keys), strict=True)
+        ]
+
+    return start
+
+
+def inner_optimizer(args: argparse.Namespace) -> keras.optimizers.Optimizer:
+    """Of the inner steps."""
+    if args.method in ("approxgrad", "penalty"):
+        return keras.optimizers.Adam(args.lower_lr, epsilon=1e-8)
+    if args.method == "meta-sgd":
+        return keras.optimizers.SGD(1.0)
+    return keras.optimizers.SGD(args.lower_lr)
+
+
+def learned_rates(args: argparse.Namespace, model: tb.BilevelModel) -> Any:
+    """meta-sgd's step sizes; `None` for the others."""
+    if args.method != "meta-sgd":
+        return None
+    places = model.upper.places()
+    return lambda x: [x[place] for place in places]
+
+
+def build_method(
+    args: argparse.Namespace, model: tb.BilevelModel, fresh: Callable | None
+) -> tb.Method:
+    """The method: a few words about the one engine."""
+    if args.method == "penalty":
+        return tb.AugmentedLagrangian(
+            inner_optimizer(args),
+            args.inner_steps,
+            weight=args.weight,
+            lower_weight=args.lower_weight,
+            tolerance=args.tolerance,
+            tolerance_decay=0.9**0.5,  # of the norm; the published test squares it
+            multiplier=args.multiplier,
+            start=fresh or "warm",
+            # The tasks change with every outer step.
+            optimizer_state="reset",
+            multipliers="reset",
+        )
+    decay = args.final_lr and tb.CosineDecay(
+        args.lower_lr, args.final_lr, args.iterations
+    )
+    inner = tb.InnerSolver(
+        inner_optimizer(args),
+        args.inner_steps,
+        start=fresh or "warm",
+        learning_rate=decay or learned_rates(args, model),
+    )
+    if args.method == "imaml":
+        return tb.Implicit(inner, tb.ConjugateGradient(args.cg_steps))
+    if args.method == "approxgrad":
+        solver = tb.GradientSolver(
+            keras.optimizers.Adam(args.solver_lr, epsilon=1e-8),
+            args.inner_steps,
+            "residual",
+            warm_start=False,
+            tolerance=0.0,
+            damping=args.damping,
+        )
+        return tb.Implicit(inner, solver)
+    if args.method in ("fomaml", "fo-itd-bio"):
+        return tb.Unroll(inner, first_order=True)
+    if args.method == "t-rhg":
+        return tb.Unroll(inner, last=args.last)
+    if args.method == "bda":
+        return tb.Unroll(inner, aggregate=tb.Aggregation(args.alpha, args.alpha_decay))
+    if args.method == "iaptt-gm":
+        return tb.Unroll(inner, end="pessimistic")
+    return tb.Unroll(inner)
+
+
+def build_model(args: argparse.Namespace, shape: tuple[int, ...]) -> tb.BilevelModel:
+    encoder, head = build_networks(args, shape)
+    if args.method not in WHOLE:
+        return build_head_model(args, encoder, head)
+    lower = keras.Sequential([keras.Input(shape), encoder, head])
+    start = keras.Sequential([keras.Input(shape), *build_networks(args, shape)])
+    start.set_weights(lower.get_weights())
+    rate = args.lower_lr if args.method == "meta-sgd" else None
+
+    def loss(upper: Start, lower: keras.Model, batch: tuple) -> tf.Tensor:
+        return mean_loss(lower, batch)
+
+    def lower_loss(upper: Start, lower: keras.Model, batch: tuple) -> tf.Tensor:
+        begun = upper.network.trainable_variables
+        value = mean_loss(lower, batch) + regulariser(args, lower, begun)
+        if args.proximal is not None:
+            value += 0.5 * args.proximal * squared_distance(lower, begun)
+        return value
+
+    model = tb.BilevelModel(
+        Start(start, rate),
+        lower,
+        loss,
+        lower_loss,
+        lower_start=lambda upper: upper.network.trainable_variables,
+        tasks=args.tasks,
+    )
+    compile_model(args, model, None)
+    return model
+
+
+def build_head_model(
+    args: argparse.Namespace, encoder: keras.Model, head: keras.Model
+) -> tb.BilevelModel:
+    together = args.method in ("anil", "itd-bio", "fo-itd-bio")
+
+    def prepare(encoder: keras.Model, batches: tb.Batches) -> tb.Batches:
+        (queries, answers), (supports, labels) = batches
+        if together:  # the task's images share their statistics
+            count = queries.shape[0]
+            both = encoder(tf.concat([queries, supports], axis=0))
+            features = both[:count], both[count:]
+        else:
+            features = encoder(queries), encoder(supports)
+        return tb.Batches(upper=(features[0], answers), lower=(features[1], labels))
+
+    def lower_loss(upper: Any, lower: keras.Model, batch: tuple) -> tf.Tensor:
+        return mean_loss(lower, batch) + regulariser(args, lower, fixed)
+
+    fixed = [tf.constant(v) for v in head.get_weights()]
+    model = tb.BilevelModel(
+        encoder,
+        head,
+        lambda upper, lower, batch: mean_loss(lower, batch),
+        lower_loss,
+        lower_start="learned" if args.method in LEARNED else None,
+        prepare=prepare,
+        tasks=args.tasks,
+    )
+    if args.method in LEARNED:
+        fixed = model.start.trainable_variables
+    fresh = fresh_heads(args, head, args.tasks) if args.method in FRESH else None
+    compile_model(args, model, fresh)
+    return model
+
+
+def compile_model(
+    args: argparse.Namespace, model: tb.BilevelModel, fresh: Callable | None
+) -> None:
+    model.compile(
+        build_method(args, model, fresh),
+        keras.optimizers.Adam(args.upper_lr, epsilon=1e-8),
+        start_optimizer=args.start_lr and keras.optimizers.Adam(args.start_lr),
+        jit_compile={"auto": "auto", "on": True, "off": False}[args.jit],
+    )
+
+
+def mean_loss(network: keras.Model, batch: tuple) -> tf.Tensor:
+    images, labels = batch
+    return tf.reduce_mean(experiment.cross_entropy(network(images), labels))
+
+
+def squared_distance(network: keras.Model, start: list) -> tf.Tensor:
+    pairs = zip(network.trainable_variables, start, strict=True)
+    return tf.add_n([tf.reduce_sum(tf.square(y - z)) for y, z in pairs])
+
+
+def regulariser(args: argparse.Namespace, network: keras.Model, start: list) -> Any:
+    """Of the lower loss: towards the start, or a quasi-norm that is not convex."""
+    if args.regulariser == "none":
+        return 0.0
+    if args.regulariser == "distance":
+        return args.regularisation * squared_distance(network, start)
+    power, epsilon = 0.5, 0.1
+    terms = [
+        (tf.reduce_sum(tf.square(y)) + epsilon**2 * y.shape.num_elements())
+        ** (power / 2)
+        for y in map(tf.convert_to_tensor, network.trainable_variables)
+    ]
+    return args.regularisation * tf.add_n(terms)
+
+
+# Evaluation.
+
+
+def test_solver(args: argparse.Namespace, model: tb.BilevelModel) -> tb.InnerSolver:
+    """The inner solver on new tasks."""
+    penalty = args.method in ("approxgrad", "penalty")
+    kind = keras.optimizers.Adam if penalty else keras.optimizers.SGD
+    meta = args.method == "meta-sgd"
+    fresh = None
+    if args.method in FRESH:
+        fresh = fresh_heads(args, model.lower, args.tasks)
+    return tb.InnerSolver(
+        kind(1.0 if meta else args.test_lr),
+        args.test_steps,
+        start=fresh or "warm",
+        learning_rate=learned_rates(args, model),
+    )
+
+
+class Judge:
+    """Measures the model on tasks of one split, always the same ones."""
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        model: tb.BilevelModel,
+        some: classes.Classes,
+        count: int,
+        seed: int,
+    ):
+        self.count, self.calls = count, -(-count // args.tasks)
+        self.data = draw(args, some, seed).take(self.calls)
+        solver = test_solver(args, model)
+
+        def predictions(upper: Any, lower: keras.Model, batch: tb.Batches) -> Any:
+            return tf.argmax(lower(batch.upper[0]), axis=-1, output_type=tf.int32)
+
+        self.predict = tf.function(
+            lambda batches: model.adapt(batches, solver, predictions), autograph=False
+        )
+
+    def accuracies(self) -> np.ndarray:
+        """Percent right of every task's query images."""
+        parts = [
+            100 * np.mean(self.predict(batch).numpy() == batch.upper[1], axis=1)
+            for batch in self.data
+        ]
+        return np.concatenate(parts)[: self.count]
+
+
+def interval(accuracies: np.ndarray) -> float:
+    """Half the width of the mean's 95 percent interval."""
+    return float(1.96 * accuracies.std(ddof=1) / np.sqrt(len(accuracies)))
+
+
+class Best:
+    """Keeps the upper variables of best validation accuracy, past a kill too."""
+
+    def __init__(self, run: experiment.Run, model: tb.BilevelModel):
+        self.run, self.model = run, model
+        self.path = run.out / "best.weights.h5"
+
+    def offer(self, accuracy: float) -> None:
+        rows = self.run.rows()
+        before = [float(row["validation_accuracy"]) for row in rows]
+        if not self.path.exists() or accuracy > max(before, default=-1.0):
+            partial = self.run.out / "partial.weights.h5"
+            self.model.save_weights(partial)
+            os.replace(partial, self.path)
+
+
+# One run.
+
+
+def train(args: argparse.Namespace, run: experiment.Run, splits: dict) -> dict:
+    model = build_model(args, splits["train"].images.shape[1:])
+    backup = run.out / "backup" / "latest.weights.h5"
+    if backup.exists():
+        model.load_weights(str(backup))  # its step decides which tasks are next
+    judge = Judge(args, model, splits["validation"], args.validation_tasks, 1)
+    best = Best(run, model)
+
+    def evaluate() -> dict[str, float]:
+        accuracies = judge.accuracies()
+        accuracy = float(accuracies.mean())
+        best.offer(accuracy)
+        return {
+            "validation_accuracy": accuracy,
+            "validation_accuracy_ci95": interval(accuracies),
+        }
+
+    every = min(args.evaluate_every, args.iterations)
+    model.fit(
+        draw(args, splits["train"], 1000 + args.seed, model.outer_step),
+        steps_per_epoch=every,
+        epochs=-(-args.iterations // every),
+        callbacks=[
+            experiment.Backup(run.out / "backup", every),
+            experiment.Evaluate(run, evaluate, every, args.iterations, args.seconds),
+        ],
+        verbose=0,
+    )
+    made = model.outer_step
+    parameters = {
+        "upper_parameters": int(sum(np.prod(v.shape) for v in model.upper_variables)),
+        "lower_parameters": int(
+            sum(np.prod(v.shape) for v in model.lower.trainable_variables)
+        ),
+    }
+    test = Judge(args, model, splits["test"], args.test_tasks, 2)
+    last = test.accuracies()
+    model.load_weights(str(best.path))
+    accuracies = test.accuracies()
+    draw_curves(run)
+    draw_confusion(run.out / "confusion.png", args, test)
+    rows = run.rows()
+    return {
+        **about(args),
+        **parameters,
+        "iterations": made,
+        "best_validation_iteration": model.outer_step,
+        "best_validation_accuracy": max(run.column("validation_accuracy")),
+        "seconds": float(rows[-1]["seconds"]),
+        "seconds_per_iteration": float(rows[-1]["seconds"]) / max(made, 1),
+        "test_tasks": args.test_tasks,
+        "test_accuracy": float(accuracies.mean()),
+        "test_accuracy_ci95": interval(accuracies),
+        "last_test_accuracy": float(last.mean()),
+        "batch_statistics": "of each set of images: transductive",
+    }
+
+
+def about(args: argparse.Namespace) -> dict:
+    names = ("method", "dataset", "network", "head", "ways", "shots", "queries", "seed")
+    return {name: getattr(args, name) for name in names}
+
+
+def draw_curves(run: experiment.Run) -> None:
+    seconds = run.column("seconds")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
+    accuracy = run.column("validation_accuracy")
+    margin = np.array(run.column("validation_accuracy_ci95"))
+    left.plot(seconds, accuracy)
+    left.fill_between(seconds, accuracy - margin, accuracy + margin, alpha=0.2)
+    left.set(xlabel="seconds of training", title="accuracy on validation classes (%)")
+    for name, label in (("upper_loss", "query"), ("lower_loss", "support")):
+        right.plot(seconds, run.column(name), label=label)
+    right.set(xlabel="seconds of training", title="loss on training tasks")
+    right.legend()
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(run.out / "curves.png", dpi=110)
+    plt.close(figure)
+
+
+def draw_confusion(path: pathlib.Path, args: argparse.Namespace, judge: Judge) -> None:
+    """Three test tasks: a support image of each class, and what queries look like."""
+    batch = next(iter(judge.data))
+    predicted = judge.predict(batch).numpy()
+    count = min(3, args.tasks)
+    figure, grid = plt.subplots(
+        2,
+        count,
+        figsize=(4 * count, 5),
+        squeeze=False,
+        gridspec_kw={"height_ratios": [1, 3]},
+    )
+    for task in range(count):
+        supports = batch.lower[0][task].numpy()[:: args.shots]
+        strip = np.concatenate(list(supports), axis=1)
+        grid[0, task].imshow(np.squeeze(strip), cmap="gray", vmin=0, vmax=1)
+        grid[0, task].set_axis_off()
+        grid[0, task].set_title(f"test task {task + 1}: its classes", fontsize=9)
+        matrix = np.zeros((args.ways, args.ways), int)
+        np.add.at(matrix, (batch.upper[1][task].numpy(), predicted[task]), 1)
+        grid[1, task].imshow(matrix, cmap="Blues")
+        for row, column in np.ndindex(*matrix.shape):
+            if matrix[row, column]:
+                text = str(matrix[row, column])
+                grid[1, task].text(column, row, text, ha="center", va="center")
+        grid[1, task].set(xlabel="predicted class", ylabel="true class")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main(argv: list[str] | None = None) -> dict:
+    args = parse_args(argv)
+    with experiment.one_line_errors(__file__):
+        splits = load_splits(args)
+        for some in splits.values():
+            draw(args, some, 0)  # too many ways or shots: said before any work
+        run = experiment.Run(args.out, experiment.settings(args), args.resume)
+    keras.utils.set_random_seed(args.seed)
+    summary = run.summary() or train(args, run, splits)
+    run.summarise(summary)
+    print(
+        f"{args.method}, {args.ways}-way {args.shots}-shot {args.dataset}: "
+        f"{summary['test_accuracy']:.2f} +- {summary['test_accuracy_ci95']:.2f} "
+        f"percent on {summary['test_tasks']} test tasks (transductive), "
+        f"{summary['iterations']} meta-iterations, {summary['seconds']:.0f} s"
+    )
+    print(f"Files in {run.out}: {', '.join(sorted(p.name for p in run.out.iterdir()))}")
+    return summary
+
+
+if __name__ == "__main__":
+    main()

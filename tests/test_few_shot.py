@@ -1,0 +1,390 @@
+"""Few-shot learning: settings, models, runs, errors."""
+
+import csv
+import json
+import pickle
+import subprocess
+import sys
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from experiment_scripts import ROOT, load_experiment
+
+from data_prep import classes, fc100, glyphs
+from data_prep.classes import Classes
+
+few_shot = load_experiment("few_shot")
+SMALL = ["--filters", "4", "--iterations", "4", "--evaluate-every", "2", "--tasks", "2"]
+SMALL += [
+    "--no-rotations",
+    "--validation-tasks",
+    "4",
+    "--test-tasks",
+    "4",
+    "--queries",
+    "2",
+]
+
+
+GLYPHS = glyphs.load(images_per_class=6)
+
+
+@pytest.fixture(autouse=True)
+def _few_glyphs(monkeypatch):
+    """Drawn once: drawing all of them takes seconds."""
+    monkeypatch.setattr(glyphs, "load", lambda: GLYPHS)
+
+
+@pytest.fixture
+def _float64():
+    """Layers of double precision. The policy is remembered apart from `floatx`."""
+    before = keras.config.dtype_policy()
+    keras.config.set_floatx("float64")
+    keras.config.set_dtype_policy("float64")
+    yield
+    keras.config.set_floatx("float32")
+    keras.config.set_dtype_policy(before)
+
+
+def parse(*flags):
+    return few_shot.parse_args(["--out", "x", *flags])
+
+
+def small(method, *flags):
+    return parse("--method", method, "--tasks", "2", "--queries", "2", *flags)
+
+
+def batch_of(args, seed=0):
+    return next(iter(few_shot.draw(args, GLYPHS["test"], seed)))
+
+
+def test_published_settings():
+    """specs: stocbio 6, iaptt 4, penalty 5."""
+    args = parse("--method", "anil", "--dataset", "mini-imagenet", "--shots", "5")
+    assert (args.upper_lr, args.lower_lr, args.inner_steps) == (0.002, 0.05, 10)
+    assert (args.tasks, args.iterations, args.queries) == (32, 2000, 5)
+    args = parse("--method", "maml", "--dataset", "fc100")
+    assert (args.upper_lr, args.lower_lr, args.inner_steps) == (0.001, 0.5, 3)
+    args = parse("--method", "maml", "--dataset", "mini-imagenet")
+    assert (args.upper_lr, args.lower_lr, args.filters) == (0.003, 0.01, 32)
+    args = parse("--method", "itd-bio", "--dataset", "fc100")
+    assert (args.lower_lr, args.inner_steps, args.iterations) == (0.1, 20, 1500)
+    args = parse("--method", "fo-itd-bio", "--dataset", "mini-imagenet")
+    assert args.iterations == 3000
+    args = parse("--method", "iaptt-gm", "--dataset", "tiered-imagenet")
+    assert (args.tasks, args.iterations, args.inner_steps) == (4, 80_000, 10)
+    assert (args.lower_lr, args.final_lr, args.upper_lr) == (0.01, 0.001, 0.001)
+    assert (args.head, args.network, args.filters) == ("conv", "pool-norm-relu", 32)
+    assert (args.test_lr, args.test_steps, args.test_tasks) == (0.1, 10, 1000)
+    args = parse("--method", "iaptt-gm", "--dataset", "omniglot")
+    assert (args.head, args.network, args.filters) == ("linear", "relu-pool-norm", 64)
+    args = parse("--method", "penalty", "--dataset", "omniglot")
+    assert (args.tasks, args.iterations, args.inner_steps) == (30, 5000, 20)
+    assert (args.upper_lr, args.lower_lr, args.test_lr) == (0.01, 0.01, 0.001)
+    assert (args.weight, args.lower_weight, args.multiplier) == (0.01, 0.01, 1e-4)
+    args = parse("--method", "penalty", "--dataset", "omniglot", "--ways", "20")
+    assert (args.tasks, args.iterations) == (15, 10_000)
+    args = parse("--method", "approxgrad", "--dataset", "mini-imagenet")
+    assert (args.tasks, args.upper_lr, args.network) == (2, 0.001, "residual")
+    assert (args.test_lr, args.test_steps) == (0.001, 100)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--method", "anil", "--last", "2"], "--last means nothing to --method anil"),
+        (["--method", "maml", "--head", "conv"], "--head must be linear or cosine"),
+        (["--method", "penalty", "--head", "conv"], "which draws it anew"),
+        (["--method", "t-rhg", "--last", "11"], "--last must not exceed"),
+        (["--data-file", "x.npz"], "--data-file goes with --dataset omniglot"),
+        (["--method", "rhg", "--head", "blocks", "--head-blocks", "4"], "at most 3"),
+        (["--ways", "0"], "must be above zero"),
+        (
+            ["--method", "penalty", "--regulariser", "distance"],
+            "needs a head that has one start",
+        ),
+    ],
+)
+def test_bad_flags_are_one_line(flags, message, capsys):
+    with pytest.raises(SystemExit) as error:
+        parse(*flags)
+    assert error.value.code == 2
+    written = capsys.readouterr().err
+    assert message in written and written.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--ways", "200"], "--ways must not exceed the 160 classes"),
+        (["--shots", "5"], "--shots and query images must fit in every class"),
+        (["--dataset", "mini-imagenet"], "needs --data-dir"),
+        (["--dataset", "mini-imagenet", "--data-dir", "."], "does not exist"),
+        (["--dataset", "fc100", "--data-dir", "."], "cifar100"),
+    ],
+)
+def test_bad_data_is_one_line_before_anything_is_written(
+    flags, message, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as error:
+        few_shot.main(["--out", "run", "--no-rotations", *flags])
+    assert error.value.code == 2 and not (tmp_path / "run").exists()
+    assert message in capsys.readouterr().err
+
+
+def central_difference(model: Any, args: Any) -> float:
+    """Relative error of the model's first upper gradient along random directions."""
+    batch = batch_of(args)
+    batch = tf.nest.map_structure(
+        lambda leaf: tf.cast(leaf, "float64") if leaf.dtype == tf.float32 else leaf,
+        batch,
+    )
+    # With biases of zero all black pixels would stand on ReLU's kink.
+    moved = np.random.default_rng(9)
+    x = [
+        tf.convert_to_tensor(v.value) + 0.1 * moved.normal(size=v.shape)
+        for v in model.upper_variables
+    ]
+    y = [
+        tf.broadcast_to(tf.convert_to_tensor(v.value), [args.tasks, *v.shape])
+        for v in model.lower.trainable_variables
+    ]
+    state = model.method.init(model.problem, x, y)
+    step = tf.function(
+        lambda x: model.method.step(model.problem, x, y, batch, state).upper_gradient,
+        autograph=False,
+    )
+    objective = model.method.objective(model.problem, x, y, batch, state)
+    value = tf.function(objective, autograph=False)
+    gradient = step(x)
+    errors = []
+    for seed in range(2):
+        generator = np.random.default_rng(seed)
+        along = [generator.normal(size=leaf.shape) for leaf in x]
+        width = 1e-7  # small: the networks have kinks
+
+        def at(sign, along=along, width=width):
+            moved = zip(x, along, strict=True)
+            return float(value([leaf + sign * width * a for leaf, a in moved]))
+
+        difference = (at(1) - at(-1)) / (2 * width)
+        claimed = sum(
+            float(tf.reduce_sum(g * a)) for g, a in zip(gradient, along, strict=True)
+        )
+        errors.append(abs(difference - claimed) / max(abs(claimed), 1e-3))
+    return max(errors)
+
+
+LAST = {"t-rhg": ["--last", "2"]}
+EXACT = ["maml", "fomaml", "meta-sgd", "anil", "itd-bio", "fo-itd-bio", "rhg", "t-rhg"]
+EXACT += ["bda", "iaptt-gm", "penalty"]
+
+
+@pytest.mark.usefixtures("_float64")
+@pytest.mark.parametrize("method", EXACT)
+def test_meta_gradients_are_central_differences(method):
+    """Of the script's own models, in float64: the losses, starts and features too."""
+    args = small(method, "--filters", "3", "--inner-steps", "3", *LAST.get(method, []))
+    model = few_shot.build_model(args, (28, 28, 1))
+    error = central_difference(model, args)
+    assert error < 1e-4
+
+
+@pytest.mark.usefixtures("_float64")
+def test_the_conv_head_and_the_regularisers_too():
+    for regulariser in ("distance", "quasi-norm"):
+        flags = ["--filters", "3", "--inner-steps", "2", "--head", "blocks"]
+        args = small("iaptt-gm", *flags, "--regulariser", regulariser)
+        model = few_shot.build_model(args, (28, 28, 1))
+        kernels = [v for v in model.lower.trainable_variables if len(v.shape) == 4]
+        assert len(kernels) == 1  # adapted by each task
+        assert central_difference(model, args) < 1e-4
+
+
+def test_imaml_pulls_towards_the_start():
+    """At y = x the proximal term adds nothing to g and nothing to its gradient."""
+    args = small("imaml", "--filters", "3")
+    model = few_shot.build_model(args, (28, 28, 1))
+    x = [tf.convert_to_tensor(v.value) for v in model.upper_variables]
+    one = model.problem.one
+    batch = tf.nest.map_structure(lambda leaf: leaf[0], batch_of(args).lower)
+    moved = [leaf + 0.1 for leaf in x]
+    count = sum(int(np.prod(leaf.shape)) for leaf in x)
+    plain = few_shot.build_model(small("maml", "--filters", "3"), (28, 28, 1))
+    for y, extra in ((x, 0.0), (moved, 0.5 * 2.0 * 0.01 * count)):
+        difference = one.lower_loss(x, y, batch) - plain.problem.one.lower_loss(
+            x, y, batch
+        )
+        np.testing.assert_allclose(difference, extra, rtol=1e-3, atol=1e-5)
+
+
+def test_fresh_heads_differ_between_tasks_and_steps_and_are_seeded():
+    for head, spread in (("cosine", 0.01), ("linear", 64**-0.5 / 3**0.5)):
+        args = small("penalty", "--head", head)
+        _, net = few_shot.build_networks(args, (28, 28, 1))
+        start = few_shot.fresh_heads(args, net, 3)
+        first, second = (start(tf.constant(step, tf.int64)) for step in (0, 1))
+        assert first[0].shape == (3, 64, 5) and first[1].shape == (3, 5)
+        np.testing.assert_array_equal(first[0], start(tf.constant(0, tf.int64))[0])
+        assert not np.allclose(first[0], second[0])
+        assert not np.allclose(first[0][0], first[0][1])
+        np.testing.assert_allclose(np.std(first[0]), spread, rtol=0.1)
+
+
+def test_a_run_and_its_files(tmp_path):
+    out = tmp_path / "run"
+    summary = few_shot.main(["--out", str(out), *SMALL])
+    files = {path.name for path in out.iterdir()}
+    assert {"config.json", "metrics.csv", "summary.json", "curves.png"} < files
+    assert {"confusion.png", "best.weights.h5"} < files
+    with (out / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == [0, 2, 4]
+    stored = json.loads((out / "summary.json").read_text())
+    assert stored["test_accuracy"] == summary["test_accuracy"]
+    assert "transductive" in stored["batch_statistics"]
+    best = max(float(row["validation_accuracy"]) for row in rows)
+    assert stored["best_validation_accuracy"] == best
+    assert 0 <= stored["test_accuracy"] <= 100 and stored["iterations"] == 4
+
+
+def test_a_killed_run_resumes_to_the_same_numbers(tmp_path, monkeypatch):
+    whole = few_shot.main(["--out", str(tmp_path / "whole"), *SMALL])
+    evaluate, calls = few_shot.Judge.accuracies, []
+
+    def killed(self):
+        calls.append(1)
+        if len(calls) == 3:  # at step 4, after the backup of step 2
+            raise KeyboardInterrupt
+        return evaluate(self)
+
+    monkeypatch.setattr(few_shot.Judge, "accuracies", killed)
+    with pytest.raises(KeyboardInterrupt):
+        few_shot.main(["--out", str(tmp_path / "cut"), *SMALL])
+    monkeypatch.setattr(few_shot.Judge, "accuracies", evaluate)
+    resumed = few_shot.main(["--out", str(tmp_path / "cut"), *SMALL, "--resume"])
+    timing = {"seconds", "seconds_per_iteration"}
+    assert {k: v for k, v in resumed.items() if k not in timing} == {
+        k: v for k, v in whole.items() if k not in timing
+    }
+
+
+def test_accuracy_and_interval_are_over_tasks(monkeypatch):
+    args = small("anil", "--filters", "3")
+    model = few_shot.build_model(args, (28, 28, 1))
+    judge = few_shot.Judge(args, model, GLYPHS["test"], 5, 7)
+    accuracies = judge.accuracies()
+    assert accuracies.shape == (5,)
+    # By hand: every task adapted alone by plain gradient descent on its head.
+    batch = next(iter(few_shot.draw(args, GLYPHS["test"], 7)))
+    kernel, bias = (np.array(v) for v in model.start.trainable_variables)
+    for task in range(2):
+        both = tf.concat([batch.upper[0][task], batch.lower[0][task]], axis=0)
+        features = np.array(model.upper(both), "float64")
+        query, support = features[:10], features[10:]
+        w, b = kernel.astype("float64"), bias.astype("float64")
+        for _ in range(args.test_steps):
+            logits = support @ w + b
+            error = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+            error = (error - np.eye(5)[batch.lower[1][task]]) / len(support)
+            w, b = w - args.test_lr * support.T @ error, b - args.test_lr * error.sum(0)
+        right = np.mean((query @ w + b).argmax(1) == batch.upper[1][task])
+        np.testing.assert_allclose(accuracies[task], 100 * right)
+    values = np.array([50.0, 70.0, 90.0])
+    np.testing.assert_allclose(few_shot.interval(values), 1.96 * 20 / 3**0.5)
+
+
+def published(folder: Any, kind: str) -> None:
+    """Small files in exactly the published formats."""
+    generator = np.random.default_rng(0)
+    for number, split in enumerate(("train", "val", "test")):
+        images = generator.integers(0, 255, (6 * 8, 84, 84, 3), dtype=np.uint8)
+        names = [f"n{number}{c}" for c in range(6)]
+        if kind == "mini-imagenet":
+            members = {n: list(range(8 * i, 8 * i + 8)) for i, n in enumerate(names)}
+            content = {"image_data": images, "class_dict": members}
+            path = folder / f"mini-imagenet-cache-{split}.pkl"
+            path.write_bytes(pickle.dumps(content, protocol=2))
+            continue
+        files = [
+            np.frombuffer(tf.io.encode_png(image).numpy(), np.uint8) for image in images
+        ]
+        labels = {
+            "label_specific": np.repeat(np.arange(6), 8),
+            "label_specific_str": names,
+        }
+        (folder / f"{split}_images_png.pkl").write_bytes(pickle.dumps(files))
+        (folder / f"{split}_labels.pkl").write_bytes(pickle.dumps(labels))
+
+
+@pytest.mark.parametrize(
+    ("dataset", "flags"),
+    [
+        ("mini-imagenet", ["--method", "anil", "--filters", "4"]),
+        ("mini-imagenet", ["--method", "iaptt-gm", "--filters", "4"]),
+        ("tiered-imagenet", ["--method", "rhg", "--filters", "4", "--head", "linear"]),
+    ],
+)
+def test_published_files_end_to_end(dataset, flags, tmp_path, monkeypatch):
+    published(tmp_path, dataset)
+    module = getattr(few_shot, dataset.replace("-", "_"))
+    sizes = {"train": 6, "validation": 6, "test": 6}
+    monkeypatch.setattr(module, "CLASSES", sizes)
+    own = [*SMALL[2:], "--iterations", "2", *flags]
+    summary = few_shot.main(
+        ["--dataset", dataset, "--data-dir", str(tmp_path), "--out"]
+        + [str(tmp_path / "run"), *own]
+    )
+    assert summary["dataset"] == dataset and 0 <= summary["test_accuracy"] <= 100
+
+
+def test_fc100_end_to_end(tmp_path, monkeypatch):
+    generator = np.random.default_rng(0)
+
+    def loaded(split, folder):
+        assert split == "fc100" and folder == tmp_path
+        return {
+            part: Classes(
+                generator.integers(0, 255, (48, 32, 32, 3), dtype=np.uint8),
+                np.arange(0, 49, 8),
+                tuple(f"{part}{n}" for n in range(6)),
+            )
+            for part in classes.SPLITS
+        }
+
+    monkeypatch.setattr(fc100, "load", loaded)
+    summary = few_shot.main(
+        ["--dataset", "fc100", "--data-dir", str(tmp_path), *SMALL, "--method"]
+        + ["itd-bio", "--out", str(tmp_path / "run")]
+    )
+    assert summary["network"] == "norm-relu-pool"
+
+
+def test_the_large_networks_make_a_step():
+    """ResNet12 with a linear head and the residual encoder with a cosine head."""
+    for method, network, head in (
+        ("iaptt-gm", "resnet12", "linear"),
+        ("penalty", "residual", "cosine"),
+    ):
+        flags = ["--network", network, "--head", head, "--inner-steps", "1"]
+        args = small(method, *flags, "--ways", "2")
+        encoder, net = few_shot.build_networks(args, (84, 84, 3))
+        made = net(encoder(np.zeros([2, 84, 84, 3], "float32")))
+        assert made.shape == (2, 2)
+
+
+def test_the_newcomer_s_command(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "experiments/few_shot.py", "--out", str(tmp_path / "run")]
+        + SMALL,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "percent on 4 test tasks (transductive)" in done.stdout

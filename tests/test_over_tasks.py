@@ -1,0 +1,613 @@
+"""Many tasks as one problem: each task's part must be what it is alone."""
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import tfbilevel as tb
+
+SGD, ADAM = keras.optimizers.SGD, keras.optimizers.Adam
+TASKS, EXAMPLES, FEATURES = 3, 7, 4
+
+
+def ridge() -> tb.Problem:
+    """One task: weights y on data, a coefficient per feature in x."""
+
+    def error(y: Any, batch: Any) -> Any:
+        return tf.reduce_mean((tf.linalg.matvec(batch[0], y) - batch[1]) ** 2)
+
+    return tb.Problem(
+        upper_loss=lambda x, y, batch: error(y, batch) + 0.1 * tf.reduce_sum(x**2),
+        lower_loss=lambda x, y, batch: (
+            0.5 * error(y, batch) + 0.5 * tf.reduce_sum(tf.exp(x) * y**2)
+        ),
+    )
+
+
+def data(seed: int = 0, dtype: str = "float64") -> tuple[Any, Any, tb.Batches]:
+    generator = np.random.default_rng(seed)
+
+    def batch() -> tuple:
+        return (
+            tf.constant(generator.normal(size=(TASKS, EXAMPLES, FEATURES)), dtype),
+            tf.constant(generator.normal(size=(TASKS, EXAMPLES)), dtype),
+        )
+
+    x = tf.constant(0.3 * generator.normal(size=FEATURES), dtype)
+    y = tf.constant(generator.normal(size=(TASKS, FEATURES)), dtype)
+    return x, y, tb.Batches(upper=batch(), lower=batch())
+
+
+def alone(batches: tb.Batches, task: int) -> tb.Batches:
+    return tb.Batches(*tf.nest.map_structure(lambda leaf: leaf[task], tuple(batches)))
+
+
+def first_step(problem: tb.Problem, method: tb.Method, *inputs: Any) -> tb.Step:
+    """Compiled: eagerly every inner step would trace its mapping anew."""
+    x, y, _ = inputs
+    state = method.init(problem, x, y)
+    run = tf.function(
+        lambda *arguments: method.step(problem, *arguments, state), autograph=False
+    )
+    return run(*inputs)
+
+
+def inner(steps: int = 6, rate: float = 0.1, **options: Any) -> tb.InnerSolver:
+    return tb.InnerSolver(SGD(rate), steps, **options)
+
+
+def adam(steps: int = 6) -> tb.InnerSolver:
+    return tb.InnerSolver(ADAM(0.1), steps)
+
+
+def implicit(solver: tb.LinearSolver) -> tb.Method:
+    return tb.Implicit(inner(), solver)
+
+
+# Tolerances so loose that the tasks stop after different numbers of steps.
+METHODS: dict[str, Callable[[], tb.Method]] = {
+    "unroll": lambda: tb.Unroll(inner()),
+    "unroll-momentum": lambda: tb.Unroll(tb.InnerSolver(SGD(0.05, 0.9), 6)),
+    "unroll-accelerated": lambda: tb.Unroll(inner(accelerated=True)),
+    "unroll-last": lambda: tb.Unroll(adam(), last=3),
+    "unroll-bda": lambda: tb.Unroll(inner(), aggregate=tb.Aggregation(0.4, 0.5)),
+    "pessimistic": lambda: tb.Unroll(adam(), end="pessimistic"),
+    "pessimistic-checkpoint": lambda: tb.Unroll(
+        adam(), end="pessimistic", memory="checkpoint"
+    ),
+    "pessimistic-tape": lambda: tb.Unroll(adam(), end="pessimistic", memory="tape"),
+    "forward": lambda: tb.ForwardUnroll(inner()),
+    "cg": lambda: implicit(tb.ConjugateGradient(10, tolerance=1e-2)),
+    "normal-cg": lambda: implicit(tb.NormalConjugateGradient(10, tolerance=1e-2)),
+    "neumann": lambda: implicit(tb.Neumann(40, tolerance=1e-2)),
+    "fixed-point": lambda: implicit(tb.FixedPoint(40, tolerance=1e-2)),
+    "gradient-solver": lambda: implicit(
+        tb.GradientSolver(ADAM(0.05), 20, tolerance=1e-1)
+    ),
+    "gradient-solver-residual": lambda: implicit(
+        tb.GradientSolver(SGD(0.02), 20, objective="residual", tolerance=1e-1)
+    ),
+    "direct": lambda: implicit(tb.Direct()),
+    "optimizer-map": lambda: tb.Implicit(
+        tb.InnerSolver(SGD(0.1, 0.5), 30),
+        tb.NormalConjugateGradient(40, tolerance=1e-12),
+        through="optimizer",
+    ),
+    "tolerance": lambda: tb.Implicit(inner(60, 0.3, tolerance=0.05)),
+    "rank-one": lambda: tb.RankOne(inner()),
+    "finite-difference": lambda: tb.FiniteDifference(inner()),
+    "stocbio": lambda: tb.StocBiO(inner(), 3, 0.2),
+    "bsa": lambda: tb.BSA(inner(), 3, 0.2),
+    "ttsa": lambda: tb.TTSA(SGD(0.1), 2, 0.2),
+    "value-gap": lambda: tb.ValueGap(inner(), SGD(0.1), 1.7),
+    "gradient-norm": lambda: tb.GradientNorm(SGD(0.1), 1.7),
+    "augmented-lagrangian": lambda: tb.AugmentedLagrangian(
+        SGD(0.1), 5, multiplier=0.3, lower_weight=0.6
+    ),
+}
+
+# The counter of a loop over all tasks is that of the slowest; the penalty method's
+# measures are means of squares.
+COUNTERS = {"iterations"}
+MEANS = {"upper_loss", "lower_loss", "gap", "multiplier_term", "penalty"}
+ROOTS = {"stationarity", "kkt_residual"}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_does_to_a_task_what_it_does_to_it_alone(name):
+    x, y, batches = data()
+    one, method = ridge(), METHODS[name]()
+    tasks = tb.over_tasks(one)
+    step = first_step(tasks, method, x, y, batches)
+    single = [first_step(one, method, x, y[i], alone(batches, i)) for i in range(TASKS)]
+    gradient = np.mean([s.upper_gradient for s in single], axis=0)
+    np.testing.assert_allclose(step.upper_gradient, gradient, rtol=1e-9)
+    np.testing.assert_allclose(step.lower, np.stack([s.lower for s in single]), 1e-11)
+    for key, value in step.metrics.items():
+        parts = np.array([s.metrics[key] for s in single])
+        if key in COUNTERS:
+            assert value == parts.max()
+        elif value.shape.rank == 1:
+            np.testing.assert_allclose(value, parts, rtol=1e-6, atol=1e-9)
+        elif key in MEANS:
+            np.testing.assert_allclose(value, parts.mean(), rtol=1e-9)
+        elif key == "stationarity":
+            np.testing.assert_allclose(value, np.sqrt((parts**2).mean()), rtol=1e-9)
+        else:
+            assert key in {*ROOTS, "weight", "lower_weight", "tolerance", "rate_scale"}
+
+
+APART = [
+    "unroll-momentum",
+    "pessimistic",
+    "forward",
+    "cg",
+    "gradient-solver",
+    "optimizer-map",
+    "rank-one",
+    "finite-difference",
+    "stocbio",
+    "value-gap",
+    "gradient-norm",
+    "augmented-lagrangian",
+]
+
+
+@pytest.mark.parametrize("name", APART)
+def test_tasks_in_turn_are_the_tasks_at_once(name):
+    """Two outer steps, so that what is carried is too."""
+    x, y, batches = data()
+    method = METHODS[name]()
+    ends = []
+    for mapping in ("vectorized", "in-turn"):
+        tasks = tb.over_tasks(ridge(), mapping)
+
+        def two(x: Any, y: Any, batches: tb.Batches, state: Any, tasks=tasks) -> Any:
+            first = method.step(tasks, x, y, batches, state)
+            return method.step(tasks, 0.9 * x, first.lower, batches, first.state)
+
+        run = tf.function(two, autograph=False)
+        ends.append(run(x, y, batches, method.init(tasks, x, y)))
+    at_once, in_turn = ends
+    np.testing.assert_allclose(at_once.upper_gradient, in_turn.upper_gradient, 1e-9)
+    np.testing.assert_allclose(at_once.lower, in_turn.lower, rtol=1e-10)
+    assert set(at_once.metrics) == set(in_turn.metrics)
+    for key, value in at_once.metrics.items():
+        if value.shape == in_turn.metrics[key].shape:
+            np.testing.assert_allclose(
+                value, in_turn.metrics[key], rtol=1e-6, atol=1e-9
+            )
+        else:
+            assert key in COUNTERS and value == np.max(in_turn.metrics[key])
+    tf.nest.assert_same_structure(at_once.state, in_turn.state)
+    for a, b in zip(
+        tf.nest.flatten(at_once.state), tf.nest.flatten(in_turn.state), strict=True
+    ):
+        assert a.shape == b.shape and a.dtype == b.dtype
+        np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-12)
+
+
+def test_the_loose_tolerances_stop_the_tasks_at_different_steps():
+    """What the test above is worth: no two tasks take equally many steps."""
+    x, y, batches = data()
+    for name in ("neumann", "fixed-point", "cg"):
+        method = METHODS[name]()
+        counts = {
+            int(
+                method.step(
+                    ridge(), x, y[i], alone(batches, i), method.init(ridge(), x, y[i])
+                ).metrics["iterations"]
+            )
+            for i in range(TASKS)
+        }
+        assert len(counts) > 1
+
+
+@pytest.mark.parametrize("memory", ["replay", "checkpoint", "tape"])
+def test_pessimistic_ends_are_each_task_s_own(memory):
+    """IAPTT: k*_i is the first largest upper loss along task i's own iterates."""
+    x, y, batches = data(3)
+    tasks = tb.over_tasks(ridge())
+    method = tb.Unroll(adam(8), end="pessimistic", memory=memory)
+    step = first_step(tasks, method, x, y, batches)
+    expected = []
+    for i in range(TASKS):
+        rule = tb.differentiable(ADAM(0.1))
+        point, state, losses = y[i], rule.init(y[i]), []
+        one = alone(batches, i)
+        for _ in range(8):
+            with tf.GradientTape() as tape:
+                tape.watch(point)
+                loss = ridge().lower_loss(x, point, one.lower)
+            point, state = rule.update(tape.gradient(loss, point), state, point)
+            losses.append(float(ridge().upper_loss(x, point, one.upper)))
+        expected.append(1 + int(np.argmax(losses)))
+    assert len(set(expected)) > 1
+    assert step.metrics["truncation"].numpy().tolist() == expected
+
+
+@pytest.mark.parametrize(
+    "name", ["unroll", "pessimistic", "pessimistic-tape", "cg", "augmented-lagrangian"]
+)
+def test_central_differences(name):
+    x, y, batches = data(1)
+    report = tb.check_hypergradient(
+        tb.over_tasks(ridge()), METHODS[name](), x, y, batches
+    )
+    assert report.error < (0.2 if name == "cg" else 1e-7)
+
+
+def test_the_pessimistic_first_order_objective_over_tasks():
+    x, _, batches = data(1)
+    x = {"rates": x, "start": tf.constant([0.2, -0.1, 0.4, 0.3], tf.float64)}
+    one = ridge()
+    tasks = tb.over_tasks(
+        tb.Problem(
+            lambda x, y, batch: one.upper_loss(x["rates"], y, batch),
+            lambda x, y, batch: one.lower_loss(x["rates"], y, batch),
+            lower_start=lambda x: x["start"],
+        )
+    )
+    method = tb.Unroll(adam(), end="pessimistic", first_order=True)
+    y = tf.zeros([TASKS, FEATURES], tf.float64)
+    report = tb.check_hypergradient(tasks, method, x, y, batches)
+    assert report.error < 1e-7
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("name", ["unroll", "pessimistic", "cg", "value-gap"])
+def test_eager_is_graph_is_xla(name, dtype):
+    x, y, batches = data(0, dtype)
+    tasks, method = tb.over_tasks(ridge()), METHODS[name]()
+
+    def step(x: Any, y: Any, batches: tb.Batches, state: Any) -> Any:
+        made = method.step(tasks, x, y, batches, state)
+        return made.upper_gradient, made.lower
+
+    arguments = (x, y, batches, method.init(tasks, x, y))
+    eager = step(*arguments)
+    for xla in (False, True):
+        compiled = tf.function(step, autograph=False, jit_compile=xla)
+        for got, want in zip(compiled(*arguments), eager, strict=True):
+            rtol = 1e-11 if dtype == "float64" else 2e-5
+            np.testing.assert_allclose(got, want, rtol=rtol, atol=rtol)
+        compiled(2 * x, *arguments[1:])
+        assert compiled.experimental_get_tracing_count() == 1
+
+
+def convolutional() -> tuple[Callable, list]:
+    """A small network of a convolution and a dense layer as a function of weights."""
+    network = keras.Sequential(
+        [
+            keras.Input((6, 6, 1)),
+            keras.layers.Conv2D(3, 3, activation="softplus"),
+            keras.layers.Flatten(),
+            keras.layers.Dense(2),
+        ]
+    )
+    function = tb.functional(network)
+    generator = np.random.default_rng(0)
+    start = [
+        tf.constant(0.3 * generator.normal(size=v.shape), tf.float32)
+        for v in function.initial()
+    ]
+
+    def loss(weights: Any, batch: Any) -> Any:
+        logits = function(weights, batch[0])
+        return tf.reduce_mean(
+            tf.nn.sparse_softmax_cross_entropy_with_logits(batch[1], logits)
+        )
+
+    return loss, start
+
+
+def images(count: int = TASKS) -> tb.Batches:
+    generator = np.random.default_rng(5)
+
+    def batch() -> tuple:
+        pixels = generator.normal(size=(count, 4, 6, 6, 1))
+        return tf.constant(pixels, tf.float32), tf.constant([[0, 1, 1, 0]] * count)
+
+    return tb.Batches(upper=batch(), lower=batch())
+
+
+def maml() -> tuple[tb.Problem, list]:
+    loss, start = convolutional()
+    problem = tb.Problem(
+        upper_loss=lambda x, y, batch: loss(y, batch),
+        lower_loss=lambda x, y, batch: loss(y, batch),
+        lower_start=lambda x: x,
+    )
+    return problem, start
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_convolution_kernels_in_turn_are_the_tasks_alone(compiled):
+    one, x = maml()
+    batches, method = images(), tb.Unroll(inner(3))
+    tasks = tb.over_tasks(one)
+    y = [tf.zeros([TASKS, *leaf.shape]) for leaf in x]
+
+    def step(x: Any, batches: tb.Batches) -> Any:
+        made = method.step(tasks, x, y, batches, method.init(tasks, x, y))
+        return made.upper_gradient, made.lower
+
+    run = tf.function(step, autograph=False) if compiled else step
+    gradient, lower = run(x, batches)
+    single = [first_step(one, method, x, x, alone(batches, i)) for i in range(TASKS)]
+    for index, leaf in enumerate(gradient):
+        mean = np.mean([s.upper_gradient[index] for s in single], axis=0)
+        np.testing.assert_allclose(leaf, mean, rtol=1e-4, atol=1e-6)
+        each = np.stack([s.lower[index] for s in single])
+        np.testing.assert_allclose(lower[index], each, rtol=1e-4, atol=1e-6)
+
+
+def test_both_mappings_agree_and_auto_takes_kernels_in_turn(monkeypatch):
+    one, x = maml()
+    batches, method = images(), tb.Unroll(inner(2))
+    y = [tf.zeros([TASKS, *leaf.shape]) for leaf in x]
+    in_turn = []
+    map_fn = tf.map_fn
+    monkeypatch.setattr(
+        tf, "map_fn", lambda *a, **k: in_turn.append(True) or map_fn(*a, **k)
+    )
+
+    def gradient(mapping: str) -> Any:
+        tasks = tb.over_tasks(one, mapping)
+        in_turn.clear()
+        step = first_step(tasks, method, x, y, batches)
+        return step.upper_gradient, bool(in_turn)
+
+    turned, by_turns = gradient("in-turn")
+    auto, by_auto = gradient("auto")
+    assert by_turns and by_auto
+    vectorized, mapped = gradient("vectorized")
+    assert not mapped
+    for a, b, c in zip(turned, auto, vectorized, strict=True):
+        np.testing.assert_array_equal(a, b)
+        np.testing.assert_allclose(a, c, rtol=1e-4, atol=1e-6)
+
+
+def test_prepare_sees_one_task_and_is_differentiated_through():
+    """Features of a shared encoder, normalised by each task's own statistics."""
+
+    def features(x: Any, inputs: Any) -> Any:
+        made = tf.tanh(inputs * x)
+        return made - tf.reduce_mean(made, axis=0)
+
+    def prepare(x: Any, batches: tb.Batches) -> tb.Batches:
+        (a, b), (c, d) = batches
+        assert a.shape.rank == 2  # of one task
+        return batches._replace(upper=(features(x, a), b), lower=(features(x, c), d))
+
+    def error(y: Any, inputs: Any, answers: Any) -> Any:
+        return tf.reduce_mean((tf.linalg.matvec(inputs, y) - answers) ** 2)
+
+    once = tb.Problem(
+        lambda x, y, batch: error(y, *batch),
+        lambda x, y, batch: error(y, *batch) + 0.1 * tf.reduce_sum(y**2),
+        prepare=prepare,
+    )
+    inside = tb.Problem(
+        lambda x, y, batch: error(y, features(x, batch[0]), batch[1]),
+        lambda x, y, batch: (
+            error(y, features(x, batch[0]), batch[1]) + 0.1 * tf.reduce_sum(y**2)
+        ),
+    )
+    x, y, batches = data()
+    method = tb.Unroll(inner())
+    results = [
+        first_step(problem, method, x, y, batches)
+        for problem in (tb.over_tasks(once), tb.over_tasks(inside))
+    ]
+    np.testing.assert_allclose(
+        results[0].upper_gradient, results[1].upper_gradient, rtol=1e-11
+    )
+    single = [
+        first_step(once, method, x, y[i], alone(batches, i)) for i in range(TASKS)
+    ]
+    mean = np.mean([s.upper_gradient for s in single], axis=0)
+    np.testing.assert_allclose(results[0].upper_gradient, mean, rtol=1e-11)
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_every_inner_step_takes_its_slice_of_stacked_lower_batches(prepared):
+    x, y, batches = data()
+    slices = tf.nest.map_structure(
+        lambda leaf: tf.stack([leaf, 2 * leaf, leaf[:, ::-1]]), batches.lower
+    )
+    one = ridge()
+    if prepared:
+        one = tb.Problem(
+            one.upper_loss,
+            one.lower_loss,
+            prepare=lambda x, b: b._replace(lower=(b.lower[0] * tf.exp(x), b.lower[1])),
+        )
+    method = tb.Unroll(inner(3))
+    tasks = tb.over_tasks(one)
+    stacked = tb.StackedBatches(batches.upper, slices)
+    step = first_step(tasks, method, x, y, stacked)
+    gradients = []
+    for i in range(TASKS):
+        own = tb.StackedBatches(
+            *tf.nest.map_structure(lambda leaf, i=i: leaf[i], (batches.upper,)),
+            tf.nest.map_structure(lambda leaf, i=i: leaf[:, i], slices),
+        )
+        gradients.append(first_step(one, method, x, y[i], own).upper_gradient)
+    mean = np.mean(gradients, axis=0)
+    np.testing.assert_allclose(step.upper_gradient, mean, rtol=1e-11)
+
+
+def test_projections_see_one_task():
+    """Every task's variables are brought to the unit ball, not all of them together."""
+    x, y, batches = data()
+    one = ridge()
+    tasks = tb.over_tasks(
+        tb.Problem(
+            one.upper_loss,
+            one.lower_loss,
+            project_lower=lambda y: y / tf.maximum(tf.norm(y), 1.0),
+        )
+    )
+    method = tb.Unroll(inner(1, 1e-9))
+    step = first_step(tasks, method, x, 5 * y, batches)
+    np.testing.assert_allclose(tf.norm(step.lower, axis=1), [1, 1, 1], rtol=1e-6)
+
+
+def test_public_losses_are_means():
+    x, y, batches = data()
+    one = ridge()
+    tasks = tb.over_tasks(one)
+    for loss, single, part in (
+        (tasks.upper_loss, one.upper_loss, 0),
+        (tasks.lower_loss, one.lower_loss, 1),
+    ):
+        parts = [single(x, y[i], alone(batches, i)[part]) for i in range(TASKS)]
+        np.testing.assert_allclose(loss(x, y, batches[part]), np.mean(parts), 1e-12)
+
+
+def test_imaml_equals_the_closed_form():
+    """Proximal quadratic tasks, y_i* = (A_i + lam I)^{-1} (A_i c_i + lam x)."""
+    generator = np.random.default_rng(2)
+    lam, n = 0.7, 3
+    roots = generator.normal(size=(TASKS, n, n))
+    curvatures = roots @ roots.transpose(0, 2, 1)
+    centres, targets = generator.normal(size=(2, TASKS, n))
+    x = generator.normal(size=n)
+
+    def lower_loss(x: Any, y: Any, batch: Any) -> Any:
+        gap = y - batch[1]
+        quadratic = tf.reduce_sum(gap * tf.linalg.matvec(batch[0], gap))
+        return 0.5 * quadratic + 0.5 * lam * tf.reduce_sum((y - x) ** 2)
+
+    tasks = tb.over_tasks(
+        tb.Problem(
+            lambda x, y, batch: 0.5 * tf.reduce_sum((y - batch) ** 2),
+            lower_loss,
+            lower_start=lambda x: x,
+        )
+    )
+    rate = 1.5 / (np.linalg.eigvalsh(curvatures).max() + lam)
+    solver = tb.ConjugateGradient(20, tolerance=1e-12)
+    method = tb.Implicit(inner(600, rate), solver)
+    batches = tb.Batches(tf.constant(targets), (curvatures, centres))
+    batches = tb.Batches(*tf.nest.map_structure(tf.constant, tuple(batches)))
+    y = tf.zeros([TASKS, n], tf.float64)
+    step = first_step(tasks, method, tf.constant(x), y, batches)
+    hessians = curvatures + lam * np.eye(n)
+    right = np.einsum("mij,mj->mi", curvatures, centres) + lam * x
+    solutions = np.linalg.solve(hessians, right[..., None])[..., 0]
+    through = np.linalg.solve(hessians, (solutions - targets)[..., None])[..., 0]
+    np.testing.assert_allclose(step.lower, solutions, rtol=1e-9)
+    np.testing.assert_allclose(step.upper_gradient, lam * through.mean(0), rtol=1e-9)
+
+
+def test_learned_rates_per_entry_are_meta_sgd():
+    """y_1 = x - r * g'(x), so dF/dr = -f'(y_1) * g'(x) for one step, entry by entry."""
+    generator = np.random.default_rng(4)
+    x, r = generator.normal(size=(2, 5))
+    a, b = generator.normal(size=(2, TASKS, 5))
+    tasks = tb.over_tasks(
+        tb.Problem(
+            lambda x, y, batch: 0.5 * tf.reduce_sum((y["w"] - batch) ** 2),
+            lambda x, y, batch: 0.5 * tf.reduce_sum((y["w"] - batch) ** 2),
+            lower_start=lambda x: {"w": x["start"]},
+        )
+    )
+    solver = inner(1, learning_rate=lambda x: {"w": x["rates"]})
+    method = tb.Unroll(solver)
+    upper = {"start": tf.constant(x), "rates": tf.constant(r)}
+    y = {"w": tf.zeros([TASKS, 5], tf.float64)}
+    batches = tb.Batches(upper=tf.constant(a), lower=tf.constant(b))
+    step = method.step(tasks, upper, y, batches, method.init(tasks, upper, y))
+    moved = x - r * (x - b)
+    np.testing.assert_allclose(step.lower["w"], moved, rtol=1e-12)
+    np.testing.assert_allclose(
+        step.upper_gradient["rates"], (-(moved - a) * (x - b)).mean(0), rtol=1e-12
+    )
+    np.testing.assert_allclose(
+        step.upper_gradient["start"], ((moved - a) * (1 - r)).mean(0), rtol=1e-12
+    )
+
+
+@pytest.mark.parametrize("optimizer", [SGD(1.0), SGD(1.0, 0.9), ADAM(1.0)])
+def test_equal_rates_per_entry_are_one_rate(optimizer):
+    x, y, batches = data()
+    like = type(optimizer).from_config(
+        {**optimizer.get_config(), "learning_rate": 0.07}
+    )
+    ends = []
+    for solver in (
+        tb.InnerSolver(like, 4),
+        tb.InnerSolver(optimizer, 4, learning_rate=lambda x: tf.fill([FEATURES], 0.07)),
+    ):
+        method = tb.Unroll(solver)
+        step = method.step(
+            ridge(), x, y[0], alone(batches, 0), method.init(ridge(), x, y[0])
+        )
+        ends.append(step.lower)
+    np.testing.assert_allclose(ends[0], ends[1], rtol=1e-6)
+
+
+def test_rates_that_fit_no_variable_are_refused():
+    x, y, batches = data()
+    solver = inner(1, learning_rate=lambda x: {"w": x})
+    method = tb.Unroll(solver)
+    with pytest.raises(
+        ValueError, match="must return a scalar or rates that broadcast"
+    ):
+        method.step(ridge(), x, y[0], alone(batches, 0), method.init(ridge(), x, y[0]))
+
+
+def test_what_carries_no_tasks_is_refused():
+    x, y, batches = data()
+    tasks, method = tb.over_tasks(ridge()), METHODS["unroll"]()
+    state = method.init(tasks, x, y)
+    with pytest.raises(ValueError, match="must carry the tasks along a leading axis"):
+        method.step(tasks, x, y, tb.Batches(None, None), state)
+    with pytest.raises(ValueError, match="must carry the same tasks"):
+        method.step(tasks, x, y[:2], batches, method.init(tasks, x, y[:2]))
+    with pytest.raises(ValueError, match="must be dense"):
+        sparse = tf.sparse.from_dense(batches.lower[0])
+        method.step(
+            tasks, x, y, batches._replace(lower=(sparse, batches.lower[1])), state
+        )
+    with pytest.raises(ValueError, match="Call tb.over_tasks once"):
+        tb.over_tasks(tasks)
+    with pytest.raises(ValueError, match="`mapping` must be"):
+        tb.over_tasks(ridge(), "both")
+    started = tb.over_tasks(
+        tb.Problem(ridge().upper_loss, ridge().lower_loss, lower_start=lambda x: x[:2])
+    )
+    with pytest.raises(ValueError, match="one task's lower variables"):
+        method.step(started, x, y, batches, method.init(started, x, y))
+    many = tb.AugmentedLagrangian(SGD(0.1), 5, starts=TASKS)
+    with pytest.raises(ValueError, match="`starts` cannot be many over tasks"):
+        many.init(tasks, x, y)
+
+
+def test_a_loss_of_one_task_must_be_a_scalar():
+    x, y, batches = data()
+    tasks = tb.over_tasks(tb.Problem(lambda x, y, b: y, ridge().lower_loss))
+    method = METHODS["unroll"]()
+    with pytest.raises(ValueError, match="must be a floating-point scalar"):
+        method.step(tasks, x, y, batches, method.init(tasks, x, y))
+
+
+def test_a_schedule_of_the_outer_step_is_the_inner_rate():
+    x, y, batches = data()
+    decay = tb.CosineDecay(0.1, 0.02, 2)
+    method = tb.Unroll(tb.InnerSolver(SGD(9.0), 1, learning_rate=decay))
+    one, own = ridge(), alone(batches, 0)
+    state = method.init(one, x, y[0])
+    for rate in (0.1, 0.06, 0.02, 0.02):
+        plain = tb.Unroll(inner(1, rate))
+        want = plain.step(one, x, y[0], own, plain.init(one, x, y[0]))
+        step = method.step(one, x, y[0], own, state)
+        np.testing.assert_allclose(step.lower, want.lower, rtol=1e-12)
+        np.testing.assert_allclose(step.upper_gradient, want.upper_gradient, 1e-12)
+        state = step.state

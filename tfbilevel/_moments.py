@@ -1,0 +1,59 @@
+"""`tf.nn.moments` with the right second derivatives.
+
+TensorFlow takes the mean for a constant where it computes the variance. The first
+derivative does not notice (its part through the mean is zero), but every further one is
+wrong, and with it every hypergradient through Keras's BatchNormalization,
+LayerNormalization and GroupNormalization.
+"""
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import tensorflow as tf
+
+_lock = threading.Lock()
+_users = 0
+_original: Any = None
+
+
+@contextlib.contextmanager
+def differentiable_moments() -> Iterator[None]:
+    """While it is open, `tf.nn.moments` is differentiable as often as one likes.
+
+    Same values, to the last bit. Everything that the library differentiates is
+    evaluated in here; the last one to leave puts TensorFlow's function back.
+    """
+    global _users, _original
+    with _lock:
+        if _users == 0:
+            _original, tf.nn.moments = tf.nn.moments, moments
+        _users += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _users -= 1
+            if _users == 0:
+                tf.nn.moments = _original
+
+
+def moments(
+    x: Any,
+    axes: Any,
+    shift: Any = None,
+    keepdims: bool = False,
+    name: str | None = None,
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Mean and variance over some axes, as `tf.nn.moments`."""
+    del shift  # TensorFlow ignores it too
+    with tf.name_scope(name or "moments"):
+        x = tf.convert_to_tensor(x)
+        wide = tf.cast(x, tf.float32) if x.dtype == tf.float16 else x
+        mean = tf.reduce_mean(wide, axes, keepdims=True)
+        squares = tf.math.squared_difference(wide, mean)
+        variance = tf.reduce_mean(squares, axes, keepdims=True)
+        if not keepdims:
+            mean, variance = (tf.squeeze(value, axes) for value in (mean, variance))
+        return tf.cast(mean, x.dtype), tf.cast(variance, x.dtype)

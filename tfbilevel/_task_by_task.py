@@ -1,0 +1,79 @@
+"""A method's step for one task after the other."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import tensorflow as tf
+
+from tfbilevel import _structure as structure
+from tfbilevel._method import Step
+from tfbilevel._over_tasks import apart
+from tfbilevel._problem import Batches, Problem
+from tfbilevel._task_loss import map_tasks, outcome
+
+# Of these a user sees the mean; of the others one entry per task.
+MEANS = ("upper_loss", "lower_loss", "gap", "weight")
+
+
+def task_by_task(step: Callable[..., Step]) -> Callable[..., Step]:
+    """For the `step` of a method that does nothing across tasks.
+
+    Where a problem's tasks are taken in turn, the whole step is made for one task, then
+    for the next: what a task's inner loop keeps is gone before the next one's begins,
+    and no derivative goes through the mapping. Elsewhere the step is as it is.
+    """
+
+    @functools.wraps(step)
+    def stepped(
+        self: Any,
+        problem: Problem,
+        upper: Any,
+        lower: Any,
+        batches: Batches,
+        state: Any,
+    ) -> Step:
+        one = problem.one_in_turn(lower)
+        if one is None:
+            return step(self, problem, upper, lower, batches, state)
+        lower, state = structure.to_tensors((lower, state))
+        first = tf.nest.map_structure(lambda leaf: leaf[0], lower)
+        like = tf.nest.flatten(self.init(one, upper, first))
+        kept = tf.nest.flatten(state)
+        # What every task has of its own is stacked; counters and rates are shared.
+        own = [
+            leaf.shape.rank > tf.convert_to_tensor(alone).shape.rank
+            for leaf, alone in zip(kept, like, strict=True)
+        ]
+
+        def alone(task: tuple) -> Step:
+            y, batch, mine = task
+            remaining = iter(mine)
+            leaves = [
+                next(remaining) if is_own else leaf
+                for leaf, is_own in zip(kept, own, strict=True)
+            ]
+            carried = tf.nest.pack_sequence_as(state, leaves)
+            return step(self, one, upper, y, type(batches)(*batch), carried)
+
+        mine = [leaf for leaf, is_own in zip(kept, own, strict=True) if is_own]
+        tasks = (lower, apart(batches), mine)
+        traced, results = outcome(alone, tasks)
+        made = map_tasks(traced, tasks, results)
+        after = [
+            leaf if is_own else tf.reduce_max(leaf, axis=0)
+            for leaf, is_own in zip(tf.nest.flatten(made.state), own, strict=True)
+        ]
+        return Step(
+            upper_gradient=tf.nest.map_structure(
+                lambda g: tf.reduce_mean(g, axis=0), made.upper_gradient
+            ),
+            lower=made.lower,
+            state=tf.nest.pack_sequence_as(state, after),
+            metrics={
+                name: tf.reduce_mean(value, axis=0) if name in MEANS else value
+                for name, value in made.metrics.items()
+            },
+        )
+
+    return stepped

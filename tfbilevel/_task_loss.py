@@ -1,0 +1,148 @@
+"""Losses over many tasks: one value per task, and how they are put together."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import tensorflow as tf
+
+from tfbilevel import _structure as structure
+from tfbilevel._derivatives import require_scalar
+
+Loss = Callable[[Any, Any, Any], tf.Tensor]
+
+# Of the tasks taken in turn: the next begins while small operations of one are left.
+OVERLAPPED = 2
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TaskLoss:
+    """A loss over tasks, as a function of their stacked variables and batches.
+
+    Methods differentiate the sum over tasks, of which each task's variables see their
+    own term alone; what a user sees is the mean.
+
+    Attributes:
+        each: (x, y, batch) -> one value per task.
+        mean: whether calling it gives the mean or the sum.
+    """
+
+    each: Loss
+    mean: bool = False
+
+    def __call__(self, x: Any, y: Any, batch: Any) -> tf.Tensor:
+        losses = self.each(x, y, batch)
+        return tf.reduce_mean(losses) if self.mean else tf.reduce_sum(losses)
+
+
+def losses(loss: Loss) -> Loss:
+    """One value per task, or the scalar of a loss that knows no tasks."""
+    return loss.each if isinstance(loss, TaskLoss) else loss
+
+
+def rewired(loss: Loss, arguments: Callable[[Any, Any, Any], tuple]) -> Loss:
+    """The loss of other arguments, over tasks still if it was."""
+
+    def at(x: Any, y: Any, batch: Any) -> tf.Tensor:
+        return losses(loss)(*arguments(x, y, batch))
+
+    return dataclasses.replace(loss, each=at) if isinstance(loss, TaskLoss) else at
+
+
+def mapped_loss(loss: Loss, in_turn: Callable[[Any], bool]) -> Loss:
+    """One task's loss, at every task.
+
+    Args:
+        loss: (x, y, batch) -> scalar, of one task.
+        in_turn: stacked y -> whether tasks are taken one after the other.
+    """
+
+    def each(x: Any, y: Any, batch: Any) -> tf.Tensor:
+        _require_same_tasks(y, batch)
+        dtype = tf.nest.flatten(y)[0].dtype
+
+        def one(task: tuple) -> tf.Tensor:
+            value = require_scalar(loss(x, task[0], task[1]))
+            return tf.cast(value, dtype)
+
+        if not in_turn(y):
+            return map_tasks(one, (y, batch))
+        return map_tasks(one, (y, batch), tf.TensorSpec([], dtype))
+
+    return each
+
+
+def _require_same_tasks(y: Any, batch: Any) -> None:
+    known = {
+        name: leaf.shape[0]
+        for name, nest in (("lower variables", y), ("batch", batch))
+        for leaf in tf.nest.flatten(nest)
+        if tf.is_tensor(leaf) and leaf.shape.rank and leaf.shape[0] is not None
+    }
+    if len(set(known.values())) > 1:
+        raise ValueError(
+            "The lower variables and the batches of `tb.over_tasks` must carry the "
+            "same tasks along the leading axis of every tensor. Stack one entry per "
+            f"task. Received: {known}"
+        )
+
+
+def map_tasks(function: Callable, tasks: Any, in_turn: Any = None) -> Any:
+    """A function of every entry of the leading axis that all leaves share.
+
+    Args:
+        function: nest -> nest of tensors. `None` leaves are handed on.
+        tasks: a nest with the leading axis.
+        in_turn: what the function returns, a nest of `tf.TensorSpec`, to take one
+            entry after the other; `None`: all at once.
+    """
+    leaves = tf.nest.flatten(tasks)
+    if any(isinstance(leaf, tf.SparseTensor) for leaf in leaves):
+        raise ValueError(
+            "The batches of `tb.over_tasks` must be dense: tasks are taken apart along "
+            "the leading axis. Convert them with tf.sparse.to_dense. "
+            f"Received: {tasks!r}"
+        )
+    present = [index for index, leaf in enumerate(leaves) if leaf is not None]
+
+    def entry(parts: list) -> Any:
+        whole: list[Any] = [None] * len(leaves)
+        for index, part in zip(present, parts, strict=True):
+            whole[index] = part
+        return function(tf.nest.pack_sequence_as(tasks, whole))
+
+    stacked = [tf.convert_to_tensor(leaves[index]) for index in present]
+    if in_turn is None:
+        return tf.vectorized_map(entry, stacked)
+    return tf.map_fn(
+        entry, stacked, fn_output_signature=in_turn, parallel_iterations=OVERLAPPED
+    )
+
+
+def outcome(function: Callable, tasks: Any) -> tuple[Callable, Any]:
+    """The function traced for one task, and what it returns: what `map_tasks` needs to
+    know to take tasks in turn."""
+
+    def spec(leaf: Any) -> Any:
+        if leaf is None:
+            return None
+        leaf = tf.convert_to_tensor(leaf)
+        return tf.TensorSpec(leaf.shape[1:], leaf.dtype)
+
+    one = tf.nest.map_structure(spec, tasks)
+    traced = tf.function(function, autograph=False)
+    made = traced.get_concrete_function(one).structured_outputs
+    specs = tf.nest.map_structure(lambda t: tf.TensorSpec(t.shape, t.dtype), made)
+    return traced, specs
+
+
+def one_like(made: Any, stacked: Any, name: str) -> Any:
+    """One task's variables repeated for every task, or an error naming their source."""
+    first = tf.nest.map_structure(
+        lambda leaf: tf.TensorSpec(leaf.shape[1:], leaf.dtype), stacked
+    )
+    rule = "return one task's lower variables"
+    structure.require_like(made, first, name, rule)
+    return tf.nest.map_structure(
+        lambda one, all_tasks: tf.broadcast_to(one, tf.shape(all_tasks)), made, stacked
+    )
