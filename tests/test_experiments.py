@@ -143,13 +143,36 @@ def test_digits_shorten_the_penalty_methods_fourfold():
     assert (args.outer_steps, args.gamma_steps) == (10_000, 7_500)
 
 
-@pytest.mark.parametrize("net", ["linear", "mlp"])
+def test_two_linear_layers_are_two_dense_layers():
+    """In value and gradients: only the order of the products differs."""
+    network = cleaning.build_net("mlp-linear", 784, seed=2)
+    layers = [keras.Input((784,)), keras.layers.Dense(300), keras.layers.Dense(10)]
+    reference = keras.Sequential(layers)
+    shifts = np.linspace(-1, 1, 310, dtype="float32")  # biases that count
+    first, _, second, _ = network.get_weights()
+    network.set_weights([first, shifts[:300], second, shifts[300:]])
+    reference.set_weights(network.get_weights())
+    pixels = np.random.default_rng(0).random((20, 784)).astype("float32")
+
+    def gradients(net):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(tf.sin(net(pixels)))
+        return tape.gradient(loss, net.trainable_variables)
+
+    np.testing.assert_allclose(network(pixels), reference(pixels), atol=2e-5)
+    for ours, keras_own in zip(gradients(network), gradients(reference), strict=True):
+        scale = np.abs(keras_own).max()
+        np.testing.assert_allclose(ours, keras_own, atol=1e-4 * scale)
+
+
+@pytest.mark.parametrize("net", cleaning.NETS)
 def test_networks_start_uniform_in_fan_in_bounds(net):
     model = cleaning.build_net(net, 784, seed=5)
     shapes = [tuple(w.shape) for w in model.weights]
     widths = {
         "linear": [(784, 10), (10,)],
         "mlp": [(784, 300), (300,), (300, 10), (10,)],
+        "mlp-linear": [(784, 300), (300,), (300, 10), (10,)],
     }
     assert shapes == widths[net]
     fan_in = 1
