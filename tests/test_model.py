@@ -169,6 +169,27 @@ def test_eager_mode_equals_compiled_mode():
     assert_close(weights(eager), weights(compiled))
 
 
+def test_automatic_compilation_leaves_what_xla_compiles_for_every_value():
+    """A shape out of the batch: XLA's program is for that shape alone."""
+
+    def loss(upper, lower, batch):
+        weights = tf.reshape(lower.trainable_variables[0], batch)
+        return tf.reduce_sum(tf.square(weights - upper.trainable_variables[0]))
+
+    layer = keras.layers.Dense(2, use_bias=False)
+    layer.build((None, 3))
+    model = tb.BilevelModel(tb.ExampleWeights(1), layer, loss, loss)
+    model.compile(
+        tb.Unroll(tb.InnerSolver(keras.optimizers.SGD(0.1), 50)),
+        keras.optimizers.SGD(0.1),
+        jit_compile="auto",
+    )
+    shape = tf.constant([6, 1, 1, 1, 1, 1, 1])  # turned, another one every time
+    model._ensure_carried()
+    model._choose_compilation(tb.Batches(shape, shape))
+    assert not model.jit_compile
+
+
 def test_automatic_compilation_decides_without_touching_variables():
     auto, plain = make(jit_compile="auto"), make()
     auto._ensure_carried()

@@ -279,6 +279,28 @@ def test_eager_is_graph_is_xla(name, dtype):
         assert compiled.experimental_get_tracing_count() == 1
 
 
+# XLA cannot differentiate this loop's reductions from a tape.
+COMPILED = [name for name in METHODS if name != "pessimistic-tape"]
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_xla_compiles_for_all_values_at_once(name):
+    """TensorFlow hides an argument from the program that needs its value beforehand,
+    and compiles anew for the next one."""
+    x, y, batches = data(0, "float32")
+    tasks, method = tb.over_tasks(ridge()), METHODS[name]()
+
+    def step(x: Any, y: Any, batches: tb.Batches, state: Any) -> Any:
+        made = method.step(tasks, x, y, batches, state)
+        return made.upper_gradient, made.lower, made.state
+
+    arguments = (x, y, batches, method.init(tasks, x, y))
+    compiled = tf.function(step, autograph=False, jit_compile=True)
+    program = compiled.experimental_get_compiler_ir(*arguments)(stage="hlo")
+    parameters = program[program.index("ENTRY") :].count(" parameter(")
+    assert parameters == sum(map(tf.is_tensor, tf.nest.flatten(arguments)))
+
+
 def convolutional() -> tuple[Callable, list]:
     """A small network of a convolution and a dense layer as a function of weights."""
     network = keras.Sequential(

@@ -1,7 +1,8 @@
 """Losses over many tasks: one value per task, and how they are put together."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import tensorflow as tf
@@ -113,10 +114,28 @@ def map_tasks(function: Callable, tasks: Any, in_turn: Any = None) -> Any:
 
     stacked = [tf.convert_to_tensor(leaves[index]) for index in present]
     if in_turn is None:
-        return tf.vectorized_map(entry, stacked)
+        with _outside_xla():
+            return tf.vectorized_map(entry, stacked)
     return tf.map_fn(
         entry, stacked, fn_output_signature=in_turn, parallel_iterations=OVERLAPPED
     )
+
+
+@contextlib.contextmanager
+def _outside_xla() -> Iterator[None]:
+    """Hides from TensorFlow that XLA will compile what is traced within.
+
+    Under XLA `tf.vectorized_map` puts its operations into a function of their own, and
+    the gradient of that function takes the axes of its reductions, which XLA has to
+    know beforehand, from its results: XLA would take every argument for a constant and
+    compile anew at every call.
+    """
+    with contextlib.ExitStack() as stack:
+        graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+        while graph is not None:
+            stack.enter_context(graph.control_dependencies(None))
+            graph = getattr(graph, "outer_graph", None)
+        yield
 
 
 def outcome(function: Callable, tasks: Any) -> tuple[Callable, Any]:
