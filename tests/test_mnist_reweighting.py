@@ -1,7 +1,6 @@
 """The experiment of the stochastic methods, on a few of the embedded digits."""
 
 import csv
-import functools
 import json
 
 import keras
@@ -33,24 +32,14 @@ def read(folder):
         return list(csv.DictReader(file))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def read_once():
-    """The embedded digits are a text file that takes seconds to read."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            reweighting.images,
-            "load_training_file",
-            functools.cache(images.load_training_file),
-        )
-        yield
-
-
 @pytest.fixture(scope="module")
 def digits():
     """Training, validation and test images of SMALL."""
     return reweighting.load_parts(parse(*SMALL, *DRAWS))
 
 
+# On one worker: the comparison they look at takes half a minute.
+ONE_COMPARISON = pytest.mark.xdist_group("comparison")
 COMPARISON = [
     *("--compare", *SMALL, *DRAWS, "--noise-rate", "0.3", "--jit", "off"),
     *("--outer-steps", "3", "--hessian-q", "7"),
@@ -92,6 +81,7 @@ def test_compare_is_every_method_with_a_budget_of_time():
     assert {(job.seconds, job.outer_steps) for job in args.jobs} == {(150.0, None)}
 
 
+@ONE_COMPARISON
 def test_every_method_runs_and_writes_its_files(compared):
     out, summary = compared
     assert json.loads((out / "summary.json").read_text()) == summary
@@ -122,11 +112,13 @@ def test_every_method_runs_and_writes_its_files(compared):
         assert [row["test_loss"] for row in mine] == [row["test_loss"] for row in rows]
 
 
+@ONE_COMPARISON
 def test_all_methods_start_from_the_same_network(compared):
     starts = [row["test_loss"] for row in read(compared[0]) if row["step"] == "0"]
     assert len(starts) == len(reweighting.METHODS) and len(set(starts)) == 1
 
 
+@ONE_COMPARISON
 def test_a_finished_comparison_resumed_trains_nothing(compared, monkeypatch):
     out, summary = compared
     monkeypatch.setattr(reweighting, "train", None)
