@@ -10,7 +10,7 @@ demo: .venv/experiments
 	$(BIN)/python experiments/data_hyper_cleaning.py --out runs/demo
 
 test: .venv/test
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --max-worker-restart=0
+	$(BIN)/python -m pytest -n 3 --dist loadgroup --max-worker-restart=0
 
 lint: .venv/test
 	$(BIN)/ruff format --check .

@@ -56,11 +56,11 @@ def first_step(problem: tb.Problem, method: tb.Method, *inputs: Any) -> tb.Step:
     return run(*inputs)
 
 
-def inner(steps: int = 6, rate: float = 0.1, **options: Any) -> tb.InnerSolver:
+def inner(steps: int = 4, rate: float = 0.1, **options: Any) -> tb.InnerSolver:
     return tb.InnerSolver(SGD(rate), steps, **options)
 
 
-def adam(steps: int = 6) -> tb.InnerSolver:
+def adam(steps: int = 4) -> tb.InnerSolver:
     return tb.InnerSolver(ADAM(0.1), steps)
 
 
@@ -71,7 +71,7 @@ def implicit(solver: tb.LinearSolver) -> tb.Method:
 # Tolerances so loose that the tasks stop after different numbers of steps.
 METHODS: dict[str, Callable[[], tb.Method]] = {
     "unroll": lambda: tb.Unroll(inner()),
-    "unroll-momentum": lambda: tb.Unroll(tb.InnerSolver(SGD(0.05, 0.9), 6)),
+    "unroll-momentum": lambda: tb.Unroll(tb.InnerSolver(SGD(0.05, 0.9), 4)),
     "unroll-accelerated": lambda: tb.Unroll(inner(accelerated=True)),
     "unroll-last": lambda: tb.Unroll(adam(), last=3),
     "unroll-bda": lambda: tb.Unroll(inner(), aggregate=tb.Aggregation(0.4, 0.5)),
