@@ -190,6 +190,32 @@ def test_automatic_compilation_leaves_what_xla_compiles_for_every_value():
     assert not model.jit_compile
 
 
+@pytest.mark.parametrize(
+    "batch",
+    [
+        tf.ragged.constant([[1.0, 2.0], [3.0]]),
+        tf.sparse.from_dense([[1.0, 0.0]]),
+        tf.zeros([0, 3]),
+        tf.constant(1.0),
+    ],
+    ids=["ragged", "sparse", "empty", "scalar"],
+)
+def test_automatic_compilation_takes_batches_that_cannot_be_turned(batch):
+    def loss(upper, lower, batch):
+        gap = lower.trainable_variables[0] - upper.trainable_variables[0]
+        return tf.reduce_sum(tf.square(gap))
+
+    layer = keras.layers.Dense(2, use_bias=False)
+    layer.build((None, 3))
+    model = tb.BilevelModel(tb.ExampleWeights(1), layer, loss, loss)
+    inner = tb.InnerSolver(keras.optimizers.SGD(0.1), 3)
+    model.compile(tb.Unroll(inner), keras.optimizers.SGD(0.1), jit_compile="auto")
+    before = layer.kernel.numpy()  # x is 0: every step takes a fifth of y
+    one = tf.data.Dataset.from_tensors(batch)
+    model.fit(tb.pair(one, one), verbose=0)
+    np.testing.assert_allclose(layer.kernel, 0.8**3 * before, rtol=1e-5)
+
+
 def test_automatic_compilation_decides_without_touching_variables():
     auto, plain = make(jit_compile="auto"), make()
     auto._ensure_carried()

@@ -545,11 +545,8 @@ class BilevelModel(keras.Model):
 
 def _turned(leaf: Any) -> Any:
     """The same entries, the last first."""
-    if (
-        not tf.is_tensor(leaf)
-        or isinstance(leaf, tf.SparseTensor)
-        or not leaf.shape.rank
-    ):
+    # Sparse and ragged batches stay: they cannot be rolled.
+    if not isinstance(leaf, tf.Tensor) or not leaf.shape.rank:
         return leaf
     return tf.roll(leaf, 1, axis=0)
 
