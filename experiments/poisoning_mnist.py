@@ -321,30 +321,39 @@ def adam(rate: Any) -> keras.optimizers.Adam:
     return keras.optimizers.Adam(rate, epsilon=1e-8)
 
 
-def trainer(args: argparse.Namespace, data: Data) -> Callable:
-    """(images or None, seed) -> W trained from scratch, on clean data and them."""
+def trainer(args: argparse.Namespace) -> Callable:
+    """(digits, seed) -> W trained on them from scratch; compiled once per shape."""
     inner = tb.InnerSolver(adam(args.train_lr), args.train_steps)
 
-    def train(pixels: np.ndarray | None, seed: int) -> keras.Model:
-        none = images.Part(data.poisons.images[:0], data.poisons.labels[:0])
-        used = none if pixels is None else data.poisons
-        model = build_model(args, data._replace(poisons=used), seed)
-        x = [tf.constant(used.images if pixels is None else pixels)]
-        y = [tf.convert_to_tensor(v.value) for v in model.lower.trainable_variables]
-        state = inner.init(model.problem, x, y)
-        batch = tb.Batches(None, tuple(map(tf.constant, data.train)))
+    def loss(upper: tuple, lower: list, batch: images.Part) -> tf.Tensor:
+        losses = experiment.cross_entropy(batch.images @ lower[0], batch.labels)
+        return tf.reduce_mean(losses) + DECAY * tf.reduce_sum(tf.square(lower[0]))
 
-        @tf.function(autograph=False, jit_compile=True)
-        def run(x: list, y: list, state: dict) -> list:
-            return inner.solve(model.problem, x, y, batch, state)[0]
+    problem = tb.Problem(loss, loss)
 
-        for variable, value in zip(
-            model.lower.trainable_variables, run(x, y, state), strict=True
-        ):
+    @tf.function(autograph=False, jit_compile=True)
+    def solve(part: images.Part, start: list) -> list:
+        state = inner.init(problem, (), start)
+        return inner.solve(problem, (), start, tb.Batches(None, part), state)[0]
+
+    def train(part: images.Part, seed: int) -> keras.Model:
+        net = build_net(part.images.shape[1], seed)
+        start = [tf.convert_to_tensor(v.value) for v in net.trainable_variables]
+        found = solve(images.Part(*map(tf.constant, part)), start)
+        for variable, value in zip(net.trainable_variables, found, strict=True):
             variable.assign(value)
-        return model.lower
+        return net
 
     return train
+
+
+def poisoned(data: Data, pixels: np.ndarray) -> images.Part:
+    """The training data and the poisons, which look like `pixels`."""
+    clean, poisons = data.train, data.poisons
+    return images.Part(
+        np.concatenate([clean.images, pixels]),
+        np.concatenate([clean.labels, poisons.labels]),
+    )
 
 
 def scores(net: keras.Model, data: Data) -> dict[str, float]:
@@ -369,17 +378,21 @@ def scores(net: keras.Model, data: Data) -> dict[str, float]:
 
 
 def attack(
-    args: argparse.Namespace, run: experiment.Run, data: Data, seed: int
+    args: argparse.Namespace,
+    run: experiment.Run,
+    data: Data,
+    seed: int,
+    train: Callable,
 ) -> dict:
-    train = trainer(args, data)
-    clean = train(None, seed)
+    clean = train(data.train, seed)
     found = {"clean": scores(clean, data)}
-    found["label_flip"] = scores(train(data.poisons.images, seed + 1), data)
+    flipped = poisoned(data, data.poisons.images)
+    found["label_flip"] = scores(train(flipped, seed + 1), data)
     found["poisoned"] = found["label_flip"]
     summary: dict[str, Any] = {}
     if args.method != "label-flip":
         pixels, summary = optimise(args, run, data, clean, seed)
-        found["poisoned"] = scores(train(pixels, seed + 1), data)
+        found["poisoned"] = scores(train(poisoned(data, pixels), seed + 1), data)
         np.savez_compressed(
             run.out / "poisons.npz", images=pixels, labels=data.poisons.labels
         )
@@ -519,7 +532,7 @@ def main(argv: list[str] | None = None) -> dict:
         # The first one's data are drawn before anything is written.
         draw_data(args, files, *jobs[0])
         run = experiment.Run(args.out, experiment.settings(args), args.resume)
-    summaries = []
+    train, summaries = trainer(args), []
     for count, seed in jobs:
         folder = run.out if len(jobs) == 1 else run.out / f"poisons-{count}-seed-{seed}"
         own = argparse.Namespace(**vars(args) | {"poisons": [count], "seed": seed})
@@ -530,7 +543,8 @@ def main(argv: list[str] | None = None) -> dict:
             one = experiment.Run(folder, experiment.settings(own), begun)
         summary = one.summary()
         if summary is None:
-            summary = attack(own, one, draw_data(args, files, count, seed), seed)
+            data = draw_data(args, files, count, seed)
+            summary = attack(own, one, data, seed, train)
             one.summarise(summary)
         summaries.append(summary)
     rows = table(summaries)

@@ -175,7 +175,7 @@ def test_retraining_is_on_clean_data_and_poisons_alone():
     part = file_of(30, 0)
     data = poisoning.Data(part, part, part, None, poisoning.take(part, np.arange(4)))
     pixels = data.poisons.images + 0.3
-    net = poisoning.trainer(args, data)(pixels, seed=2)
+    net = poisoning.trainer(args)(poisoning.poisoned(data, pixels), seed=2)
     start = poisoning.build_net(16, 2).get_weights()[0]
     inputs = np.concatenate([part.images, pixels]).astype(np.float64)
     labels = np.concatenate([part.labels, data.poisons.labels])

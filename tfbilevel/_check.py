@@ -106,7 +106,11 @@ def check_hypergradient(
     structure.require_floating(lower, "lower")
     if state is None:
         state = method.init(problem, upper, lower)
-    step = method.step(problem, upper, lower, batches, state)
+    # A graph: eagerly, losses mapped over tasks are traced at every inner step.
+    one_step = tf.function(
+        lambda: method.step(problem, upper, lower, batches, state), autograph=False
+    )
+    step = one_step()
     objective = tf.function(
         method.objective(problem, upper, lower, batches, state), autograph=False
     )
