@@ -193,6 +193,17 @@ def test_update_does_not_depend_on_calls_before() -> None:
     )
 
 
+def test_a_function_that_meets_new_shapes_is_traced_once() -> None:
+    rule = tb.differentiable(keras.optimizers.Adam(0.1))
+
+    @tf.function
+    def step(y: tf.Tensor) -> tf.Tensor:
+        return rule.update(2.0 * y, rule.init(y), y)[0]
+
+    np.testing.assert_allclose(step(tf.ones([3])), 0.9, rtol=1e-5)
+    assert step.experimental_get_tracing_count() == 1
+
+
 def test_rate_of_the_state_is_the_one_used() -> None:
     """And float64 variables move by the rate as it was written, 0.1."""
     rule = tb.differentiable(optimizers.SGD(0.1))

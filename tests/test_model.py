@@ -243,6 +243,20 @@ def test_one_trace_over_a_thousand_steps():
     assert len(traces) == once
 
 
+def test_the_first_step_is_traced_once():
+    """Metrics, made when their names are known, do not make it trace again."""
+    traces = []
+
+    def counted(upper, lower, batch):
+        traces.append(1)
+        return upper_loss(upper, lower, batch)
+
+    model = tb.BilevelModel(tb.ExampleWeights(TRAIN), network(), counted, lower_loss)
+    model.compile(value_gap(), keras.optimizers.Adam(0.1), jit_compile=False)
+    model.fit(full_batch(2), verbose=0)
+    assert len(traces) == 1
+
+
 def test_memory_is_flat_over_a_thousand_steps():
     def resident():
         pages = pathlib.Path("/proc/self/statm").read_text().split()[1]
@@ -404,7 +418,7 @@ np.savez(out / "done.npz", *test_model.weights(model), jit=model.jit_compile)
 
 def test_a_fit_killed_and_resumed_equals_one_that_ran_through(tmp_path):
     """SIGKILL in the middle of training, whatever it was doing, then resumed."""
-    epochs = 60
+    epochs = 30
 
     def start(out, backup=True):
         out.mkdir(exist_ok=True)

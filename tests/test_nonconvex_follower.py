@@ -132,6 +132,10 @@ def test_path_is_that_of_the_published_loop():
     assert len(path.x) == 41 and z == -2
 
 
+# On one worker: the run they look at takes ten seconds.
+ONE_RUN = pytest.mark.xdist_group("follower")
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """The sine problem by iaptt-gm and the convex one by ia-gm-a, as published."""
@@ -140,6 +144,7 @@ def run(tmp_path_factory):
     return out, follower.main([*flags, "--out", str(out)])
 
 
+@ONE_RUN
 def test_iaptt_gm_arrives_from_every_start(run):
     ends = run[1]["examples"]["sine"]["iaptt-gm"]
     assert set(ends) == {"(1, 2)", "(5, 1)", "(7, -1)"}
@@ -218,6 +223,7 @@ def convex_distances(settings, accelerated):
     return np.array(found)
 
 
+@ONE_RUN
 def test_acceleration_brings_the_convex_problem_nearer(run):
     example = follower.EXAMPLES["convex"]
     plain = follower.solve(example, "ia-gm", "0", example.settings)
@@ -231,6 +237,7 @@ def test_acceleration_brings_the_convex_problem_nearer(run):
     assert accelerated["y_distance"] < 0.9 * away["y_distance"][-1]
 
 
+@ONE_RUN
 def test_files(run):
     out, summary = run
     assert json.loads((out / "summary.json").read_text()) == summary

@@ -241,6 +241,21 @@ def test_central_differences(name):
     assert report.error < (0.2 if name == "cg" else 1e-7)
 
 
+def test_eager_steps_trace_the_losses_no_more_than_once_each():
+    traces = []
+
+    def counted(x, y, batch):
+        traces.append(1)
+        return ridge().lower_loss(x, y, batch)
+
+    tasks = tb.over_tasks(tb.Problem(ridge().upper_loss, counted))
+    x, y, batches = data()
+    method = METHODS["unroll"]()
+    for _ in range(2):
+        method.step(tasks, x, y, batches, method.init(tasks, x, y))
+    assert len(traces) == 1
+
+
 def test_the_pessimistic_first_order_objective_over_tasks():
     x, _, batches = data(1)
     x = {"rates": x, "start": tf.constant([0.2, -0.1, 0.4, 0.3], tf.float64)}

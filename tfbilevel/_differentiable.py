@@ -8,6 +8,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from tfbilevel._tracing import outside_traces
+
 SUPPORTED = (
     keras.optimizers.SGD,
     keras.optimizers.Adam,
@@ -110,8 +112,7 @@ class UpdateRule:
         leaves = [tf.convert_to_tensor(leaf) for leaf in tf.nest.flatten(variables)]
         key = tuple((tuple(leaf.shape), leaf.dtype.name) for leaf in leaves)
         if key not in self._built:
-            with tf.init_scope():
-                self._built[key] = _Pure(self.optimizer, leaves)
+            self._built[key] = outside_traces(lambda: _Pure(self.optimizer, leaves))
         return self._built[key]
 
 

@@ -6,6 +6,7 @@ import keras
 import tensorflow as tf
 
 from tfbilevel._finite import NonFiniteError
+from tfbilevel._tracing import outside_traces
 
 # How the outer step is compiled: not decided yet, as a graph, with XLA.
 UNDECIDED, GRAPH, XLA = 0, 1, 2
@@ -92,8 +93,7 @@ class Trackers:
         self.of: dict[str, keras.metrics.Mean] = {}
 
     def named(self, names: Any) -> dict[str, keras.metrics.Mean]:
-        with tf.init_scope():
-            for name in names:
-                if name not in self.of:
-                    self.of[name] = keras.metrics.Mean(name=name)
+        new = [name for name in names if name not in self.of]
+        made = outside_traces(lambda: [keras.metrics.Mean(name=name) for name in new])
+        self.of.update(zip(new, made, strict=True))
         return {name: self.of[name] for name in names}
