@@ -132,7 +132,8 @@ def differentiable(optimizer: keras.optimizers.Optimizer) -> UpdateRule:
     everywhere.
 
     Keras rounds its other constants (momentum, betas, decay) to float32 on the way to
-    float64 variables, which moves an update by 1e-8 of itself.
+    float64 variables, which moves an update by 1e-8 of itself, and Adam's first ones,
+    which divide by 1 - beta_2, by 1e-5.
 
     Adam divides by the root of a mean square, whose derivative is infinite at zero:
     a coordinate that never had a gradient (a pixel that is always black) would turn
