@@ -311,6 +311,29 @@ def test_residual_is_that_of_the_iterate_before_the_last_update(kind: type) -> N
     assert residual(matrix, b, found.value) < float(found.residual)
 
 
+@pytest.mark.parametrize(
+    ("solver", "products"),
+    [
+        (tb.ConjugateGradient(4, tolerance=0.0), 4),
+        (tb.NormalConjugateGradient(4, tolerance=0.0), 9),  # A'b, then two a step
+        (tb.Neumann(4, rate=0.3, tolerance=0.0), 4),
+        (tb.FixedPoint(4, rate=0.3, tolerance=0.0), 3),
+        (tb.FixedPoint(1, rate=0.3, tolerance=0.0), 0),
+    ],
+)
+def test_no_product_is_spent_on_zero(solver: tb.LinearSolver, products: int) -> None:
+    vectors = []
+
+    def product(vector: tf.Tensor) -> tf.Tensor:
+        vectors.append(vector.numpy())
+        return tf.linalg.matvec(spd(10, 6, 5.0), vector)
+
+    b = tf.range(1.0, 7.0, delta=1.0, dtype=tf.float64)
+    solver.solve(tb.LinearSystem(product, product), b)
+    assert len(vectors) == products
+    assert all(np.any(vector) for vector in vectors)
+
+
 @pytest.mark.parametrize("kind", [tb.Neumann, tb.FixedPoint])
 def test_rate_of_the_inner_solver_is_the_default(kind: type) -> None:
     matrix, b = spd(11, 4, 3.0), tf.constant([1.0, 2.0, 3.0, 4.0], tf.float64)

@@ -176,9 +176,18 @@ class IterativeSolver(LinearSolver):
     def start(self, system: LinearSystem, rhs: Any, state: Any) -> Any:
         """Where the steps begin: zero for b = 0, whose solution it is."""
         zeros = structure.zeros_like(rhs)
-        if _nothing(state):
+        if is_cold(state):
             return zeros
         return structure.where(system.norm(rhs) > 0, state, zeros)
+
+    def start_and_residual(
+        self, system: LinearSystem, product: Product, rhs: Any, state: Any
+    ) -> tuple[Any, Any]:
+        """Where the steps begin, and b - A v there; zero costs no product."""
+        start = self.start(system, rhs, state)
+        if is_cold(state):
+            return start, rhs
+        return start, structure.subtract(rhs, product(start))
 
     def solution(
         self,
@@ -210,5 +219,6 @@ def require_rate(rate: float | None) -> None:
         require_number(rate, "rate", positive, "above 0", remedy)
 
 
-def _nothing(state: Any) -> bool:
+def is_cold(state: Any) -> bool:
+    """Whether a solver carried nothing here and begins at zero."""
     return isinstance(state, tuple) and not state

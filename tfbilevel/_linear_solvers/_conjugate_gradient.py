@@ -64,9 +64,7 @@ class ConjugateGradient(IterativeSolver):
         product, _ = self.damped(system)
         rhs_square = system.dot(rhs, rhs)
         goal = tf.square(self.goal(system, rhs_square.dtype)) * rhs_square
-        start = self.start(system, rhs, state)
-        cold = isinstance(state, tuple) and not state
-        residual = rhs if cold else structure.subtract(rhs, product(start))
+        start, residual = self.start_and_residual(system, product, rhs, state)
 
         def preconditioned(vector: Any) -> Any:
             if self.preconditioner is None:

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from tfbilevel import _structure as structure
@@ -10,6 +11,7 @@ from tfbilevel._linear_solvers._base import (
     IterativeSolver,
     LinearSolution,
     LinearSystem,
+    is_cold,
     require_rate,
 )
 
@@ -20,13 +22,13 @@ class FixedPoint(IterativeSolver):
 
         v <- v + rate (b - A v)
 
-    One Hessian-vector product a step, two vectors of memory, error ratio
-    max |1 - rate lambda| a step. Needs 0 < rate < 2 / (largest eigenvalue of A). Slower
-    than `ConjugateGradient` on a fixed convex system, but it needs no exact
-    symmetry and gains from a warm start.
+    One Hessian-vector product a step (none in the first, from v = 0), two vectors of
+    memory, error ratio max |1 - rate lambda| a step. Needs
+    0 < rate < 2 / (largest eigenvalue of A). Slower than `ConjugateGradient` on a
+    fixed convex system, but it needs no exact symmetry and gains from a warm start.
 
     Args:
-        max_steps: products with A.
+        max_steps: most steps.
         rate: step size; `None`: the inner solver's learning rate.
         warm_start: begin at the previous outer step's solution.
         tolerance: stop at this relative residual.
@@ -72,15 +74,18 @@ class FixedPoint(IterativeSolver):
             after = (value, system.norm(residual))
             return step + 1, *system.stepped(going, before, after)
 
+        if is_cold(state):
+            # From zero the first step goes to rate b, without a product.
+            made = tf.cast(tf.reduce_any(rhs_norm > 0), tf.int32)
+            begin = (made, structure.scale(rate, rhs), rhs_norm)
+        else:
+            # Not known before the first product; anything above the goal.
+            size = tf.where(rhs_norm > 0, structure.scalar(np.inf, rhs_norm.dtype), 0)
+            begin = (tf.constant(0), self.start(system, rhs, state), size)
         steps, value, size = tf.while_loop(
             unfinished,
             body,
-            (
-                tf.constant(0),
-                self.start(system, rhs, state),
-                # Not known before the first product; anything above the goal.
-                tf.where(rhs_norm > 0, tf.constant(float("inf"), rhs_norm.dtype), 0),
-            ),
-            maximum_iterations=self.max_steps,
+            begin,
+            maximum_iterations=self.max_steps - is_cold(state),
         )
         return self.solution(system, value, size, rhs, steps)

@@ -56,8 +56,7 @@ class NormalConjugateGradient(IterativeSolver):
 
     def solve(self, system: LinearSystem, rhs: Any, state: Any = ()) -> LinearSolution:
         product, transposed = self.damped(system)
-        start = self.start(system, rhs, state)
-        residual = structure.subtract(rhs, product(start))
+        start, residual = self.start_and_residual(system, product, rhs, state)
         gradient = transposed(residual)
         rhs_square = system.dot(rhs, rhs)
         goal = tf.square(self.goal(system, rhs_square.dtype)) * rhs_square
