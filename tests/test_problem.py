@@ -90,6 +90,20 @@ def test_pair_keeps_nested_elements() -> None:
     assert batches.upper[0].shape == (8, 2) and batches.lower["x"].shape == (7, 2)
 
 
+@pytest.mark.parametrize("level", [0, 1])
+@pytest.mark.parametrize("chosen", [None, True, False])
+def test_pair_turns_tuning_off_unless_told(level: int, chosen: bool | None) -> None:
+    """With it on, deleting an iterator took a second after each fit of one second."""
+    options = tf.data.Options()
+    if chosen is not None:
+        options.autotune.enabled = chosen
+    datasets = [tf.data.Dataset.range(3), tf.data.Dataset.range(3)]
+    datasets[level] = datasets[level].with_options(options)
+    paired = tb.pair(*datasets)
+    assert paired.options().autotune.enabled is bool(chosen)
+    assert values(paired) == [(0, 0), (1, 1), (2, 2)]
+
+
 # Problem.
 
 

@@ -25,7 +25,10 @@ def pair(
             sees the same batch.
 
     Returns:
-        A dataset of `tb.Batches`.
+        A dataset of `tb.Batches`, one element prefetched. Unless one of the two says
+        otherwise in its options, tf.data does not tune it: `AUTOTUNE` means as many
+        calls at once as there are cores, and a `map` without `num_parallel_calls` is
+        not made parallel.
 
     Raises:
         ValueError: for anything but two datasets, an empty dataset, or fewer than
@@ -71,8 +74,23 @@ def pair(
         upper_dataset = upper_dataset.repeat()
     elif lower_length < upper_length:
         lower_dataset = lower_dataset.repeat()
-    zipped = tf.data.Dataset.zip((upper_dataset, lower_dataset))
-    return zipped.map(lambda upper, lower: kind(upper=upper, lower=lower))
+    zipped = tf.data.Dataset.zip(kind(upper=upper_dataset, lower=lower_dataset))
+    return _untuned(zipped.prefetch(1))
+
+
+def _untuned(dataset: tf.data.Dataset) -> tf.data.Dataset:
+    """The dataset without tf.data's autotuning, unless its owner has decided.
+
+    The thread that tunes sleeps for 10 ms, then for twice as long each time, up to a
+    minute, and an iterator is not deleted before it wakes (the signal to stop is sent
+    before the flag is set that it looks for): fits and epochs of a finite dataset took
+    up to twice their time.
+    """
+    if dataset.options().autotune.enabled is not None:
+        return dataset
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    return dataset.with_options(options)
 
 
 def _length(dataset: tf.data.Dataset) -> float:
