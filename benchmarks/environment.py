@@ -19,8 +19,8 @@ PYTHON = ENVIRONMENT / ("Scripts" if os.name == "nt" else "bin") / "python"
 
 # Pinned: the CPU wheel of PyTorch; anything newer may pull GPU packages.
 TORCH = "torch==2.13.0"
-PEERS = ("higher==0.2.1", "jax", "cleanlab>=2", "scikit-learn", "psutil", "numpy")
-IMPORTED = ("torch", "higher", "jax", "cleanlab", "sklearn", "psutil")
+PEERS = ("higher==0.2.1", "jax", "cleanlab>=2", "scikit-learn", "numpy")
+IMPORTED = ("torch", "higher", "jax", "cleanlab", "sklearn")
 
 
 def main() -> int:

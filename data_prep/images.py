@@ -16,8 +16,8 @@ DATASETS = ("digits", "mnist", "fashion_mnist", "cifar10")
 
 
 class Part(NamedTuple):
-    """Some examples: images in [0, 1], float32, [n, height, width, channels], and
-    integer labels, [n]."""
+    """Some examples: images, [n, height, width, channels], uint8 as in their file or
+    float32 in [0, 1] after `split`, and integer labels, [n]."""
 
     images: np.ndarray
     labels: np.ndarray

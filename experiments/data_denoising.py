@@ -255,12 +255,13 @@ def load_parts(args: argparse.Namespace) -> list[images.Part]:
     if args.dataset == "svhn":
         parts = svhn.load(args.data_file)
         file, validation, test = (parts[name] for name in svhn.PARTS)
-        sizes = (args.train_size, len(file.labels)), (args.validation_size, 1000)
-        if any(size > most for size, most in sizes):
+        asked = (args.train_size, args.validation_size)
+        held = (len(file.labels), len(validation.labels))
+        if any(size > most for size, most in zip(asked, held, strict=True)):
             raise ValueError(
                 f"--train-size and --validation-size must fit in {args.data_file}, "
-                f"got {args.train_size} of {len(file.labels)} and "
-                f"{args.validation_size} of {len(validation.labels)}"
+                f"got {asked[0]} of {held[0]} and "
+                f"{asked[1]} of {held[1]}"
             )
         chosen = [first(file, args.train_size), first(validation, args.validation_size)]
         return [*chosen, first(test, args.test_size)]

@@ -27,6 +27,7 @@ installed packages and takes about a minute.
 import argparse
 import dataclasses
 import functools
+import itertools
 import os
 import pathlib
 import sys
@@ -57,9 +58,13 @@ NETS = ("linear", "mlp", "mlp-linear")
 class Settings(experiment.InversionFree):
     """A method's published settings on one net; `None` where it has no such knob."""
 
-    outer_steps: int
-    upper_optimizer: str = "sgd"
-    eval_every: int = 10
+    outer_steps: int | None
+    upper_optimizer: str | None = "sgd"
+    eval_every: int | None = 10
+    reg: float | None = 0.0
+    jit: str | None = "auto"
+    auxiliary: str | None = None
+    memory: str | None = None
     inner_lr: float | None = None
     last: int | None = None
     gamma_init: float | None = None
@@ -81,6 +86,7 @@ def v_pbgd(lower_lr: float, gamma_max: float, gamma_steps: int, outer: int) -> S
         gamma_init=0.0,
         gamma_max=gamma_max,
         gamma_steps=gamma_steps,
+        auxiliary="persistent",
     )
 
 
@@ -103,6 +109,7 @@ def rhg(inner_lr: float, last: int) -> Settings:
         inner_steps=500,
         last=last,
         eval_every=1,
+        memory="replay",
     )
 
 
@@ -126,6 +133,7 @@ def dynamic(**settings: float) -> Settings:
         inner_lr=0.03,
         inner_steps=100,
         upper_optimizer="adam",
+        memory="replay",
         **settings,
     )
 
@@ -172,6 +180,9 @@ for _method in ("v-pbgd", "g-pbgd", "rhg", "t-rhg", "aid-cg", "aid-fp", "neumann
     DEFAULTS[_method, "mlp-linear"] = DEFAULTS[_method, "mlp"]
 METHODS = tuple(dict.fromkeys(method for method, _ in DEFAULTS))
 BASELINES = ("oracle", "val-only", "train+val")
+_fields = [field.name for field in dataclasses.fields(Settings)]
+for _method, _net in itertools.product(BASELINES, NETS):
+    DEFAULTS[_method, _net] = Settings(**dict.fromkeys(_fields))
 SCORES = ("test_accuracy", "precision", "recall", "f1")
 PARTS = ("train", "validation", "test", "selection")
 SIZES = {"digits": (2000, 1000, 1500, 500)}
@@ -203,29 +214,24 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--gamma-init", type=experiment.at_least(float, 0))
     add("--gamma-max", type=above(float))
     add("--gamma-steps", type=above(int), help="length of gamma's ramp")
-    add("--auxiliary", choices=("persistent", "copy"), default="persistent")
-    add(
-        "--reg",
-        type=experiment.at_least(float, 0),
-        default=0.0,
-        help="L2 coefficient of g",
-    )
+    add("--auxiliary", choices=("persistent", "copy"), help="v-pbgd: where z starts")
+    add("--reg", type=experiment.at_least(float, 0), help="L2 coefficient of g")
     add("--eval-every", type=above(int), help="outer steps between evaluations")
-    add("--memory", choices=("replay", "checkpoint", "tape"), default="replay")
-    add("--jit", choices=("auto", "on", "off"), default="auto")
+    add("--memory", choices=("replay", "checkpoint", "tape"), help="of unrolled steps")
+    add("--jit", choices=("auto", "on", "off"))
     args = parser.parse_args(argv)
     sizes = SIZES.get(args.dataset, (5000, 5000, 10_000, 5000))
     for part, size in zip(PARTS, sizes, strict=True):
         if getattr(args, f"{part}_size") is None:
             setattr(args, f"{part}_size", size)
-    return args if args.method in BASELINES else fill_defaults(parser, args)
+    return fill_defaults(parser, args)
 
 
 def fill_defaults(
     parser: experiment.Parser, args: argparse.Namespace
 ) -> argparse.Namespace:
     published = DEFAULTS[args.method, args.net]
-    if args.dataset == "digits" and published.gamma_steps is not None:
+    if args.dataset == "digits" and published.gamma_steps and published.outer_steps:
         # Less than half the data, and a demo should not take minutes.
         published = dataclasses.replace(
             published,
@@ -252,7 +258,7 @@ def fill_defaults(
             f"--dynamics means nothing to --method {args.method}, which makes no "
             "inner steps of gradient descent: leave it out"
         )
-    if args.outer_steps % args.eval_every:
+    if args.method not in BASELINES and args.outer_steps % args.eval_every:
         parser.error(
             f"--outer-steps must be a multiple of --eval-every, got "
             f"{args.outer_steps} and {args.eval_every}"

@@ -104,7 +104,8 @@ HEADS = ("linear", "conv", "blocks", "cosine")
 class Settings(experiment.InversionFree):
     """A method's settings on a data set; `None` where it has no such knob.
 
-    `lower_lr` is the rate of the inner steps, `final_lr` what its cosine decay ends at.
+    `inner_lr` is the rate of the inner steps, `final_lr` what its cosine decay ends at;
+    approxgrad and penalty have `lower_lr` instead, of Adam.
     """
 
     network: str
@@ -112,7 +113,8 @@ class Settings(experiment.InversionFree):
     head: str
     queries: int
     tasks: int
-    iterations: int
+    outer_steps: int
+    inner_lr: float | None = None
     final_lr: float | None = None
     start_lr: float | None = None
     last: int | None = None
@@ -126,7 +128,7 @@ class Settings(experiment.InversionFree):
 
 
 def stocbio(
-    upper_lr: float, lower_lr: float, steps: int, iterations: int, **other: Any
+    upper_lr: float, inner_lr: float, steps: int, outer_steps: int, **other: Any
 ) -> Settings:
     """Meta-learning of the stocBiO paper, and what follows it."""
     return Settings(
@@ -136,11 +138,11 @@ def stocbio(
             "queries": 5,
             "tasks": 32,
             "upper_lr": upper_lr,
-            "lower_lr": lower_lr,
+            "inner_lr": inner_lr,
             "inner_steps": steps,
-            "iterations": iterations,
+            "outer_steps": outer_steps,
             "test_steps": steps,
-            "test_lr": lower_lr,
+            "test_lr": inner_lr,
             "test_tasks": 600,
             **other,
         }
@@ -157,10 +159,10 @@ def iaptt(dataset: str, **other: Any) -> Settings:
         queries=15,
         tasks=4,
         upper_lr=1e-3,
-        lower_lr=0.01,
+        inner_lr=0.01,
         final_lr=0.001,
         inner_steps=10,
-        iterations=80_000,
+        outer_steps=80_000,
         test_steps=10,
         test_lr=0.1,
         test_tasks=1000,
@@ -173,9 +175,9 @@ def inversion_free(method: str, dataset: str, ways: int) -> Settings:
     character, penalty = dataset in CHARACTERS, method == "penalty"
     rate = 1e-2 if character else 1e-3
     if character:
-        tasks, iterations = (15, 10_000) if ways == 20 else (30, 5000)
+        tasks, outer_steps = (15, 10_000) if ways == 20 else (30, 5000)
     else:
-        tasks, iterations = 2, 20_001
+        tasks, outer_steps = 2, 20_001
     own: dict[str, Any]
     if penalty:
         own = {
@@ -195,7 +197,7 @@ def inversion_free(method: str, dataset: str, ways: int) -> Settings:
         upper_lr=rate,
         lower_lr=rate,
         inner_steps=20,
-        iterations=iterations,
+        outer_steps=outer_steps,
         test_steps=100,
         test_lr=1e-3 if penalty else rate,
         test_tasks=600,
@@ -220,10 +222,10 @@ def published(method: str, dataset: str, ways: int) -> Settings:
             own = {"proximal": 2.0, "cg_steps": 5, "tasks": 16, "test_tasks": 1000}
             return stocbio(1e-3, 0.1, 16, 20_000, **own)
         if method in WHOLE:
-            few = {"lower_lr": 0.4, "steps": 1, "tasks": 32}
-            many = {"lower_lr": 0.1, "steps": 5, "tasks": 16}
+            few = {"inner_lr": 0.4, "steps": 1, "tasks": 32}
+            many = {"inner_lr": 0.1, "steps": 5, "tasks": 16}
             own = many if ways >= 20 else few
-            return stocbio(1e-3, iterations=60_000, test_steps=3, **own)
+            return stocbio(1e-3, outer_steps=60_000, test_steps=3, **own)
         return stocbio(2e-3, 0.4, 5, 10_000)
     small = dataset in ("fc100", "cifar-fs")
     if method == "imaml":
@@ -234,8 +236,8 @@ def published(method: str, dataset: str, ways: int) -> Settings:
             return stocbio(1e-3, 0.5, 3, 1200)
         return stocbio(3e-3, 0.01, 5, 1200, filters=32)
     if small:
-        rate, iterations = (0.05, 1000) if method == "anil" else (0.1, 1500)
-        return stocbio(1e-3, rate, 20, iterations)
+        rate, outer_steps = (0.05, 1000) if method == "anil" else (0.1, 1500)
+        return stocbio(1e-3, rate, 20, outer_steps)
     return stocbio(2e-3, 0.05, 10, 3000 if method == "fo-itd-bio" else 2000)
 
 
@@ -263,13 +265,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--shots", type=above(int), default=1)
     add("--queries", type=above(int), help="query images of a class; by method")
     add("--tasks", type=above(int), help="of a meta-batch; by method")
-    add("--iterations", type=above(int), help="meta-iterations; by method")
+    add("--outer-steps", type=above(int), help="meta-iterations; by method")
     add("--seconds", type=above(float), help="of training, after which to stop")
     add("--network", choices=NETWORKS, help="by method and data set")
     add("--filters", type=above(int), help="of a four-block network")
     add("--head", choices=HEADS, help="by method and data set")
     add("--head-blocks", type=above(int), default=1, help="--head blocks: how many")
     Settings.add_flags(parser, "meta-iterations")
+    add("--inner-lr", type=above(float), help="of the inner steps; by method")
     add("--final-lr", type=above(float), help="rhg to iaptt-gm: of the inner steps")
     add("--start-lr", type=above(float), help="iaptt-gm: of the head's start")
     add("--last", type=above(int), help="t-rhg: inner steps to differentiate")
@@ -288,7 +291,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--test-lr", type=above(float), help="their rate; by method")
     add("--test-tasks", type=above(int), help="by method")
     add("--validation-tasks", type=above(int), default=100, help="per evaluation")
-    add("--evaluate-every", type=above(int), default=200, help="meta-iterations")
+    add("--eval-every", type=above(int), default=200, help="meta-iterations")
     add("--jit", choices=("auto", "on", "off"), default="off")
     args = parser.parse_args(argv)
     own = published(args.method, args.dataset, args.ways)
@@ -446,7 +449,7 @@ def inner_optimizer(args: argparse.Namespace) -> keras.optimizers.Optimizer:
         return keras.optimizers.Adam(args.lower_lr, epsilon=1e-8)
     if args.method == "meta-sgd":
         return keras.optimizers.SGD(1.0)
-    return keras.optimizers.SGD(args.lower_lr)
+    return keras.optimizers.SGD(args.inner_lr)
 
 
 def learned_rates(args: argparse.Namespace, model: tb.BilevelModel) -> Any:
@@ -476,7 +479,7 @@ def build_method(
             multipliers="reset",
         )
     decay = args.final_lr and tb.CosineDecay(
-        args.lower_lr, args.final_lr, args.iterations
+        args.inner_lr, args.final_lr, args.outer_steps
     )
     inner = tb.InnerSolver(
         inner_optimizer(args),
@@ -514,7 +517,7 @@ def build_model(args: argparse.Namespace, shape: tuple[int, ...]) -> tb.BilevelM
     lower = keras.Sequential([keras.Input(shape), encoder, head])
     start = keras.Sequential([keras.Input(shape), *build_networks(args, shape)])
     start.set_weights(lower.get_weights())
-    rate = args.lower_lr if args.method == "meta-sgd" else None
+    rate = args.inner_lr if args.method == "meta-sgd" else None
 
     def loss(upper: Start, lower: keras.Model, batch: tuple) -> tf.Tensor:
         return mean_loss(lower, batch)
@@ -700,14 +703,14 @@ def train(args: argparse.Namespace, run: experiment.Run, splits: dict) -> dict:
             "validation_accuracy_ci95": interval(accuracies),
         }
 
-    every = min(args.evaluate_every, args.iterations)
+    every = min(args.eval_every, args.outer_steps)
     model.fit(
         draw(args, splits["train"], 1000 + args.seed, model.outer_step),
         steps_per_epoch=every,
-        epochs=-(-args.iterations // every),
+        epochs=-(-args.outer_steps // every),
         callbacks=[
             experiment.Backup(run.out / "backup", every),
-            experiment.Evaluate(run, evaluate, every, args.iterations, args.seconds),
+            experiment.Evaluate(run, evaluate, every, args.outer_steps, args.seconds),
         ],
         verbose=0,
     )
@@ -728,11 +731,11 @@ def train(args: argparse.Namespace, run: experiment.Run, splits: dict) -> dict:
     return {
         **about(args),
         **parameters,
-        "iterations": made,
-        "best_validation_iteration": model.outer_step,
+        "outer_steps": made,
+        "best_validation_step": model.outer_step,
         "best_validation_accuracy": max(run.column("validation_accuracy")),
         "seconds": float(rows[-1]["seconds"]),
-        "seconds_per_iteration": float(rows[-1]["seconds"]) / max(made, 1),
+        "seconds_per_outer_step": float(rows[-1]["seconds"]) / max(made, 1),
         "test_tasks": args.test_tasks,
         "test_accuracy": float(accuracies.mean()),
         "test_accuracy_ci95": interval(accuracies),
@@ -810,7 +813,7 @@ def main(argv: list[str] | None = None) -> dict:
         f"{args.method}, {args.ways}-way {args.shots}-shot {args.dataset}: "
         f"{summary['test_accuracy']:.2f} +- {summary['test_accuracy_ci95']:.2f} "
         f"percent on {summary['test_tasks']} test tasks (transductive), "
-        f"{summary['iterations']} meta-iterations, {summary['seconds']:.0f} s"
+        f"{summary['outer_steps']} meta-iterations, {summary['seconds']:.0f} s"
     )
     print(f"Files in {run.out}: {', '.join(sorted(p.name for p in run.out.iterdir()))}")
     return summary

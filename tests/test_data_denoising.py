@@ -364,6 +364,17 @@ def test_bad_flags_are_one_line_and_leave_nothing(flags, message, tmp_path, caps
     assert not out.exists()
 
 
+def test_svhn_sizes_must_fit_in_the_file(svhn_file, tmp_path, capsys):
+    flags = ["--dataset", "svhn", "--data-file", str(svhn_file), *SMALL]
+    held = len(svhn.load(svhn_file)["validation"].labels)
+    for size in (held + 1, 1000):
+        flags[flags.index("--validation-size") + 1] = str(size)
+        with pytest.raises(SystemExit):
+            denoising.main([*flags, "--out", str(tmp_path / "out")])
+        error = capsys.readouterr().err
+        assert f"and {size} of {held}" in error and error.count("\n") == 1
+
+
 def test_a_foreign_svhn_file(tmp_path, capsys):
     pathlib.Path(tmp_path / "x.h5").write_text("no")
     flags = ["--dataset", "svhn", "--data-file", str(tmp_path / "x.h5")]

@@ -70,10 +70,11 @@ def test_toy_gradient_norm_variant(tmp_path):
     assert min(abs(p["x"] - 0.3765) + abs(p["y"] + 0.3663) for p in points) < 1e-3
 
 
-SMALL = [
+SIZES = [
     *("--train-size", "40", "--validation-size", "30", "--test-size", "50"),
-    *("--selection-size", "20", "--eval-every", "2", "--jit", "off"),
+    *("--selection-size", "20"),
 ]
+SMALL = [*SIZES, "--eval-every", "2", "--jit", "off"]
 
 
 # Four steps from a random network: its Hessian is not definite.
@@ -111,7 +112,7 @@ def test_cleaning_runs_every_method_and_writes_its_files(method, net, tmp_path):
 
 @pytest.mark.parametrize("baseline", cleaning.BASELINES)
 def test_cleaning_baselines(baseline, tmp_path):
-    summary = cleaning.main(["--method", baseline, "--out", str(tmp_path), *SMALL])
+    summary = cleaning.main(["--method", baseline, "--out", str(tmp_path), *SIZES])
     kept = np.load(tmp_path / "predictions.npz")
     keep = kept["probabilities"].argmax(axis=1) == kept["labels"]
     precision = 100 * (keep & kept["clean"]).sum() / keep.sum()
@@ -275,6 +276,11 @@ def test_no_clock_runs_before_the_first_evaluation_is_whole(tmp_path):
         (["--upper-lr", "nan"], "above zero"),
         (["--method", "rhg", "--gamma-max", "1"], "--gamma-max means nothing"),
         (["--method", "rhg", "--start-lr", "1"], "--start-lr means nothing"),
+        (["--method", "rhg", "--auxiliary", "copy"], "--auxiliary means nothing"),
+        (["--method", "aid-fp", "--memory", "tape"], "--memory means nothing"),
+        (["--method", "oracle", "--outer-steps", "7"], "--outer-steps means nothing"),
+        (["--method", "val-only", "--jit", "off"], "--jit means nothing"),
+        (["--method", "train+val", "--dynamics", "nesterov-t"], "--dynamics means"),
         (["--method", "bda", "--alpha", "2"], "--alpha must be above 0"),
         (["--method", "bda", "--alpha-decay", "1.1"], "--alpha-decay must be above 0"),
         (

@@ -17,7 +17,7 @@ from data_prep import classes, fc100, glyphs
 from data_prep.classes import Classes
 
 few_shot = load_experiment("few_shot")
-SMALL = ["--filters", "4", "--iterations", "4", "--evaluate-every", "2", "--tasks", "2"]
+SMALL = ["--filters", "4", "--outer-steps", "4", "--eval-every", "2", "--tasks", "2"]
 SMALL += [
     "--no-rotations",
     "--validation-tasks",
@@ -64,29 +64,29 @@ def batch_of(args, seed=0):
 def test_published_settings():
     """specs: stocbio 6, iaptt 4, penalty 5."""
     args = parse("--method", "anil", "--dataset", "mini-imagenet", "--shots", "5")
-    assert (args.upper_lr, args.lower_lr, args.inner_steps) == (0.002, 0.05, 10)
-    assert (args.tasks, args.iterations, args.queries) == (32, 2000, 5)
+    assert (args.upper_lr, args.inner_lr, args.inner_steps) == (0.002, 0.05, 10)
+    assert (args.tasks, args.outer_steps, args.queries) == (32, 2000, 5)
     args = parse("--method", "maml", "--dataset", "fc100")
-    assert (args.upper_lr, args.lower_lr, args.inner_steps) == (0.001, 0.5, 3)
+    assert (args.upper_lr, args.inner_lr, args.inner_steps) == (0.001, 0.5, 3)
     args = parse("--method", "maml", "--dataset", "mini-imagenet")
-    assert (args.upper_lr, args.lower_lr, args.filters) == (0.003, 0.01, 32)
+    assert (args.upper_lr, args.inner_lr, args.filters) == (0.003, 0.01, 32)
     args = parse("--method", "itd-bio", "--dataset", "fc100")
-    assert (args.lower_lr, args.inner_steps, args.iterations) == (0.1, 20, 1500)
+    assert (args.inner_lr, args.inner_steps, args.outer_steps) == (0.1, 20, 1500)
     args = parse("--method", "fo-itd-bio", "--dataset", "mini-imagenet")
-    assert args.iterations == 3000
+    assert args.outer_steps == 3000
     args = parse("--method", "iaptt-gm", "--dataset", "tiered-imagenet")
-    assert (args.tasks, args.iterations, args.inner_steps) == (4, 80_000, 10)
-    assert (args.lower_lr, args.final_lr, args.upper_lr) == (0.01, 0.001, 0.001)
+    assert (args.tasks, args.outer_steps, args.inner_steps) == (4, 80_000, 10)
+    assert (args.inner_lr, args.final_lr, args.upper_lr) == (0.01, 0.001, 0.001)
     assert (args.head, args.network, args.filters) == ("conv", "pool-norm-relu", 32)
     assert (args.test_lr, args.test_steps, args.test_tasks) == (0.1, 10, 1000)
     args = parse("--method", "iaptt-gm", "--dataset", "omniglot")
     assert (args.head, args.network, args.filters) == ("linear", "relu-pool-norm", 64)
     args = parse("--method", "penalty", "--dataset", "omniglot")
-    assert (args.tasks, args.iterations, args.inner_steps) == (30, 5000, 20)
+    assert (args.tasks, args.outer_steps, args.inner_steps) == (30, 5000, 20)
     assert (args.upper_lr, args.lower_lr, args.test_lr) == (0.01, 0.01, 0.001)
     assert (args.weight, args.lower_weight, args.multiplier) == (0.01, 0.01, 1e-4)
     args = parse("--method", "penalty", "--dataset", "omniglot", "--ways", "20")
-    assert (args.tasks, args.iterations) == (15, 10_000)
+    assert (args.tasks, args.outer_steps) == (15, 10_000)
     args = parse("--method", "approxgrad", "--dataset", "mini-imagenet")
     assert (args.tasks, args.upper_lr, args.network) == (2, 0.001, "residual")
     assert (args.test_lr, args.test_steps) == (0.001, 100)
@@ -266,7 +266,7 @@ def test_a_run_and_its_files(newcomer):
     assert "transductive" in stored["batch_statistics"]
     best = max(float(row["validation_accuracy"]) for row in rows)
     assert stored["best_validation_accuracy"] == best
-    assert 0 <= stored["test_accuracy"] <= 100 and stored["iterations"] == 4
+    assert 0 <= stored["test_accuracy"] <= 100 and stored["outer_steps"] == 4
     assert f"{stored['test_accuracy']:.2f}" in printed
     assert "percent on 4 test tasks (transductive)" in printed
 
@@ -287,7 +287,7 @@ def test_a_killed_run_resumes_to_the_same_numbers(newcomer, tmp_path, monkeypatc
         few_shot.main(["--out", str(tmp_path / "cut"), *SMALL])
     monkeypatch.setattr(few_shot.Judge, "accuracies", evaluate)
     few_shot.main(["--out", str(tmp_path / "cut"), *SMALL, "--resume"])
-    timing = {"seconds", "seconds_per_iteration"}
+    timing = {"seconds", "seconds_per_outer_step"}
     resumed, whole = (
         json.loads((out / "summary.json").read_text())
         for out in (tmp_path / "cut", newcomer[0])
@@ -358,7 +358,7 @@ def test_published_files_end_to_end(dataset, flags, tmp_path, monkeypatch):
     module = getattr(few_shot, dataset.replace("-", "_"))
     sizes = {"train": 6, "validation": 6, "test": 6}
     monkeypatch.setattr(module, "CLASSES", sizes)
-    own = [*SMALL[2:], "--iterations", "2", *flags]
+    own = [*SMALL[2:], "--outer-steps", "2", *flags]
     summary = few_shot.main(
         ["--dataset", dataset, "--data-dir", str(tmp_path), "--out"]
         + [str(tmp_path / "run"), *own]

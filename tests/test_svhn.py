@@ -87,6 +87,17 @@ def test_bad_files_are_one_line(damage, folder, tmp_path, capsys):
     assert not list(tmp_path.glob("x.h5*"))
 
 
+def test_a_file_that_is_there_is_not_written_over(folder, tmp_path, capsys):
+    out = tmp_path / "x.h5"
+    out.write_text("kept")
+    flags = ["--any-size", "--validation-per-class", "2"]
+    with pytest.raises(SystemExit) as stop:
+        svhn.main(["--mat-dir", str(folder), "--out", str(out), *flags])
+    assert stop.value.code == 2 and out.read_text() == "kept"
+    error = capsys.readouterr().err
+    assert "exists already" in error and error.count("\n") == 1
+
+
 def test_too_few_digits_of_a_class(folder, tmp_path, capsys):
     flags = ["--mat-dir", str(folder), "--out", str(tmp_path / "x.h5"), "--any-size"]
     with pytest.raises(SystemExit):

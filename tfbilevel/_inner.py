@@ -52,7 +52,7 @@ class InnerSolver:
             variables that the method was initialised with. A function of the outer
             step (int64 scalar) -> lower variables: at what it returns, say a fresh
             draw of `tf.random.stateless_uniform`. A problem with a `lower_start`
-            always starts there.
+            always starts there (but for `tb.ValueGap`, whose `auxiliary` decides).
         learning_rate: a schedule of the outer step, such as tb.CosineDecay(0.1, 0.01,
             1000); or x -> scalar, the rate as a function of the upper variables
             where it is to be learned; or x -> rates like the lower variables, or that

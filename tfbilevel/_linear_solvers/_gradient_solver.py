@@ -50,7 +50,7 @@ class GradientSolver(IterativeSolver):
         [1.0, 2.0]
 
     References:
-        Mehra, Hamm (2021), Penalty method with application to deep bilevel
+        Mehra, Hamm (2021), Penalty method for inversion-free deep bilevel
         optimization. arXiv:1911.03432. Grazzi, Pontil, Salzo (2021), Convergence
         properties of stochastic hypergradients. arXiv:2011.07122.
     """
