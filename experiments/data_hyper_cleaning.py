@@ -20,7 +20,7 @@ Reproduces the hyper-cleaning tables of Shen and Chen (2023), arXiv:2302.05185, 
 Liu et al. (2021), arXiv:2110.00455 (iaptt-gm and bda, on the net mlp-linear: two
 layers with nothing between them); every method's and net's published settings are
 its defaults (aid-cg, aid-fp, neumann, penalty, approxgrad and bda's mixing weights have
-none: theirs are our choice). The default dataset, `digits`, ships with the
+none: theirs are our choice; bda's inner rate is that of its authors' code). The default dataset, `digits`, ships with the
 installed packages and takes about a minute.
 """
 
@@ -125,12 +125,12 @@ def aid(inner_lr: float) -> Settings:
     )
 
 
-def dynamic(**settings: float) -> Settings:
+def dynamic(inner_lr: float, **settings: float) -> Settings:
     """What iaptt-gm and bda share."""
     return Settings(
         outer_steps=3000,
         upper_lr=0.01,
-        inner_lr=0.03,
+        inner_lr=inner_lr,
         inner_steps=100,
         upper_optimizer="adam",
         memory="replay",
@@ -167,8 +167,10 @@ DEFAULTS = {
     ("neumann", "mlp"): aid(0.4),
 }
 for _net in NETS:
-    DEFAULTS["iaptt-gm", _net] = dynamic(start_lr=0.03)
-    DEFAULTS["bda", _net] = dynamic(alpha=0.5, alpha_decay=0.9)
+    DEFAULTS["iaptt-gm", _net] = dynamic(0.03, start_lr=0.03)
+    # The rate of BDA's own code: it begins at the first weights, and 100 steps of
+    # iaptt-gm's 0.03 from there end at 75 percent on MNIST.
+    DEFAULTS["bda", _net] = dynamic(0.4, alpha=0.5, alpha_decay=0.9)
     DEFAULTS["penalty", _net] = inversion_free(
         weight=0.01, lower_weight=0.01, tolerance=0.1, multiplier=0.0
     )
