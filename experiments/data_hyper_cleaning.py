@@ -20,8 +20,9 @@ Reproduces the hyper-cleaning tables of Shen and Chen (2023), arXiv:2302.05185, 
 Liu et al. (2021), arXiv:2110.00455 (iaptt-gm and bda, on the net mlp-linear: two
 layers with nothing between them); every method's and net's published settings are
 its defaults (aid-cg, aid-fp, neumann, penalty, approxgrad and bda's mixing weights have
-none: theirs are our choice; bda's inner rate is that of its authors' code). The default dataset, `digits`, ships with the
-installed packages and takes about a minute.
+none: theirs are our choice; bda's inner rate is that of its authors' code).
+The default dataset, `digits`, ships with the installed packages and takes about a
+minute.
 """
 
 import argparse
