@@ -8,7 +8,8 @@ from typing import Any
 
 def require_count(value: Any, name: str, least: int = 1) -> None:
     """Raise unless `value` is an integer of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not whole or value < least:
         raise ValueError(
             f"`{name}` must be an integer of at least {least}. "
             f"Received: {name}={value!r}"

@@ -64,6 +64,10 @@ class GradientNorm(Method):
         object.__setattr__(self, "rule", differentiable(self.lower_optimizer))
         object.__setattr__(self, "schedule", as_weight(self.weight, "weight"))
 
+    @property
+    def moves_lower(self) -> bool:
+        return True
+
     def init(self, problem: Problem, upper: Any, lower: Any) -> Any:
         return {"step": tf.constant(0, tf.int64), "optimizer": self.rule.init(lower)}
 
@@ -106,6 +110,7 @@ class GradientNorm(Method):
                 here.problem.lower_loss, here.upper, lower, here.batches.lower_at(0)
             )
             penalty = 0.5 * weight * structure.dot(gradient, gradient)
-            return scale * (here.upper_loss(lower) + here.mean(penalty))
+            f = tf.cast(here.upper_loss(lower), weight.dtype)
+            return scale * (f + here.mean(penalty))
 
         return value

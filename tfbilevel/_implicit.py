@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from tfbilevel import _derivatives as derivatives
@@ -58,7 +59,7 @@ class Implicit(Method):
     Raises:
         ValueError: if a solver that steps with the inner learning rate meets a
             schedule (give it a `rate`), for an unknown `through`, or for conjugate
-            gradients through an optimizer other than plain SGD.
+            gradients through an optimizer other than plain SGD or a projection.
 
     Example:
         >>> problem = tb.Problem(
@@ -92,11 +93,12 @@ class Implicit(Method):
             )
         if self.through == "optimizer":
             if isinstance(self.solver, ConjugateGradient) and not _is_plain(self.inner):
+                raise _unsymmetric(self.solver)
+            if getattr(self.solver, "preconditioner", None) is not None:
                 raise ValueError(
-                    "`solver` must not need a symmetric system with "
-                    "through='optimizer': only plain gradient steps have one. Use "
-                    "tb.NormalConjugateGradient, tb.FixedPoint or tb.Direct. "
-                    f"Received: solver={self.solver!r}"
+                    "`solver` must not have a preconditioner with through='optimizer', "
+                    "whose vectors hold the optimizer's slots too. Leave it out, or "
+                    f"take through='gradient'. Received: solver={self.solver!r}"
                 )
         elif (
             hasattr(self.solver, "rate")
@@ -110,6 +112,12 @@ class Implicit(Method):
             )
 
     def init(self, problem: Problem, upper: Any, lower: Any) -> Any:
+        if (
+            self.through == "optimizer"
+            and isinstance(self.solver, ConjugateGradient)
+            and problem.project_lower is not None
+        ):
+            raise _unsymmetric(self.solver)
         inner = self.inner.init(problem, upper, lower)
         like = structure.to_tensors(lower)
         if self.through == "optimizer":
@@ -140,6 +148,11 @@ class Implicit(Method):
             leading=here.problem.leading,
         )
         solution = self.solver.solve(system, equation.rhs, state["solver"])
+        # No solver steps towards what it cannot measure, and would end where it began.
+        fine = tf.math.is_finite(system.norm(equation.rhs))
+        fine &= tf.math.is_finite(solution.residual)
+        kept = structure.scale(tf.where(fine, 1.0, np.nan), solution.value)
+        response = equation.response(kept)
         after = {
             "inner": self.inner.carried(iterate, state["inner"]),
             "solver": solution.state,
@@ -148,7 +161,7 @@ class Implicit(Method):
             after["step"] = state["step"] + 1
         residual = solution.residual
         return Step(
-            upper_gradient=here.gradient(partial, equation.response(solution.value)),
+            upper_gradient=here.gradient(partial, response),
             lower=iterate.lower,
             state=after,
             metrics={
@@ -231,10 +244,21 @@ class _Equation(NamedTuple):
 
 
 def _is_plain(inner: InnerSolver) -> bool:
-    """Whether the inner steps are plain gradient steps."""
-    optimizer = inner.rule.optimizer
+    """Whether the inner steps are gradient steps of one rate for all entries."""
+    optimizer, rate = inner.rule.optimizer, inner.learning_rate
     return (
         isinstance(optimizer, keras.optimizers.SGD)
         and not optimizer.momentum
         and not inner.accelerated
+        and (rate is None or isinstance(rate, Schedule))
+    )
+
+
+def _unsymmetric(solver: LinearSolver) -> ValueError:
+    return ValueError(
+        "`solver` must not need a symmetric system with through='optimizer': only "
+        "plain gradient steps of a constant or scheduled rate, without "
+        "`project_lower`, have one. Use tb.NormalConjugateGradient, tb.FixedPoint or "
+        "tb.Direct. "
+        f"Received: solver={solver!r}"
     )

@@ -265,7 +265,7 @@ class InnerSolver:
         if most == 0:
             return iterate, value
         each = tf.is_tensor(last) and last.shape.rank == 1
-        if most == 1 and not each and (first, last) == (0, 1):
+        if most == 1 and isinstance(last, int) and (first, last) == (0, 1):
             # A loop of one step would keep what comes after it waiting.
             iterate, value = self.advance(
                 problem, upper, batches, iterate, 0, first_order

@@ -53,6 +53,11 @@ class Method(abc.ABC):
         del problem, upper, lower
         return ()
 
+    @property
+    def moves_lower(self) -> bool:
+        """Whether a step moves y on from where it is, and does not solve anew."""
+        return False
+
     @abc.abstractmethod
     def step(
         self, problem: Problem, upper: Any, lower: Any, batches: Batches, state: Any

@@ -113,6 +113,8 @@ class BilevelModel(keras.Model):
         self.tasks = tasks
         require_built(upper, "upper")
         require_built(lower, "lower")
+        if tasks is None:
+            _require_apart(upper, lower)
         self.upper = upper
         self.lower = lower
         self._lower_loss, self._prepare = lower_loss, prepare
@@ -130,7 +132,7 @@ class BilevelModel(keras.Model):
         )
         if tasks is not None:
             self.problem = over_tasks(self.problem, mapping)
-        self._progress = Progress(name="progress")
+        self._progress = Progress(_random_states(upper, lower), name="progress")
         self._carried: Carried | None = None
         self._trackers = Trackers()
         self.built = True
@@ -144,7 +146,7 @@ class BilevelModel(keras.Model):
                 *zip(upper, x, strict=True),
                 *zip(self.lower.trainable_variables, y, strict=True),
             ]
-            with keras.StatelessScope(values):
+            with keras.StatelessScope(values, collect_losses=True):
                 return loss(self.upper, self.lower, batch)
 
         return at
@@ -230,9 +232,22 @@ class BilevelModel(keras.Model):
                 f"Received: jit_compile={jit_compile!r}"
             )
         require_choice(on_nonfinite, "on_nonfinite", ("raise", "skip"))
+        for name, optimizer in (
+            ("upper_optimizer", upper_optimizer),
+            ("start_optimizer", start_optimizer),
+        ):
+            self._require_plain_scale(name, optimizer)
+        if self.tasks is not None and method.moves_lower:
+            raise ValueError(
+                "`method` must solve every task anew with tb.BilevelModel(tasks=...), "
+                "which keeps no lower variables of a task: the steps that this method "
+                "makes with them would be lost. Use tb.minimize(tb.over_tasks(...)) "
+                f"or a method with an inner solver. Received: method={method!r}"
+            )
         super().compile(
             optimizer=upper_optimizer,
             metrics=metrics,
+            auto_scale_loss=False,
             jit_compile=False,
             steps_per_execution=steps_per_execution,
             run_eagerly=run_eagerly,
@@ -241,7 +256,10 @@ class BilevelModel(keras.Model):
         self._auto_jit = jit_compile == "auto" and not run_eagerly
         self.jit_compile = jit_compile is True and not run_eagerly
         self.on_nonfinite = on_nonfinite
-        self._carried = None
+        if self._carried is not None:
+            # Else Keras would go on saving it beside the new one.
+            self._tracker.untrack(self._carried)
+            self._carried = None
         self._trackers = Trackers()
         self._progress.compilation.assign(UNDECIDED)
         self.start_optimizer = start_optimizer
@@ -253,6 +271,22 @@ class BilevelModel(keras.Model):
             own, start = self._split(upper)
             upper_optimizer.build(own)
             start_optimizer.build(start)
+
+    def _require_plain_scale(self, name: str, optimizer: Any) -> None:
+        if isinstance(optimizer, keras.optimizers.LossScaleOptimizer) or getattr(
+            optimizer, "loss_scale_factor", None
+        ):
+            raise ValueError(
+                f"`{name}` must not scale losses: the upper gradient is no gradient of "
+                "one scaled loss, and would be divided by the scale. Leave "
+                f"`loss_scale_factor` out. Received: {name}={optimizer!r}"
+            )
+        if getattr(optimizer, "use_ema", False) and self.start is not None:
+            raise ValueError(
+                f"`{name}` must not average weights (use_ema) where the start is "
+                "learned: Keras would write the averages to other variables at the end "
+                f"of fit. Received: {name}={optimizer!r}"
+            )
 
     def compile_from_config(self, config: dict) -> None:
         """Not restored with the model: call `compile` again after loading."""
@@ -541,6 +575,26 @@ class BilevelModel(keras.Model):
         if self.jit_compile != xla:
             self.jit_compile = xla
             self.make_train_function(force=True)
+
+
+def _require_apart(upper: Any, lower: Any) -> None:
+    """Raise if one variable is trained at both levels."""
+    own = {id(variable) for variable in upper.trainable_variables}
+    shared = [v.path for v in lower.trainable_variables if id(v) in own]
+    if shared:
+        raise ValueError(
+            "`upper` and `lower` must not share trainable variables: a lower step "
+            "would overwrite the upper one. Build two networks; a learned start is "
+            "lower_start='learned'. "
+            f"Received: {', '.join(shared)} in both"
+        )
+
+
+def _random_states(*models: Any) -> list:
+    """States of seed generators, which Keras counts as no weights."""
+    weights = {id(v) for model in models for v in model.weights}
+    states = {id(v): v for model in models for v in model.variables}
+    return [v for number, v in states.items() if number not in weights]
 
 
 def _turned(leaf: Any) -> Any:

@@ -21,8 +21,9 @@ def pair(
         lower_dataset: lower batches (training data).
         lower_batches: n, how many lower batches an outer step takes. With n > 1 the
             lower batch has a leading axis n: inner step t takes slice t, a
-            stochastic linear solve goes on from there. With n = 1 every inner step
-            sees the same batch.
+            stochastic linear solve goes on from there; a pass over a dataset that is
+            not repeated ends with the last n. With n = 1 every inner step sees the
+            same batch.
 
     Returns:
         A dataset of `tb.Batches`, one element prefetched. Unless one of the two says
@@ -67,13 +68,14 @@ def pair(
                 f"lower_batches={lower_batches} of {count}"
             )
         kind = StackedBatches
-        lower_dataset = lower_dataset.batch(lower_batches, drop_remainder=True)
     upper_length = _length(upper_dataset)
-    lower_length = _length(lower_dataset)
+    lower_length = _length(lower_dataset, lower_batches)
     if upper_length < lower_length:
         upper_dataset = upper_dataset.repeat()
     elif lower_length < upper_length:
         lower_dataset = lower_dataset.repeat()
+    if lower_batches > 1:  # after repeating: none is left out at the end of a pass
+        lower_dataset = lower_dataset.batch(lower_batches, drop_remainder=True)
     zipped = tf.data.Dataset.zip(kind(upper=upper_dataset, lower=lower_dataset))
     return _untuned(zipped.prefetch(1))
 
@@ -93,6 +95,6 @@ def _untuned(dataset: tf.data.Dataset) -> tf.data.Dataset:
     return dataset.with_options(options)
 
 
-def _length(dataset: tf.data.Dataset) -> float:
+def _length(dataset: tf.data.Dataset, group: int = 1) -> float:
     count = int(dataset.cardinality())
-    return float(count) if count >= 0 else float("inf")
+    return float(count // group) if count >= 0 else float("inf")

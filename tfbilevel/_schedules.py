@@ -3,6 +3,7 @@
 import abc
 import dataclasses
 import math
+import numbers
 from typing import Any
 
 import tensorflow as tf
@@ -142,7 +143,7 @@ def as_schedule(value: Any, name: str) -> Schedule:
     """The schedule itself, or a number as a constant one."""
     if isinstance(value, Schedule):
         return value
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
         return Constant(float(value))
     raise ValueError(
         f"`{name}` must be a number or a schedule such as tb.LinearRamp(0.0, 0.2, "

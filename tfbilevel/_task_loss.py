@@ -59,7 +59,7 @@ def mapped_loss(loss: Loss, in_turn: Callable[[Any], bool]) -> Loss:
     """
 
     def each(x: Any, y: Any, batch: Any) -> tf.Tensor:
-        _require_same_tasks(y, batch)
+        batch = _of_same_tasks(y, batch)
         dtype = tf.nest.flatten(y)[0].dtype
 
         def one(task: tuple) -> tf.Tensor:
@@ -79,7 +79,8 @@ def mapped_loss(loss: Loss, in_turn: Callable[[Any], bool]) -> Loss:
     return mapped
 
 
-def _require_same_tasks(y: Any, batch: Any) -> None:
+def _of_same_tasks(y: Any, batch: Any) -> Any:
+    """The batch, with the number of tasks of y: checked now, or when it is known."""
     known = {
         name: leaf.shape[0]
         for name, nest in (("lower variables", y), ("batch", batch))
@@ -92,6 +93,16 @@ def _require_same_tasks(y: Any, batch: Any) -> None:
             "same tasks along the leading axis of every tensor. Stack one entry per "
             f"task. Received: {known}"
         )
+    if not known:
+        return batch
+    (tasks,) = set(known.values())
+
+    def checked(leaf: Any) -> Any:
+        if not tf.is_tensor(leaf) or not leaf.shape.rank or leaf.shape[0] is not None:
+            return leaf
+        return tf.ensure_shape(leaf, [tasks, *leaf.shape[1:]])
+
+    return tf.nest.map_structure(checked, batch)
 
 
 def map_tasks(function: Callable, tasks: Any, in_turn: Any = None) -> Any:

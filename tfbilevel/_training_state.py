@@ -15,8 +15,9 @@ UNDECIDED, GRAPH, XLA = 0, 1, 2
 class Progress(keras.layers.Layer):
     """How far training is, saved with the weights."""
 
-    def __init__(self, **keywords: Any):
+    def __init__(self, random_states: list, **keywords: Any):
         super().__init__(**keywords)
+        self.random_states = random_states  # Keras saves no seed generator by itself
 
         def scalar(name: str, dtype: str, value: int) -> Any:
             return self.add_weight(
@@ -86,6 +87,13 @@ class Carried(keras.layers.Layer):
             cell.assign(leaf)
 
 
+class MeanOfSome(keras.metrics.Mean):
+    """A mean that is NaN, not zero, where nothing was counted."""
+
+    def result(self) -> tf.Tensor:
+        return self.total / tf.cast(self.count, self.total.dtype)
+
+
 class Trackers:
     """Means of the step's metrics over an epoch. Not part of what is saved."""
 
@@ -94,6 +102,6 @@ class Trackers:
 
     def named(self, names: Any) -> dict[str, keras.metrics.Mean]:
         new = [name for name in names if name not in self.of]
-        made = outside_traces(lambda: [keras.metrics.Mean(name=name) for name in new])
+        made = outside_traces(lambda: [MeanOfSome(name=name) for name in new])
         self.of.update(zip(new, made, strict=True))
         return {name: self.of[name] for name in names}

@@ -84,6 +84,10 @@ class ValueGap(Method):
                 f"Received: start={self.inner.start!r}"
             )
 
+    @property
+    def moves_lower(self) -> bool:
+        return True
+
     def init(self, problem: Problem, upper: Any, lower: Any) -> Any:
         state = {
             "step": tf.constant(0, tf.int64),
@@ -108,6 +112,7 @@ class ValueGap(Method):
             value, (constraint,) = derivatives.value_and_partials(
                 lambda c: _lower_loss(here, c, auxiliary, self._draw), here.upper
             )
+            value = tf.cast(value, weight.dtype)
 
         losses: dict[str, tf.Tensor] = {}
 
@@ -153,7 +158,9 @@ class ValueGap(Method):
             gap = _lower_loss(here, here.upper, lower, self._draw)
             if auxiliary is not None:
                 gap -= _lower_loss(here, here.upper, auxiliary, self._draw)
-            return scale * (here.upper_loss(lower) + weight * here.mean(gap))
+            gap = tf.cast(here.mean(gap), weight.dtype)
+            f = tf.cast(here.upper_loss(lower), weight.dtype)
+            return scale * (f + weight * gap)
 
         return value
 

@@ -80,6 +80,10 @@ class TTSA(Method):
         """How many lower batches one step may draw."""
         return 1 + self.max_steps
 
+    @property
+    def moves_lower(self) -> bool:
+        return True
+
     def init(self, problem: Problem, upper: Any, lower: Any) -> Any:
         del problem, upper
         return {"step": tf.constant(0, tf.int64), "optimizer": self.rule.init(lower)}

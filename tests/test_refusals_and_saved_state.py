@@ -1,0 +1,336 @@
+"""What a model or a method must refuse, save, or count, and once did not."""
+
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import tfbilevel as tb
+
+SGD = keras.optimizers.SGD
+EXAMPLES, FEATURES = 6, 3
+
+
+def network(*layers: Any, seed: int = 1) -> keras.Model:
+    keras.utils.set_random_seed(seed)
+    return keras.Sequential(
+        [keras.Input((FEATURES,)), *layers, keras.layers.Dense(2, name="last")]
+    )
+
+
+def mean_square(model: keras.Model, batch: tuple) -> tf.Tensor:
+    inputs, targets = batch
+    outputs = model(inputs, training=True)
+    return tf.reduce_mean((tf.cast(outputs, tf.float32) - targets) ** 2)
+
+
+def upper_loss(upper: Any, lower: keras.Model, batch: tuple) -> tf.Tensor:
+    return mean_square(lower, batch)
+
+
+def lower_loss(upper: Any, lower: keras.Model, batch: tuple) -> tf.Tensor:
+    inputs, targets = batch
+    outputs = tf.cast(lower(inputs, training=True), tf.float32)
+    weights = tf.cast(upper(None), tf.float32)
+    return tf.reduce_mean(weights * tf.reduce_mean((outputs - targets) ** 2, 1))
+
+
+def full_batch(bad: int | None = None, repeat: int = 1) -> tf.data.Dataset:
+    """Elements that are all alike, but for a NaN in the one numbered `bad`."""
+    generator = np.random.default_rng(0)
+
+    def part() -> tuple:
+        return (
+            generator.normal(size=(repeat, EXAMPLES, FEATURES)).astype("float32")[:1],
+            generator.normal(size=(repeat, EXAMPLES, 2)).astype("float32")[:1],
+        )
+
+    inputs, targets = (np.repeat(a, repeat, axis=0) for a in part())
+    if bad is not None:
+        inputs[bad] = np.nan
+    upper = tf.data.Dataset.from_tensor_slices((inputs, targets))
+    (inputs,), (targets,) = part()
+    return tb.pair(upper, tf.data.Dataset.from_tensors((inputs, targets)))
+
+
+def unroll(**options: Any) -> tb.Unroll:
+    return tb.Unroll(tb.InnerSolver(SGD(0.2), 3), **options)
+
+
+def value_gap() -> tb.ValueGap:
+    inner = tb.InnerSolver(SGD(0.1), 1)
+    return tb.ValueGap(inner, SGD(0.1), tb.LinearRamp(0.0, 1.0, 9))
+
+
+def make(*layers: Any, method: Any = None, **options: Any) -> tb.BilevelModel:
+    lower = network(*layers)
+    model = tb.BilevelModel(tb.ExampleWeights(EXAMPLES), lower, upper_loss, lower_loss)
+    model.compile(method or unroll(), SGD(0.5), jit_compile=False, **options)
+    return model
+
+
+# Upper optimizers.
+
+
+def test_a_mixed_precision_policy_does_not_scale_the_upper_step() -> None:
+    """Keras would wrap the optimizer and divide by 32,768 what nobody multiplied."""
+    moves = {}
+    for policy in ("float32", "mixed_float16"):
+        keras.config.set_dtype_policy(policy)
+        try:
+            model = make()
+            before = model.upper.logits.numpy()
+            model.fit(full_batch(), verbose=0)
+            moves[policy] = model.upper.logits.numpy() - before
+        finally:
+            keras.config.set_dtype_policy("float32")
+    scale = np.abs(moves["float32"]).max()
+    assert scale > 1e-3
+    np.testing.assert_allclose(
+        moves["mixed_float16"], moves["float32"], atol=0.02 * scale
+    )
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        lambda: SGD(0.1, loss_scale_factor=1024.0),
+        lambda: keras.optimizers.LossScaleOptimizer(SGD(0.1)),
+    ],
+)
+def test_loss_scaling_is_refused(optimizer: Any) -> None:
+    with pytest.raises(ValueError, match="`upper_optimizer` must not scale losses"):
+        make().compile(unroll(), optimizer())
+
+
+@pytest.mark.parametrize("which", ["upper_optimizer", "start_optimizer"])
+def test_averages_with_a_learned_start_are_refused(which: str) -> None:
+    model = tb.BilevelModel(
+        tb.ExampleWeights(EXAMPLES),
+        network(),
+        upper_loss,
+        lower_loss,
+        lower_start="learned",
+    )
+    optimizers = {"upper_optimizer": SGD(0.1), "start_optimizer": SGD(0.1)}
+    optimizers[which] = SGD(0.1, use_ema=True)
+    with pytest.raises(ValueError, match=f"`{which}` must not average weights"):
+        model.compile(unroll(), **optimizers)
+
+
+# Models.
+
+
+def test_a_network_at_both_levels_is_refused() -> None:
+    """The lower step would overwrite what the upper optimizer has moved."""
+    shared = network()
+
+    def loss(upper: Any, lower: keras.Model, batch: tuple) -> tf.Tensor:
+        return mean_square(lower, batch)
+
+    with pytest.raises(ValueError, match="must not share trainable variables.*last"):
+        tb.BilevelModel(shared, shared, loss, loss)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        value_gap,
+        lambda: tb.GradientNorm(SGD(0.1), 1.0),
+        lambda: tb.TTSA(SGD(0.1), 1, 0.1),
+    ],
+)
+def test_methods_that_move_y_are_refused_where_y_is_not_kept(method: Any) -> None:
+    model = tb.BilevelModel(network(), network(seed=2), upper_loss, upper_loss, tasks=2)
+    with pytest.raises(ValueError, match="`method` must solve every task anew"):
+        model.compile(method(), SGD(0.1))
+
+
+def test_losses_that_layers_add_count_inside_the_problem() -> None:
+    layer = keras.layers.Dense(4, activity_regularizer=keras.regularizers.L2(0.5))
+    lower = network(layer)
+
+    def with_added(upper: Any, lower: keras.Model, batch: tuple) -> tf.Tensor:
+        return mean_square(lower, batch) + tf.add_n(lower.losses)
+
+    model = tb.BilevelModel(tb.ExampleWeights(EXAMPLES), lower, with_added, with_added)
+    batch = next(iter(full_batch())).upper
+    x = [tf.convert_to_tensor(v) for v in model.upper.trainable_variables]
+    y = [tf.convert_to_tensor(v) for v in lower.trainable_variables]
+    found = float(model.problem.upper_loss(x, y, batch))
+    # Keras's own rule: half of the squares' sum over the number of examples.
+    hidden = batch[0] @ layer.kernel.numpy() + layer.bias.numpy()
+    added = 0.5 * np.sum(hidden**2) / EXAMPLES
+    assert found == pytest.approx(float(mean_square(lower, batch)) + added, rel=1e-5)
+
+
+# What is saved and logged.
+
+
+def test_random_layers_resume_where_they_were(tmp_path: Any) -> None:
+    def run(model: tb.BilevelModel) -> list[np.ndarray]:
+        model.fit(full_batch().repeat(3), verbose=0)
+        return [v.numpy() for v in model.lower.trainable_variables]
+
+    through = make(keras.layers.Dense(8), keras.layers.Dropout(0.5))
+    run(through)
+    through.save_weights(tmp_path / "half.weights.h5")
+    want = run(through)
+    resumed = make(keras.layers.Dense(8), keras.layers.Dropout(0.5))
+    resumed.load_weights(tmp_path / "half.weights.h5")
+    for a, b in zip(run(resumed), want, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_second_compile_saves_its_own_state(tmp_path: Any) -> None:
+    model = make(method=value_gap())
+    model.fit(full_batch().repeat(3), verbose=0)
+    count = len(model.weights)
+    model.compile(value_gap(), SGD(0.5), jit_compile=False)
+    model.fit(full_batch().repeat(7), verbose=0)
+    assert len(model.weights) == count
+    model.save_weights(tmp_path / "one.weights.h5")
+    fresh = make(method=value_gap())
+    fresh.load_weights(tmp_path / "one.weights.h5")
+    # Both go on with the penalty weight of the eighth step of the second ramp.
+    for one in (model, fresh):
+        history = one.fit(full_batch(), verbose=0).history
+        assert history["weight"] == [pytest.approx(7 / 9)]
+    # And weights saved before a compile load after it.
+    model.compile(value_gap(), SGD(0.1), jit_compile=False)
+    model.load_weights(tmp_path / "one.weights.h5")
+    assert model.fit(full_batch(), verbose=0).history["weight"][0] == pytest.approx(
+        7 / 9
+    )
+
+
+def test_an_epoch_of_skipped_steps_has_no_loss() -> None:
+    model = make(on_nonfinite="skip")
+    data = full_batch(bad=1, repeat=3)
+    history = model.fit(data.repeat(), steps_per_epoch=1, epochs=3, verbose=0).history
+    assert history["skipped"] == [0.0, 1.0, 0.0]
+    for name in ("upper_loss", "lower_loss"):
+        first, skipped, last = history[name]
+        assert np.isnan(skipped) and first > last > 0
+
+
+# Methods.
+
+SOLVERS = {
+    "cg": lambda: tb.ConjugateGradient(5),
+    "normal-cg": lambda: tb.NormalConjugateGradient(5),
+    "neumann": lambda: tb.Neumann(5, rate=0.5),
+    "fixed-point": lambda: tb.FixedPoint(5, rate=0.5),
+    "gradient": lambda: tb.GradientSolver(SGD(0.5), 5),
+    "direct": tb.Direct,
+}
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_an_upper_gradient_that_is_not_finite_is_not_dropped(name: str) -> None:
+    """f is finite, f_y is not: with f_x alone every solver had gone on."""
+    x = tf.constant([0.2, 0.3])
+    y = tf.zeros([2])  # the solution, where the norm has no gradient
+    problem = tb.Problem(
+        lambda c, y, batch: tf.reduce_sum(c * c) + tf.norm(y),
+        lambda c, y, batch: 0.5 * tf.reduce_sum((y - (c - x)) ** 2),
+    )
+    method = tb.Implicit(tb.InnerSolver(SGD(1.0), 2), SOLVERS[name]())
+    with pytest.raises(tb.NonFiniteError, match="the upper gradient"):
+        tb.minimize(problem, method, x, y, SGD(0.1), tb.Batches(None, None), 1)
+
+
+def quadratic(**options: Any) -> tb.Problem:
+    return tb.Problem(
+        lambda x, y, batch: 0.5 * tf.reduce_sum((y - 1.0) ** 2),
+        lambda x, y, batch: 0.5 * tf.reduce_sum((y - x) ** 2),
+        **options,
+    )
+
+
+def test_conjugate_gradients_are_refused_for_unsymmetric_maps() -> None:
+    solver = tb.ConjugateGradient(5)
+    rates = tb.InnerSolver(SGD(1.0), 3, learning_rate=lambda x: tf.nn.sigmoid(x))
+    with pytest.raises(ValueError, match="symmetric system"):
+        tb.Implicit(rates, solver, through="optimizer")
+    plain = tb.Implicit(tb.InnerSolver(SGD(0.5), 3), solver, through="optimizer")
+    x = y = tf.zeros([2])
+    plain.init(quadratic(), x, y)
+    with pytest.raises(ValueError, match="symmetric system"):
+        plain.init(quadratic(project_lower=tf.nn.relu), x, y)
+    helped = tb.ConjugateGradient(5, preconditioner=lambda x, y, v: v)
+    with pytest.raises(ValueError, match="must not have a preconditioner"):
+        tb.Implicit(tb.InnerSolver(SGD(0.5), 3), helped, through="optimizer")
+
+
+@pytest.mark.parametrize("xla", [False, True])
+@pytest.mark.parametrize("tasks", [1, 2])
+def test_a_batch_of_too_few_tasks_is_an_error(tasks: int, xla: bool) -> None:
+    """Of unknown size while traced: it was taken for the mean over all tasks."""
+    problem = tb.over_tasks(
+        tb.Problem(
+            lambda x, y, batch: 0.5 * (y - batch) ** 2,
+            lambda x, y, batch: 0.5 * (y - x) ** 2,
+        )
+    )
+    method = unroll()
+    x, y = tf.constant(0.0), tf.zeros([4])
+    unknown = tf.TensorSpec([None], tf.float32)
+
+    @tf.function(
+        input_signature=[tb.Batches(unknown, unknown)], jit_compile=xla, autograph=False
+    )
+    def gradient(batches: tb.Batches) -> tf.Tensor:
+        state = method.init(problem, x, y)
+        return method.step(problem, x, y, batches, state).upper_gradient
+
+    whole = gradient(tb.Batches(tf.ones([4]), tf.ones([4])))
+    assert float(whole) == pytest.approx(-(1 - 0.8**3))  # y_3 = 0, dy_3/dx = 1 - 0.8^3
+    with pytest.raises((tf.errors.InvalidArgumentError, ValueError)):
+        gradient(tb.Batches(tf.ones([tasks]), tf.ones([tasks])))
+
+
+@pytest.mark.parametrize("loss_dtype", ["bfloat16", "float64"])
+def test_value_gap_of_losses_in_another_precision(loss_dtype: str) -> None:
+    def cast(loss: Any) -> Any:
+        return lambda x, y, batch: tf.cast(loss(x, y), loss_dtype)
+
+    problem = tb.Problem(
+        cast(lambda x, y: 0.5 * tf.reduce_sum((y - 1.0) ** 2)),
+        cast(lambda x, y: 0.5 * tf.reduce_sum((y - x) ** 2)),
+    )
+    batches, x, y = tb.Batches(None, None), tf.constant([2.0]), tf.constant([4.0])
+    method = tb.ValueGap(tb.InnerSolver(SGD(0.5), 1), SGD(0.1), 0.5)
+    state = method.init(problem, x, y)
+    step = method.step(problem, x, y, batches, state)
+    # z = 4 - (4 - 2) / 2 = 3; gamma (g_x(y) - g_x(z)) = ((2 - 4) - (2 - 3)) / 2.
+    np.testing.assert_allclose(step.upper_gradient, [-0.5], rtol=1e-2)
+    assert float(step.metrics["gap"]) == pytest.approx(2.0 - 0.5, rel=1e-2)
+    value = method.objective(problem, x, y, batches, state)(x)
+    assert float(value) == pytest.approx(4.5 + 0.5 * 1.5, rel=1e-2)
+
+
+@pytest.mark.parametrize("memory", ["replay", "checkpoint", "tape"])
+def test_a_pessimistic_end_of_one_step(memory: str) -> None:
+    method = tb.Unroll(tb.InnerSolver(SGD(0.5), 1), end="pessimistic", memory=memory)
+    problem, x, y = quadratic(), tf.constant([2.0]), tf.constant([4.0])
+    state = method.init(problem, x, y)
+    step = tf.function(
+        lambda: method.step(problem, x, y, tb.Batches(None, None), state)
+    )()
+    np.testing.assert_allclose(step.upper_gradient, [(3.0 - 1.0) * 0.5])
+
+
+def test_numpy_numbers_are_numbers() -> None:
+    inner = tb.InnerSolver(SGD(0.1), np.int64(3))
+    assert inner.steps == 3
+    method = tb.GradientNorm(SGD(0.1), np.float32(2.0))
+    assert float(method.schedule(tf.constant(0))) == 2.0
+
+
+def test_pair_leaves_no_lower_batch_out() -> None:
+    upper, lower = tf.data.Dataset.range(5), tf.data.Dataset.range(3)
+    seen = [b.lower.numpy().tolist() for b in tb.pair(upper, lower, lower_batches=2)]
+    assert seen == [[0, 1], [2, 0], [1, 2], [0, 1], [2, 0]]
