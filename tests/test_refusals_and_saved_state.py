@@ -216,6 +216,42 @@ def test_an_epoch_of_skipped_steps_has_no_loss() -> None:
         assert np.isnan(skipped) and first > last > 0
 
 
+def simplex(logits: list) -> list:
+    """A projection that divides by zero where all entries are negative."""
+    positive = [tf.nn.relu(v) for v in logits]
+    return [v / tf.reduce_sum(v) for v in positive]
+
+
+@pytest.mark.parametrize("on_nonfinite", ["raise", "skip"])
+def test_a_projection_that_ends_at_nan(on_nonfinite: str) -> None:
+    model = tb.BilevelModel(
+        tb.ExampleWeights(EXAMPLES),
+        network(),
+        upper_loss,
+        lower_loss,
+        project_upper=simplex,
+    )
+    model.compile(unroll(), SGD(1e-6), on_nonfinite=on_nonfinite, jit_compile=False)
+    model.upper.logits.assign(-np.ones(EXAMPLES))
+    before = [v.numpy() for v in (model.upper.logits, *model.lower.variables)]
+    if on_nonfinite == "raise":
+        with pytest.raises(tb.NonFiniteError, match="the upper variables became NaN"):
+            model.fit(full_batch(), verbose=0)
+    else:
+        history = model.fit(full_batch(), verbose=0).history
+        assert history["skipped"] == [1.0] and model.outer_step == 1
+    after = [v.numpy() for v in (model.upper.logits, *model.lower.variables)]
+    for a, b in zip(after, before, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_minimize_with_a_projection_that_ends_at_nan() -> None:
+    problem = quadratic(project_upper=lambda x: x / tf.reduce_sum(tf.nn.relu(x)))
+    x = y = -tf.ones([2])
+    with pytest.raises(tb.NonFiniteError, match="the upper variables became"):
+        tb.minimize(problem, unroll(), x, y, SGD(0.1), tb.Batches(None, None), 1)
+
+
 # Methods.
 
 SOLVERS = {

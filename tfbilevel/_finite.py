@@ -13,7 +13,9 @@ QUANTITIES = (
     "the lower loss",
     "the upper gradient",
     "the lower variables",
+    "the upper variables",
 )
+UPPER_VARIABLES = 4
 
 
 class NonFiniteError(FloatingPointError):
@@ -49,13 +51,18 @@ def warn_diverged(method: object, step: int | None = None) -> None:
     )
 
 
-def first_nonfinite(step: Step) -> tf.Tensor:
-    """The index into QUANTITIES of the first one that is not finite, else -1."""
+def first_nonfinite(step: Step, moved: Any = ()) -> tf.Tensor:
+    """The index into QUANTITIES of the first one that is not finite, else -1.
+
+    Args:
+        step: the step.
+        moved: the upper variables after it, where they are known.
+    """
     quantities: list[Any] = [
         [step.metrics[name]] if name in step.metrics else []
         for name in ("upper_loss", "lower_loss")
     ]
-    quantities += [step.upper_gradient, step.lower]
+    quantities += [step.upper_gradient, step.lower, moved]
     code = tf.constant(-1)
     for index in reversed(range(len(quantities))):
         fine = structure.all_finite(quantities[index])

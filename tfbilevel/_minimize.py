@@ -180,7 +180,8 @@ def _compile(
                     f"it measures with a tolerance. Received: dtype {done.dtype.name}"
                 )
         record = () if trace is None else trace(after)
-        return after, (step.state, optimizer), first_nonfinite(step), done, record
+        bad = first_nonfinite(step, moved)
+        return after, (step.state, optimizer), bad, done, record
 
     def loop(x: Any, y: Any, carried: Any, data: Any) -> tuple:
         # Traced once, here, so that the loop knows what a step returns.

@@ -10,7 +10,7 @@ import tensorflow as tf
 from tfbilevel import _structure as structure
 from tfbilevel._arguments import require_choice, require_count
 from tfbilevel._derivatives import UnconnectedGradientError
-from tfbilevel._finite import first_nonfinite, warn_diverged
+from tfbilevel._finite import UPPER_VARIABLES, first_nonfinite, warn_diverged
 from tfbilevel._functional import require_built
 from tfbilevel._inner import InnerSolver
 from tfbilevel._method import Method
@@ -380,22 +380,14 @@ class BilevelModel(keras.Model):
         if self.on_nonfinite == "raise":
             proceed = proceed & (latched < 0)
 
-        def commit() -> tf.Tensor:
-            self._commit(step, data)
-            return tf.constant(True)
-
-        def refuse() -> tf.Tensor:
-            if self.on_nonfinite == "raise":
-                first = tf.where(latched < 0, code, latched)
-                self._progress.bad_code.assign(first)
-            else:
-                self._progress.count()
-            return tf.constant(False)
-
-        tf.cond(proceed, commit, refuse)
+        committed = tf.cond(
+            proceed,
+            lambda: self._commit(step, data),
+            lambda: self._refuse(tf.where(latched < 0, code, latched)),
+        )
         logs = dict(step.metrics)
         if self.on_nonfinite == "skip":
-            logs["skipped"] = tf.cast(code >= 0, tf.float32)
+            logs["skipped"] = tf.cast(~committed, tf.float32)
         for name, tracker in self._trackers.named(logs).items():
             kept = code < 0 if name != "skipped" else True
             tracker.update_state(
@@ -491,7 +483,15 @@ class BilevelModel(keras.Model):
             y = [tf.broadcast_to(v, [tasks, *v.shape]) for v in y]
         return x, y, self._carried.read() if state else ()
 
-    def _commit(self, step: Any, data: Batches) -> None:
+    def _refuse(self, code: Any) -> tf.Tensor:
+        if self.on_nonfinite == "raise":
+            self._progress.bad_code.assign(code)
+        else:
+            self._progress.count()
+        return tf.constant(False)
+
+    def _commit(self, step: Any, data: Batches) -> tf.Tensor:
+        """Whether it did: not if the upper optimizer or the projection ends at NaN."""
         upper, lower = self._variables()
         before = [tf.convert_to_tensor(v.value) for v in upper]
         if self.start_optimizer is None:
@@ -501,18 +501,22 @@ class BilevelModel(keras.Model):
             variables = self._split(upper)
             self.optimizer.apply(gradients[0], variables[0])
             self.start_optimizer.apply(gradients[1], variables[1])
-        scaled = not isinstance(step.upper_scale, tuple)
-        if scaled or self.problem.project_upper is not None:
-            moved = [tf.convert_to_tensor(v.value) for v in upper]
-            moved = self.problem.projected_upper(step.damped(before, moved))
-            for variable, value in zip(upper, moved, strict=True):
-                variable.assign(value)
-        if self.tasks is None:
-            for variable, value in zip(lower, step.lower, strict=True):
-                variable.assign(value)
-        self._carried.write(step.state)
-        self._progress.count()
-        self._advance_fixed_state(data)
+        moved = [tf.convert_to_tensor(v.value) for v in upper]
+        moved = self.problem.projected_upper(step.damped(before, moved))
+        fine = structure.all_finite(moved)
+        for variable, value, old in zip(upper, moved, before, strict=True):
+            variable.assign(tf.where(fine, value, old))
+
+        def finish() -> tf.Tensor:
+            if self.tasks is None:
+                for variable, value in zip(lower, step.lower, strict=True):
+                    variable.assign(value)
+            self._carried.write(step.state)
+            self._progress.count()
+            self._advance_fixed_state(data)
+            return tf.constant(True)
+
+        return tf.cond(fine, finish, lambda: self._refuse(UPPER_VARIABLES))
 
     def _advance_fixed_state(self, data: Batches) -> None:
         trainable = {id(v) for group in self._variables() for v in group}
