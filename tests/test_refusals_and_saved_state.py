@@ -166,6 +166,19 @@ def test_losses_that_layers_add_count_inside_the_problem() -> None:
     assert found == pytest.approx(float(mean_square(lower, batch)) + added, rel=1e-5)
 
 
+@pytest.mark.parametrize("name", ["class_weight", "sample_weight"])
+def test_weights_of_examples_belong_to_the_losses(name: str) -> None:
+    with pytest.raises(ValueError, match=f"`{name}` means nothing to fit"):
+        make().fit(full_batch(), **{name: {0: 1.0}})
+
+
+def test_a_dataset_that_turns_out_to_be_empty() -> None:
+    model = make()
+    model.compile(unroll(), SGD(0.1))  # "auto" looks at the first element
+    with pytest.raises(ValueError, match="`x` must not be empty"):
+        model.fit(full_batch().filter(lambda batches: tf.constant(False)), verbose=0)
+
+
 # What is saved and logged.
 
 
@@ -357,6 +370,27 @@ def test_a_pessimistic_end_of_one_step(memory: str) -> None:
         lambda: method.step(problem, x, y, tb.Batches(None, None), state)
     )()
     np.testing.assert_allclose(step.upper_gradient, [(3.0 - 1.0) * 0.5])
+
+
+def test_an_accelerated_map_over_tasks_is_refused() -> None:
+    inner = tb.InnerSolver(SGD(0.5), 3, accelerated=True)
+    method = tb.Implicit(inner, tb.FixedPoint(3), through="optimizer")
+    x, y = tf.constant(0.0), tf.zeros([2])
+    method.init(quadratic(), x, y)
+    with pytest.raises(ValueError, match="must not be accelerated"):
+        method.init(tb.over_tasks(quadratic()), x, y)
+
+
+def test_a_start_may_be_an_array() -> None:
+    problem = quadratic(lower_start=lambda x: np.float32([4.0, 5.0]))
+    x, y = tf.zeros([2]), tf.zeros([2])
+    method = unroll()
+    state = method.init(problem, x, y)
+    step = method.step(problem, x, y, tb.Batches(None, None), state)
+    np.testing.assert_allclose(step.lower, 0.8**3 * np.array([4.0, 5.0]), rtol=1e-6)
+    wrong = quadratic(lower_start=lambda x: 4.0)
+    with pytest.raises(ValueError, match="`lower_start`.*shape"):
+        method.step(wrong, x, y, tb.Batches(None, None), state)
 
 
 def test_numpy_numbers_are_numbers() -> None:

@@ -118,6 +118,13 @@ class Implicit(Method):
             and problem.project_lower is not None
         ):
             raise _unsymmetric(self.solver)
+        if self.through == "optimizer" and self.inner.accelerated and problem.leading:
+            raise ValueError(
+                "`inner` must not be accelerated with through='optimizer' over tasks: "
+                "its step sizes are one sequence for all of them. Use "
+                "SGD(nesterov=True) or through='gradient'. "
+                f"Received: inner={self.inner!r}"
+            )
         inner = self.inner.init(problem, upper, lower)
         like = structure.to_tensors(lower)
         if self.through == "optimizer":

@@ -334,15 +334,25 @@ class BilevelModel(keras.Model):
                 f"lower_dataset). Received: x={spec}"
             )
         self._assert_compile_called("fit")
+        for name in ("class_weight", "sample_weight"):
+            if keywords.get(name) is not None:
+                raise ValueError(
+                    f"`{name}` means nothing to fit: the losses are yours. Weigh the "
+                    f"examples in them. Received: {name}={keywords[name]!r}"
+                )
+        empty = ValueError(
+            "`x` must not be empty: there is no outer step to make. "
+            "Received: a dataset of 0 elements"
+        )
         if int(x.cardinality()) == 0:
-            raise ValueError(
-                "`x` must not be empty: there is no outer step to make. "
-                "Received: a dataset of 0 elements"
-            )
+            raise empty
         self._ensure_carried()
         undecided = int(self._progress.compilation.numpy()) == UNDECIDED
         if self._auto_jit and undecided:
-            self._choose_compilation(next(iter(x)))
+            first = next(iter(x), None)  # an unknown cardinality may be zero
+            if first is None:
+                raise empty
+            self._choose_compilation(first)
         keywords.setdefault("shuffle", False)
         return super().fit(x, *arguments, **keywords)
 

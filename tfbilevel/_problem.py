@@ -140,7 +140,7 @@ class Problem:
     def started(self, upper: Any, lower: Any) -> Any:
         """Lower variables like `lower` at the problem's own start."""
         assert self.lower_start is not None
-        start = self.lower_start(upper)
+        start = structure.to_tensors(self.lower_start(upper))
         if self.leading:
             return one_like(start, lower, "lower_start")
         rule = "return variables like the lower ones"
@@ -344,7 +344,7 @@ def _is_floating(leaf: Any) -> bool:
 def _projected(project: Callable | None, variables: Any, name: str) -> Any:
     if project is None:
         return variables
-    projected = project(variables)
+    projected = structure.to_tensors(project(variables))
     structure.require_like(
         projected, variables, name, "return variables like those it is given"
     )
