@@ -14,6 +14,13 @@ from tfbilevel._finite import UPPER_VARIABLES, first_nonfinite, warn_diverged
 from tfbilevel._functional import require_built
 from tfbilevel._inner import InnerSolver
 from tfbilevel._method import Method
+from tfbilevel._model_arguments import (
+    require_apart,
+    require_jit,
+    require_method,
+    require_start_optimizer,
+    require_upper_optimizer,
+)
 from tfbilevel._over_tasks import apart, first_task, over_tasks
 from tfbilevel._problem import Batches, Problem, count_tasks
 from tfbilevel._task_loss import map_tasks, outcome
@@ -25,6 +32,7 @@ from tfbilevel._training_state import (
     Progress,
     Start,
     Trackers,
+    random_states,
 )
 
 
@@ -114,7 +122,7 @@ class BilevelModel(keras.Model):
         require_built(upper, "upper")
         require_built(lower, "lower")
         if tasks is None:
-            _require_apart(upper, lower)
+            require_apart(upper, lower)
         self.upper = upper
         self.lower = lower
         self._lower_loss, self._prepare = lower_loss, prepare
@@ -132,7 +140,7 @@ class BilevelModel(keras.Model):
         )
         if tasks is not None:
             self.problem = over_tasks(self.problem, mapping)
-        self._progress = Progress(_random_states(upper, lower), name="progress")
+        self._progress = Progress(random_states(upper, lower), name="progress")
         self._carried: Carried | None = None
         self._trackers = Trackers()
         self.built = True
@@ -200,50 +208,13 @@ class BilevelModel(keras.Model):
             start_optimizer: a Keras optimizer for a learned start; `None`: the upper
                 optimizer moves it too.
         """
-        if not isinstance(method, Method):
-            raise ValueError(
-                "`method` must be a tb.Method such as tb.Unroll(inner) or "
-                f"tb.ValueGap(...). Received: method={method!r}"
-            )
-        if not isinstance(upper_optimizer, keras.optimizers.Optimizer):
-            raise ValueError(
-                "`upper_optimizer` must be a Keras optimizer such as "
-                "keras.optimizers.Adam(0.01). "
-                f"Received: upper_optimizer={upper_optimizer!r}"
-            )
-        if start_optimizer is not None and self.start is None:
-            raise ValueError(
-                "`start_optimizer` needs a learned start. Build the model with "
-                "tb.BilevelModel(..., lower_start='learned'), or leave it out. "
-                f"Received: start_optimizer={start_optimizer!r}"
-            )
-        if start_optimizer is not None and (
-            start_optimizer is upper_optimizer
-            or not isinstance(start_optimizer, keras.optimizers.Optimizer)
-        ):
-            raise ValueError(
-                "`start_optimizer` must be a Keras optimizer of its own, such as "
-                "keras.optimizers.SGD(0.03); leave it out to let the upper optimizer "
-                f"move the start too. Received: start_optimizer={start_optimizer!r}"
-            )
-        if jit_compile != "auto" and not isinstance(jit_compile, bool):
-            raise ValueError(
-                "`jit_compile` must be True, False or 'auto'. "
-                f"Received: jit_compile={jit_compile!r}"
-            )
         require_choice(on_nonfinite, "on_nonfinite", ("raise", "skip"))
-        for name, optimizer in (
-            ("upper_optimizer", upper_optimizer),
-            ("start_optimizer", start_optimizer),
-        ):
-            self._require_plain_scale(name, optimizer)
-        if self.tasks is not None and method.moves_lower:
-            raise ValueError(
-                "`method` must solve every task anew with tb.BilevelModel(tasks=...), "
-                "which keeps no lower variables of a task: the steps that this method "
-                "makes with them would be lost. Use tb.minimize(tb.over_tasks(...)) "
-                f"or a method with an inner solver. Received: method={method!r}"
-            )
+        require_jit(jit_compile)
+        require_method(method, self.tasks)
+        learned = self.start is not None
+        require_upper_optimizer(upper_optimizer, learned)
+        if start_optimizer is not None:
+            require_start_optimizer(start_optimizer, upper_optimizer, learned)
         super().compile(
             optimizer=upper_optimizer,
             metrics=metrics,
@@ -271,22 +242,6 @@ class BilevelModel(keras.Model):
             own, start = self._split(upper)
             upper_optimizer.build(own)
             start_optimizer.build(start)
-
-    def _require_plain_scale(self, name: str, optimizer: Any) -> None:
-        if isinstance(optimizer, keras.optimizers.LossScaleOptimizer) or getattr(
-            optimizer, "loss_scale_factor", None
-        ):
-            raise ValueError(
-                f"`{name}` must not scale losses: the upper gradient is no gradient of "
-                "one scaled loss, and would be divided by the scale. Leave "
-                f"`loss_scale_factor` out. Received: {name}={optimizer!r}"
-            )
-        if getattr(optimizer, "use_ema", False) and self.start is not None:
-            raise ValueError(
-                f"`{name}` must not average weights (use_ema) where the start is "
-                "learned: Keras would write the averages to other variables at the end "
-                f"of fit. Received: {name}={optimizer!r}"
-            )
 
     def compile_from_config(self, config: dict) -> None:
         """Not restored with the model: call `compile` again after loading."""
@@ -589,26 +544,6 @@ class BilevelModel(keras.Model):
         if self.jit_compile != xla:
             self.jit_compile = xla
             self.make_train_function(force=True)
-
-
-def _require_apart(upper: Any, lower: Any) -> None:
-    """Raise if one variable is trained at both levels."""
-    own = {id(variable) for variable in upper.trainable_variables}
-    shared = [v.path for v in lower.trainable_variables if id(v) in own]
-    if shared:
-        raise ValueError(
-            "`upper` and `lower` must not share trainable variables: a lower step "
-            "would overwrite the upper one. Build two networks; a learned start is "
-            "lower_start='learned'. "
-            f"Received: {', '.join(shared)} in both"
-        )
-
-
-def _random_states(*models: Any) -> list:
-    """States of seed generators, which Keras counts as no weights."""
-    weights = {id(v) for model in models for v in model.weights}
-    states = {id(v): v for model in models for v in model.variables}
-    return [v for number, v in states.items() if number not in weights]
 
 
 def _turned(leaf: Any) -> Any:

@@ -12,6 +12,13 @@ from tfbilevel._tracing import outside_traces
 UNDECIDED, GRAPH, XLA = 0, 1, 2
 
 
+def random_states(*models: Any) -> list:
+    """States of seed generators, which Keras counts as no weights."""
+    weights = {id(v) for model in models for v in model.weights}
+    states = {id(v): v for model in models for v in model.variables}
+    return [v for number, v in states.items() if number not in weights]
+
+
 class Progress(keras.layers.Layer):
     """How far training is, saved with the weights."""
 

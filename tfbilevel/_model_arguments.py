@@ -1,0 +1,93 @@
+"""What a BilevelModel and its `compile` refuse."""
+
+from typing import Any
+
+import keras
+
+from tfbilevel._method import Method
+
+
+def require_apart(upper: Any, lower: Any) -> None:
+    """Raise if one variable is trained at both levels."""
+    own = {id(variable) for variable in upper.trainable_variables}
+    shared = [v.path for v in lower.trainable_variables if id(v) in own]
+    if shared:
+        raise ValueError(
+            "`upper` and `lower` must not share trainable variables: a lower step "
+            "would overwrite the upper one. Build two networks; a learned start is "
+            "lower_start='learned'. "
+            f"Received: {', '.join(shared)} in both"
+        )
+
+
+def require_jit(jit_compile: Any) -> None:
+    if jit_compile != "auto" and not isinstance(jit_compile, bool):
+        raise ValueError(
+            "`jit_compile` must be True, False or 'auto'. "
+            f"Received: jit_compile={jit_compile!r}"
+        )
+
+
+def require_method(method: Any, tasks: int | None) -> None:
+    """Raise unless it is a method, one that solves every task anew if there are any."""
+    if not isinstance(method, Method):
+        raise ValueError(
+            "`method` must be a tb.Method such as tb.Unroll(inner) or "
+            f"tb.ValueGap(...). Received: method={method!r}"
+        )
+    if tasks is not None and method.moves_lower:
+        raise ValueError(
+            "`method` must solve every task anew with tb.BilevelModel(tasks=...), "
+            "which keeps no lower variables of a task: the steps that this method "
+            "makes with them would be lost. Use tb.minimize(tb.over_tasks(...)) "
+            f"or a method with an inner solver. Received: method={method!r}"
+        )
+
+
+def require_upper_optimizer(optimizer: Any, learned: bool) -> None:
+    """Raise unless it can move the upper variables, with a learned start or not."""
+    if not isinstance(optimizer, keras.optimizers.Optimizer):
+        raise ValueError(
+            "`upper_optimizer` must be a Keras optimizer such as "
+            "keras.optimizers.Adam(0.01). "
+            f"Received: upper_optimizer={optimizer!r}"
+        )
+    _require_plain("upper_optimizer", optimizer, learned)
+
+
+def require_start_optimizer(
+    optimizer: Any, upper_optimizer: Any, learned: bool
+) -> None:
+    """Raise unless there is a learned start and it can move it."""
+    if not learned:
+        raise ValueError(
+            "`start_optimizer` needs a learned start. Build the model with "
+            "tb.BilevelModel(..., lower_start='learned'), or leave it out. "
+            f"Received: start_optimizer={optimizer!r}"
+        )
+    if optimizer is upper_optimizer or not isinstance(
+        optimizer, keras.optimizers.Optimizer
+    ):
+        raise ValueError(
+            "`start_optimizer` must be a Keras optimizer of its own, such as "
+            "keras.optimizers.SGD(0.03); leave it out to let the upper optimizer "
+            f"move the start too. Received: start_optimizer={optimizer!r}"
+        )
+    _require_plain("start_optimizer", optimizer, learned)
+
+
+def _require_plain(name: str, optimizer: Any, learned: bool) -> None:
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer) or getattr(
+        optimizer, "loss_scale_factor", None
+    ):
+        raise ValueError(
+            f"`{name}` must not scale losses: the upper gradient is no gradient of "
+            "one scaled loss, and would be divided by the scale. Leave "
+            f"`loss_scale_factor` out. Received: {name}={optimizer!r}"
+        )
+    if getattr(optimizer, "use_ema", False) and learned:
+        raise ValueError(
+            f"`{name}` must not average weights (use_ema) where the start is "
+            "learned: Keras would write the averages to other variables at the end "
+            f"of fit. Received: {name}={optimizer!r}"
+        )
