@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: demo test lint bench bench-env clean
+.PHONY: demo test lint docs bench bench-env clean
 
 demo: .venv/experiments
 	rm -rf runs/demo
@@ -16,6 +16,9 @@ lint: .venv/test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
+
+docs: .venv/docs
+	$(BIN)/python -m sphinx -W --keep-going -b html docs build/docs
 
 bench: .venv/bench
 	$(BIN)/python benchmarks/hyper_cleaning.py --out runs/bench

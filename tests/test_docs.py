@@ -2,6 +2,8 @@
 
 import pathlib
 import re
+import subprocess
+import sys
 import types
 from typing import Any, NamedTuple
 
@@ -62,6 +64,26 @@ def test_links_between_pages_lead_somewhere(page: pathlib.Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
         if "://" not in target:
             assert (page.parent / target).exists(), target
+
+
+def test_builds_without_a_warning_and_lists_every_public_name(
+    tmp_path: pathlib.Path,
+) -> None:
+    options = ["-q", "-W", "--keep-going", "-b", "html", "-d", tmp_path / "cache"]
+    built = tmp_path / "html"
+    done = subprocess.run(
+        [sys.executable, "-m", "sphinx", *options, ROOT / "docs", built],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr
+    for page in (ROOT / "docs").rglob("*.md"):
+        made = built / page.relative_to(ROOT / "docs").with_suffix(".html")
+        assert made.exists(), made
+    reference = (built / "reference.html").read_text()
+    for name in PUBLIC:
+        assert name == "__version__" or f'id="tfbilevel.{name}"' in reference, name
 
 
 @pytest.mark.parametrize("name", PUBLIC)
