@@ -231,6 +231,33 @@ def test_schedule_is_read_at_the_iteration() -> None:
     assert ends == [0.5, 1.0, 1.25, 1.5]
 
 
+class Harmonic(optimizers.schedules.LearningRateSchedule):
+    """1 / (step + 1), which Keras could not write to a file."""
+
+    def __call__(self, step: Any) -> Any:
+        return 1.0 / (tf.cast(step, tf.float32) + 1.0)
+
+
+def test_a_schedule_that_cannot_be_serialised() -> None:
+    """1, 1/2, 1/3, with a momentum of 1/2: the steps are 1, 1, 5/6."""
+    optimizer = optimizers.SGD(Harmonic(), momentum=0.5)
+    rule = tb.differentiable(optimizer)
+    y = tf.constant(0.0, tf.float64)
+    state, ends = rule.init(y), []
+    for _ in range(3):
+        y, state = rule.update(tf.constant(-1.0, tf.float64), state, y)
+        ends.append(float(y))
+    np.testing.assert_allclose(ends, [1.0, 2.0, 2.0 + 5 / 6], rtol=1e-7)
+    assert isinstance(optimizer._learning_rate, Harmonic)
+
+
+def test_a_variable_without_entries() -> None:
+    rule = tb.differentiable(optimizers.SGD(0.5, momentum=0.9))
+    y = [tf.constant([1.0]), tf.zeros([0])]
+    moved, _ = rule.update([tf.ones_like(leaf) for leaf in y], rule.init(y), y)
+    assert moved[0].numpy().tolist() == [0.5] and moved[1].shape == (0,)
+
+
 def test_dtypes_mix() -> None:
     rule = tb.differentiable(optimizers.Adam(0.1))
     y = [tf.constant([1.0, 2.0]), tf.constant(3.0, tf.float64)]

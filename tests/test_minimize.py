@@ -262,6 +262,22 @@ def test_a_batch_for_every_step(kind: str) -> None:
     np.testing.assert_allclose(result.trace, half_way(TARGETS), rtol=1e-13)
 
 
+def test_a_fixed_batch_with_ragged_rows() -> None:
+    """x moves to the mean of what the rows sum to."""
+    problem = tb.Problem(
+        upper_loss=lambda x, y, rows: tf.reduce_mean(
+            (y - tf.reduce_sum(rows, axis=1)) ** 2
+        ),
+        lower_loss=lambda x, y, batch: 0.5 * (y - x) ** 2,
+    )
+    zero = tf.constant(0.0, tf.float64)
+    rows = tf.ragged.constant([[1.0, 2.0], [3.0, 1.0, 5.0]], dtype=tf.float64)
+    method = tb.Unroll(inner(1, 1.0))
+    batches = tb.Batches(rows, None)
+    result = tb.minimize(problem, method, zero, zero, SGD(0.25), batches, steps=60)
+    np.testing.assert_allclose(result.upper, 6.0, rtol=1e-12)
+
+
 def test_stacked_batches_from_a_dataset() -> None:
     """Each outer step's two inner steps see its two slices."""
     problem = tb.Problem(

@@ -33,6 +33,17 @@ def test_stacked_batches_are_taken_in_turn_and_again_from_the_first() -> None:
             assert int(rest["labels"]) == index + 1
 
 
+def test_stacked_batches_with_ragged_parts_and_parts_that_are_not_there() -> None:
+    rows = tf.ragged.constant([[1.0, 2.0], [3.0]])
+    for lower in ((None, rows), (rows, None)):
+        slices = [
+            tb.StackedBatches(None, lower).lower_at(draw)[lower.index(None) - 1]
+            for draw in (0, 1, 2)
+        ]
+        assert [one.numpy().tolist() for one in slices] == [[1, 2], [3], [1, 2]]
+    assert tb.StackedBatches(None, None).lower_at(3) is None
+
+
 def test_stacked_batches_keep_their_kind_through_nests_and_functions() -> None:
     batches = tb.StackedBatches(upper=tf.constant(1.0), lower=tf.constant([1.0, 2.0]))
     doubled = tf.nest.map_structure(lambda leaf: 2 * leaf, batches)

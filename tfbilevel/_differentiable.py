@@ -181,7 +181,7 @@ class _Pure:
             (kind,),
             {name: getattr(plain, name) for name in _PURE_METHODS},
         )
-        optimizer = pure.from_config(original.get_config())
+        optimizer = pure.from_config(_config(original))
         rate = optimizer._learning_rate
         if isinstance(rate, keras.Variable):
             # Keras stores the rate in float32; the state holds it in the
@@ -210,11 +210,25 @@ class _Pure:
         return self.optimizer.stateless_apply(state, gradients, leaves)
 
 
+def _config(optimizer: keras.optimizers.Optimizer) -> dict:
+    """The optimizer's configuration, with its schedule as it is.
+
+    Keras would serialise a schedule and build another from that, which the user's own
+    schedules seldom support.
+    """
+    schedule = optimizer._learning_rate
+    if isinstance(schedule, keras.Variable):
+        return optimizer.get_config()
+    twin = object.__new__(type(optimizer))
+    twin.__dict__.update(vars(optimizer))
+    object.__setattr__(twin, "_learning_rate", None)
+    return twin.get_config() | {"learning_rate": schedule}
+
+
 def _maker(value: np.ndarray) -> Callable[[], tf.Tensor]:
-    first = value.flat[0]
-    if (value == first).all():
+    if value.size and (value == value.flat[0]).all():
         # A fill, not a constant as large as the weights in every graph.
-        return lambda: tf.fill(value.shape, tf.constant(first, value.dtype))
+        return lambda: tf.fill(value.shape, tf.constant(value.flat[0], value.dtype))
     return lambda: tf.constant(value)
 
 

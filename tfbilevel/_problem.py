@@ -47,13 +47,18 @@ class StackedBatches(Batches):
     __slots__ = ()
 
     def lower_at(self, draw: Any) -> Any:
-        count = tf.shape(tf.nest.flatten(self.lower)[0])[0]
+        leaves = [leaf for leaf in tf.nest.flatten(self.lower) if leaf is not None]
+        if not leaves:
+            return self.lower
+        count = tf.shape(leaves[0])[0]
         index = tf.math.floormod(tf.cast(draw, tf.int32), count)
         return tf.nest.map_structure(lambda leaf: _slice(leaf, index), self.lower)
 
 
 def _slice(leaf: Any, index: tf.Tensor) -> Any:
-    """leaf[index] along the first axis of a tensor, dense or sparse."""
+    """leaf[index] along the first axis of a tensor, dense, ragged or sparse."""
+    if leaf is None:
+        return None
     if not isinstance(leaf, tf.SparseTensor):
         return tf.gather(leaf, index)
     # Its entries lie side by side; `tf.sparse.slice` would read those of all slices.
