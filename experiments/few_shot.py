@@ -226,7 +226,7 @@ def published(method: str, dataset: str, ways: int) -> Settings:
             many = {"inner_lr": 0.1, "steps": 5, "tasks": 16}
             own = many if ways >= 20 else few
             return stocbio(1e-3, outer_steps=60_000, test_steps=3, **own)
-        return stocbio(2e-3, 0.4, 5, 10_000)
+        return stocbio(2e-3, 0.4, 5, 10_000, head="cosine", tasks=8)
     small = dataset in ("fc100", "cifar-fs")
     if method == "imaml":
         own = {"proximal": 0.5, "cg_steps": 5, "tasks": 2, "test_tasks": 1000}
