@@ -473,6 +473,7 @@ def build_method(
             tolerance=args.tolerance,
             tolerance_decay=0.9**0.5,  # of the norm; the published test squares it
             multiplier=args.multiplier,
+            rate_decay=0.99,
             start=fresh or "warm",
             # The tasks change with every outer step.
             optimizer_state="reset",
