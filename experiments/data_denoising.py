@@ -61,6 +61,7 @@ from tfbilevel import experiment
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from data_prep import images, label_noise, svhn
 
+SAVED = 60  # updates between backups, if an epoch has more: what a kill can cost
 METHODS = ("penalty", "approxgrad")
 BASELINES = ("oracle", "val-only", "train+val")
 
@@ -312,10 +313,14 @@ def batches(args: argparse.Namespace, data: Data, first_step: int) -> tf.data.Da
         )
     }
     if args.augment:
-        augment = augmentation(args.seed)
+        augment = keras.Sequential(augmentation(args.seed))
         for name, dataset in level.items():
             level[name] = dataset.map(
-                lambda pixels, labels, index: (augment(pixels), labels, index)
+                lambda pixels, labels, index: (
+                    augment(pixels, training=True),
+                    labels,
+                    index,
+                )
             )
     upper = level["upper"].map(lambda pixels, labels, index: (pixels, labels))
     return tb.pair(upper, level["lower"]).prefetch(2)
@@ -326,22 +331,15 @@ def gather(part: images.Part) -> Callable:
     return lambda index: (tf.gather(pixels, index), tf.gather(labels, index), index)
 
 
-def augmentation(seed: int) -> Callable:
-    """The published transformations (but for a shear of 0.2 degrees)."""
+def augmentation(seed: int) -> list[keras.layers.Layer]:
+    """The published transformations (but for a shear of 0.2 degrees), in training."""
     options: dict[str, Any] = {"fill_mode": "nearest", "interpolation": "bilinear"}
-    layers = [
+    return [
         keras.layers.RandomRotation(40 / 360, seed=seed, **options),
         keras.layers.RandomTranslation(0.2, 0.2, seed=seed + 1, **options),
         keras.layers.RandomZoom((-0.2, 0.2), (-0.2, 0.2), seed=seed + 2, **options),
         keras.layers.RandomFlip("horizontal", seed=seed + 3),
     ]
-
-    def augment(pixels: tf.Tensor) -> tf.Tensor:
-        for layer in layers:
-            pixels = layer(pixels, training=True)
-        return pixels
-
-    return augment
 
 
 # Networks; all end in logits.
@@ -413,23 +411,29 @@ def build_net(net: str, shape: tuple[int, ...], seed: int) -> keras.Model:
 
 
 def fit_plainly(
+    args: argparse.Namespace,
     net: keras.Model,
     parts: list[images.Part],
     rate: float,
     epochs: int,
-    batch_size: int,
-    dropout: bool,
+    augment: bool = False,
 ) -> None:
     """Adam on everything in the parts, every label believed."""
     pixels, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-    without = None if dropout else net(net.inputs[0], training=False)
-    trained = net if dropout else keras.Model(net.inputs, without)
+    # Not net(inputs, training=False) as a model: its `fit` would train it all the same.
+    layers = augmentation(args.seed) if augment else []
+    layers += net.layers if args.dropout else without_dropout(net)
+    trained = keras.Sequential([keras.Input(net.input_shape[1:]), *layers])
     trained.compile(
         keras.optimizers.Adam(rate, epsilon=1e-8),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
     )
     verbose = 2 if sys.stdout.isatty() else 0
-    trained.fit(pixels, labels, batch_size, epochs, verbose=verbose)
+    trained.fit(pixels, labels, args.batch_size, epochs, verbose=verbose)
+
+
+def without_dropout(net: keras.Model) -> list:
+    return [one for one in net.layers if not isinstance(one, keras.layers.Dropout)]
 
 
 def accuracy(net: keras.Model, part: images.Part) -> float:
@@ -529,14 +533,8 @@ def pretrain(args: argparse.Namespace, run: experiment.Run, data: Data) -> keras
     if path.exists():
         net.load_weights(path)
         return net
-    fit_plainly(
-        net,
-        [data.validation],
-        args.pretrain_lr,
-        args.pretrain_epochs,
-        args.batch_size,
-        args.dropout,
-    )
+    rate, epochs = args.pretrain_lr, args.pretrain_epochs
+    fit_plainly(args, net, [data.validation], rate, epochs)
     partial = run.out / "partial.weights.h5"
     net.save_weights(partial)
     os.replace(partial, path)
@@ -552,24 +550,16 @@ def denoise(args: argparse.Namespace, run: experiment.Run, data: Data) -> dict:
     start = np.where(agrees, dataset.high, dataset.low)
     pretrained = accuracy(net, data.test)
     model = build_model(args, net, start, per_epoch)
-    backup = run.out / "backup" / "latest.weights.h5"
-    if backup.exists():
-        model.load_weights(str(backup))  # its step decides which batches are next
-    steps = args.epochs * per_epoch
-    # What a kill can cost: an epoch, or part of a long one.
-    saved = max(d for d in range(1, 61) if per_epoch % d == 0)
-    model.fit(
-        batches(args, data, model.outer_step),
-        steps_per_epoch=saved,
-        epochs=steps // saved,
-        callbacks=[
-            Renormalise(model.upper.logits, per_epoch),
-            experiment.Backup(run.out / "backup", saved),
-            experiment.Evaluate(
-                run, measure(args, model, data), per_epoch, steps, args.seconds
-            ),
-        ],
-        verbose=0,
+    experiment.train(
+        model,
+        lambda first: batches(args, data, first),
+        run,
+        measure(args, model, data),
+        every=per_epoch,
+        epoch=min(per_epoch, SAVED),
+        steps=args.epochs * per_epoch,
+        seconds=args.seconds,
+        callbacks=[Renormalise(model.upper.logits, per_epoch)],
     )
     s = 0.5 * (np.tanh(model.upper.logits.numpy()) + 1)
     np.savez_compressed(run.out / "importances.npz", importance=s, clean=data.clean)
@@ -581,14 +571,8 @@ def denoise(args: argparse.Namespace, run: experiment.Run, data: Data) -> dict:
         believed = s > args.retrain_threshold
         kept = images.Part(data.train.images[believed], data.train.labels[believed])
         fresh = build_net(args.net, data.train.images.shape[1:], args.seed + 1)
-        fit_plainly(
-            fresh,
-            [kept, data.validation],
-            args.retrain_lr,
-            args.retrain_epochs,
-            args.batch_size,
-            args.dropout,
-        )
+        rate, epochs = args.retrain_lr, args.retrain_epochs
+        fit_plainly(args, fresh, [kept, data.validation], rate, epochs)
         summary["last_epoch_test_accuracy"] = summary["test_accuracy"]
         summary["test_accuracy"] = accuracy(fresh, data.test)
         summary["retrained_on"] = int(believed.sum()) + len(data.validation.labels)
@@ -604,14 +588,8 @@ def train_baseline(args: argparse.Namespace, data: Data) -> dict:
         "train+val": [data.train, data.validation],
     }[args.method]
     net = build_net(args.net, pixels.shape[1:], args.seed)
-    fit_plainly(
-        net,
-        parts,
-        args.baseline_lr,
-        args.baseline_epochs,
-        args.batch_size,
-        args.dropout,
-    )
+    rate, epochs = args.baseline_lr, args.baseline_epochs
+    fit_plainly(args, net, parts, rate, epochs, args.augment)
     return {
         **about(args),
         "test_accuracy": accuracy(net, data.test),

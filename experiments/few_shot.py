@@ -689,9 +689,6 @@ class Best:
 
 def train(args: argparse.Namespace, run: experiment.Run, splits: dict) -> dict:
     model = build_model(args, splits["train"].images.shape[1:])
-    backup = run.out / "backup" / "latest.weights.h5"
-    if backup.exists():
-        model.load_weights(str(backup))  # its step decides which tasks are next
     judge = Judge(args, model, splits["validation"], args.validation_tasks, 1)
     best = Best(run, model)
 
@@ -704,16 +701,15 @@ def train(args: argparse.Namespace, run: experiment.Run, splits: dict) -> dict:
             "validation_accuracy_ci95": interval(accuracies),
         }
 
-    every = min(args.eval_every, args.outer_steps)
-    model.fit(
-        draw(args, splits["train"], 1000 + args.seed, model.outer_step),
-        steps_per_epoch=every,
-        epochs=-(-args.outer_steps // every),
-        callbacks=[
-            experiment.Backup(run.out / "backup", every),
-            experiment.Evaluate(run, evaluate, every, args.outer_steps, args.seconds),
-        ],
-        verbose=0,
+    experiment.train(
+        model,
+        lambda first: draw(args, splits["train"], 1000 + args.seed, first),
+        run,
+        evaluate,
+        every=args.eval_every,
+        epoch=args.eval_every,
+        steps=args.outer_steps,
+        seconds=args.seconds,
     )
     made = model.outer_step
     parameters = {

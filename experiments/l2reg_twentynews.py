@@ -31,6 +31,7 @@ some 140 outer steps: more than the published seconds held, not more than a minu
 import argparse
 import csv
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -87,6 +88,7 @@ DEFAULTS = {
 }
 METHODS = tuple(DEFAULTS)
 OUTER_STEPS, SECONDS = 50, 60.0
+EPOCH = 20  # evaluations between backups: what a kill can cost
 TIMES = ("seconds", "step")
 MARKS = (1, 2, 5, 10, 20, 30, 60, 120)  # seconds at which a table compares methods
 
@@ -344,26 +346,25 @@ def build_method(args: argparse.Namespace) -> tb.Method:
     return tb.Implicit(inner_steps(), kind(steps, tolerance=args.tolerance))
 
 
-def full_batches(data: Data, steps: int) -> tf.data.Dataset:
-    """Both levels' whole data, for every outer step."""
+def full_batches(data: Data) -> tf.data.Dataset:
+    """Both levels' whole data, again and again."""
     validation, train = (
         tf.data.Dataset.from_tensors(tensors(part))
         for part in (data.validation, data.train)
     )
-    return tb.pair(validation, train).repeat(steps)
+    return tb.pair(validation, train).repeat()
 
 
 def minibatches(
-    args: argparse.Namespace, data: Data, model: tb.BilevelModel, steps: int
+    args: argparse.Namespace, data: Data, draws: int, first: int
 ) -> tf.data.Dataset:
-    """The minibatches of the next `steps` outer steps, wherever training is then."""
-    draws = model.method.draws
+    """The minibatches from outer step `first` on, without end; `draws` lower ones
+    for each."""
     lower = Minibatches(data.train, args.batch_size, (args.seed, 0))
     upper = Minibatches(data.validation, args.validation_batch_size, (args.seed, 1))
 
     def draw() -> Iterator[tuple]:
-        begin = model.outer_step
-        for step in range(begin, begin + steps):
+        for step in itertools.count(first):
             documents = take(data.validation, upper.documents(step))
             yield tensors(documents), lower.stack(step * draws, draws)
 
@@ -375,8 +376,7 @@ def minibatches(
     dataset = tf.data.Dataset.from_generator(
         draw, output_signature=(kind(upper.size), kind(draws, lower.size))
     )
-    counted = dataset.apply(tf.data.experimental.assert_cardinality(steps))
-    return counted.map(tb.StackedBatches).prefetch(2)
+    return dataset.map(tb.StackedBatches).prefetch(2)
 
 
 # Training.
@@ -396,22 +396,23 @@ def train(args: argparse.Namespace, run: experiment.Run, data: Data) -> dict:
         jit_compile=False,  # XLA has no sparse matrix product
     )
     measure = measurements(args.method, model, data)
-    epochs, steps = epochs_and_steps(args)
-    batches = (
-        minibatches(args, data, model, steps)
-        if args.method == "stocbio"
-        else full_batches(data, steps)
-    )
+
+    def batches(first: int) -> tf.data.Dataset:
+        if args.method == "stocbio":
+            return minibatches(args, data, model.method.draws, first)
+        return full_batches(data)
+
     measure()  # so that tracing it is not in the peak of training
     before = peak_memory()
-    clock = experiment.Evaluate(
-        run, measure, args.eval_every, args.outer_steps, args.seconds
-    )
-    model.fit(
+    experiment.train(
+        model,
         batches,
-        epochs=epochs,
-        callbacks=[experiment.Backup(run.out / "backup", steps), clock],
-        verbose=0,
+        run,
+        measure,
+        every=args.eval_every,
+        epoch=EPOCH * args.eval_every,
+        steps=args.outer_steps,
+        seconds=args.seconds,
     )
     memory = {"peak_memory_mb": peak_memory(), "peak_memory_before_training_mb": before}
     draw_curves(run.out / "curves.png", {args.method: numbers(run.rows())})
@@ -420,14 +421,6 @@ def train(args: argparse.Namespace, run: experiment.Run, data: Data) -> dict:
     draw_coefficients(run, coefficients, data.words)
     retrained = retrain(args, model, data) if args.final_steps else {}
     return summarise(args, numbers(run.rows())) | memory | retrained
-
-
-def epochs_and_steps(args: argparse.Namespace) -> tuple[int, int]:
-    """How many Keras epochs, and outer steps in each: what a kill can cost."""
-    if args.outer_steps is None:
-        return 10**6, 20 * args.eval_every
-    steps = largest_divisor(args.outer_steps, 20 * args.eval_every)
-    return args.outer_steps // steps, steps
 
 
 def largest_divisor(number: int, most: int) -> int:
@@ -659,6 +652,7 @@ def compare(
     """Every method in a process of its own, one after the other."""
     run.rewind(-1)
     summaries, curves = {}, {}
+    rows: list[dict] = []
     for plan in plans:
         out = run.out / plan.method
         if not (out / "summary.json").exists():
@@ -668,10 +662,13 @@ def compare(
                 raise SystemExit(1)
         summaries[plan.method] = json.loads((out / "summary.json").read_text())
         with (out / "metrics.csv").open(newline="") as file:
-            rows = list(csv.DictReader(file))
-        curves[plan.method] = numbers(rows)
-        for row in rows:
-            run.log(row)
+            own = list(csv.DictReader(file))
+        curves[plan.method] = numbers(own)
+        rows += own
+    # Methods have metrics of their own.
+    shared = [name for name in rows[0] if all(name in row for row in rows)]
+    for row in rows:
+        run.log({name: row[name] for name in shared})
     draw_curves(run.out / "curves.png", curves)
     return {"methods": summaries}
 

@@ -401,20 +401,15 @@ def train(job: argparse.Namespace, run: experiment.Run, data: Data) -> dict:
     def labelled() -> dict[str, Any]:
         return {"method": job.method, "seed": job.seed, **evaluate()}
 
-    backup = run.out / "backup" / "latest.weights.h5"
-    if backup.exists():
-        model.load_weights(str(backup))  # its step decides which batches are next
-    model.fit(
-        outer_batches(job, model.method, model.outer_step),
-        steps_per_epoch=job.eval_every,
-        epochs=10**9 if job.outer_steps is None else job.outer_steps // job.eval_every,
-        callbacks=[
-            experiment.Backup(run.out / "backup", job.eval_every),
-            experiment.Evaluate(
-                run, labelled, job.eval_every, job.outer_steps, job.seconds
-            ),
-        ],
-        verbose=0,
+    experiment.train(
+        model,
+        lambda first: outer_batches(job, model.method, first),
+        run,
+        labelled,
+        every=job.eval_every,
+        epoch=job.eval_every,
+        steps=job.outer_steps,
+        seconds=job.seconds,
     )
     draw_run(run, job, data, model.upper.logits.numpy())
     summary = summarise(job, run.rows()) | {"compile_seconds": compile_seconds}

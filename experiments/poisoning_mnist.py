@@ -427,17 +427,14 @@ def optimise(
     )
     full = tf.data.Dataset.from_tensors
     pairs = tb.pair(full(tuple(data.validation)), full(tuple(data.train)))
-    evaluations = args.outer_steps // args.eval_every
-    model.fit(
-        pairs.repeat(args.eval_every),
-        epochs=evaluations,
-        callbacks=[
-            experiment.Backup(run.out / "backup", args.eval_every),
-            experiment.Evaluate(
-                run, lambda: following(model, data), args.eval_every, args.outer_steps
-            ),
-        ],
-        verbose=0,
+    experiment.train(
+        model,
+        lambda first: pairs.repeat(),
+        run,
+        lambda: following(model, data),
+        every=args.eval_every,
+        epoch=args.eval_every,
+        steps=args.outer_steps,
     )
     seconds = run.column("seconds")[-1]
     return model.upper.images.numpy(), {

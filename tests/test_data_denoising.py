@@ -15,6 +15,7 @@ from published_files import prepare_with_tfds
 
 import tfbilevel as tb
 from data_prep import images, svhn
+from tfbilevel.experiment import _callbacks as callbacks
 
 denoising = load_experiment("data_denoising")
 SMALL = ["--train-size", "60", "--validation-size", "40", "--test-size", "70"]
@@ -201,7 +202,7 @@ def test_baselines_see_what_they_may(method, tmp_path, monkeypatch):
     monkeypatch.setattr(
         denoising,
         "fit_plainly",
-        lambda net, parts, *a: seen.append(parts) or fit(net, parts, *a),
+        lambda a, net, parts, *b: seen.append(parts) or fit(a, net, parts, *b),
     )
     flags = [*SMALL, "--method", method, "--baseline-epochs", "2"]
     summary = denoising.main([*flags, "--noise", "0.25", "--out", str(tmp_path)])
@@ -214,13 +215,22 @@ def test_baselines_see_what_they_may(method, tmp_path, monkeypatch):
 
 def test_dropout_is_off_unless_asked_for():
     part = part_of(40, 0, (28, 28, 1))
-    for dropout in (False, True):
+
+    def trained(dropout: bool, rate: float | None = None) -> list:
+        """The weights after two updates, at another rate of the Dropout layers."""
         net = denoising.build_net("mnist-cnn", (28, 28, 1), seed=0)
-        weights = net.get_weights()
-        denoising.fit_plainly(net, [part], 1e-9, 1, 40, dropout)
-        noisy = net(part.images, training=True).numpy()
-        assert not np.allclose(noisy, net(part.images).numpy())
-        del weights
+        for layer in net.layers:
+            if rate is not None and isinstance(layer, keras.layers.Dropout):
+                layer.rate = rate
+        keras.utils.set_random_seed(1)
+        args = parse("--batch-size", "40", "--dropout" if dropout else "--no-dropout")
+        denoising.fit_plainly(args, net, [part], 1e-3, 2)
+        return [net.get_weights()[-2], net.get_weights()[2]]
+
+    without = trained(dropout=False, rate=0.0)
+    for kernel, expected in zip(trained(dropout=False), without, strict=True):
+        np.testing.assert_allclose(kernel, expected, atol=1e-6)
+    assert abs(trained(dropout=True)[0] - without[0]).max() > 1e-4
     args = parse(*SMALL)
     net = denoising.build_net("mnist-cnn", (28, 28, 1), seed=0)
     model = denoising.build_model(args, net, np.full(60, 0.5), 3)
@@ -240,12 +250,14 @@ def test_accuracy_counts_every_image_once():
     assert denoising.accuracy(net, part) == pytest.approx(want)
 
 
-def test_a_killed_run_resumes_to_the_same_numbers(tmp_path, monkeypatch):
+@pytest.mark.parametrize("epoch", [60, 2])
+def test_a_killed_run_resumes_to_the_same_numbers(tmp_path, monkeypatch, epoch):
+    """Also from a backup between two rows: 3 updates are an epoch of the data."""
+    monkeypatch.setattr(denoising, "SAVED", epoch)
     flags = [*SMALL, "--inner-steps", "2", "--epochs", "4", "--retrain-threshold", "0"]
     denoising.main([*flags, "--out", str(tmp_path / "whole")])
-    backup = denoising.experiment.Backup
 
-    class Dying(backup):
+    class Dying(callbacks.Backup):
         def on_epoch_end(self, epoch, logs=None):
             super().on_epoch_end(epoch, logs)
             if epoch == 1:
@@ -253,7 +265,7 @@ def test_a_killed_run_resumes_to_the_same_numbers(tmp_path, monkeypatch):
 
     broken = ["--out", str(tmp_path / "broken")]
     with monkeypatch.context() as patch:
-        patch.setattr(denoising.experiment, "Backup", Dying)
+        patch.setattr(callbacks, "Backup", Dying)
         with pytest.raises(KeyboardInterrupt):
             denoising.main([*flags, *broken])
     # Pretraining is not done again.
@@ -263,11 +275,12 @@ def test_a_killed_run_resumes_to_the_same_numbers(tmp_path, monkeypatch):
     def rows(name):
         with (tmp_path / name / "metrics.csv").open() as file:
             made = list(csv.DictReader(file))
-        for row in made:
-            del row["seconds"]
+        seconds = [float(row.pop("seconds")) for row in made]
+        assert seconds == sorted(set(seconds))
         return made
 
     assert rows("whole") == rows("broken")
+    assert [row["step"] for row in rows("whole")] == ["0", "3", "6", "9", "12"]
 
 
 def test_trials_are_runs_of_their_own(tmp_path):

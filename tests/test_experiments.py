@@ -251,7 +251,8 @@ def test_seconds_are_those_of_outer_steps_alone(tmp_path, monkeypatch):
     # From a backup after step 2, and from the start for want of one.
     model.outer_step, model.stop_training = 2, False
     assert fit([3], limit=9, steps=3)[1:] == [(2, 1, 20), (3, 1.5, 30)]
-    model.outer_step = 0
+    assert model.stop_training
+    model.outer_step, model.stop_training = 0, False
     assert fit([1, 2])[1:] == [(2, 1, 20)]
     assert fit([])[1:] == [(2, 1, 20)]
 

@@ -1,16 +1,58 @@
 """Keras callbacks: rows of a run, and backups that survive a kill."""
 
+import json
 import math
 import os
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
+import tensorflow as tf
 
-from tfbilevel.experiment._run import Run
+from tfbilevel.experiment._run import Run, write_json
+
+
+def train(
+    model: keras.Model,
+    batches: Callable[[int], tf.data.Dataset],
+    run: Run,
+    function: Callable[[], Mapping],
+    *,
+    every: int,
+    epoch: int,
+    steps: int | None = None,
+    seconds: float | None = None,
+    callbacks: Sequence[keras.callbacks.Callback] = (),
+) -> None:
+    """Fit a compiled `tb.BilevelModel`, or go on where the run's backup ends.
+
+    Args:
+        model: compiled.
+        batches: first outer step -> dataset from there on, without end.
+        run: where rows go, and the backup.
+        function: () -> dict of what to log.
+        every: outer steps between rows.
+        epoch: outer steps between backups: what a kill can cost.
+        steps: outer steps in all, `None` if only the seconds end training.
+        seconds: of training, after which to stop, `None` for no limit.
+        callbacks: more of them, called first.
+    """
+    backup = Backup(run.out / "backup", epoch)
+    backup.set_model(model)
+    backup.restore()
+    clock = Evaluate(run, function, every, steps, seconds)
+    if clock.is_over(model.outer_step):
+        return
+    model.fit(
+        batches(model.outer_step),
+        steps_per_epoch=epoch,
+        epochs=10**9 if steps is None else math.ceil(steps / epoch),
+        callbacks=[*callbacks, clock, backup],
+        verbose=0,
+    )
 
 
 class Evaluate(keras.callbacks.Callback):
@@ -21,6 +63,9 @@ class Evaluate(keras.callbacks.Callback):
     `seconds` are those of outer steps over all sittings, with their data and with
     TensorFlow's tracing in the first one; evaluations and backups take none.
     On a terminal a bar shows how far training is.
+
+    What a resumed run needs between two rows is kept in `clock.json` at every end of an
+    epoch, of the last two of them: a kill may come before the backup's weights.
 
     Args:
         run: where rows go.
@@ -42,51 +87,102 @@ class Evaluate(keras.callbacks.Callback):
         self.run, self.function, self.every, self.limit = run, function, every, limit
         self.steps = steps
         self.seconds: float | None = None
+        self._file = run.out / "clock.json"
         self._begun = 0.0
-        self._logged = -1
+        self._logged = self._reset = -1
+        self._before: dict = {}  # what was kept at the last end of an epoch
         self._first: dict | None = None
+        # The steps and the mean metrics of what Keras's epochs left of a row.
+        self._parts: list[tuple[int, dict]] = []
+        self._logs: dict = {}
         self._bar = keras.utils.Progbar(steps or math.ceil(limit or 1))
+
+    def is_over(self, step: int) -> bool:
+        """Whether training ended at this step in an earlier sitting."""
+        rows = self.run.rows()
+        if not rows or int(rows[-1]["step"]) != step:
+            return False
+        return self._ends(step, float(rows[-1]["seconds"]))
+
+    def _ends(self, step: int, seconds: float) -> bool:
+        made = self.steps is not None and step >= self.steps
+        return made or (self.limit is not None and seconds >= self.limit)
 
     def on_train_begin(self, logs: Any = None) -> None:
         self.seconds = None
 
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        self._reset = self.model.outer_step  # Keras resets its metrics here
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        self._put_aside()
+        entry = {"seconds": self.seconds, "parts": self._parts}
+        now = {str(self.model.outer_step): entry}
+        write_json(self._file, self._before | now)
+        self._before = now
+
+    def _recall(self, step: int) -> None:
+        """What was kept at this step, if anything was."""
+        kept = json.loads(self._file.read_text()) if self._file.exists() else {}
+        entry = kept.get(str(step))
+        if entry is not None:
+            self._before = {str(step): entry}
+            self.seconds = entry["seconds"]
+            self._parts = [(count, part) for count, part in entry["parts"]]
+
+    def _put_aside(self) -> None:
+        count = self.model.outer_step - self._reset
+        if count > 0:
+            self._parts.append((count, self._logs))
+        self._reset, self._logs = self.model.outer_step, {}
+
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         if self.seconds is None:
             # Not at the start of training: a backup is restored there.
-            self._logged = self.model.outer_step
-            self.seconds = self.run.rewind(self._logged)
+            step = self._logged = self._reset = self.model.outer_step
+            self.seconds = self.run.rewind(step)
+            self._recall(step)
             if not self.run.rows():
-                self._first = {"step": self._logged, "seconds": 0.0, **self.function()}
+                self._first = {"step": step, "seconds": 0.0, **self.function()}
         self._begun = time.perf_counter()
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         assert self.seconds is not None
         self.seconds += time.perf_counter() - self._begun
+        self._logs = {name: float(value) for name, value in (logs or {}).items()}
+        if self._first is not None:
+            # Only now are the names of the training metrics known.
+            first, self._first = self._first, None
+            unknown = dict.fromkeys(self._logs, float("nan"))
+            place = {name: first.pop(name) for name in ("step", "seconds")}
+            self.run.log(place | unknown | first)
         step = self.model.outer_step
-        over = self.limit is not None and self.seconds >= self.limit
+        over = self._ends(step, self.seconds)
         if over:
             self.model.stop_training = True
-        if (
-            over
-            or step // self.every > self._logged // self.every
-            or step == self.steps
-        ):
-            self._log(step, logs or {})
+        if over or step // self.every > self._logged // self.every:
+            self._log(step)
         if sys.stdout.isatty():
             done = int(self.seconds) if self.steps is None else step
             self._bar.update(min(done, self._bar.target))
 
-    def _log(self, step: int, logs: Mapping) -> None:
-        self._logged = step
-        training = {name: float(value) for name, value in logs.items()}
+    def _log(self, step: int) -> None:
+        self._put_aside()
+        training = _means(self._parts)
+        self._logged, self._parts = step, []
         self.model.reset_metrics()
-        row = {"step": step, "seconds": round(self.seconds or 0.0, 4)}
-        row |= training | dict(self.function())
-        if self._first is not None:
-            # Only now are the names of the training metrics known.
-            self.run.log(dict.fromkeys(row, float("nan")) | self._first)
-            self._first = None
-        self.run.log(row)
+        place = {"step": step, "seconds": round(self.seconds or 0.0, 4)}
+        self.run.log(place | training | dict(self.function()))
+
+
+def _means(parts: list[tuple[int, dict]]) -> dict[str, float]:
+    """Of metrics over some steps each; a part whose steps were all skipped has NaN."""
+    means = {}
+    for name in parts[-1][1] if parts else ():
+        known = [(n, part[name]) for n, part in parts if not math.isnan(part[name])]
+        total = sum(n for n, _ in known)
+        means[name] = sum(n * v for n, v in known) / total if total else math.nan
+    return means
 
 
 class Backup(keras.callbacks.BackupAndRestore):
@@ -114,6 +210,10 @@ class Backup(keras.callbacks.BackupAndRestore):
         partial = self.folder / "partial.weights.h5"
         self.model.save_weights(str(partial))
         os.replace(partial, self._file)
+
+    def restore(self) -> None:
+        """Load the weights into the model if there are any."""
+        self._load_model()
 
     def _load_model(self) -> None:
         if self._file.exists():
