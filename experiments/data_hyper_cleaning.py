@@ -464,18 +464,22 @@ def draw_distrusted(
 def inner_curve(model: tb.BilevelModel, data: dict) -> Callable[[], np.ndarray]:
     """A function that gives the accuracy of every inner iterate of the next outer step
     on the selection and the test images, [2, steps]."""
-    inner, network = model.method.inner, tb.functional(model.lower)
+    method, network = model.method, tb.functional(model.lower)
+    inner, first = method.inner, network.initial()  # where cold starts begin
     batches = tb.Batches(upper=data["validation"], lower=data["train"])
 
     @tf.function
-    def accuracies(x: list, y: list, step: tf.Tensor) -> tf.Tensor:
-        state = inner.init(model.problem, x, y)
+    def accuracies(x: list, step: tf.Tensor) -> tf.Tensor:
+        here = model.problem.prepared(x, batches)
+        if method.aggregate is not None:
+            here = method.aggregate.applied(here)
+        state = inner.init(here.problem, x, first)
         if "step" in state:
             state["step"] = step
-        iterate = inner.begin(model.problem, x, y, state)
+        iterate = inner.begin(here.problem, x, first, state)
         rows = tf.TensorArray(tf.float32, inner.steps, element_shape=[2])
         for t in tf.range(inner.steps):
-            iterate, _ = inner.advance(model.problem, x, batches, iterate, t)
+            iterate, _ = inner.advance(here.problem, x, here.batches, iterate, t)
 
             def predict(pixels: tf.Tensor, training: bool) -> tf.Tensor:
                 return network(iterate.lower, pixels, training)  # noqa: B023
@@ -487,7 +491,7 @@ def inner_curve(model: tb.BilevelModel, data: dict) -> Callable[[], np.ndarray]:
     def curve() -> np.ndarray:
         x = [tf.identity(v.value) for v in model.upper_variables]
         step = tf.constant(model.outer_step, tf.int64)
-        return accuracies(x, network.initial(), step).numpy().T
+        return accuracies(x, step).numpy().T
 
     return curve
 

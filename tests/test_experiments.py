@@ -70,6 +70,30 @@ def test_toy_gradient_norm_variant(tmp_path):
     assert min(abs(p["x"] - 0.3765) + abs(p["y"] + 0.3663) for p in points) < 1e-3
 
 
+@pytest.mark.parametrize("method", ["rhg", "bda", "iaptt-gm"])
+def test_the_inner_curve_is_that_of_the_next_outer_step(method, tmp_path, monkeypatch):
+    taken = {}
+
+    def curve_of(model, data, make=cleaning.inner_curve):
+        taken.update(model=model, data=data, curve=make(model, data))
+        return taken["curve"]
+
+    monkeypatch.setattr(cleaning, "inner_curve", curve_of)
+    net = "linear" if method == "rhg" else "mlp-linear"
+    flags = ["--method", method, "--net", net, "--inner-steps", "7", "--jit", "off"]
+    steps = ["--outer-steps", "2", "--eval-every", "1", "--inner-lr", "0.3"]
+    cleaning.main([*flags, *steps, *SIZES, "--out", str(tmp_path)])
+    model, data = taken["model"], taken["data"]
+    selection, test = taken["curve"]()
+    assert len(test) == 7 and len(set(test)) > 1
+    full = tf.data.Dataset.from_tensors
+    pairs = tb.pair(full(data["validation"]), full(data["train"]))
+    model.fit(pairs, epochs=1, verbose=0)
+    for name, curve in (("selection", selection), ("test", test)):
+        now = float(cleaning.accuracy(model.lower, data[name]))
+        assert now == pytest.approx(curve[-1])
+
+
 SIZES = [
     *("--train-size", "40", "--validation-size", "30", "--test-size", "50"),
     *("--selection-size", "20"),
