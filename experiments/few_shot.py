@@ -97,6 +97,7 @@ NETWORKS = (
     "resnet12",
     "residual",
 )
+VECTORS = ("resnet12", "residual")  # networks without a feature map to convolve
 HEADS = ("linear", "conv", "blocks", "cosine")
 
 
@@ -123,7 +124,7 @@ class Settings(experiment.InversionFree):
     proximal: float | None = None
     cg_steps: int | None = None
     test_steps: int
-    test_lr: float
+    test_lr: float | None = None
     test_tasks: int
 
 
@@ -149,13 +150,13 @@ def stocbio(
     )
 
 
-def iaptt(dataset: str, **other: Any) -> Settings:
+def iaptt(dataset: str, network: str | None, **other: Any) -> Settings:
     """Few-shot learning of the IAPTT-GM paper."""
     character = dataset in CHARACTERS
     return Settings(
         network="relu-pool-norm" if character else "pool-norm-relu",
         filters=64 if character else 32,
-        head="linear" if character else "conv",
+        head="linear" if character or network in VECTORS else "conv",
         queries=15,
         tasks=4,
         upper_lr=1e-3,
@@ -170,14 +171,18 @@ def iaptt(dataset: str, **other: Any) -> Settings:
     )
 
 
-def inversion_free(method: str, dataset: str, ways: int) -> Settings:
+def inversion_free(
+    method: str, dataset: str, ways: int, shots: int, network: str | None
+) -> Settings:
     """Few-shot learning of the penalty paper."""
     character, penalty = dataset in CHARACTERS, method == "penalty"
     rate = 1e-2 if character else 1e-3
+    filters = 64 if character else 32  # 32: the paper's other network for images
     if character:
         tasks, outer_steps = (15, 10_000) if ways == 20 else (30, 5000)
     else:
-        tasks, outer_steps = 2, 20_001
+        tasks = 4 if network == "shifted" else 2
+        outer_steps = 10_001 if method == "approxgrad" and shots == 5 else 20_001
     own: dict[str, Any]
     if penalty:
         own = {
@@ -190,7 +195,7 @@ def inversion_free(method: str, dataset: str, ways: int) -> Settings:
         own = {"solver_lr": rate, "damping": 1e-3}
     return Settings(
         network="shifted" if character else "residual",
-        filters=64 if character else None,
+        filters=filters,
         head="cosine",
         queries=15,
         tasks=tasks,
@@ -205,27 +210,31 @@ def inversion_free(method: str, dataset: str, ways: int) -> Settings:
     )
 
 
-def published(method: str, dataset: str, ways: int) -> Settings:
+def published(
+    method: str, dataset: str, ways: int, shots: int = 1, network: str | None = None
+) -> Settings:
     """The method's own settings; ours where its paper has none for the data set."""
     if method in ("approxgrad", "penalty"):
-        return inversion_free(method, dataset, ways)
+        return inversion_free(method, dataset, ways, shots, network)
     if method in ("rhg", "t-rhg", "bda", "iaptt-gm"):
         own: dict[str, Any] = {
             "t-rhg": {"last": 5},
             "bda": {"alpha": 0.4, "alpha_decay": 0.9},
             "iaptt-gm": {"start_lr": 1e-3},
         }
-        return iaptt(dataset, **own.get(method, {}))
+        return iaptt(dataset, network, **own.get(method, {}))
     if dataset in CHARACTERS:
         # MAML's and iMAML's own papers; heads: ours.
         if method == "imaml":
             own = {"proximal": 2.0, "cg_steps": 5, "tasks": 16, "test_tasks": 1000}
             return stocbio(1e-3, 0.1, 16, 20_000, **own)
         if method in WHOLE:
-            few = {"inner_lr": 0.4, "steps": 1, "tasks": 32}
+            few = {"inner_lr": 0.4, "steps": 1, "tasks": 32, "test_steps": 3}
             many = {"inner_lr": 0.1, "steps": 5, "tasks": 16}
             own = many if ways >= 20 else few
-            return stocbio(1e-3, outer_steps=60_000, test_steps=3, **own)
+            if method == "meta-sgd":  # its rates are learned
+                own["test_lr"] = None
+            return stocbio(1e-3, outer_steps=60_000, **own)
         return stocbio(2e-3, 0.4, 5, 10_000, head="cosine", tasks=8)
     small = dataset in ("fc100", "cifar-fs")
     if method == "imaml":
@@ -254,7 +263,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="folder of the data set's files, or of tensorflow-datasets",
     )
     add("--data-file", type=pathlib.Path, help="omniglot: made by data_prep/omniglot")
-    add("--split", choices=omniglot.RULES, default="vinyals", help="of omniglot")
+    add("--split", choices=omniglot.RULES, help="of omniglot; default: vinyals")
     add(
         "--rotations",
         action=argparse.BooleanOptionalAction,
@@ -270,8 +279,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--network", choices=NETWORKS, help="by method and data set")
     add("--filters", type=above(int), help="of a four-block network")
     add("--head", choices=HEADS, help="by method and data set")
-    add("--head-blocks", type=above(int), default=1, help="--head blocks: how many")
-    Settings.add_flags(parser, "meta-iterations")
+    add("--head-blocks", type=above(int), help="--head blocks: how many; default 1")
+    Settings.add_flags(parser, None)
     add("--inner-lr", type=above(float), help="of the inner steps; by method")
     add("--final-lr", type=above(float), help="rhg to iaptt-gm: of the inner steps")
     add("--start-lr", type=above(float), help="iaptt-gm: of the head's start")
@@ -286,7 +295,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         default="none",
         help="added to g: to the start, or the sum of |p|^q over all tensors",
     )
-    add("--regularisation", type=above(float), default=0.25, help="its weight")
+    add("--regularisation", type=above(float), help="its weight; default 0.25")
     add("--test-steps", type=above(int), help="inner steps on a new task; by method")
     add("--test-lr", type=above(float), help="their rate; by method")
     add("--test-tasks", type=above(int), help="by method")
@@ -294,13 +303,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--eval-every", type=above(int), default=200, help="meta-iterations")
     add("--jit", choices=("auto", "on", "off"), default="off")
     args = parser.parse_args(argv)
-    own = published(args.method, args.dataset, args.ways)
+    own = published(args.method, args.dataset, args.ways, args.shots, args.network)
     parser.refuse_meaningless(args, [own], f"--method {args.method}")
-    args = experiment.filled(args, own)
+    refuse_idle(parser, args, args.network or own.network)
+    args = with_defaults(args, own)
     if args.rotations is None:
         args.rotations = args.dataset in CHARACTERS
-    if args.data_file is not None and args.dataset != "omniglot":
-        parser.error("--data-file goes with --dataset omniglot alone")
     if args.method in WHOLE and args.head not in ("linear", "cosine"):
         parser.error(
             f"--head must be linear or cosine for --method {args.method}, whose lower "
@@ -310,6 +318,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         parser.error(
             f"--head must be linear or cosine for --method {args.method}, which draws "
             f"it anew, got {args.head}"
+        )
+    if args.head == "conv" and (args.network in VECTORS or args.dataset in CHARACTERS):
+        parser.error(
+            "--head conv needs a feature map of at least 2 x 2: images larger than "
+            f"characters and a four-block network, got --dataset {args.dataset} "
+            f"--network {args.network}"
         )
     if args.regulariser == "distance" and args.method in FRESH:
         parser.error("--regulariser distance needs a head that has one start")
@@ -321,6 +335,38 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     if args.head_blocks > 3:
         parser.error(f"--head-blocks must be at most 3 of 4, got {args.head_blocks}")
     return args
+
+
+def refuse_idle(
+    parser: experiment.Parser, args: argparse.Namespace, network: str
+) -> None:
+    """An error for a flag that would change nothing."""
+    omniglot_itself = args.dataset == "omniglot" and args.data_file is None
+    needs = {
+        "data_file": (args.dataset == "omniglot", "--dataset omniglot"),
+        "data_dir": (args.dataset != "glyphs", "a --dataset with files"),
+        "split": (omniglot_itself, "--dataset omniglot without --data-file"),
+        "filters": (network not in VECTORS, "a four-block --network"),
+        "head_blocks": (args.head == "blocks", "--head blocks"),
+        "regularisation": (args.regulariser != "none", "--regulariser"),
+    }
+    for name, (met, need) in needs.items():
+        if getattr(args, name) is not None and not met:
+            parser.error(f"{experiment.flag(name)} needs {need}: leave it out")
+
+
+def with_defaults(args: argparse.Namespace, own: Settings) -> argparse.Namespace:
+    """What was not given: published, or what follows from what was given."""
+    made = experiment.filled(args, own)
+    made.split, made.head_blocks = args.split or "vinyals", args.head_blocks or 1
+    made.regularisation = args.regularisation or 0.25
+    # New tasks are learned as in training, where the papers do so.
+    if args.test_steps is None and own.test_steps == own.inner_steps:
+        made.test_steps = made.inner_steps
+    for name in ("inner_lr", "lower_lr"):
+        if args.test_lr is None and own.test_lr and own.test_lr == getattr(own, name):
+            made.test_lr = getattr(made, name)
+    return made
 
 
 # Data.
@@ -391,9 +437,9 @@ def build_networks(
         end: networks.Block = [networks.CosineHead(args.ways, seed=args.seed)]
     else:
         width = networks.sequential([*own, [keras.layers.Flatten()]], between, "width")
-        kind = "small" if args.method in ("rhg", "t-rhg", "bda", "iaptt-gm") else (
-            "uniform"
-        )  # fmt: skip
+        follower = args.method in ("rhg", "t-rhg", "bda", "iaptt-gm")
+        own_kind = "glorot" if args.network == "resnet12" else "small"
+        kind = own_kind if follower else "uniform"
         features = width.output_shape[-1]
         end = networks.linear_head(args.ways, features, make, kind)
     return encoder, networks.sequential([*own, end], between, "head")
@@ -443,10 +489,14 @@ def fresh_heads(args: argparse.Namespace, head: keras.Model, tasks: int) -> Call
     return start
 
 
+def adam(rate: float) -> keras.optimizers.Adam:
+    return keras.optimizers.Adam(rate, epsilon=1e-8)
+
+
 def inner_optimizer(args: argparse.Namespace) -> keras.optimizers.Optimizer:
     """Of the inner steps."""
     if args.method in ("approxgrad", "penalty"):
-        return keras.optimizers.Adam(args.lower_lr, epsilon=1e-8)
+        return adam(args.lower_lr)
     if args.method == "meta-sgd":
         return keras.optimizers.SGD(1.0)
     return keras.optimizers.SGD(args.inner_lr)
@@ -468,7 +518,9 @@ def build_method(
         return tb.AugmentedLagrangian(
             inner_optimizer(args),
             args.inner_steps,
-            weight=args.weight,
+            # The published condition is that of the mean over all tasks, and its square
+            # that much smaller than the mean of the tasks' own, which are used here.
+            weight=args.weight / args.tasks,
             lower_weight=args.lower_weight,
             tolerance=args.tolerance,
             tolerance_decay=0.9**0.5,  # of the norm; the published test squares it
@@ -492,12 +544,12 @@ def build_method(
         return tb.Implicit(inner, tb.ConjugateGradient(args.cg_steps))
     if args.method == "approxgrad":
         solver = tb.GradientSolver(
-            keras.optimizers.Adam(args.solver_lr, epsilon=1e-8),
+            adam(args.solver_lr),
             args.inner_steps,
             "residual",
             warm_start=False,
             tolerance=0.0,
-            damping=args.damping,
+            damping=args.damping * args.tasks,  # of the mean over all tasks, too
         )
         return tb.Implicit(inner, solver)
     if args.method in ("fomaml", "fo-itd-bio"):
@@ -582,8 +634,8 @@ def compile_model(
 ) -> None:
     model.compile(
         build_method(args, model, fresh),
-        keras.optimizers.Adam(args.upper_lr, epsilon=1e-8),
-        start_optimizer=args.start_lr and keras.optimizers.Adam(args.start_lr),
+        adam(args.upper_lr),
+        start_optimizer=args.start_lr and adam(args.start_lr),
         jit_compile={"auto": "auto", "on": True, "off": False}[args.jit],
     )
 
@@ -618,14 +670,13 @@ def regulariser(args: argparse.Namespace, network: keras.Model, start: list) -> 
 
 def test_solver(args: argparse.Namespace, model: tb.BilevelModel) -> tb.InnerSolver:
     """The inner solver on new tasks."""
-    penalty = args.method in ("approxgrad", "penalty")
-    kind = keras.optimizers.Adam if penalty else keras.optimizers.SGD
-    meta = args.method == "meta-sgd"
+    kind = adam if args.method in ("approxgrad", "penalty") else keras.optimizers.SGD
+    rate = 1.0 if args.method == "meta-sgd" else args.test_lr
     fresh = None
     if args.method in FRESH:
         fresh = fresh_heads(args, model.lower, args.tasks)
     return tb.InnerSolver(
-        kind(1.0 if meta else args.test_lr),
+        kind(rate),
         args.test_steps,
         start=fresh or "warm",
         learning_rate=learned_rates(args, model),

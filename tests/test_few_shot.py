@@ -57,6 +57,9 @@ def small(method, *flags):
     return parse("--method", method, "--tasks", "2", "--queries", "2", *flags)
 
 
+SHAPE = (28, 28, 1)
+
+
 def batch_of(args, seed=0):
     return next(iter(few_shot.draw(args, GLYPHS["test"], seed)))
 
@@ -90,6 +93,34 @@ def test_published_settings():
     args = parse("--method", "approxgrad", "--dataset", "mini-imagenet")
     assert (args.tasks, args.upper_lr, args.network) == (2, 0.001, "residual")
     assert (args.test_lr, args.test_steps) == (0.001, 100)
+    flags = ["--method", "approxgrad", "--dataset", "mini-imagenet", "--shots", "5"]
+    assert parse(*flags).outer_steps == 10_001
+    args = parse("--method", "penalty", "--dataset", "fc100", "--network", "shifted")
+    assert (args.tasks, args.filters, args.outer_steps) == (4, 32, 20_001)
+    args = parse("--method", "maml", "--ways", "20")
+    assert (args.inner_steps, args.inner_lr, args.test_steps) == (5, 0.1, 5)
+    assert parse("--method", "maml").test_steps == 3
+    args = parse("--method", "rhg", "--dataset", "fc100", "--network", "resnet12")
+    assert args.head == "linear"
+
+
+def test_the_penalty_of_tasks_is_that_of_their_mean():
+    """|mean of c_i|^2 over M tasks is 1/M^2 of the sum of |c_i|^2: penalty 5.1."""
+    method = few_shot.build_model(parse("--method", "penalty"), SHAPE).method
+    assert method.weight == pytest.approx(0.01 / 30) and method.rate_decay == 0.99
+    assert method.tolerance_decay == pytest.approx(0.9**0.5)
+    method = few_shot.build_model(parse("--method", "approxgrad"), SHAPE).method
+    assert method.solver.damping == pytest.approx(1e-3 * 30)
+
+
+def test_new_tasks_are_learned_as_in_training_unless_asked():
+    args = parse("--method", "anil", "--inner-steps", "3", "--inner-lr", "0.2")
+    assert (args.test_steps, args.test_lr) == (3, 0.2)
+    args = parse("--method", "anil", "--inner-steps", "3", "--test-steps", "9")
+    assert (args.test_steps, args.test_lr) == (9, 0.4)
+    args = parse("--method", "approxgrad", "--lower-lr", "0.02")
+    assert (args.test_steps, args.test_lr) == (100, 0.02)
+    assert parse("--method", "rhg", "--inner-lr", "0.2").test_lr == 0.1
 
 
 @pytest.mark.parametrize(
@@ -99,7 +130,14 @@ def test_published_settings():
         (["--method", "maml", "--head", "conv"], "--head must be linear or cosine"),
         (["--method", "penalty", "--head", "conv"], "which draws it anew"),
         (["--method", "t-rhg", "--last", "11"], "--last must not exceed"),
-        (["--data-file", "x.npz"], "--data-file goes with --dataset omniglot"),
+        (["--data-file", "x.npz"], "--data-file needs --dataset omniglot"),
+        (["--data-dir", "x"], "--data-dir needs a --dataset with files"),
+        (["--split", "sorted"], "--split needs --dataset omniglot"),
+        (["--regularisation", "1"], "--regularisation needs --regulariser"),
+        (["--head-blocks", "2"], "--head-blocks needs --head blocks"),
+        (["--network", "resnet12", "--filters", "9"], "--filters needs a four-block"),
+        (["--method", "rhg", "--head", "conv"], "feature map of at least 2 x 2"),
+        (["--method", "meta-sgd", "--test-lr", "1"], "--test-lr means nothing"),
         (["--method", "rhg", "--head", "blocks", "--head-blocks", "4"], "at most 3"),
         (["--ways", "0"], "must be above zero"),
         (

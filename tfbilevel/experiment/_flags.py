@@ -83,7 +83,7 @@ def one_line_errors(script: str) -> Iterator[None]:
     """
     try:
         yield
-    except (FileNotFoundError, FileExistsError, ValueError) as error:
+    except (OSError, ValueError) as error:
         print(f"{pathlib.Path(script).name}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 

@@ -39,8 +39,8 @@ class InversionFree:
     halve_every: int | None = None
 
     @staticmethod
-    def add_flags(parser: Parser, unit: str) -> None:
-        """A flag for every setting; `unit` is that of --halve-every."""
+    def add_flags(parser: Parser, unit: str | None) -> None:
+        """A flag for every setting; `unit`: of --halve-every, if there is one."""
         add = parser.add_argument
         add("--inner-steps", type=positive(int), help="T; approxgrad: solver steps too")
         add("--upper-lr", type=positive(float))
@@ -55,6 +55,9 @@ class InversionFree:
         add("--multiplier", type=finite, help="penalty: nu at the start")
         add("--solver-lr", type=positive(float), help="approxgrad: on its system")
         add("--damping", type=at_least(float, 0), help="approxgrad")
+        if unit is None:
+            parser.set_defaults(halve_every=None)
+            return
         add("--halve-every", type=positive(int), help=f"approxgrad: {unit} per halving")
 
     @staticmethod

@@ -315,7 +315,8 @@ def linear_head(ways: int, features: int, make: Initializers, kind: str) -> Bloc
         features: entries after flattening.
         make: the initializers.
         kind: "small": normal with standard deviation 0.01, bias 0. "uniform": within
-            1 / sqrt(features), bias too, as PyTorch's default.
+            1 / sqrt(features), bias too, as PyTorch's default. "glorot": Glorot's
+            uniform, bias 0.
     """
     normal = keras.initializers.RandomNormal
     uniform = keras.initializers.RandomUniform
@@ -326,6 +327,7 @@ def linear_head(ways: int, features: int, make: Initializers, kind: str) -> Bloc
             make(uniform, minval=-edge, maxval=edge),
             make(uniform, minval=-edge, maxval=edge),
         ),
+        "glorot": (make(keras.initializers.GlorotUniform), "zeros"),
     }[kind]
     dense = keras.layers.Dense(ways, kernel_initializer=kernel, bias_initializer=bias)
     return [keras.layers.Flatten(), dense]
