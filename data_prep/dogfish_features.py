@@ -128,14 +128,20 @@ class Bundle:
         return Header(shape, dtype)
 
 
-def build_extractor(weights: str, model: pathlib.Path | None) -> keras.Model:
+def build_extractor(
+    weights: str, model: pathlib.Path | None, seed: int = 0
+) -> keras.Model:
     """Inception-v3 as published, or a saved Keras model, from images to vectors.
+
+    `seed` is of the random weights that "none" means: the same ones in every call.
 
     Raises:
         ValueError: if a saved model is not of that kind.
     """
     if model is None:
         chosen: Any = None if weights == "none" else weights
+        if chosen is None:
+            keras.utils.set_random_seed(seed)
         return keras.applications.InceptionV3(
             include_top=False,
             weights=chosen,
@@ -193,10 +199,11 @@ def prepare(
     model: pathlib.Path | None = None,
     batch: int = 100,
     limits: tuple[float, float] = (-1.0, 1.0),
+    seed: int = 0,
 ) -> dict[str, tuple[int, ...]]:
     """Write the features of both parts; their shapes."""
     bundle = Bundle(data)
-    extractor = build_extractor(weights, model)
+    extractor = build_extractor(weights, model, seed)
     for part in PARTS:
         require_images(bundle.header(f"X_{part}"), extractor, data)
     width = int(extractor.output_shape[1])
@@ -209,6 +216,7 @@ def prepare(
         "data": data.name,
         "bytes": data.stat().st_size,
         "weights": weights if model is None else model.name,
+        **({"seed": seed} if model is None and weights == "none" else {}),
     }
     writer = hdf5.Writer(out, KIND, made_from, shapes)
 
@@ -267,10 +275,15 @@ def main(argv: list[str] | None = None) -> dict[str, tuple[int, ...]]:
     add("--range", type=float, nargs=2, default=(-1.0, 1.0), help="of the pixels")
     add("--seed", type=int, default=0, help="of random weights")
     args = parser.parse_args(argv)
-    keras.utils.set_random_seed(args.seed)
     with experiment.one_line_errors(__file__):
         shapes = prepare(
-            args.data, args.out, args.weights, args.model, args.batch, args.range
+            args.data,
+            args.out,
+            args.weights,
+            args.model,
+            args.batch,
+            args.range,
+            args.seed,
         )
     print(f"{args.out}: train {shapes['train']}, test {shapes['test']}")
     return shapes

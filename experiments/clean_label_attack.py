@@ -63,19 +63,38 @@ class Pictures(NamedTuple):
     labels: np.ndarray
 
 
+DATASETS = ("digits", "mnist", "fashion_mnist")
+# Defaults of the flags that only some runs have.
+PENALTY = {
+    "inner_steps": 10,
+    "lower_lr": 1e-3,
+    "weight": 1.0,
+    "lower_weight": 1.0,
+    "tolerance": 1.0,
+}
+OWN_IMAGES = {
+    "dataset": "digits",
+    "data_dir": None,
+    "classes": (4, 9),
+    "train_size": None,
+    "test_size": None,
+    "feature_epochs": 5,
+}
+
+
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = experiment.Parser(description=__doc__)
     add, above = parser.add_argument, experiment.positive
     add("--data", type=pathlib.Path, help=".npz with X_train, Y_train, X_test, Y_test")
     add("--features", type=pathlib.Path, help="of --data, by dogfish_features.py")
-    add("--weights", default="imagenet", help="of Inception-v3: imagenet, FILE, none")
+    add("--weights", help="of Inception-v3: imagenet (default), FILE, none")
     add("--model", type=pathlib.Path, help="another feature model, saved by Keras")
-    add("--dataset", choices=("digits", "mnist", "fashion_mnist"), default="digits")
+    add("--dataset", choices=DATASETS, help="without --data; default: digits")
     add("--data-dir", type=pathlib.Path, help="tensorflow-datasets folder")
-    add("--classes", type=int, nargs=2, default=(4, 9), help="of --dataset")
+    add("--classes", type=int, nargs=2, help="of --dataset; default: 4 9")
     add("--train-size", type=above(int), help="of each class; 900 (digits 300)")
     add("--test-size", type=above(int), help="of each class; 300 (digits 100)")
-    add("--feature-epochs", type=above(int), default=5, help="of the small network")
+    add("--feature-epochs", type=above(int), help="of the small network; default 5")
     add("--method", choices=METHODS, default="penalty")
     add("--poisons", type=above(int), default=1, help="per target")
     add("--max-targets", type=above(int), help="default: all correctly read ones")
@@ -86,17 +105,16 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="first test image to look at",
     )
     add("--outer-steps", type=above(int), default=201)
-    add("--inner-steps", type=above(int), default=10, help="T")
+    add("--inner-steps", type=above(int), help="penalty: T; default 10")
     add("--upper-lr", type=above(float), default=0.01, help="of the poison")
-    add("--lower-lr", type=above(float), default=1e-3)
-    add("--weight", type=above(float), default=1.0, help="rho at the start")
+    add("--lower-lr", type=above(float), help="penalty: default 0.001")
+    add("--weight", type=above(float), help="penalty: rho at the start; default 1")
     add(
         "--lower-weight",
         type=experiment.at_least(float, 0),
-        default=1.0,
-        help="lambda at the start",
+        help="penalty: lambda at the start; default 1",
     )
-    add("--tolerance", type=above(float), default=1.0, help="epsilon at the start")
+    add("--tolerance", type=above(float), help="penalty: epsilon; default 1")
     add(
         "--beta",
         type=experiment.at_least(float, 0),
@@ -107,8 +125,18 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--head-lr", type=above(float), default=1e-3)
     add("--retrain-seeds", type=above(int), default=3, help="heads that are asked")
     args = parser.parse_args(argv)
-    if args.data is None and (args.features is not None or args.model is not None):
-        parser.error("--features and --model go with --data")
+    bundle, penalty = args.data is not None, args.method == "penalty"
+    needs = {
+        **dict.fromkeys(("features", "model", "weights"), (bundle, "--data")),
+        **dict.fromkeys(OWN_IMAGES, (not bundle, "no --data")),
+        **dict.fromkeys(PENALTY, (penalty, "--method penalty")),
+    }
+    parser.refuse_idle(args, needs)
+    if args.weights is not None and args.model is not None:
+        parser.error("--weights are of Inception-v3, --model is another: give one")
+    for name, value in (PENALTY | OWN_IMAGES | {"weights": "imagenet"}).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     if len(set(args.classes)) != 2 or not all(0 <= c <= 9 for c in args.classes):
         parser.error(f"--classes must be two of 0, ..., 9, got {args.classes}")
     digits = args.dataset == "digits"
@@ -186,7 +214,10 @@ def train_feature_model(
 
 
 def prepare_pictures(
-    args: argparse.Namespace, out: pathlib.Path, chosen: dict[str, images.Part]
+    args: argparse.Namespace,
+    out: pathlib.Path,
+    chosen: dict[str, images.Part],
+    extractor: keras.Model | None,
 ) -> tuple[dict[str, Pictures], keras.Model]:
     """Images and features of both parts, and the network that makes features."""
     data, model, features = args.data, args.model, args.features
@@ -216,9 +247,38 @@ def prepare_pictures(
                 f"{sorted(set(labels.tolist()))}"
             )
         pictures[part] = Pictures(pixels, made.features, labels)
-    extractor = dogfish_features.build_extractor(args.weights, model)
+    if extractor is None:
+        extractor = dogfish_features.build_extractor(args.weights, model)
     extractor.trainable = False
+    require_same_features(pictures["train"], extractor, features)
     return pictures, extractor
+
+
+def require_same_features(
+    clean: Pictures, extractor: keras.Model, path: pathlib.Path
+) -> None:
+    """Raise unless the file's features are those of this network."""
+    made = extractor(clean.images[:4], training=False).numpy()
+    stored = clean.features[:4]
+    if made.shape != stored.shape or not np.allclose(
+        made, stored, rtol=1e-2, atol=1e-2 * np.abs(made).max()
+    ):
+        raise ValueError(
+            f"{path} holds features of another network or other images. Make it anew "
+            f"with {dogfish_features.TOOL}, with the --weights or --model given here"
+        )
+
+
+def extractor_of(args: argparse.Namespace) -> keras.Model:
+    """The network that makes features of --data; errors before anything is made."""
+    bundle = dogfish_features.Bundle(args.data)
+    extractor = dogfish_features.build_extractor(args.weights, args.model)
+    for part in PARTS:
+        header = bundle.header(f"X_{part}")
+        dogfish_features.require_images(header, extractor, args.data)
+    if args.features is not None:
+        dogfish_features.load(args.features)
+    return extractor
 
 
 def write_bundle(path: pathlib.Path, chosen: dict[str, images.Part]) -> None:
@@ -365,6 +425,11 @@ class Attack:
             "poison_labels": tf.constant(self.clean.labels[base]),
         }
         heads = draw_heads(1, len(target), [self.args.seed, 1, number])
+        # A first state of our own: without one `tb.minimize` would trace anew.
+        state = (
+            self.method.init(self.problem, upper["base"], heads),
+            tb.differentiable(self.optimizer).init(upper["base"]),
+        )
         result = tb.minimize(
             self.problem,
             self.method,
@@ -373,6 +438,7 @@ class Attack:
             self.optimizer,
             tb.Batches(upper, lower),
             self.args.outer_steps,
+            state=state,
         )
         return result.upper.numpy()
 
@@ -540,15 +606,15 @@ def draw_attacks(run: experiment.Run) -> None:
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
     with experiment.one_line_errors(__file__):
-        chosen = {}
+        chosen, extractor = {}, None
         if args.data is None:
             chosen = choose_images(args)
         else:
-            dogfish_features.Bundle(args.data)  # or an error, before anything is made
+            extractor = extractor_of(args)
         run = experiment.Run(args.out, experiment.settings(args), args.resume)
         summary = run.summary()
         if summary is None:
-            pictures, extractor = prepare_pictures(args, run.out, chosen)
+            pictures, extractor = prepare_pictures(args, run.out, chosen, extractor)
             summary = run_attack(args, run, pictures, extractor)
             run.summarise(summary)
     draw_curve(run, args.method)

@@ -340,7 +340,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def refuse_idle(
     parser: experiment.Parser, args: argparse.Namespace, network: str
 ) -> None:
-    """An error for a flag that would change nothing."""
     omniglot_itself = args.dataset == "omniglot" and args.data_file is None
     needs = {
         "data_file": (args.dataset == "omniglot", "--dataset omniglot"),
@@ -350,9 +349,7 @@ def refuse_idle(
         "head_blocks": (args.head == "blocks", "--head blocks"),
         "regularisation": (args.regulariser != "none", "--regulariser"),
     }
-    for name, (met, need) in needs.items():
-        if getattr(args, name) is not None and not met:
-            parser.error(f"{experiment.flag(name)} needs {need}: leave it out")
+    parser.refuse_idle(args, needs)
 
 
 def with_defaults(args: argparse.Namespace, own: Settings) -> argparse.Namespace:

@@ -1,6 +1,7 @@
 """The clean-label attack: its losses, its pipeline on a small problem, bad files."""
 
 import csv
+import dataclasses
 import json
 
 import keras
@@ -141,6 +142,24 @@ def test_feature_collision_is_one_level():
     assert poison.min() >= clean.images.min() and poison.max() <= clean.images.max()
 
 
+def test_all_targets_are_attacked_by_one_compiled_loop():
+    made, clean, _ = tiny()
+    calls = []
+    plain = made.problem.upper_loss
+    counted = dataclasses.replace(
+        made.problem, upper_loss=lambda *a: calls.append(1) or plain(*a)
+    )
+    made.problem = counted
+    first = made.poison(clean.features[0] * 0.9, 0, 0)
+    traced = len(calls)
+    second = made.poison(clean.features[2] * 1.1, 0, 1)
+    assert traced > 0 and len(calls) == traced
+    # And the second starts anew: as alone.
+    alone, _, _ = tiny()
+    np.testing.assert_array_equal(second, alone.poison(clean.features[2] * 1.1, 0, 1))
+    assert not np.array_equal(first, second)
+
+
 @pytest.mark.parametrize("method", attack.METHODS)
 def test_the_whole_pipeline(method, tmp_path):
     summary = attack.main([*SMALL, "--method", method, "--out", str(tmp_path)])
@@ -189,7 +208,7 @@ def test_a_killed_run_resumes(tmp_path, monkeypatch):
     assert summary["targets"] == 2 and len(counted) == 1
 
 
-def test_a_bundle_with_a_feature_model(tmp_path):
+def test_a_bundle_with_a_feature_model(tmp_path, capsys):
     """The published layout and any Keras model, no features prepared."""
     generator = np.random.default_rng(0)
     prototypes = generator.uniform(-0.5, 0.5, (2, 6, 6, 3))
@@ -207,12 +226,23 @@ def test_a_bundle_with_a_feature_model(tmp_path):
     flags += ["--max-targets", "2", "--outer-steps", "5", "--head-steps", "300"]
     summary = attack.main([*flags, "--out", str(tmp_path / "run")])
     assert summary["targets"] == 2 and summary["clean_test_accuracy"] > 90
+    # The features of another network, though as wide.
+    keras.Sequential(
+        [keras.Input((6, 6, 3)), keras.layers.Flatten(), keras.layers.Dense(16, "relu")]
+    ).save(tmp_path / "m.keras")
+    flags += ["--features", str(tmp_path / "run" / "features.h5")]
+    with pytest.raises(SystemExit):
+        attack.main([*flags, "--out", str(tmp_path / "other")])
+    assert "features of another network" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--features", "x.h5"], "--features and --model go with --data"),
+        (["--features", "x.h5"], "--features needs --data"),
+        (["--weights", "none"], "--weights needs --data"),
+        (["--data", "x.npz", "--classes", "1", "2"], "--classes needs no --data"),
+        (["--method", "feature-collision", "--weight", "2"], "--weight needs --method"),
         (["--classes", "4", "4"], "--classes must be two of"),
         (["--train-size", "5000"], "--train-size must not exceed"),
         (["--data", "/nowhere.npz"], "does not exist"),

@@ -54,6 +54,11 @@ def test_inception_itself(tmp_path):
     assert dogfish_features.main(flags) == {"train": (2, 2048), "test": (1, 2048)}
     features = dogfish_features.load(out)["train"].features
     assert np.ptp(features, axis=0).max() > 0  # of two different images
+    # Random, and the same network again: a poison's features are compared with these.
+    again = dogfish_features.build_extractor("none", None)
+    with np.load(data) as bundle:
+        made = again(bundle["X_train"].astype(np.float32), training=False)
+    np.testing.assert_allclose(made, features, rtol=1e-3, atol=1e-6)
 
 
 def test_a_killed_extraction_resumes(model, tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import pathlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 
@@ -49,6 +49,19 @@ class Parser(argparse.ArgumentParser):
                 self.error(
                     f"{flag(field.name)} means nothing to {chosen}: leave it out"
                 )
+
+    def refuse_idle(
+        self, args: argparse.Namespace, needs: Mapping[str, tuple[bool, str]]
+    ) -> None:
+        """An error for a flag that was given and would change nothing.
+
+        Args:
+            args: the parsed flags, `None` where not given.
+            needs: name -> (whether it changes something here, what it needs to).
+        """
+        for name, (met, need) in needs.items():
+            if getattr(args, name) is not None and not met:
+                self.error(f"{flag(name)} needs {need}: leave it out")
 
 
 def flag(name: str) -> str:
