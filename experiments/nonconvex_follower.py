@@ -176,7 +176,7 @@ class Path(NamedTuple):
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = experiment.Parser(description=__doc__)
     add, above = parser.add_argument, experiment.positive
-    add("--example", choices=EXAMPLES, nargs="+", default=list(EXAMPLES))
+    add("--example", choices=EXAMPLES, nargs="+", help="default: all with the --method")
     add("--method", choices=METHODS, nargs="+", help="default: all the examples have")
     add("--outer-steps", type=above(int))
     add("--inner-steps", type=above(int))
@@ -199,6 +199,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def check(parser: experiment.Parser, args: argparse.Namespace) -> None:
     """Refuse what no run would use; fill in the methods and each example's settings."""
+    if args.example is None:  # those that have one of the methods
+        args.example = [
+            name
+            for name, example in EXAMPLES.items()
+            if args.method is None or {*args.method} & {*example.methods}
+        ]
     known = {m for name in args.example for m in EXAMPLES[name].methods}
     args.method = [m for m in METHODS if m in (args.method or known)]
     for method in args.method:

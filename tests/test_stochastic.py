@@ -157,8 +157,32 @@ def test_ttsa_moves_on_two_time_scales() -> None:
         state = found.state
         y = Y - 0.3 * (k + 1) ** -0.4 * (HESSIANS[0] @ Y - COUPLINGS[0] @ X)
         np.testing.assert_allclose(found.lower, y, rtol=1e-7)
-        want = (k + 1) ** -0.6 * hypergradient(y, 0.4 * (y - TARGET), 1)
+        want = hypergradient(y, 0.4 * (y - TARGET), 1)
         np.testing.assert_allclose(found.upper_gradient, want, rtol=1e-7)
+        assert float(found.upper_scale) == pytest.approx((k + 1) ** -0.6)
+
+
+def test_ttsa_slows_every_upper_optimizer_down() -> None:
+    """Adam's steps for a constant gradient are all of its rate."""
+    problem = tb.Problem(
+        upper_loss=lambda x, y, batch: x + y,
+        lower_loss=lambda x, y, batch: 0.5 * (y - x) ** 2,
+    )
+    method = tb.TTSA(SGD(0.1), max_steps=1, rate=0.5)
+    for dtype in (tf.float32, tf.float64):
+        result = tb.minimize(
+            problem,
+            method,
+            tf.constant(0.0, dtype),
+            tf.constant(0.0, dtype),
+            keras.optimizers.Adam(0.1, epsilon=1e-12),
+            tb.Batches(None, None),
+            steps=4,
+            trace=lambda point: point.upper,
+        )
+        moved = -np.diff(np.concatenate([[0.0], result.trace.numpy()]))
+        scales = np.arange(1.0, 5.0) ** -0.6
+        np.testing.assert_allclose(moved, 0.1 * scales, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

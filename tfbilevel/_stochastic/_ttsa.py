@@ -20,10 +20,11 @@ class TTSA(Method):
     r"""One stochastic lower step per upper step, on two time scales (TTSA).
 
         y_{k+1} = y_k - (k + 1)^{-b} update( g_y(x_k, y_k; S) )
-        x_{k+1} = x_k - (k + 1)^{-a} rate h(x_k, y_{k+1}),      1 > a > b > 0
+        x_{k+1} = x_k - (k + 1)^{-a} update( h(x_k, y_{k+1}) ),      1 > a > b > 0
 
-    with h the random-length estimate of `BSA` at the new y. The powers make y move
-    faster than x, so that y follows the solution; the published ones are a = 3/5,
+    with h the random-length estimate of `BSA` at the new y, and the updates those of
+    the two optimizers (SGD in the paper). The powers make y move faster than x, so
+    that y follows the solution; the published ones are a = 3/5,
     b = 2/5 for a strongly convex lower loss. A step costs one lower gradient and at
     most Q products. Draws: S, then the factors, then D. Slow by design; prefer
     `StocBiO` where several lower steps are affordable.
@@ -33,7 +34,7 @@ class TTSA(Method):
             gradient is scaled by (k + 1)^{-b}. SGD in the paper.
         max_steps: Q, most factors.
         rate: eta; needs eta * (largest eigenvalue of g_yy) < 1.
-        upper_power: a, the decay of the upper gradient.
+        upper_power: a, the decay of the upper step (`Step.upper_scale`).
         lower_power: b.
         seed: of the random length.
 
@@ -106,10 +107,10 @@ class TTSA(Method):
             here, lower, self.max_steps, self.rate, 1, (self.seed, state["step"])
         )
         return Step(
-            upper_gradient=structure.scale(
-                tf.pow(count, -self.upper_power), upper_gradient
-            ),
+            upper_gradient=upper_gradient,
             lower=lower,
             state={"step": state["step"] + 1, "optimizer": optimizer},
             metrics=metrics,
+            # Not of the gradient: most optimizers would make the same step of it.
+            upper_scale=tf.pow(count, -self.upper_power),
         )

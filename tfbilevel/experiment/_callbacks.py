@@ -12,6 +12,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from tfbilevel._finite import NonFiniteError
 from tfbilevel.experiment._run import Run, write_json
 
 
@@ -39,6 +40,9 @@ def train(
         steps: outer steps in all, `None` if only the seconds end training.
         seconds: of training, after which to stop, `None` for no limit.
         callbacks: more of them, called first.
+
+    Raises:
+        SystemExit: with status 1 and one line on stderr, at NaN or infinity.
     """
     backup = Backup(run.out / "backup", epoch)
     backup.set_model(model)
@@ -46,13 +50,17 @@ def train(
     clock = Evaluate(run, function, every, steps, seconds)
     if clock.is_over(model.outer_step):
         return
-    model.fit(
-        batches(model.outer_step),
-        steps_per_epoch=epoch,
-        epochs=10**9 if steps is None else math.ceil(steps / epoch),
-        callbacks=[*callbacks, clock, backup],
-        verbose=0,
-    )
+    try:
+        model.fit(
+            batches(model.outer_step),
+            steps_per_epoch=epoch,
+            epochs=10**9 if steps is None else math.ceil(steps / epoch),
+            callbacks=[*callbacks, clock, backup],
+            verbose=0,
+        )
+    except NonFiniteError as error:
+        print(f"{pathlib.Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
 
 
 class Evaluate(keras.callbacks.Callback):
