@@ -181,25 +181,47 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--batch-size", type=above(int), default=200)
     Settings.add_flags(parser, "epochs")
     add("--pretrain-epochs", type=above(int), help="on validation data; by data set")
-    add("--pretrain-lr", type=above(float), default=1e-3)
-    add("--baseline-epochs", type=above(int), default=100)
-    add("--baseline-lr", type=above(float), default=1e-3)
+    add("--pretrain-lr", type=above(float), help="default 0.001")
+    add("--baseline-epochs", type=above(int), help="default 100")
+    add("--baseline-lr", type=above(float), help="default 0.001")
     add(
         "--retrain-threshold",
         type=float,
         help="importance that an example needs at the end; 0: no retraining",
     )
-    add("--retrain-epochs", type=above(int), default=500)
-    add("--retrain-lr", type=above(float), default=1e-4)
+    add("--retrain-epochs", type=above(int), help="default 500")
+    add("--retrain-lr", type=above(float), help="default 0.0001")
     add(
         "--augment",
         action=argparse.BooleanOptionalAction,
         help="turn, shift, zoom and flip; default for cifar10 only",
     )
     add("--dropout", action=argparse.BooleanOptionalAction, default=False)
-    add("--jit", choices=("auto", "on", "off"), default="auto")
+    add("--jit", choices=("auto", "on", "off"), help="default auto")
     args = parser.parse_args(argv)
     return complete(parser, args)
+
+
+def refuse_idle(parser: experiment.Parser, args: argparse.Namespace) -> None:
+    bilevel = args.method in METHODS
+    threshold = args.retrain_threshold
+    if threshold is None:
+        threshold = DATASETS[args.dataset].retrain_threshold
+    for_methods = ("seconds", "jit", "pretrain_epochs", "pretrain_lr")
+    retraining = bilevel and bool(threshold)
+    parser.refuse_idle(
+        args,
+        {
+            **dict.fromkeys(for_methods, (bilevel, "a bilevel --method")),
+            "retrain_threshold": (bilevel, "a bilevel --method"),
+            **dict.fromkeys(
+                ("retrain_epochs", "retrain_lr"), (retraining, "--retrain-threshold")
+            ),
+            **dict.fromkeys(
+                ("baseline_epochs", "baseline_lr"), (not bilevel, "a baseline")
+            ),
+        },
+    )
 
 
 def complete(parser: experiment.Parser, args: argparse.Namespace) -> argparse.Namespace:
@@ -207,8 +229,15 @@ def complete(parser: experiment.Parser, args: argparse.Namespace) -> argparse.Na
     dataset = DATASETS[args.dataset]
     published = DEFAULTS.get((args.method, args.dataset), Settings())
     parser.refuse_meaningless(args, [published], f"--method {args.method}")
+    refuse_idle(parser, args)
     args = experiment.filled(args, published)
-    by_dataset = {
+    defaults = {
+        "pretrain_lr": 1e-3,
+        "baseline_epochs": 100,
+        "baseline_lr": 1e-3,
+        "retrain_epochs": 500,
+        "retrain_lr": 1e-4,
+        "jit": "auto",
         "net": dataset.net,
         "noise": dataset.noise,
         "train_size": dataset.sizes[0],
@@ -217,7 +246,7 @@ def complete(parser: experiment.Parser, args: argparse.Namespace) -> argparse.Na
         "retrain_threshold": dataset.retrain_threshold or 0.0,
         "augment": args.dataset == "cifar10",
     }
-    for name, value in by_dataset.items():
+    for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     if not 0 <= args.noise < 1:

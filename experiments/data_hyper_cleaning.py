@@ -102,7 +102,7 @@ def g_pbgd(upper_lr: float, gamma_steps: int, outer: int) -> Settings:
     )
 
 
-def rhg(inner_lr: float, last: int) -> Settings:
+def rhg(inner_lr: float, last: int | None = None) -> Settings:
     return Settings(
         outer_steps=100,
         upper_lr=0.001,
@@ -156,8 +156,8 @@ DEFAULTS = {
     ("v-pbgd", "mlp"): v_pbgd(0.01, 0.1, 10_000, 80_000),
     ("g-pbgd", "linear"): g_pbgd(0.3, 5_000, 40_000),
     ("g-pbgd", "mlp"): g_pbgd(0.5, 30_000, 50_000),
-    ("rhg", "linear"): rhg(0.1, 500),
-    ("rhg", "mlp"): rhg(0.4, 500),
+    ("rhg", "linear"): rhg(0.1),
+    ("rhg", "mlp"): rhg(0.4),
     ("t-rhg", "linear"): rhg(0.1, 100),
     ("t-rhg", "mlp"): rhg(0.4, 100),
     ("aid-cg", "linear"): aid(0.5),
@@ -244,13 +244,15 @@ def fill_defaults(
     parser.refuse_meaningless(args, [published], f"--method {args.method}")
     args = experiment.filled(args, published)
     if args.last is not None and args.last > args.inner_steps:
-        if args.method == "rhg":
-            args.last = args.inner_steps
-        else:
-            parser.error(
-                f"--last must not exceed --inner-steps, got {args.last} of "
-                f"{args.inner_steps}: lower one or raise the other"
-            )
+        parser.error(
+            f"--last must not exceed --inner-steps, got {args.last} of "
+            f"{args.inner_steps}: lower one or raise the other"
+        )
+    if args.gamma_max is not None and args.gamma_max < args.gamma_init:
+        parser.error(
+            f"--gamma-max must not be below --gamma-init, got {args.gamma_max} and "
+            f"{args.gamma_init}: raise it"
+        )
     for name in ("alpha", "alpha_decay"):
         value = getattr(args, name)
         if value is not None and value > 1:
@@ -260,6 +262,11 @@ def fill_defaults(
         parser.error(
             f"--dynamics means nothing to --method {args.method}, which makes no "
             "inner steps of gradient descent: leave it out"
+        )
+    if args.dynamics != "gd" and args.inner_steps == 1:
+        parser.error(
+            "--dynamics means nothing to a single inner step, at which both sequences "
+            "begin: raise --inner-steps"
         )
     if args.method not in BASELINES and args.outer_steps % args.eval_every:
         parser.error(
@@ -344,8 +351,7 @@ def build_method(args: argparse.Namespace, network: keras.Model) -> tb.Method:
     if args.method in ("penalty", "approxgrad"):
         return Settings.method(args)
     if args.method in ("v-pbgd", "g-pbgd"):
-        gamma_max = max(args.gamma_max, args.gamma_init)
-        weight = tb.LinearRamp(args.gamma_init, gamma_max, args.gamma_steps)
+        weight = tb.LinearRamp(args.gamma_init, args.gamma_max, args.gamma_steps)
         if args.method == "g-pbgd":
             return tb.GradientNorm(sgd(args.lower_lr), weight)
         return tb.ValueGap(inner_steps(), sgd(args.lower_lr), weight, args.auxiliary)
@@ -665,6 +671,7 @@ def summarise(args: argparse.Namespace, rows: list[dict]) -> dict:
         "best_test_accuracy": published["test_accuracy"],
         "f1_at_best_test_accuracy": published["f1"],
         "best_f1": best(rows, "f1")["f1"],
+        **{k: chosen[k] for k in ("start_test_accuracy",) if k in chosen},
     }
 
 

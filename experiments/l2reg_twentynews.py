@@ -163,6 +163,8 @@ def with_defaults(args: argparse.Namespace, method: str) -> argparse.Namespace:
     published settings, and one of the two limits."""
     plan = experiment.filled(args, DEFAULTS[method])
     plan.method = method
+    if method == "reverse" and args.solver_steps is None:
+        plan.solver_steps = min(plan.solver_steps, plan.inner_steps)
     if plan.outer_steps is None and plan.seconds is None:
         if len(args.method) == 1:
             plan.outer_steps = OUTER_STEPS
@@ -337,7 +339,7 @@ def build_method(args: argparse.Namespace) -> tb.Method:
     if args.method == "stocbio":
         return tb.StocBiO(inner_steps(), steps, args.eta)
     if args.method == "reverse":
-        return tb.Unroll(inner_steps(), last=min(steps, args.inner_steps))
+        return tb.Unroll(inner_steps(), last=steps)
     if args.method == "hoag":
         tolerance = tb.Geometric(args.tolerance, args.tolerance_ratio)
         solver = tb.ConjugateGradient(steps, tolerance=tolerance)
@@ -614,6 +616,7 @@ def main(argv: list[str] | None = None) -> dict:
         data = load_data(args)
         for plan in plans:
             require_sizes(plan, data)
+            require_steps(plan)
         config = experiment.settings(alone or args)
         run = experiment.Run(args.out, config, args.resume)
     keras.utils.set_random_seed(args.seed)
@@ -640,6 +643,16 @@ def require_sizes(plan: argparse.Namespace, data: Data) -> None:
                 f"{experiment.flag(name)} must not exceed the documents of its "
                 f"half, got {size} of {len(part.labels)}: lower it"
             )
+
+
+def require_steps(plan: argparse.Namespace) -> None:
+    """Raise if more steps are to be differentiated than are made."""
+    if plan.method == "reverse" and plan.solver_steps > plan.inner_steps:
+        raise ValueError(
+            "--solver-steps must not exceed --inner-steps for --method reverse, which "
+            f"differentiates so many of them, got {plan.solver_steps} of "
+            f"{plan.inner_steps}: lower it"
+        )
 
 
 def compare(

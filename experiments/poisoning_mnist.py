@@ -140,14 +140,19 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--stay-close",
         type=experiment.at_least(float, 0),
-        default=0.0,
-        help="weight of |u - u_0|^2 in f",
+        help="weight of |u - u_0|^2 in f; default 0",
     )
     add("--train-steps", type=above(int), default=10_001, help="of W, plain training")
     add("--train-lr", type=above(float), default=1e-3)
-    add("--eval-every", type=above(int), default=100, help="outer steps")
-    add("--jit", choices=("auto", "on", "off"), default="auto")
+    add("--eval-every", type=above(int), help="outer steps; default 100")
+    add("--jit", choices=("auto", "on", "off"), help="default auto")
     args = parser.parse_args(argv)
+    moved = args.method != "label-flip", "a --method that moves images"
+    idle = {"stay_close": 0.0, "eval_every": 100, "jit": "auto"}
+    parser.refuse_idle(args, dict.fromkeys(idle, moved))
+    for name, value in idle.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     published = DEFAULTS[args.method, args.attack]
     parser.refuse_meaningless(args, [published], f"--method {args.method}")
     args = experiment.filled(args, published)

@@ -18,9 +18,10 @@ from data_prep import images, svhn
 from tfbilevel.experiment import _callbacks as callbacks
 
 denoising = load_experiment("data_denoising")
-SMALL = ["--train-size", "60", "--validation-size", "40", "--test-size", "70"]
-SMALL += ["--batch-size", "20", "--jit", "off", "--pretrain-epochs", "3"]
-EPOCHS = ["--epochs", "2", "--inner-steps", "2", "--retrain-epochs", "2"]
+SIZES = ["--train-size", "60", "--validation-size", "40", "--test-size", "70"]
+SIZES += ["--batch-size", "20"]
+SMALL = [*SIZES, "--jit", "off", "--pretrain-epochs", "3"]
+EPOCHS = ["--epochs", "2", "--inner-steps", "2"]
 
 
 def parse(*flags):
@@ -165,8 +166,8 @@ def test_renormalisation_comes_before_the_row_of_an_epoch(tmp_path):
 @pytest.mark.filterwarnings("ignore::tfbilevel.DivergenceWarning")
 @pytest.mark.parametrize("method", denoising.METHODS)
 def test_methods_write_their_files(method, tmp_path):
-    flags = [*SMALL, *EPOCHS, "--method", method, "--out", str(tmp_path)]
-    summary = denoising.main(flags)
+    flags = [*SMALL, *EPOCHS, "--method", method, "--retrain-epochs", "2"]
+    summary = denoising.main([*flags, "--out", str(tmp_path)])
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
     with (tmp_path / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -204,7 +205,7 @@ def test_baselines_see_what_they_may(method, tmp_path, monkeypatch):
         "fit_plainly",
         lambda a, net, parts, *b: seen.append(parts) or fit(a, net, parts, *b),
     )
-    flags = [*SMALL, "--method", method, "--baseline-epochs", "2"]
+    flags = [*SIZES, "--method", method, "--baseline-epochs", "2"]
     summary = denoising.main([*flags, "--noise", "0.25", "--out", str(tmp_path)])
     sizes = [len(part.labels) for part in seen[0]]
     assert (
@@ -284,7 +285,7 @@ def test_a_killed_run_resumes_to_the_same_numbers(tmp_path, monkeypatch, epoch):
 
 
 def test_trials_are_runs_of_their_own(tmp_path):
-    flags = [*SMALL, "--method", "val-only", "--baseline-epochs", "1", "--trials", "2"]
+    flags = [*SIZES, "--method", "val-only", "--baseline-epochs", "1", "--trials", "2"]
     summary = denoising.main([*flags, "--out", str(tmp_path)])
     found = [run["test_accuracy"] for run in summary["runs"]]
     assert [run["seed"] for run in summary["runs"]] == [0, 1]
@@ -361,6 +362,9 @@ def test_cifar10_from_its_published_files(tmp_path):
         (["--train-size", "2900"], "must fit in 3000 images"),
         (["--method", "penalty", "--solver-lr", "1"], "--solver-lr means nothing"),
         (["--method", "oracle", "--epochs", "1"], "--epochs means nothing"),
+        (["--method", "oracle", "--seconds", "1"], "--seconds needs a bilevel"),
+        (["--baseline-lr", "1"], "--baseline-lr needs a baseline"),
+        (["--retrain-threshold", "0", "--retrain-lr", "1"], "--retrain-lr needs"),
         (["--retrain-threshold", "1"], "below 1"),
         (["--dataset", "mnist", "--data-dir", "/nowhere"], "not prepared"),
         (["--lower-weight", "-1"], "at least 0"),

@@ -487,6 +487,7 @@ def test_a_failed_method_ends_a_comparison(
         (["--method", "reverse", "--eta", "1"], "--eta means nothing"),
         (["--method", "aid-cg", "--batch-size", "9"], "--batch-size means nothing"),
         (["--batch-size", "22"], "got 22 of 21"),
+        (["--method", "reverse", "--solver-steps", "20"], "got 20 of 10"),
         (["--method", "all", *BATCHES[:2]], "got 100 of 21"),
         (["--data-dir", "/nowhere"], "20 Newsgroups is not in /nowhere"),
         ([*BATCHES, "--resume"], "folder with a run"),

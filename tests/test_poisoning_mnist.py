@@ -199,6 +199,7 @@ def test_retraining_is_on_clean_data_and_poisons_alone():
         (["--poisons", "2000"], "at most 1000"),
         (["--attack", "targeted", "--poisons", "300"], "at most 200"),
         (["--method", "label-flip", "--upper-lr", "1"], "--upper-lr means nothing"),
+        (["--method", "label-flip", "--jit", "off"], "--jit needs a --method that"),
         (["--method", "penalty", "--solver-lr", "1"], "--solver-lr means nothing"),
         (["--outer-steps", "5", "--eval-every", "2"], "multiple of --eval-every"),
         (["--dataset", "mnist", "--data-dir", "/nowhere"], "not prepared"),

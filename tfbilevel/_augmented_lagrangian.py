@@ -42,7 +42,7 @@ class AugmentedLagrangian(Method):
 
     Whenever the pair is nearly stationary at the present penalty,
 
-        ||d_x||^2 + ||d_y||^2 < epsilon^2       (d_x, d_y at the end of the step),
+        ||d_x||^2 + ||d_y||^2 < epsilon^2       (d_x, d_y at y after its T steps),
 
     the schedule moves by one notch: nu <- nu + rho g_y, rho <- growth rho,
     lambda <- decay lambda, epsilon <- tolerance_decay epsilon, and every later step of
