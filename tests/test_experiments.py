@@ -238,6 +238,18 @@ def test_rows_go_under_their_own_columns(tmp_path):
     assert len(run.rows()) == 2
 
 
+def test_a_row_that_a_kill_has_cut_short_is_not_there(tmp_path):
+    run = experiment.Run(tmp_path / "run", {}, resume=False)
+    run.log({"step": 0, "seconds": 0, "a": 1})
+    run.log({"step": 2, "seconds": 3, "a": 2})
+    path = tmp_path / "run" / "metrics.csv"
+    path.write_text(path.read_text() + "4,5")
+    assert [row["step"] for row in run.rows()] == ["0", "2"]
+    assert run.rewind(4) == 3.0
+    run.log({"step": 4, "seconds": 6, "a": 3})
+    assert run.column("a") == [1, 2, 3]
+
+
 def test_seconds_are_those_of_outer_steps_alone(tmp_path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])

@@ -2,7 +2,7 @@
 
 A run writes into one folder: `config.json` (every setting, versions, seed),
 `metrics.csv` (one row per evaluation, with `seconds`), `summary.json` and pictures.
-Files appear whole or not at all.
+JSON files and backups appear whole or not at all.
 """
 
 from tfbilevel.experiment._callbacks import Backup as Backup

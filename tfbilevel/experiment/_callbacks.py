@@ -69,7 +69,7 @@ class Evaluate(keras.callbacks.Callback):
     A row of the run holds `step`, `seconds`, the training metrics (means over the
     steps since the last row; not known at step 0) and what the function returns.
     `seconds` are those of outer steps over all sittings, with their data and with
-    TensorFlow's tracing in the first one; evaluations and backups take none.
+    TensorFlow's tracing in each sitting; evaluations and backups take none.
     On a terminal a bar shows how far training is.
 
     What a resumed run needs between two rows is kept in `clock.json` at every end of an

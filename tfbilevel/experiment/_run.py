@@ -58,11 +58,11 @@ class Run:
             write_json(stored, {"settings": settings, "versions": _versions()})
 
     def rows(self) -> list[dict[str, str]]:
-        """The rows of `metrics.csv` so far."""
+        """The rows of `metrics.csv` so far, but for one that a kill has cut short."""
         if not self._metrics.exists():
             return []
         with self._metrics.open(newline="") as file:
-            return list(csv.DictReader(file))
+            return [row for row in csv.DictReader(file) if None not in row.values()]
 
     def column(self, name: str) -> list[float]:
         """One column of `metrics.csv` as numbers."""
