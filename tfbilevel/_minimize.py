@@ -313,8 +313,9 @@ def _batch_source(batches: Any, steps: int) -> tuple[Any, Any]:
 
 def _to_tensors(batches: Batches) -> Batches:
     def convert(leaf: Any) -> Any:
-        kept = leaf is None or isinstance(leaf, (tf.SparseTensor, tf.RaggedTensor))
-        return leaf if kept else tf.convert_to_tensor(leaf)
+        if leaf is None or isinstance(leaf, (tf.SparseTensor, tf.RaggedTensor)):
+            return leaf
+        return tf.convert_to_tensor(leaf)
 
     return tf.nest.map_structure(convert, batches)
 
