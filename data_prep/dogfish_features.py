@@ -139,9 +139,9 @@ def build_extractor(
         ValueError: if a saved model is not of that kind.
     """
     if model is None:
-        chosen: Any = None if weights == "none" else weights
-        if chosen is None:
+        if weights == "none":
             keras.utils.set_random_seed(seed)
+        chosen: Any = None if weights == "none" else weights
         return keras.applications.InceptionV3(
             include_top=False,
             weights=chosen,

@@ -50,13 +50,14 @@ def train(
     clock = Evaluate(run, function, every, steps, seconds)
     if clock.is_over(model.outer_step):
         return
+    silent: Any = 0  # Keras declares `verbose` a str
     try:
         model.fit(
             batches(model.outer_step),
             steps_per_epoch=epoch,
             epochs=10**9 if steps is None else math.ceil(steps / epoch),
             callbacks=[*callbacks, clock, backup],
-            verbose=0,
+            verbose=silent,
         )
     except NonFiniteError as error:
         print(f"{pathlib.Path(sys.argv[0]).name}: {error}", file=sys.stderr)
