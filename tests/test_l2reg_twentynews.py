@@ -214,7 +214,7 @@ def plain(data: Any) -> tuple[tb.Problem, tb.Batches]:
 def test_sparse_losses_equal_plain_dense_ones(method: str):
     """Losses, weights and hypergradients of one outer step, in float64."""
     data = load()
-    flags = ["--inner-steps", "3", "--solver-steps", "4", "--inner-lr", "2"]
+    flags = ["--inner-steps", "4", "--solver-steps", "4", "--inner-lr", "2"]
     args = news.parse_args(["--out", "x", "--method", method, *flags])
     sparse, batches, x, y = in_float64(data)
     dense, dense_batches = plain(data)
