@@ -119,7 +119,7 @@ def draw(out: pathlib.Path, x: np.ndarray, y: np.ndarray) -> None:
     flat.scatter(x, ends, color="red", s=24, zorder=3, label="end points (x, f(x, y))")
     flat.set(xlabel="x", ylabel="f")
     flat.grid(alpha=0.3)
-    flat.legend(loc="upper right")
+    flat.legend(loc="upper left")
     figure.tight_layout()
     figure.savefig(out / "end_points.png", dpi=110)
     plt.close(figure)
