@@ -40,25 +40,55 @@ def pessimistic(oracle: Oracle, x: Vector, iterates: list, f) -> int:
     return 1 + losses.index(max(losses))
 
 
-def mixture(oracle: Oracle, x: Vector, y: Vector, rate: float, weights: list) -> tuple:
-    """BDA: steps along (1 - a_t) g_y + a_t f_y, and the reverse recursion.
-
-    The upper Hessian f_yy is constant in every oracle; it and f_xy are taken from
-    differences of the hand-written f_y and f_x, exact for quadratic f.
-    """
+def mixture_path(
+    oracle: Oracle, x: Vector, y: Vector, rate: float, weights: list
+) -> list:
+    """BDA: the iterates of steps along (1 - a_t) g_y + a_t f_y."""
     iterates = [y]
     for a in weights:
         y = iterates[-1]
         direction = (1 - a) * oracle.g_y(x, y) + a * oracle.f_y(x, y)
         iterates.append(y - rate * direction)
+    return iterates
+
+
+def mixture_products(
+    oracle: Oracle, x: Vector, y: Vector, v: Vector, a: float
+) -> tuple[Vector, Vector]:
+    """phi_xy v and phi_yy v of phi = (1 - a) g + a f.
+
+    The upper Hessian f_yy is constant in every oracle; it and f_xy are taken from
+    differences of the hand-written f_y and f_x, exact for quadratic f.
+    """
+    f_xy = oracle.f_x(x, y + v) - oracle.f_x(x, y)
+    f_yy = oracle.f_y(x, y + v) - oracle.f_y(x, y)
+    mixed = (1 - a) * oracle.g_xy(x, y, v) + a * f_xy
+    return mixed, (1 - a) * oracle.hessian(x) @ v + a * f_yy
+
+
+def mixture(
+    oracle: Oracle,
+    x: Vector,
+    y: Vector,
+    rate: float,
+    weights: list,
+    last: int | None = None,
+) -> tuple:
+    """BDA's reverse recursion over the last steps, and the last iterate."""
+    iterates = mixture_path(oracle, x, y, rate, weights)
     adjoint, total = oracle.f_y(x, iterates[-1]), oracle.f_x(x, iterates[-1])
-    for y, a in reversed(list(zip(iterates, weights, strict=False))):
-        f_xy = oracle.f_x(x, y + adjoint) - oracle.f_x(x, y)
-        f_yy = oracle.f_y(x, y + adjoint) - oracle.f_y(x, y)
-        mixed = (1 - a) * oracle.g_xy(x, y, adjoint) + a * f_xy
-        curved = (1 - a) * oracle.hessian(x) @ adjoint + a * f_yy
+    steps = list(zip(iterates, weights, strict=False))[-(last or len(weights)) :]
+    for y, a in reversed(steps):
+        mixed, curved = mixture_products(oracle, x, y, adjoint, a)
         total, adjoint = total - rate * mixed, adjoint - rate * curved
     return total, iterates[-1]
+
+
+def implicit_mixture(oracle: Oracle, x: Vector, y: Vector, a: float) -> Vector:
+    """f_x - phi_xy v with phi_yy v = f_y, all at y."""
+    columns = [mixture_products(oracle, x, y, e, a)[1] for e in np.eye(len(y))]
+    v = np.linalg.solve(np.stack(columns, axis=1), oracle.f_y(x, y))
+    return oracle.f_x(x, y) - mixture_products(oracle, x, y, v, a)[0]
 
 
 def series(oracle: Oracle, x: Vector, y: Vector, rate: float, terms: int) -> Vector:

@@ -86,22 +86,59 @@ def first_order(oracle: Oracle, x: Vector, y: Vector) -> tuple[Vector, Vector]:
     return oracle.f_x(x, end), end
 
 
-def worst(oracle: Oracle, x: Vector, y: Vector) -> tuple[Vector, Vector]:
-    iterates = references.descend(oracle, x, y, oracle.rate, FEW)
+def up_to_worst(oracle: Oracle, x: Vector, iterates: list) -> list:
+    """The iterates up to that of largest upper loss."""
     upper, lower, batches = oracle.at("float64")
 
     def f(x: Vector, y: Vector) -> float:
         at = unflat(y, oracle.y)
         return float(oracle.problem.upper_loss(upper, cast(at, "float64"), batches[0]))
 
-    k = references.pessimistic(oracle, x, iterates, f)
-    gradient = references.unroll(oracle, x, iterates[: k + 1], oracle.rate)
-    return gradient, iterates[-1]
+    return iterates[: references.pessimistic(oracle, x, iterates, f) + 1]
 
 
-def mixture(oracle: Oracle, x: Vector, y: Vector) -> tuple[Vector, Vector]:
-    weights = [0.4 * 0.5**t for t in range(FEW)]
-    return references.mixture(oracle, x, y, oracle.rate, weights)
+def worst(oracle: Oracle, x: Vector, y: Vector) -> tuple[Vector, Vector]:
+    iterates = references.descend(oracle, x, y, oracle.rate, FEW)
+    kept = up_to_worst(oracle, x, iterates)
+    return references.unroll(oracle, x, kept, oracle.rate), iterates[-1]
+
+
+WEIGHTS = [0.4 * 0.5**t for t in range(FEW + 1)]
+
+
+def mixture(last: int | None = None) -> Callable:
+    def expected(oracle: Oracle, x: Vector, y: Vector) -> tuple[Vector, Vector]:
+        return references.mixture(oracle, x, y, oracle.rate, WEIGHTS[:FEW], last)
+
+    return expected
+
+
+def at_worst(of: Callable) -> Callable:
+    """Something of the iterate of largest upper loss."""
+
+    def expected(oracle: Oracle, x: Vector, y: Vector) -> tuple[Vector, Vector]:
+        iterates = references.descend(oracle, x, y, oracle.rate, FEW)
+        return of(oracle, x, up_to_worst(oracle, x, iterates)[-1]), iterates[-1]
+
+    return expected
+
+
+def implicit_mixture(pessimistic: bool) -> Callable:
+    """The system of the mixture at its end, with the weight of the step from there."""
+
+    def expected(oracle: Oracle, x: Vector, y: Vector) -> tuple[Vector, Vector]:
+        iterates = references.mixture_path(oracle, x, y, oracle.rate, WEIGHTS[:FEW])
+        kept = up_to_worst(oracle, x, iterates) if pessimistic else iterates
+        weight = WEIGHTS[len(kept) - 1]
+        gradient = references.implicit_mixture(oracle, x, kept[-1], weight)
+        return gradient, iterates[-1]
+
+    return expected
+
+
+def bamm(oracle: Oracle, x: Vector, y: Vector) -> tuple[Vector, Vector]:
+    """v = 0 still: x moves along f_x (test_bamm.py goes on from there)."""
+    return oracle.f_x(x, y), references.descend(oracle, x, y, LOWER_RATE, 1)[-1]
 
 
 def series(terms: int) -> Callable:
@@ -160,7 +197,7 @@ METHODS = [
         worst,
     ),
     Row("unroll-pessimistic-tape", unroll(end="pessimistic", memory="tape"), worst),
-    Row("unroll-bda", unroll(aggregate=tb.Aggregation(0.4, 0.5)), mixture),
+    Row("unroll-bda", unroll(aggregate=tb.Aggregation(0.4, 0.5)), mixture()),
     Row(
         "forward-unroll", lambda oracle: tb.ForwardUnroll(inner(oracle, FEW)), finite()
     ),
@@ -169,6 +206,49 @@ METHODS = [
         lambda oracle: tb.FiniteDifference(inner(oracle, FEW)),
         finite(1),
         {"float64": 2e-5, "float32": 2e-3},
+    ),
+    Row(
+        "finite-difference-bda",
+        lambda oracle: tb.FiniteDifference(
+            inner(oracle, FEW), aggregate=tb.Aggregation(0.4, 0.5)
+        ),
+        mixture(1),
+        {"float64": 2e-5, "float32": 2e-3},
+    ),
+    Row(
+        "implicit-pessimistic",
+        lambda oracle: tb.Implicit(inner(oracle, FEW), tb.Direct(), end="pessimistic"),
+        at_worst(references.implicit),
+        None,
+        True,
+    ),
+    Row(
+        "implicit-bda",
+        lambda oracle: tb.Implicit(
+            inner(oracle, FEW), tb.Direct(), aggregate=tb.Aggregation(0.4, 0.5)
+        ),
+        implicit_mixture(pessimistic=False),
+        None,
+        True,
+    ),
+    Row(
+        "implicit-bda-pessimistic",
+        lambda oracle: tb.Implicit(
+            inner(oracle, FEW),
+            tb.Direct(),
+            end="pessimistic",
+            aggregate=tb.Aggregation(0.4, 0.5),
+        ),
+        implicit_mixture(pessimistic=True),
+        None,
+        True,
+    ),
+    Row(
+        "rank-one-pessimistic",
+        lambda oracle: tb.RankOne(inner(oracle, FEW), end="pessimistic"),
+        at_worst(references.rank_one),
+        None,
+        True,
     ),
     Row("rank-one", lambda oracle: tb.RankOne(inner(oracle, 1)), rank_one, None, True),
     Row("implicit-normal-cg", implicit(tb.NormalConjugateGradient(13)), exact),
@@ -198,6 +278,14 @@ METHODS = [
         "bsa", lambda oracle: tb.BSA(inner(oracle, FEW), 1, 0.2), series(1), None, True
     ),
     Row("ttsa", lambda oracle: tb.TTSA(rate(), 1, 0.2), ttsa, None, True),
+    Row(
+        "bamm",
+        lambda oracle: tb.BAMM(rate()),
+        bamm,
+        None,
+        True,
+        oracles=("quadratic", "scalar"),  # f_x is connected in these
+    ),
     Row(
         "value-gap",
         lambda oracle: tb.ValueGap(inner(oracle, 3), rate(), WEIGHT),

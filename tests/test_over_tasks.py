@@ -100,6 +100,17 @@ METHODS: dict[str, Callable[[], tb.Method]] = {
     "tolerance": lambda: tb.Implicit(inner(60, 0.3, tolerance=0.05)),
     "rank-one": lambda: tb.RankOne(inner()),
     "finite-difference": lambda: tb.FiniteDifference(inner()),
+    "finite-difference-bda": lambda: tb.FiniteDifference(
+        inner(), aggregate=tb.Aggregation(0.4, 0.5)
+    ),
+    "implicit-pessimistic": lambda: tb.Implicit(
+        inner(),
+        tb.ConjugateGradient(10),
+        end="pessimistic",
+        aggregate=tb.Aggregation(0.4, 0.5),
+    ),
+    "rank-one-pessimistic": lambda: tb.RankOne(inner(), end="pessimistic"),
+    "bamm": lambda: tb.BAMM(SGD(0.1), multiplier_step="exact"),
     "stocbio": lambda: tb.StocBiO(inner(), 3, 0.2),
     "bsa": lambda: tb.BSA(inner(), 3, 0.2),
     "ttsa": lambda: tb.TTSA(SGD(0.1), 2, 0.2),
@@ -150,7 +161,9 @@ APART = [
     "optimizer-map",
     "rank-one",
     "finite-difference",
+    "implicit-pessimistic",
     "stocbio",
+    "bamm",
     "value-gap",
     "gradient-norm",
     "augmented-lagrangian",

@@ -242,6 +242,15 @@ def test_combinations_that_exclude_each_other() -> None:
             build(early)
     with pytest.raises(ValueError, match="`radius` must be a finite number, above 0"):
         tb.FiniteDifference(inner, radius=0.0)
+    for build in (tb.Implicit, tb.RankOne):
+        with pytest.raises(ValueError, match="`inner.tolerance` must be None"):
+            build(early, end="pessimistic")
+        with pytest.raises(ValueError, match="`inner.tolerance` must be None"):
+            build(early, aggregate=tb.Aggregation(0.5))
+        with pytest.raises(ValueError, match="`end` must be one of"):
+            build(inner, end="worst")
+    with pytest.raises(ValueError, match="`through` must be 'gradient'"):
+        tb.Implicit(inner, tb.Direct(), through="optimizer", end="pessimistic")
 
 
 # Nesterov's sequence.

@@ -16,6 +16,7 @@ import tfbilevel as tb
 NAMES = {
     "Aggregation",
     "AugmentedLagrangian",
+    "BAMM",
     "BSA",
     "Batches",
     "BilevelModel",
@@ -39,6 +40,7 @@ NAMES = {
     "HypergradientReport",
     "Implicit",
     "InnerSolver",
+    "InversePower",
     "IterativeSolver",
     "LazyAdam",
     "LinearRamp",

@@ -140,6 +140,7 @@ def test_a_network_at_both_levels_is_refused() -> None:
         value_gap,
         lambda: tb.GradientNorm(SGD(0.1), 1.0),
         lambda: tb.TTSA(SGD(0.1), 1, 0.1),
+        lambda: tb.BAMM(SGD(0.1)),
     ],
 )
 def test_methods_that_move_y_are_refused_where_y_is_not_kept(method: Any) -> None:

@@ -52,8 +52,10 @@ from tfbilevel._rank_one import RankOne as RankOne
 from tfbilevel._schedules import Constant as Constant
 from tfbilevel._schedules import CosineDecay as CosineDecay
 from tfbilevel._schedules import Geometric as Geometric
+from tfbilevel._schedules import InversePower as InversePower
 from tfbilevel._schedules import LinearRamp as LinearRamp
 from tfbilevel._schedules import Schedule as Schedule
+from tfbilevel._stochastic import BAMM as BAMM
 from tfbilevel._stochastic import BSA as BSA
 from tfbilevel._stochastic import TTSA as TTSA
 from tfbilevel._stochastic import StocBiO as StocBiO

@@ -18,7 +18,8 @@ class Aggregation:
         d_t(x, y) = (1 - a_t) g(x, y) + a_t f(x, y),      a_t = alpha * decay^t
 
     For lower problems with many solutions: the upper loss chooses among them. Each
-    inner step costs one gradient of f besides that of g. Give it to `tb.Unroll`.
+    inner step costs one gradient of f besides that of g. Give it to `tb.Unroll`,
+    `tb.Implicit`, `tb.RankOne` or `tb.FiniteDifference`.
 
     Args:
         alpha: a_0, in (0, 1]; or a schedule of the inner step t with values in
@@ -67,14 +68,19 @@ class Aggregation:
         decay = tf.constant(self.decay, tf.float64)
         return self.schedule(t) * tf.pow(decay, tf.cast(t, tf.float64))
 
-    def applied(self, here: Prepared) -> Prepared:
-        """The problem whose lower loss is the mixture."""
+    def applied(self, here: Prepared, at: Any = None) -> Prepared:
+        """The problem whose lower loss is the mixture.
+
+        Args:
+            at: the inner step whose weights are taken at every draw, of each task its
+                own; `None`: draw t is step t's.
+        """
         upper_loss, lower_loss = here.problem.upper_loss, here.problem.lower_loss
 
         def mixture(c: Any, y: Any, drawn: _Drawn) -> tf.Tensor:
             g = losses(lower_loss)(c, y, drawn.batch)
             f = tf.cast(losses(upper_loss)(c, y, here.batches.upper), g.dtype)
-            a = tf.cast(self.weight(drawn.t), g.dtype)
+            a = tf.cast(self.weight(drawn.t if at is None else at), g.dtype)
             first = tf.cast(self.weight(0), g.dtype) if self.constant_lower else a
             return (1 - first) * g + a * f
 
@@ -82,6 +88,15 @@ class Aggregation:
         return here._replace(
             problem=dataclasses.replace(here.problem, lower_loss=mixed),
             batches=_NumberedBatches(here.batches.upper, here.batches),
+        )
+
+
+def require_aggregation(aggregate: Any) -> None:
+    """Raise unless `aggregate` is a `tb.Aggregation` or `None`."""
+    if aggregate is not None and not isinstance(aggregate, Aggregation):
+        raise ValueError(
+            "`aggregate` must be a tb.Aggregation, such as tb.Aggregation(0.5, "
+            f"decay=0.9). Received: aggregate={aggregate!r}"
         )
 
 

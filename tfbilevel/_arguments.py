@@ -16,7 +16,7 @@ def require_count(value: Any, name: str, least: int = 1) -> None:
         )
 
 
-def require_choice(value: Any, name: str, choices: tuple[str, ...]) -> None:
+def require_choice(value: Any, name: str, choices: tuple) -> None:
     """Raise unless `value` is one of the named choices."""
     if value not in choices:
         raise ValueError(

@@ -8,6 +8,7 @@ import tensorflow as tf
 
 from tfbilevel import _derivatives as derivatives
 from tfbilevel import _structure as structure
+from tfbilevel._aggregation import Aggregation, require_aggregation
 from tfbilevel._arguments import positive, require_number
 from tfbilevel._inner import InnerSolver, require_fixed_length, require_inner
 from tfbilevel._method import Method, Step
@@ -33,9 +34,11 @@ class FiniteDifference(Method):
     Args:
         inner: the inner solver; the published method makes one step.
         radius: length of the perturbation of all lower variables together, positive.
+        aggregate: a `tb.Aggregation`, whose mixture takes the place of g; or `None`.
 
     Raises:
-        ValueError: if `inner` is not a `tb.InnerSolver` or `radius` not positive.
+        ValueError: if `inner` is not a `tb.InnerSolver`, `radius` not positive or
+            `aggregate` not a `tb.Aggregation`.
 
     Example:
         >>> problem = tb.Problem(
@@ -57,10 +60,12 @@ class FiniteDifference(Method):
 
     inner: InnerSolver
     radius: float = 0.01
+    aggregate: Aggregation | None = None
 
     def __post_init__(self) -> None:
         require_inner(self.inner)
         require_fixed_length(self.inner, "FiniteDifference")
+        require_aggregation(self.aggregate)
         remedy = "The published value is 0.01."
         require_number(self.radius, "radius", positive, "above 0", remedy)
 
@@ -72,6 +77,8 @@ class FiniteDifference(Method):
         self, problem: Problem, upper: Any, lower: Any, batches: Batches, state: Any
     ) -> Step:
         here = problem.prepared(upper, batches)
+        if self.aggregate is not None:
+            here = self.aggregate.applied(here)
         inner, last = self.inner, self.inner.steps - 1
         iterate, pull_start = inner.begin_pullback(here, lower, state)
         iterate, _ = inner.run(
@@ -108,7 +115,7 @@ class FiniteDifference(Method):
     def objective(
         self, problem: Problem, upper: Any, lower: Any, batches: Batches, state: Any
     ) -> Callable[[Any], tf.Tensor]:
-        exact = Unroll(self.inner, last=1)
+        exact = Unroll(self.inner, last=1, aggregate=self.aggregate)
         return exact.objective(problem, upper, lower, batches, state)
 
     def _products(self, here: Any, iterate: Any, direction: Any, t: int) -> tuple:

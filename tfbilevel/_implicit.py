@@ -10,8 +10,10 @@ import tensorflow as tf
 
 from tfbilevel import _derivatives as derivatives
 from tfbilevel import _structure as structure
+from tfbilevel._aggregation import Aggregation
 from tfbilevel._arguments import require_choice
-from tfbilevel._inner import InnerSolver, require_inner
+from tfbilevel._end_point import EndPoint
+from tfbilevel._inner import InnerSolver
 from tfbilevel._linear_solvers import ConjugateGradient, LinearSolver, LinearSystem
 from tfbilevel._method import Method, Step
 from tfbilevel._problem import Batches, Prepared, Problem
@@ -45,6 +47,11 @@ class Implicit(Method):
     the inner optimizer does, and `FixedPoint` and `Neumann` need no rate. The system is
     not symmetric: `ConjugateGradient` is refused except for plain gradient steps.
 
+    `end="pessimistic"` takes all of this at the iterate of largest f instead of the
+    last one, and `aggregate` mixes f into the inner steps; the mixture at the end then
+    takes the place of g in the system, with the weight that one more step would have.
+    The lower variables after the step are y_T always.
+
     The metrics hold `residual` (relative) and `iterations` of the linear solve, and
     `diverged`: 1 where the solver's steps led away from the solution (conjugate
     gradients: met curvature that is not positive), of which `fit` and `tb.minimize`
@@ -55,11 +62,14 @@ class Implicit(Method):
         solver: solves g_yy v = f_y from Hessian-vector products.
         through: "gradient": a plain gradient step, whatever the inner optimizer is.
             "optimizer": the inner optimizer's own step.
+        end: "final" or "pessimistic" (PTT), as in `tb.Unroll`.
+        aggregate: a `tb.Aggregation` (BDA), or `None`.
 
     Raises:
         ValueError: if a solver that steps with the inner learning rate meets a
             schedule (give it a `rate`), for an unknown `through`, or for conjugate
-            gradients through an optimizer other than plain SGD or a projection.
+            gradients through an optimizer other than plain SGD or a projection; for
+            a pessimistic end with `through="optimizer"`, and with an inner tolerance.
 
     Example:
         >>> problem = tb.Problem(
@@ -82,9 +92,12 @@ class Implicit(Method):
     inner: InnerSolver
     solver: LinearSolver = dataclasses.field(default_factory=ConjugateGradient)
     through: str = "gradient"
+    end: str = "final"
+    aggregate: Aggregation | None = None
 
     def __post_init__(self) -> None:
-        require_inner(self.inner)
+        end_point = EndPoint(self.inner, self.end, self.aggregate)
+        object.__setattr__(self, "end_point", end_point)
         require_choice(self.through, "through", ("gradient", "optimizer"))
         if not isinstance(self.solver, LinearSolver):
             raise ValueError(
@@ -92,6 +105,12 @@ class Implicit(Method):
                 f"Received: solver={self.solver!r}"
             )
         if self.through == "optimizer":
+            if self.end == "pessimistic":
+                raise ValueError(
+                    "`through` must be 'gradient' with end='pessimistic': the fixed "
+                    "point of the optimizer's step is where its steps end. Received: "
+                    "through='optimizer', end='pessimistic'"
+                )
             if isinstance(self.solver, ConjugateGradient) and not _is_plain(self.inner):
                 raise _unsymmetric(self.solver)
             if getattr(self.solver, "preconditioner", None) is not None:
@@ -139,9 +158,8 @@ class Implicit(Method):
     def step(
         self, problem: Problem, upper: Any, lower: Any, batches: Batches, state: Any
     ) -> Step:
-        here = problem.prepared(upper, batches)
-        iterate, _ = self.inner.settle(
-            here.problem, here.upper, lower, here.batches, state["inner"]
+        here, iterate, end, metrics = self.end_point.reach(
+            problem.prepared(upper, batches), lower, state["inner"]
         )
         upper_loss, partial, adjoint = here.upper_partials(iterate.lower)
         equation = (
@@ -161,7 +179,7 @@ class Implicit(Method):
         kept = structure.scale(tf.where(fine, 1.0, np.nan), solution.value)
         response = equation.response(kept)
         after = {
-            "inner": self.inner.carried(iterate, state["inner"]),
+            "inner": self.inner.carried(end, state["inner"]),
             "solver": solution.state,
         }
         if "step" in state:
@@ -169,7 +187,7 @@ class Implicit(Method):
         residual = solution.residual
         return Step(
             upper_gradient=here.gradient(partial, response),
-            lower=iterate.lower,
+            lower=end.lower,
             state=after,
             metrics={
                 "upper_loss": upper_loss,
@@ -178,8 +196,16 @@ class Implicit(Method):
                 "residual": residual,
                 "iterations": solution.iterations,
                 "diverged": tf.cast(solution.diverged, residual.dtype),
+                **metrics,
             },
         )
+
+    def objective(
+        self, problem: Problem, upper: Any, lower: Any, batches: Batches, state: Any
+    ) -> Callable[[Any], tf.Tensor]:
+        if self.end == "final":
+            return super().objective(problem, upper, lower, batches, state)
+        return self.end_point.objective(problem, upper, lower, batches, state["inner"])
 
     def _gradient_equation(self, here: Prepared, iterate: Any, rhs: Any) -> "_Equation":
         lower_loss, gradient, pullback = derivatives.lower_gradient_pullback(

@@ -1,13 +1,16 @@
 """The implicit gradient with a rank-one lower Hessian."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
 
 from tfbilevel import _derivatives as derivatives
 from tfbilevel import _structure as structure
-from tfbilevel._inner import InnerSolver, require_inner
+from tfbilevel._aggregation import Aggregation
+from tfbilevel._end_point import EndPoint
+from tfbilevel._inner import InnerSolver
 from tfbilevel._method import Method, Step
 from tfbilevel._problem import Batches, Problem
 from tfbilevel._task_by_task import task_by_task
@@ -18,6 +21,7 @@ class RankOne(Method):
     r"""Hypergradient with the Hessian replaced by an outer product (BSG-1, IGA, GN).
 
         dF/dx = f_x - ( <g_y, f_y> / <g_y, g_y> ) g_x      at the last iterate y_T
+        (or the one that `end` says)
 
     which is the implicit gradient if g_yy is g_y g_y' and g_xy is g_x g_y' (a
     Gauss-Newton model of the lower loss). First derivatives only: one gradient of
@@ -29,9 +33,14 @@ class RankOne(Method):
     Args:
         inner: the inner solver. Its last iterate must not be stationary: at g_y = 0
             the coefficient counts as 0.
+        end: "final", or "pessimistic": at the iterate of largest f, as in `tb.Unroll`;
+            the lower variables after the step are still y_T.
+        aggregate: a `tb.Aggregation`, whose mixture at the end takes the place of g;
+            or `None`.
 
     Raises:
-        ValueError: if `inner` is not a `tb.InnerSolver`.
+        ValueError: if `inner` is not a `tb.InnerSolver`, for an unknown `end`, or if
+            `inner` has a tolerance besides a pessimistic end or an aggregation.
 
     Example:
         >>> problem = tb.Problem(
@@ -51,9 +60,12 @@ class RankOne(Method):
     """
 
     inner: InnerSolver
+    end: str = "final"
+    aggregate: Aggregation | None = None
 
     def __post_init__(self) -> None:
-        require_inner(self.inner)
+        end_point = EndPoint(self.inner, self.end, self.aggregate)
+        object.__setattr__(self, "end_point", end_point)
 
     def init(self, problem: Problem, upper: Any, lower: Any) -> Any:
         return self.inner.init(problem, upper, lower)
@@ -62,16 +74,14 @@ class RankOne(Method):
     def step(
         self, problem: Problem, upper: Any, lower: Any, batches: Batches, state: Any
     ) -> Step:
-        here = problem.prepared(upper, batches)
-        lower, after, _ = self.inner.solve(
-            here.problem, here.upper, lower, here.batches, state
-        )
-        upper_loss, partial, adjoint = here.upper_partials(lower)
+        reached = self.end_point.reach(problem.prepared(upper, batches), lower, state)
+        here, point = reached.here, reached.point.lower
+        upper_loss, partial, adjoint = here.upper_partials(point)
         leading = here.problem.leading
-        lower_loss, pullback = here.lower_pullback(lower, self.inner.steps)
+        lower_loss, pullback = here.lower_pullback(point, self.inner.steps)
         one = tf.ones_like(structure.norm(adjoint, leading))
         gradient = derivatives.require_connected(
-            pullback(one)[1], lower, "lower", "the lower loss"
+            pullback(one)[1], point, "lower", "the lower loss"
         )
         coefficient = structure.ratio(
             structure.dot(gradient, adjoint, leading),
@@ -80,11 +90,19 @@ class RankOne(Method):
         response = pullback(-coefficient)[0]
         return Step(
             upper_gradient=here.gradient(partial, response),
-            lower=lower,
-            state=after,
+            lower=reached.after.lower,
+            state=self.inner.carried(reached.after, state),
             metrics={
                 "upper_loss": upper_loss,
                 "lower_loss": lower_loss,
                 "stationarity": structure.norm(gradient, leading),
+                **reached.metrics,
             },
         )
+
+    def objective(
+        self, problem: Problem, upper: Any, lower: Any, batches: Batches, state: Any
+    ) -> Callable[[Any], tf.Tensor]:
+        if self.end == "final":
+            return super().objective(problem, upper, lower, batches, state)
+        return self.end_point.objective(problem, upper, lower, batches, state)

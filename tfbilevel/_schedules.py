@@ -139,6 +139,34 @@ class Geometric(Schedule):
         return self.start * tf.pow(ratio, tf.cast(step, tf.float64))
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class InversePower(Schedule):
+    """start / (step + 1) ** power.
+
+    Args:
+        start: value at step 0.
+        power: how fast it decays; not negative.
+
+    Raises:
+        ValueError: if `start` is not finite or `power` is negative.
+
+    Example:
+        >>> float(tb.InversePower(1.0, 0.5)(tf.constant(3)))
+        0.5
+    """
+
+    start: float
+    power: float
+
+    def __post_init__(self) -> None:
+        _require_finite(start=self.start)
+        require_number(self.power, "power", not_negative, "not negative")
+
+    def __call__(self, step: tf.Tensor) -> tf.Tensor:
+        count = tf.cast(step, tf.float64) + 1
+        return self.start * tf.pow(count, tf.constant(-self.power, tf.float64))
+
+
 def as_schedule(value: Any, name: str) -> Schedule:
     """The schedule itself, or a number as a constant one."""
     if isinstance(value, Schedule):

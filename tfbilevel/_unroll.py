@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from tfbilevel import _derivatives as derivatives
 from tfbilevel import _structure as structure
-from tfbilevel._aggregation import Aggregation
+from tfbilevel._aggregation import Aggregation, require_aggregation
 from tfbilevel._arguments import require_choice, require_count
 from tfbilevel._inner import (
     InnerSolver,
@@ -112,11 +112,7 @@ class Unroll(Method):
         require_choice(self.end, "end", ("final", "pessimistic"))
         require_choice(self.memory, "memory", ("replay", "checkpoint", "tape"))
         require_choice(self.skipped, "skipped", ("stop", "identity"))
-        if self.aggregate is not None and not isinstance(self.aggregate, Aggregation):
-            raise ValueError(
-                "`aggregate` must be a tb.Aggregation, such as tb.Aggregation(0.5, "
-                f"decay=0.9). Received: aggregate={self.aggregate!r}"
-            )
+        require_aggregation(self.aggregate)
         if self.last is not None:
             require_count(self.last, "last")
             if self.last > self.inner.steps:
