@@ -121,7 +121,7 @@ def load(path: pathlib.Path) -> dict[str, Classes]:
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist. Make it with data_prep")
     try:
-        with np.load(path) as file:
+        with path.open("rb") as opened, np.load(opened) as file:
             return {
                 split: Classes(
                     file[f"{split}_images"],
@@ -130,7 +130,8 @@ def load(path: pathlib.Path) -> dict[str, Classes]:
                 )
                 for split in SPLITS
             }
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # noqa: BLE001  (NumPy raises what zip and zlib find)
         raise ValueError(
-            f"{path} is not a file of classes that data_prep made ({error})"
+            f"{path} is damaged, or not a file of classes that data_prep made "
+            f"({error}). Make it again"
         ) from None

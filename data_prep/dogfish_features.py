@@ -14,7 +14,6 @@ import contextlib
 import pathlib
 import sys
 import zipfile
-import zlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -78,7 +77,7 @@ class Bundle:
 
     def header(self, name: str) -> Header:
         with self._open(name) as file:
-            return self._read_header(file)
+            return self._read_header(file, name)
 
     def array(self, name: str) -> np.ndarray:
         """A whole array."""
@@ -88,7 +87,7 @@ class Bundle:
         """The entries of slices that follow one another; what lies before the first
         is read and dropped."""
         with self._open(name) as file:
-            header = self._read_header(file)
+            header = self._read_header(file, name)
             each = int(np.prod(header.shape[1:])) * header.dtype.itemsize
             at = 0
             for piece in slices:
@@ -104,27 +103,38 @@ class Bundle:
 
     @contextlib.contextmanager
     def _open(self, name: str) -> Iterator[Any]:
-        with (
-            zipfile.ZipFile(self.path) as archive,
-            archive.open(f"{name}.npy") as file,
-        ):
+        with contextlib.ExitStack() as stack:
+            with self._one_error(name):
+                archive = stack.enter_context(zipfile.ZipFile(self.path))
+                file = stack.enter_context(archive.open(f"{name}.npy"))
             yield file
 
-    def _read(self, file: Any, size: int, name: str) -> bytes:
+    @contextlib.contextmanager
+    def _one_error(self, name: str) -> Iterator[None]:
         try:
+            yield
+        except Exception as error:  # noqa: BLE001  (whatever zip, zlib and NumPy find)
+            raise ValueError(
+                f"{name} of {self.path} is damaged ({error}). Download it again"
+            ) from None
+
+    def _read(self, file: Any, size: int, name: str) -> bytes:
+        with self._one_error(name):
             content = file.read(size)
-        except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
-            raise ValueError(f"{name} of {self.path} is damaged ({error})") from None
         if len(content) < size:
             raise ValueError(f"{name} of {self.path} is cut short. Download it again")
         return content
 
-    def _read_header(self, file: Any) -> Header:
-        version = np.lib.format.read_magic(file)
-        read = getattr(np.lib.format, f"read_array_header_{version[0]}_0")
-        shape, fortran, dtype = read(file)
-        if fortran or dtype.hasobject:
-            raise ValueError(f"{self.path} must hold plain arrays in C order")
+    def _read_header(self, file: Any, name: str) -> Header:
+        with self._one_error(name):
+            version = np.lib.format.read_magic(file)
+            read = getattr(np.lib.format, f"read_array_header_{version[0]}_0")
+            shape, fortran, dtype = read(file)
+        if fortran or dtype.kind not in "fiub":
+            raise ValueError(
+                f"{name} of {self.path} must be a plain array of numbers in C order. "
+                f"Received: {dtype}{', Fortran order' if fortran else ''}"
+            )
         return Header(shape, dtype)
 
 

@@ -47,19 +47,30 @@ class Writer:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._partial = self.path.with_name(self.path.name + ".partial")
         source = json.dumps({"kind": kind, **made_from}, sort_keys=True)
-        self._file: Any = h5py.File(self._partial, "a")
-        if self._file.attrs.setdefault("made_from", source) != source:
-            found = self._file.attrs["made_from"]
-            self._file.close()
+        self._file: Any = None
+        try:
+            self._file = h5py.File(self._partial, "a")
+            found = self._file.attrs.setdefault("made_from", source)
+            if found == source:
+                self._file.attrs["kind"] = kind
+                for name, (shape, dtype) in shapes.items():
+                    if name not in self._file:
+                        made = self._file.create_dataset(name, shape, dtype)
+                        made.attrs["filled"] = 0
+                    self.filled(name)
+                self._file.flush()
+        except Exception as error:  # noqa: BLE001  (HDF5 raises whatever it meets)
+            self.close()
+            raise ValueError(
+                f"{self._partial}, the unfinished work of an earlier run, is damaged "
+                f"({error}). Delete it, and the work begins anew"
+            ) from None
+        if found != source:
+            self.close()
             raise ValueError(
                 f"{self._partial} is the unfinished work of another run, from {found}. "
                 "Delete it or name another --out"
             )
-        self._file.attrs["kind"] = kind
-        for name, (shape, dtype) in shapes.items():
-            if name not in self._file:
-                self._file.create_dataset(name, shape, dtype).attrs["filled"] = 0
-        self._file.flush()
 
     def filled(self, name: str) -> int:
         """How many entries of a data set are there."""
@@ -88,7 +99,8 @@ class Writer:
 
     def close(self) -> None:
         """Leave the work for a later run."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 def slices(first: int, count: int, size: int) -> list[slice]:

@@ -1,0 +1,85 @@
+"""Files cut anywhere, or with bytes overwritten: one error, or the right content."""
+
+import numpy as np
+import pytest
+
+from data_prep import classes, dogfish_features, hdf5
+
+PLACES = 40
+
+
+def damaged(content: bytes, seed: int = 0):
+    """The file cut short at many places, and with a few bytes changed at others."""
+    generator = np.random.default_rng(seed)
+    for at in np.linspace(0, len(content) - 1, PLACES).astype(int):
+        yield content[:at]
+    for _ in range(4 * PLACES):
+        changed = bytearray(content)
+        at = int(generator.integers(len(content)))
+        for place in range(at, min(at + 4, len(content))):
+            changed[place] = int(generator.integers(256))
+        yield bytes(changed)
+
+
+def refused(path, content: bytes, read) -> int:
+    """How many damaged versions are refused; any other error fails the test."""
+    count = 0
+    for version in damaged(content):
+        path.write_bytes(version)
+        try:
+            read()
+        except ValueError as error:
+            assert str(path) in str(error)
+            count += 1
+    return count
+
+
+def test_classes(tmp_path):
+    path = tmp_path / "classes.npz"
+    labels = np.repeat(np.arange(3), 4)
+    images = np.random.default_rng(0).integers(0, 255, (12, 4, 4, 1), np.uint8)
+    parts = {
+        split: classes.grouped(images, labels, [f"{split} {n}" for n in range(3)])
+        for split in classes.SPLITS
+    }
+    classes.save(path, parts)
+    assert refused(path, path.read_bytes(), lambda: classes.load(path)) > PLACES
+
+
+def test_image_bundles(tmp_path):
+    path = tmp_path / "bundle.npz"
+    generator = np.random.default_rng(0)
+    arrays = {}
+    for part in ("train", "test"):
+        arrays[f"X_{part}"] = generator.uniform(-1, 1, (6, 4, 4, 3))
+        arrays[f"Y_{part}"] = np.arange(6) % 2
+    np.savez_compressed(path, **arrays)
+
+    def read() -> None:
+        bundle = dogfish_features.Bundle(path)
+        for name in arrays:
+            bundle.array(name)
+
+    assert refused(path, path.read_bytes(), read) > PLACES
+
+
+def test_a_bundle_of_words_is_refused(tmp_path):
+    path = tmp_path / "bundle.npz"
+    images, words = np.zeros((2, 4, 4, 3)), np.array(["dog", "fish"])
+    np.savez(path, X_train=images, X_test=images, Y_train=words, Y_test=words)
+    with pytest.raises(ValueError, match=r"Y_train of .* must be a plain array of num"):
+        dogfish_features.Bundle(path)
+
+
+def test_unfinished_work(tmp_path):
+    path = tmp_path / "work.h5"
+    partial = tmp_path / "work.h5.partial"
+    shapes = {"a": ((4,), np.int64), "b": ((2, 3), np.float32)}
+
+    def begin() -> hdf5.Writer:
+        return hdf5.Writer(path, "kind", {"seed": 0}, shapes)
+
+    writer = begin()
+    writer.fill("a", [np.arange(2)])
+    writer.close()
+    assert refused(partial, partial.read_bytes(), lambda: begin().close()) > PLACES // 2
