@@ -615,7 +615,8 @@ def main(argv: list[str] | None = None) -> dict:
         summary = run.summary()
         if summary is None:
             pictures, extractor = prepare_pictures(args, run.out, chosen, extractor)
-            summary = run_attack(args, run, pictures, extractor)
+            with experiment.one_line_nonfinite():
+                summary = run_attack(args, run, pictures, extractor)
             run.summarise(summary)
     draw_curve(run, args.method)
     draw_attacks(run)

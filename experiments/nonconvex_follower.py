@@ -465,7 +465,8 @@ def solve_all(args: argparse.Namespace, run: experiment.Run) -> dict[str, Paths]
     progress = keras.utils.Progbar(len(jobs), verbose=verbose, unit_name="path")
     found: dict[str, Paths] = {}
     for done, (name, method, start) in enumerate(jobs, 1):
-        path = solve(EXAMPLES[name], method, start, args.settings[name])
+        with experiment.one_line_nonfinite():
+            path = solve(EXAMPLES[name], method, start, args.settings[name])
         labels = {"example": name, "method": method, "start": start}
         log(run, labels, EXAMPLES[name], path)
         found.setdefault(name, {}).setdefault(method, {})[start] = path

@@ -369,7 +369,8 @@ def main(argv: list[str] | None = None) -> dict:
     for number, job in enumerate(jobs, 1):
         path = folder / f"{job.name}.npz"
         if not path.exists():
-            solve(args, job, path)
+            with experiment.one_line_nonfinite():
+                solve(args, job, path)
         if sys.stdout.isatty():
             bar.update(number)
     found = {job: np.load(folder / f"{job.name}.npz") for job in jobs}

@@ -149,7 +149,8 @@ def main(argv: list[str] | None = None) -> dict:
     steps = np.zeros(args.starts, int)
     stopped, start, done = np.ones(args.starts, bool), time.perf_counter(), 0
     for gamma in args.gammas:
-        result = solve(args, gamma, x, y)
+        with experiment.one_line_nonfinite():
+            result = solve(args, gamma, x, y)
         x, y = result.upper, result.lower
         steps += result.steps.numpy()
         stopped = result.stopped.numpy()

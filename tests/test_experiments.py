@@ -347,6 +347,18 @@ def test_bad_flags_are_one_line_and_leave_nothing(flags, message, tmp_path, caps
     assert not out.exists()
 
 
+def test_training_that_diverges_is_one_line(tmp_path, capsys) -> None:
+    for rate, flags in (("1e200", []), ("1e300", ["--method", "g-pbgd"])):
+        out = tmp_path / rate
+        with pytest.raises(SystemExit) as stop:
+            toy.main(["--upper-lr", rate, "--starts", "3", *flags, "--out", str(out)])
+        assert stop.value.code == 1
+        message = capsys.readouterr().err
+        assert "became NaN or infinite at outer step" in message
+        assert len(message.splitlines()) == 1
+        assert not (out / "summary.json").exists()
+
+
 def test_a_folder_in_use_or_other_settings_are_refused(tmp_path, capsys):
     flags = [*SMALL, "--outer-steps", "2", "--out", str(tmp_path)]
     cleaning.main(flags)

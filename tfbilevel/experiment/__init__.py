@@ -16,6 +16,9 @@ from tfbilevel.experiment._flags import filled as filled
 from tfbilevel.experiment._flags import finite as finite
 from tfbilevel.experiment._flags import flag as flag
 from tfbilevel.experiment._flags import one_line_errors as one_line_errors
+from tfbilevel.experiment._flags import (
+    one_line_nonfinite as one_line_nonfinite,
+)
 from tfbilevel.experiment._flags import positive as positive
 from tfbilevel.experiment._flags import settings as settings
 from tfbilevel.experiment._inversion_free import InversionFree as InversionFree

@@ -12,7 +12,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tfbilevel._finite import NonFiniteError
+from tfbilevel.experiment._flags import one_line_nonfinite
 from tfbilevel.experiment._run import Run, write_json
 
 
@@ -51,7 +51,7 @@ def train(
     if clock.is_over(model.outer_step):
         return
     silent: Any = 0  # Keras declares `verbose` a str
-    try:
+    with one_line_nonfinite():
         model.fit(
             batches(model.outer_step),
             steps_per_epoch=epoch,
@@ -59,9 +59,6 @@ def train(
             callbacks=[*callbacks, clock, backup],
             verbose=silent,
         )
-    except NonFiniteError as error:
-        print(f"{pathlib.Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
 
 
 class Evaluate(keras.callbacks.Callback):

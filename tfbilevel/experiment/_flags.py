@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
+from tfbilevel._finite import NonFiniteError
+
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, with exit status 2.
@@ -99,6 +101,16 @@ def one_line_errors(script: str) -> Iterator[None]:
     except (OSError, ValueError) as error:
         print(f"{pathlib.Path(script).name}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+@contextlib.contextmanager
+def one_line_nonfinite() -> Iterator[None]:
+    """Training that meets NaN or infinity: one line, exit status 1."""
+    try:
+        yield
+    except NonFiniteError as error:
+        print(f"{pathlib.Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
 
 
 def positive(kind: type) -> Callable[[str], Any]:
