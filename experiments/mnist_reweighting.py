@@ -138,8 +138,9 @@ class Data(NamedTuple):
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = experiment.Parser(description=__doc__)
     add, above = parser.add_argument, experiment.positive
-    add("--method", choices=(*METHODS, "all"), default="stocbio")
-    add("--compare", action="store_true", help="the same as --method all")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--method", choices=(*METHODS, "all"), default="stocbio")
+    which.add_argument("--compare", action="store_true", help="as --method all")
     add("--dataset", choices=("mnist", "fashion_mnist", "digits"), default="mnist")
     add("--data-dir", type=pathlib.Path, help="tensorflow-datasets folder")
     add("--noise-rate", type=float, default=0.1, help="share of wrong labels")

@@ -294,6 +294,7 @@ def test_a_budget_of_time_ends_a_run(tmp_path):
         (["--dataset", "digits", "--train-size", "4000"], "fit in 3500"),
         (["--dataset", "digits", "--noise-rate", "1.5"], "pollution rate"),
         (["--dataset", "digits", "--resume"], "folder with a run"),
+        (["--method", "hoag", "--compare"], "not allowed with argument --method"),
     ],
 )
 def test_bad_flags_are_one_line_and_leave_nothing(flags, message, tmp_path, capsys):
