@@ -116,13 +116,13 @@ def load(path: pathlib.Path) -> dict[str, Classes]:
 
     Raises:
         FileNotFoundError: if the file is not there.
-        ValueError: if it is another file.
+        ValueError: if it is another file, or a class is in two splits.
     """
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist. Make it with data_prep")
     try:
         with path.open("rb") as opened, np.load(opened) as file:
-            return {
+            splits = {
                 split: Classes(
                     file[f"{split}_images"],
                     file[f"{split}_starts"],
@@ -135,3 +135,4 @@ def load(path: pathlib.Path) -> dict[str, Classes]:
             f"{path} is damaged, or not a file of classes that data_prep made "
             f"({error}). Make it again"
         ) from None
+    return require_apart(splits)

@@ -196,7 +196,8 @@ def in_range(images: np.ndarray, low: float, high: float) -> np.ndarray:
     if not (low - slack <= least and most <= high + slack):
         raise ValueError(
             f"images must lie in [{low:g}, {high:g}], the range that the feature model "
-            "was trained on (--range). Scale them; Inception's is x / 127.5 - 1. "
+            "was trained on (another: --range of dogfish_features.py). Scale them; "
+            "Inception's is x / 127.5 - 1. "
             f"Received: values from {least:g} to {most:g}"
         )
     return images.astype(np.float32)
@@ -259,13 +260,14 @@ class Features(NamedTuple):
 
 def load(path: pathlib.Path) -> dict[str, Features]:
     """Both parts of a prepared file."""
-    with hdf5.open_complete(path, KIND, TOOL) as file:
-        return {
-            part: Features(
-                file[f"{part}_features"][:], file[f"{part}_labels"][:].astype(np.int32)
-            )
-            for part in PARTS
-        }
+    names = [f"{part}_{what}" for part in PARTS for what in ("features", "labels")]
+    arrays = hdf5.read_complete(path, KIND, TOOL, names)
+    return {
+        part: Features(
+            arrays[f"{part}_features"], arrays[f"{part}_labels"].astype(np.int32)
+        )
+        for part in PARTS
+    }
 
 
 def main(argv: list[str] | None = None) -> dict[str, tuple[int, ...]]:
@@ -283,7 +285,7 @@ def main(argv: list[str] | None = None) -> dict[str, tuple[int, ...]]:
     add("--model", type=pathlib.Path, help="another feature model, saved by Keras")
     add("--batch", type=experiment.positive(int), default=100)
     add("--range", type=float, nargs=2, default=(-1.0, 1.0), help="of the pixels")
-    add("--seed", type=int, default=0, help="of random weights")
+    add("--seed", type=experiment.seed, default=0, help="of random weights")
     args = parser.parse_args(argv)
     with experiment.one_line_errors(__file__):
         shapes = prepare(

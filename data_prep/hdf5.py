@@ -21,7 +21,7 @@ class Writer:
 
     Args:
         path: the file to be made; it must not exist.
-        kind: what the file is, checked by `open_complete`.
+        kind: what the file is, checked by `read_complete`.
         made_from: everything that decides its contents, JSON-serialisable.
         shapes: data set -> (shape, dtype).
 
@@ -119,26 +119,32 @@ def with_bar(
             bar.update(place.stop)
 
 
-def open_complete(path: pathlib.Path, kind: str, tool: str) -> Any:
-    """A finished file, opened to read.
+def read_complete(
+    path: pathlib.Path, kind: str, tool: str, names: Iterable[str]
+) -> dict[str, np.ndarray]:
+    """Data sets of a finished file.
 
     Raises:
         FileNotFoundError: if it is not there.
-        ValueError: if it is not an HDF5 file of this kind.
+        ValueError: if it is not an HDF5 file of this kind, or damaged.
     """
     import h5py
 
     if not pathlib.Path(path).exists():
         raise FileNotFoundError(f"{path} does not exist. Make it with {tool}")
+    found: Any = None
+    arrays: dict[str, np.ndarray] = {}
     try:
-        file = h5py.File(path, "r")
-    except OSError as error:
+        with h5py.File(path, "r") as opened:
+            file: Any = opened
+            found = file.attrs.get("kind")
+            if found == kind:
+                arrays = {name: file[name][:] for name in names}
+    except Exception as error:  # noqa: BLE001  (HDF5 raises whatever it meets)
         raise ValueError(
-            f"{path} is not an HDF5 file, or is cut short ({error}). Make it anew "
-            f"with {tool}"
+            f"{path} is not an HDF5 file, or is damaged ({error}). Make it anew with "
+            f"{tool}"
         ) from None
-    if file.attrs.get("kind") != kind:
-        found = file.attrs.get("kind")
-        file.close()
+    if found != kind:
         raise ValueError(f"{path} holds {found!r}, not {kind!r}. Make it with {tool}")
-    return file
+    return arrays

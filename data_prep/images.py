@@ -62,6 +62,7 @@ def load_named(
         FileNotFoundError: if the prepared dataset is not there.
     """
     logging.getLogger("absl").setLevel(logging.ERROR)
+    import tensorflow as tf
     import tensorflow_datasets as tfds
 
     folder = data_dir or os.environ.get("TFDS_DATA_DIR")
@@ -77,6 +78,11 @@ def load_named(
             "or TFDS_DATA_DIR at a folder that holds it, or prepare it once with "
             f"python -c \"import tensorflow_datasets as tfds; tfds.load('{dataset}')\""
         ) from error
+    except tf.errors.OpError as error:
+        raise ValueError(
+            f"the files of {dataset} in {builder.data_dir} are damaged "
+            f"({error.message}). Prepare them anew"
+        ) from None
     names = {
         key: feature.names
         for key, feature in builder.info.features.items()

@@ -144,14 +144,14 @@ def prepare(
 
 def load(path: pathlib.Path, grey: bool = True) -> dict[str, Part]:
     """The three parts, images in [0, 1], float32, with one channel if `grey`."""
-    with hdf5.open_complete(path, KIND, TOOL) as file:
-        parts = {}
-        for part in PARTS:
-            images = file[f"{part}_images"][:].astype(np.float32) / 255
-            if grey:
-                images = images @ np.array(GREY, np.float32)[:, None]
-            labels = file[f"{part}_labels"][:].astype(np.int32)
-            parts[part] = Part(images, labels)
+    names = [f"{part}_{what}" for part in PARTS for what in ("images", "labels")]
+    arrays = hdf5.read_complete(path, KIND, TOOL, names)
+    parts = {}
+    for part in PARTS:
+        images = arrays.pop(f"{part}_images").astype(np.float32) / 255
+        if grey:
+            images = images @ np.array(GREY, np.float32)[:, None]
+        parts[part] = Part(images, arrays[f"{part}_labels"].astype(np.int32))
     return parts
 
 
@@ -164,7 +164,7 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
     parser.add_argument(
         "--validation-per-class", type=experiment.positive(int), default=100
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=experiment.seed, default=0)
     parser.add_argument(
         "--any-size", action="store_true", help="accept a sample of the digits"
     )

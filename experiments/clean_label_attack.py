@@ -611,10 +611,15 @@ def main(argv: list[str] | None = None) -> dict:
             chosen = choose_images(args)
         else:
             extractor = extractor_of(args)
+        pictures: dict[str, Pictures] = {}
+        if args.features is not None:
+            # There is nothing to make, and what is wrong shows before the folder is.
+            pictures, extractor = prepare_pictures(args, args.out, chosen, extractor)
         run = experiment.Run(args.out, experiment.settings(args), args.resume)
         summary = run.summary()
         if summary is None:
-            pictures, extractor = prepare_pictures(args, run.out, chosen, extractor)
+            if not pictures:
+                pictures, extractor = prepare_pictures(args, run.out, chosen, extractor)
             with experiment.one_line_nonfinite():
                 summary = run_attack(args, run, pictures, extractor)
             run.summarise(summary)

@@ -211,8 +211,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--upper-optimizer", choices=("sgd", "adam"))
     add("--inner-lr", type=above(float))
     add("--start-lr", type=above(float), help="iaptt-gm: rate of the learned start")
-    add("--alpha", type=above(float), help="bda: weight of the upper loss")
-    add("--alpha-decay", type=above(float), help="bda: its factor per inner step")
+    add("--alpha", type=experiment.share, help="bda: weight of the upper loss")
+    add("--alpha-decay", type=experiment.share, help="bda: its factor per step")
     add("--dynamics", choices=("gd", "nesterov-t", "nesterov-m"), default="gd")
     add("--gamma-init", type=experiment.at_least(float, 0))
     add("--gamma-max", type=above(float))
@@ -253,11 +253,6 @@ def fill_defaults(
             f"--gamma-max must not be below --gamma-init, got {args.gamma_max} and "
             f"{args.gamma_init}: raise it"
         )
-    for name in ("alpha", "alpha_decay"):
-        value = getattr(args, name)
-        if value is not None and value > 1:
-            flag = experiment.flag(name)
-            parser.error(f"{flag} must be above 0 and at most 1, got {value}")
     if args.dynamics != "gd" and args.inner_lr is None:
         parser.error(
             f"--dynamics means nothing to --method {args.method}, which makes no "

@@ -285,8 +285,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--final-lr", type=above(float), help="rhg to iaptt-gm: of the inner steps")
     add("--start-lr", type=above(float), help="iaptt-gm: of the head's start")
     add("--last", type=above(int), help="t-rhg: inner steps to differentiate")
-    add("--alpha", type=above(float), help="bda: weight of f in the first inner step")
-    add("--alpha-decay", type=above(float), help="bda")
+    add("--alpha", type=experiment.share, help="bda: weight of f at the first step")
+    add("--alpha-decay", type=experiment.share, help="bda: its factor per step")
     add("--proximal", type=above(float), help="imaml: weight of |y - x|^2 / 2 in g")
     add("--cg-steps", type=above(int), help="imaml")
     add(

@@ -35,9 +35,11 @@ import itertools
 import json
 import os
 import pathlib
+import pickle
 import resource
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -220,6 +222,11 @@ def fetch(args: argparse.Namespace) -> tuple[Part, Part, np.ndarray, int]:
             f"scikit-learn keeps its vectorised copy beside the data, and {home} "
             "cannot be written. Copy the folder and set SCIKIT_LEARN_DATA to the copy"
         ) from error
+    except (EOFError, pickle.UnpicklingError, zlib.error, ValueError) as error:
+        raise ValueError(
+            f"a file of 20 Newsgroups in {home} is damaged ({error}). Delete "
+            "20newsgroup_vectorized*.pkl there, or copy the folder anew"
+        ) from None
     except OSError as error:
         raise FileNotFoundError(
             f"20 Newsgroups is not in {home}. Set SCIKIT_LEARN_DATA (or --data-dir) to "

@@ -183,8 +183,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--upper-lr", type=above(float), help="of x and of a learned start")
     add("--inner-lr", type=above(float))
     add("--settle", type=float, help="last part of the steps, at a tenth of the rate")
-    add("--alpha", type=above(float), help="bda: weight of F at the first inner step")
-    add("--alpha-decay", type=above(float), help="bda: its factor from step to step")
+    add("--alpha", type=experiment.share, help="bda: weight of F at the first step")
+    add("--alpha-decay", type=experiment.share, help="bda: its factor per step")
     add("--solver-steps", type=above(int), help="ls, ns: products")
     add(
         "--project-inner",
@@ -227,12 +227,8 @@ def check(parser: experiment.Parser, args: argparse.Namespace) -> None:
             )
     if args.project_inner and "sine" not in args.example:
         parser.error("--project-inner needs --example sine: only its y is bounded")
-    for knob in ("settle", "alpha", "alpha_decay"):
-        value = getattr(args, knob)
-        if value is not None and not 0 <= value <= 1:
-            parser.error(
-                f"{experiment.flag(knob)} must be between 0 and 1, got {value}"
-            )
+    if args.settle is not None and not 0 <= args.settle <= 1:
+        parser.error(f"--settle must be between 0 and 1, got {args.settle}")
     knobs = [field.name for field in dataclasses.fields(Settings)]
     given = {k: getattr(args, k) for k in knobs if getattr(args, k) is not None}
     args.settings = {

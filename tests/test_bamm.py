@@ -117,6 +117,50 @@ def test_curvature_that_is_not_positive_is_reported_and_moves_nothing() -> None:
         assert (float(step.state["multiplier"]) == 0.0) == (choice == "exact")
 
 
+def test_a_multiplier_that_grows_is_reported(recwarn) -> None:
+    """eta times the largest eigenvalue above 2, and below."""
+    oracle = quadratic()
+    x, y, batches = oracle.at("float64")
+    largest = np.linalg.eigvalsh(oracle.hessian(flat(oracle.x))).max()
+
+    def follow(eta: float) -> None:
+        method = tb.BAMM(SGD(RATE), multiplier_rate=eta / RATE, decay=0.0)
+        tb.minimize(oracle.problem, method, x, y, SGD(1e-6), batches, steps=60)
+
+    follow(1.9 / largest)
+    assert not [w for w in recwarn if w.category is tb.DivergenceWarning]
+    with pytest.warns(tb.DivergenceWarning, match="BAMM diverged at outer step"):
+        follow(2.4 / largest)
+
+
+def test_an_upper_slope_that_is_not_finite_stops_the_step_that_meets_it() -> None:
+    """f is finite, f_y is not: v would be lost, and the error come a step later."""
+    target = tf.constant([0.2, 0.3])
+    problem = tb.Problem(
+        lambda x, y, batch: tf.reduce_sum(x * x) + tf.norm(y),
+        lambda x, y, batch: 0.5 * tf.reduce_sum((y - (x - target)) ** 2),
+    )
+    method, y = tb.BAMM(SGD(0.1)), tf.zeros([2])
+    with pytest.raises(tb.NonFiniteError, match="the upper gradient.* outer step 0"):
+        tb.minimize(problem, method, target, y, SGD(0.1), tb.Batches(None, None), 1)
+
+
+@pytest.mark.parametrize("aggregate", [None, tb.Aggregation(0.3)])
+def test_the_step_of_x_is_the_derivative_of_its_objective(aggregate) -> None:
+    """Where v is not zero, on variables that are nests."""
+    oracle = nested()
+    x, y, batches = oracle.at("float64")
+    method = tb.BAMM(SGD(RATE), aggregate=aggregate)
+    state = method.init(oracle.problem, x, y)
+    for _ in range(3):
+        step = method.step(oracle.problem, x, y, batches, state)
+        y, state = step.lower, step.state
+    report = tb.check_hypergradient(
+        oracle.problem, method, x, y, batches, state=state, probes=3
+    )
+    assert report.error < 1e-7
+
+
 @pytest.mark.parametrize("choice", ["scheduled", "exact"])
 def test_it_ends_where_the_true_hypergradient_vanishes(choice: str) -> None:
     oracle = quadratic()

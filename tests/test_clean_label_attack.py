@@ -234,6 +234,7 @@ def test_a_bundle_with_a_feature_model(tmp_path, capsys):
     with pytest.raises(SystemExit):
         attack.main([*flags, "--out", str(tmp_path / "other")])
     assert "features of another network" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize(

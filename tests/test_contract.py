@@ -282,8 +282,6 @@ METHODS = [
         "bamm",
         lambda oracle: tb.BAMM(rate()),
         bamm,
-        None,
-        True,
         oracles=("quadratic", "scalar"),  # f_x is connected in these
     ),
     Row(

@@ -83,3 +83,18 @@ def test_unfinished_work(tmp_path):
     writer.fill("a", [np.arange(2)])
     writer.close()
     assert refused(partial, partial.read_bytes(), lambda: begin().close()) > PLACES // 2
+
+
+def test_finished_work(tmp_path):
+    path = tmp_path / "work.h5"
+    shapes = {"a": ((40,), np.int64), "b": ((20, 30), np.float32)}
+    writer = hdf5.Writer(path, "kind", {"seed": 0}, shapes)
+    writer.fill("a", [np.arange(40)])
+    writer.fill("b", [np.ones((20, 30))])
+    writer.finish()
+
+    def read() -> None:
+        hdf5.read_complete(path, "kind", "the tool", shapes)
+
+    read()
+    assert refused(path, path.read_bytes(), read) > PLACES

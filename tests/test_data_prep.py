@@ -1,5 +1,6 @@
 """Label noise and the small image sets."""
 
+import shutil
 from unittest import mock
 
 import numpy as np
@@ -108,6 +109,14 @@ def test_cifar10_is_read_as_published(cifar10):
     wanted = sorted(zip(records[:, 0], map(bytes, planes), strict=True))
     got = sorted(zip(data.labels, map(bytes, data.images), strict=True))
     assert got == wanted
+
+
+def test_a_damaged_dataset_says_so(cifar10, tmp_path):
+    shutil.copytree(cifar10[0], tmp_path / "copy")
+    (path,) = (tmp_path / "copy").rglob("*train.tfrecord*")
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(ValueError, match="files of cifar10 in .* are damaged"):
+        images.load_training_file("cifar10", tmp_path / "copy")
 
 
 def test_cifar10_runs_end_to_end(cifar10, tmp_path):

@@ -10,16 +10,23 @@ from typing import Any, NamedTuple
 import pytest
 
 import tfbilevel as tb
+from tfbilevel import experiment
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md"]
 FENCED = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-PUBLIC = sorted(
-    name
-    for name, value in vars(tb).items()
-    if not isinstance(value, types.ModuleType)
-    and (not name.startswith("_") or name == "__version__")
-)
+
+
+def public_names(module: types.ModuleType) -> list[str]:
+    return sorted(
+        name
+        for name, value in vars(module).items()
+        if not isinstance(value, types.ModuleType)
+        and (not name.startswith("_") or name == "__version__")
+    )
+
+
+PUBLIC = public_names(tb)
 
 
 class Block(NamedTuple):
@@ -84,6 +91,8 @@ def test_builds_without_a_warning_and_lists_every_public_name(
     reference = (built / "reference.html").read_text()
     for name in PUBLIC:
         assert name == "__version__" or f'id="tfbilevel.{name}"' in reference, name
+    for name in public_names(experiment):
+        assert f'id="tfbilevel.experiment.{name}"' in reference, name
 
 
 @pytest.mark.parametrize("name", PUBLIC)

@@ -115,8 +115,9 @@ def test_no_validation_data_where_the_inner_loop_needs_none() -> None:
         ({"truncate_iters": 4}, "`truncate_iters` must be below `lower_loop`"),
         ({"truncate_iters": -1}, "`truncate_iters` must be an integer"),
         ({"truncate_iters": 2, "ll_opt": None}, "`ll_opt` must be given"),
-        ({"alpha": -0.1}, "`alpha` must be between 0 and 1"),
-        ({"alpha": 1.1}, "`alpha` must be between 0 and 1"),
+        ({"alpha": -0.1}, "`alpha` must be a finite number, between 0 and 1"),
+        ({"alpha": 1.1}, "`alpha` must be a finite number, between 0 and 1"),
+        ({"alpha": "0.4"}, "`alpha` must be a finite number, between 0 and 1"),
         (
             {"alpha": 0.5, "alpha_decay": 0.0},
             "`decay` must be a finite number, above 0",
@@ -127,6 +128,15 @@ def test_no_validation_data_where_the_inner_loop_needs_none() -> None:
 def test_invalid_combinations(options, message) -> None:
     with pytest.raises(ValueError, match=message):
         make(**options)
+
+
+def test_an_auxiliary_model_of_another_shape_is_refused_untouched() -> None:
+    other = keras.Sequential([keras.Input((7,)), keras.layers.Dense(2)])
+    before = other.get_weights()
+    with pytest.raises(ValueError, match="`auxiliary_model` must be built like"):
+        optimize(make(), auxiliary_model=other)
+    for value, was in zip(other.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(value, was)
 
 
 def test_a_nan_is_an_error_and_moves_nothing() -> None:

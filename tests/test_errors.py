@@ -232,6 +232,7 @@ METHODS: dict[str, Callable[[], tb.Method]] = {
     "unroll replay": lambda: tb.Unroll(inner()),
     "unroll checkpoint": lambda: tb.Unroll(inner(), memory="checkpoint"),
     "unroll tape": lambda: tb.Unroll(inner(), memory="tape"),
+    "unroll pessimistic": lambda: tb.Unroll(inner(), end="pessimistic"),
     "implicit": lambda: tb.Implicit(inner(), tb.ConjugateGradient(3)),
     "gap": lambda: tb.ValueGap(inner(), SGD(0.1), 1.0),
     "gap constant": lambda: tb.ValueGap(None, SGD(0.1), 1.0),

@@ -318,8 +318,8 @@ def test_no_clock_runs_before_the_first_evaluation_is_whole(tmp_path):
         (["--method", "oracle", "--outer-steps", "7"], "--outer-steps means nothing"),
         (["--method", "val-only", "--jit", "off"], "--jit means nothing"),
         (["--method", "train+val", "--dynamics", "nesterov-t"], "--dynamics means"),
-        (["--method", "bda", "--alpha", "2"], "--alpha must be above 0"),
-        (["--method", "bda", "--alpha-decay", "1.1"], "--alpha-decay must be above 0"),
+        (["--method", "bda", "--alpha", "2"], "--alpha: must be above 0 and at"),
+        (["--method", "bda", "--alpha-decay", "1.1"], "--alpha-decay: must be"),
         (
             ["--method", "g-pbgd", "--dynamics", "nesterov-t"],
             "--dynamics means nothing",
@@ -335,6 +335,7 @@ def test_no_clock_runs_before_the_first_evaluation_is_whole(tmp_path):
         (["--gamma-init", "-1"], "at least 0"),
         (["--reg", "nan"], "at least 0"),
         (["--resume"], "folder with a run"),
+        (["--seed", "-1"], "--seed: must be from 0"),
     ],
 )
 def test_bad_flags_are_one_line_and_leave_nothing(flags, message, tmp_path, capsys):
@@ -367,6 +368,12 @@ def test_a_folder_in_use_or_other_settings_are_refused(tmp_path, capsys):
             cleaning.main([*flags, *wrong])
         assert stop.value.code == 2
     assert "other seed" in capsys.readouterr().err
+    for foreign in ("{}", "[1]", "not JSON"):
+        (tmp_path / "config.json").write_text(foreign)
+        with pytest.raises(SystemExit) as stop:
+            cleaning.main([*flags, "--resume"])
+        assert stop.value.code == 2
+        assert "was not written by a run" in capsys.readouterr().err
 
 
 def test_a_killed_cleaning_run_resumes_to_the_same_numbers(tmp_path):

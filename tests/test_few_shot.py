@@ -140,6 +140,8 @@ def test_new_tasks_are_learned_as_in_training_unless_asked():
         (["--method", "meta-sgd", "--test-lr", "1"], "--test-lr means nothing"),
         (["--method", "rhg", "--head", "blocks", "--head-blocks", "4"], "at most 3"),
         (["--ways", "0"], "must be above zero"),
+        (["--method", "bda", "--alpha", "2"], "--alpha: must be above 0 and at most 1"),
+        (["--seed", "-1"], "--seed: must be from 0"),
         (
             ["--method", "penalty", "--regulariser", "distance"],
             "needs a head that has one start",

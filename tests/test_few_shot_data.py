@@ -67,6 +67,11 @@ def test_saving_and_a_class_in_two_splits(tmp_path):
     ):
         classes.save(tmp_path / "y.npz", leaking)
     assert not (tmp_path / "y.npz").exists()
+    arrays = dict(np.load(tmp_path / "x.npz"))
+    arrays["test_names"] = arrays["train_names"][: len(arrays["test_names"])]
+    np.savez(tmp_path / "leaks.npz", **arrays)
+    with pytest.raises(ValueError, match="share no class, but 0a is in train and in"):
+        classes.load(tmp_path / "leaks.npz")
     np.savez(tmp_path / "z.npz", a=1)
     with pytest.raises(ValueError, match="not a file of classes"):
         classes.load(tmp_path / "z.npz")

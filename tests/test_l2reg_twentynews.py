@@ -527,6 +527,22 @@ def test_a_data_folder_that_cannot_be_written_is_named(
     assert "cannot be written" in capsys.readouterr().err
 
 
+def test_a_copy_that_a_kill_has_cut_short_is_named(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any
+):
+    """scikit-learn writes its vectorised copy in place; joblib then meets its end."""
+
+    def fetch(**keywords: Any) -> None:
+        raise EOFError
+
+    monkeypatch.setattr(news.sklearn.datasets, "fetch_20newsgroups_vectorized", fetch)
+    flags = ["--out", str(tmp_path / "run"), "--data-dir", str(tmp_path)]
+    with pytest.raises(SystemExit) as stop:
+        news.main(flags)
+    assert stop.value.code == 2
+    assert "is damaged" in capsys.readouterr().err
+
+
 def test_divergence_is_one_line(tmp_path: Any, capsys: Any):
     flags = ["--method", "reverse", "--inner-lr", "1e30", "--out", str(tmp_path)]
     with pytest.raises(SystemExit) as stop:

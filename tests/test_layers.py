@@ -43,6 +43,11 @@ def test_feature_penalties_are_half_the_weighted_squares(shape):
     np.testing.assert_allclose(penalties.coefficients, np.exp(LOGITS), rtol=1e-6)
 
 
+def test_a_kernel_with_other_rows_is_refused():
+    with pytest.raises(ValueError, match="`kernel` must have one row per feature"):
+        tb.FeaturePenalties(4)(np.ones((3, 4), "float32"))
+
+
 @pytest.mark.parametrize("jit", [False, True])
 def test_feature_penalties_have_both_derivatives(jit):
     """Gradient and Hessian-vector product, written out in NumPy."""

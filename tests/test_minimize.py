@@ -464,3 +464,38 @@ def test_the_first_quantity_is_named_when_several_are_not_finite() -> None:
     with pytest.raises(tb.NonFiniteError) as caught:
         tb.minimize(problem, tb.Unroll(inner(1)), 1.0, 1.0, SGD(0.1), NO_DATA, steps=2)
     assert caught.value.quantity == "the upper loss"
+
+
+class Harmonic(keras.optimizers.schedules.LearningRateSchedule):
+    """1 / (step + 1), which Keras could not write to a file."""
+
+    def __call__(self, step: Any) -> Any:
+        return 1.0 / (tf.cast(step, tf.float32) + 1.0)
+
+
+def test_a_schedule_of_ones_own_at_the_upper_level() -> None:
+    """f = x: the steps are 1, 1/2 and 1/3."""
+    problem = tb.Problem(
+        lambda x, y, batch: x + 0.0 * y, lambda x, y, batch: (y - x) ** 2
+    )
+    method = tb.GradientNorm(keras.optimizers.SGD(0.1), 0.0)
+    zero, none = tf.constant(0.0, tf.float64), tb.Batches(None, None)
+    upper = keras.optimizers.SGD(Harmonic())
+    found = tb.minimize(problem, method, zero, zero, upper, none, steps=3)
+    assert float(found.upper) == pytest.approx(-11 / 6, rel=1e-6)
+
+
+def test_what_is_not_a_method_is_refused() -> None:
+    zero, none = tf.constant(0.0), tb.Batches(None, None)
+    with pytest.raises(ValueError, match="`method` must be a tb.Method"):
+        tb.minimize(
+            quadratic().problem,
+            tb.InnerSolver(keras.optimizers.SGD(0.1), 2),
+            zero,
+            zero,
+            keras.optimizers.SGD(0.1),
+            none,
+            steps=3,
+        )
+    with pytest.raises(ValueError, match="`method` must be a tb.Method"):
+        tb.check_hypergradient(quadratic().problem, "unroll", zero, zero, none)

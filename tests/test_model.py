@@ -561,6 +561,26 @@ def test_unconnected_variable_is_named_by_its_path():
             ),
             "`upper`",
         ),
+        (
+            lambda: tb.BilevelModel(network(), network(), None, lower_loss),
+            "`upper_loss` must be callable",
+        ),
+        (
+            lambda: tb.BilevelModel(network(), network(), upper_loss, "mse"),
+            "`lower_loss` must be callable",
+        ),
+        (
+            lambda: tb.BilevelModel(
+                network(), network(), upper_loss, lower_loss, prepare="features"
+            ),
+            "`prepare` must be callable",
+        ),
+        (
+            lambda: tb.BilevelModel(
+                network(), network(), upper_loss, lower_loss, lower_start=[1.0]
+            ),
+            "`lower_start` must be callable",
+        ),
         (lambda: make().fit(full_batch().take(0)), "`x` must not be empty"),
         (lambda: make().compile("unroll", keras.optimizers.SGD(0.1)), "`method`"),
         (lambda: make().compile(unroll(), "sgd"), "`upper_optimizer`"),

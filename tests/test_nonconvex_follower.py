@@ -305,7 +305,7 @@ def test_a_run_is_resumed_to_the_same_rows_and_never_overwritten(tmp_path, capsy
         (["--outer-steps", "0"], "above zero"),
         (["--inner-lr", "nan"], "above zero"),
         (["--settle", "1.5"], "--settle must be between 0 and 1"),
-        (["--alpha", "2"], "--alpha must be between 0 and 1"),
+        (["--alpha", "2"], "--alpha: must be above 0 and at most 1"),
         (["--example", "counter", "--method", "ls"], "--method ls means nothing"),
         (["--example", "sine", "convex", "--method", "rhg"], "--example convex has no"),
         (["--method", "ns", "--example", "sine", "--alpha", "1"], "--alpha means"),

@@ -234,6 +234,8 @@ def test_combinations_that_exclude_each_other() -> None:
             ValueError, match="`decay` must be a finite number, above 0"
         ):
             tb.Aggregation(0.5, decay)
+    with pytest.raises(ValueError, match="`alpha` must be above 0"):
+        tb.Aggregation(tb.LinearRamp(0.5, 3.0, 5))
     with pytest.raises(ValueError, match="decays by itself"):
         tb.Aggregation(Harmonic(), 0.9)
     early = tb.InnerSolver(SGD(T), steps=5, tolerance=1e-3)

@@ -292,6 +292,19 @@ def test_an_upper_gradient_that_is_not_finite_is_not_dropped(name: str) -> None:
         tb.minimize(problem, method, x, y, SGD(0.1), tb.Batches(None, None), 1)
 
 
+def test_a_rank_one_gradient_that_is_not_finite_is_not_dropped() -> None:
+    """As above, where g_y = 0 made 0 of NaN / 0."""
+    x = tf.constant([0.2, 0.3])
+    problem = tb.Problem(
+        lambda c, y, batch: tf.reduce_sum(c * c) + tf.norm(y),
+        lambda c, y, batch: 0.5 * tf.reduce_sum((y - (c - x)) ** 2),
+    )
+    method = tb.RankOne(tb.InnerSolver(SGD(1.0), 2))
+    with pytest.raises(tb.NonFiniteError, match="the upper gradient"):
+        none = tb.Batches(None, None)
+        tb.minimize(problem, method, x, tf.zeros([2]), SGD(0.1), none, 1)
+
+
 def quadratic(**options: Any) -> tb.Problem:
     return tb.Problem(
         lambda x, y, batch: 0.5 * tf.reduce_sum((y - 1.0) ** 2),

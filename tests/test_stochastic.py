@@ -245,3 +245,9 @@ def test_ranges() -> None:
         tb.StocBiO(inner, factors="new")
     with pytest.raises(ValueError, match="`lower_power` and `upper_power`"):
         tb.TTSA(SGD(0.1), lower_power=0.7, upper_power=0.3)
+    with pytest.raises(ValueError, match="`lower_power` must be a finite number"):
+        tb.TTSA(SGD(0.1), lower_power="0.4")
+    with pytest.raises(ValueError, match="`seed` must be an integer"):
+        tb.TTSA(SGD(0.1), seed=0.5)
+    with pytest.raises(ValueError, match="`seed` must be an integer"):
+        tb.BSA(tb.InnerSolver(SGD(0.1), 1), seed="a")

@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from tfbilevel._arguments import require_number, share
 from tfbilevel._problem import Batches, Prepared
-from tfbilevel._schedules import Schedule, as_schedule
+from tfbilevel._schedules import Schedule, as_schedule, at_ends
 from tfbilevel._task_loss import TaskLoss, losses
 
 
@@ -19,7 +19,8 @@ class Aggregation:
 
     For lower problems with many solutions: the upper loss chooses among them. Each
     inner step costs one gradient of f besides that of g. Give it to `tb.Unroll`,
-    `tb.Implicit`, `tb.RankOne` or `tb.FiniteDifference`.
+    `tb.Implicit`, `tb.RankOne` or `tb.FiniteDifference`; to `tb.BAMM`, which makes one
+    lower step per outer step, and t is the outer step.
 
     Args:
         alpha: a_0, in (0, 1]; or a schedule of the inner step t with values in
@@ -47,13 +48,12 @@ class Aggregation:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "schedule", as_schedule(self.alpha, "alpha"))
-        with tf.init_scope():
-            start = float(self.schedule(tf.constant(0, tf.int64)))
-        if not 0 < start <= 1:
+        start, end = at_ends(self.schedule)
+        if not (0 < start <= 1 and 0 <= end <= 1):
             raise ValueError(
                 "`alpha` must be above 0 and at most 1: it is the weight of the upper "
-                "loss in the inner direction. Leave the aggregation out for 0. "
-                f"Received: alpha={self.alpha!r}"
+                "loss in the inner direction; a schedule may end at 0. Leave the "
+                f"aggregation out for 0. Received: alpha={self.alpha!r}"
             )
         remedy = "Use 1 for a constant weight."
         require_number(self.decay, "decay", share, "above 0 and at most 1", remedy)
@@ -89,6 +89,13 @@ class Aggregation:
             problem=dataclasses.replace(here.problem, lower_loss=mixed),
             batches=_NumberedBatches(here.batches.upper, here.batches),
         )
+
+
+def aggregated(
+    aggregate: Aggregation | None, here: Prepared, at: Any = None
+) -> Prepared:
+    """The problem with its mixture for a lower loss, or as it is."""
+    return here if aggregate is None else aggregate.applied(here, at)
 
 
 def require_aggregation(aggregate: Any) -> None:

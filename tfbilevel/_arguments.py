@@ -25,6 +25,14 @@ def require_choice(value: Any, name: str, choices: tuple) -> None:
         )
 
 
+def require_callable(value: Any, name: str) -> None:
+    """Raise unless `value` can be called."""
+    if not callable(value):
+        raise ValueError(
+            f"`{name}` must be callable. Pass a function. Received: {name}={value!r}"
+        )
+
+
 def require_number(
     value: Any, name: str, holds: Callable[[Any], bool], rule: str, remedy: str = ""
 ) -> None:

@@ -8,7 +8,7 @@ import tensorflow as tf
 from tfbilevel import _derivatives as derivatives
 from tfbilevel import _structure as structure
 from tfbilevel._arguments import require_count
-from tfbilevel._method import Method
+from tfbilevel._method import Method, require_method
 from tfbilevel._problem import Batches, Problem
 
 DENSE_LIMIT = 2000
@@ -73,7 +73,10 @@ def check_hypergradient(
     held constant, the penalised loss. For small problems also against the dense
     implicit gradient f_x - g_xy g_yy^{-1} f_y at the lower variables that the method
     reached, which unrolled and implicit methods approach as the inner solve
-    converges. Use float64 variables for errors below 1e-4.
+    converges. (Always of g alone and after the step: with a pessimistic end, an
+    aggregation or `tb.BAMM` the method's own gradient is of another point or loss, and
+    the distance says how far that is, not that it is wrong.) Use float64 variables for
+    errors below 1e-4.
 
     Args:
         problem: the problem.
@@ -101,6 +104,7 @@ def check_hypergradient(
         True
     """
     require_count(probes, "probes")
+    require_method(method)
     upper, lower = structure.to_tensors(upper), structure.to_tensors(lower)
     structure.require_floating(upper, "upper")
     structure.require_floating(lower, "lower")

@@ -181,7 +181,7 @@ class _Pure:
             (kind,),
             {name: getattr(plain, name) for name in _PURE_METHODS},
         )
-        optimizer = pure.from_config(_config(original))
+        optimizer = pure.from_config(configuration(original))
         rate = optimizer._learning_rate
         if isinstance(rate, keras.Variable):
             # Keras stores the rate in float32; the state holds it in the
@@ -210,7 +210,7 @@ class _Pure:
         return self.optimizer.stateless_apply(state, gradients, leaves)
 
 
-def _config(optimizer: keras.optimizers.Optimizer) -> dict:
+def configuration(optimizer: keras.optimizers.Optimizer) -> dict:
     """The optimizer's configuration, with its schedule as it is.
 
     Keras would serialise a schedule and build another from that, which the user's own

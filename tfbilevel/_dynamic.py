@@ -7,7 +7,7 @@ import keras
 import tensorflow as tf
 
 from tfbilevel._aggregation import Aggregation
-from tfbilevel._arguments import require_count
+from tfbilevel._arguments import require_callable, require_count, require_number
 from tfbilevel._finite import NonFiniteError, first_nonfinite
 from tfbilevel._inner import InnerSolver
 from tfbilevel._model import BilevelModel
@@ -143,11 +143,9 @@ class Dynamic:
                 "`ll_opt` must be given with `truncate_iters`: it makes the steps that "
                 "are not differentiated. Pass a Keras optimizer. Received: ll_opt=None"
             )
-        if not 0 <= alpha <= 1:
-            raise ValueError(
-                "`alpha` must be between 0 and 1: the weight of the upper objective in "
-                f"the inner direction. Received: alpha={alpha}"
-            )
+        require_number(alpha, "alpha", lambda v: 0 <= v <= 1, "between 0 and 1")
+        require_callable(ul_objective, "ul_objective")
+        require_callable(ll_objective, "ll_objective")
         self.aggregation = Aggregation(alpha, alpha_decay) if alpha else None
         self.lower_loop, self.truncate_iters = lower_loop, truncate_iters
         self.acquire_max_loss, self.init_auxiliary = acquire_max_loss, init_auxiliary
@@ -238,6 +236,17 @@ class Dynamic:
                 "`init_opt` means nothing without init_auxiliary=True. Leave it out. "
                 f"Received: init_opt={init_opt!r}"
             )
+        if auxiliary_model is not None:
+            shapes = [
+                [tuple(v.shape) for v in model.trainable_variables]
+                for model in (auxiliary_model, self.ll_model)
+            ]
+            if shapes[0] != shapes[1]:
+                raise ValueError(
+                    "`auxiliary_model` must be built like the lower model, whose "
+                    "variables it is given. Build it by the same function. Received: "
+                    f"trainable variables of shapes {shapes[0]} for {shapes[1]}"
+                )
         upper = [tf.convert_to_tensor(v) for v in self.ul_model.trainable_variables]
         lower = [tf.convert_to_tensor(v) for v in self.ll_model.trainable_variables]
         step = self._step(

@@ -6,13 +6,11 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from tfbilevel._aggregation import Aggregation, require_aggregation
+from tfbilevel._aggregation import Aggregation, aggregated, require_aggregation
 from tfbilevel._arguments import require_choice
 from tfbilevel._inner import InnerSolver, Iterate, require_inner
 from tfbilevel._problem import Batches, Prepared, Problem
-from tfbilevel._trajectory import Span, search
-
-ENDS = ("final", "pessimistic")
+from tfbilevel._trajectory import ENDS, Span, search
 
 
 class Reached(NamedTuple):
@@ -62,7 +60,7 @@ class EndPoint:
 
     def reach(self, here: Prepared, lower: Any, state: dict) -> Reached:
         """All inner steps from where this outer step starts."""
-        along = here if self.aggregate is None else self.aggregate.applied(here)
+        along = aggregated(self.aggregate, here)
         arguments = (along.problem, along.upper, lower)
         steps: Any = self.inner.steps
         metrics = {}
@@ -77,7 +75,7 @@ class EndPoint:
             # lower variables is wanted.
             point = after._replace(lower=made.worst.lower)
             metrics["truncation"] = steps
-        there = here if self.aggregate is None else self.aggregate.applied(here, steps)
+        there = aggregated(self.aggregate, here, at=steps)
         return Reached(there, point, after, metrics)
 
     def objective(
@@ -85,12 +83,12 @@ class EndPoint:
     ) -> Callable[[Any], tf.Tensor]:
         """x -> f at the iterate that counts; which one that is does not change."""
         met = self.reach(problem.prepared(upper, batches), lower, state).metrics
-        steps = met.get("truncation", self.inner.steps)
 
         def value(x: Any) -> tf.Tensor:
             here = problem.prepared(x, batches)
-            if self.aggregate is not None:
-                here = self.aggregate.applied(here)
+            if self.end == "final":
+                return here.upper_loss(self.reach(here, lower, state).after.lower)
+            here = aggregated(self.aggregate, here)
             begun = self.inner.begin(here.problem, here.upper, lower, state)
             end, _ = self.inner.run(
                 here.problem,
@@ -98,7 +96,7 @@ class EndPoint:
                 here.batches,
                 begun,
                 0,
-                steps,
+                met["truncation"],
                 self.inner.steps,
             )
             return here.upper_loss(end.lower)

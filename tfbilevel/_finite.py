@@ -44,8 +44,8 @@ def warn_diverged(method: object, step: int | None = None) -> None:
         f"The linear solve of {type(method).__name__} diverged{when}: its "
         "hypergradient is wrong there. Usual causes: (a) a rate (eta) above 2 / "
         "(largest eigenvalue of the lower Hessian), (b) an indefinite lower Hessian, "
-        "(c) too few inner steps. Lower the rate, add damping, or use "
-        "tb.NormalConjugateGradient. The metric `diverged` counts such steps",
+        "(c) too few inner steps. Lower the rate; with tb.Implicit damping or "
+        "tb.NormalConjugateGradient help too. The metric `diverged` counts such steps",
         DivergenceWarning,
         stacklevel=3,
     )

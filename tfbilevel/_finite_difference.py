@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from tfbilevel import _derivatives as derivatives
 from tfbilevel import _structure as structure
-from tfbilevel._aggregation import Aggregation, require_aggregation
+from tfbilevel._aggregation import Aggregation, aggregated, require_aggregation
 from tfbilevel._arguments import positive, require_number
 from tfbilevel._inner import InnerSolver, require_fixed_length, require_inner
 from tfbilevel._method import Method, Step
@@ -28,8 +28,9 @@ class FiniteDifference(Method):
     the last inner step. Two gradients of the lower loss instead of a
     Hessian-vector product: for losses whose second derivatives TensorFlow lacks or
     computes slowly. In float32 the difference of nearly equal gradients costs digits;
-    prefer `Unroll` where it works. Optimizers other than plain SGD: v is first pulled
-    back through the optimizer's own update.
+    prefer `Unroll` where it works. There is no pessimistic end: of the one step that
+    the published method makes, it would be the final one. Optimizers other than plain
+    SGD: v is first pulled back through the optimizer's own update.
 
     Args:
         inner: the inner solver; the published method makes one step.
@@ -76,9 +77,7 @@ class FiniteDifference(Method):
     def step(
         self, problem: Problem, upper: Any, lower: Any, batches: Batches, state: Any
     ) -> Step:
-        here = problem.prepared(upper, batches)
-        if self.aggregate is not None:
-            here = self.aggregate.applied(here)
+        here = aggregated(self.aggregate, problem.prepared(upper, batches))
         inner, last = self.inner, self.inner.steps - 1
         iterate, pull_start = inner.begin_pullback(here, lower, state)
         iterate, _ = inner.run(

@@ -203,8 +203,6 @@ class Implicit(Method):
     def objective(
         self, problem: Problem, upper: Any, lower: Any, batches: Batches, state: Any
     ) -> Callable[[Any], tf.Tensor]:
-        if self.end == "final":
-            return super().objective(problem, upper, lower, batches, state)
         return self.end_point.objective(problem, upper, lower, batches, state["inner"])
 
     def _gradient_equation(self, here: Prepared, iterate: Any, rhs: Any) -> "_Equation":

@@ -91,6 +91,12 @@ class FeaturePenalties(_PositiveVector):
 
     def call(self, kernel: Any) -> Any:
         kernel = tf.convert_to_tensor(kernel)
+        if not kernel.shape.rank or kernel.shape[0] != self.count:
+            raise ValueError(
+                "`kernel` must have one row per feature, [count, ...]. Transpose it, "
+                f"or change `count`. Received: shape {kernel.shape}, "
+                f"count={self.count}"
+            )
         coefficients = tf.cast(tf.convert_to_tensor(self.coefficients), kernel.dtype)
         return _half_weighted_squares(
             coefficients, tf.reshape(kernel, [self.count, -1])

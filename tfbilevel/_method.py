@@ -39,6 +39,15 @@ class Step(NamedTuple):
         return structure.add_scaled(before, self.upper_scale, move)
 
 
+def require_method(method: Any) -> None:
+    """Raise unless it is a `tb.Method`."""
+    if not isinstance(method, Method):
+        raise ValueError(
+            "`method` must be a tb.Method such as tb.Unroll(inner) or "
+            f"tb.ValueGap(...). Received: method={method!r}"
+        )
+
+
 class Method(abc.ABC):
     """A way to solve bilevel problems: one frozen object with one pure `step`.
 

@@ -9,9 +9,9 @@ import tensorflow as tf
 
 from tfbilevel import _structure as structure
 from tfbilevel._arguments import require_count
-from tfbilevel._differentiable import UpdateRule, differentiable
+from tfbilevel._differentiable import UpdateRule, configuration, differentiable
 from tfbilevel._finite import NonFiniteError, first_nonfinite, warn_diverged
-from tfbilevel._method import Method
+from tfbilevel._method import Method, require_method
 from tfbilevel._problem import Batches, Problem, require_batches
 
 
@@ -73,12 +73,15 @@ def minimize(
         x <- P( x - upper_optimizer(hypergradient) ),    `steps` times
 
     For toys, tests and full-batch problems; `BilevelModel.fit` is for networks.
-    Traced once, all outer steps run in one call; going on with the same objects, and
-    the last result's variables and `state`, is not traced again. Memory: one step's,
-    plus the trace.
+    Traced once, all outer steps run in one call; going on with the same objects (no
+    dataset), and the last result's variables and `state`, is not traced again. Memory:
+    one step's, plus the trace.
 
     Many starts run as one problem when losses are sums over a leading axis that all
-    variables share: gradients do not mix. `stop` may then return one bool per
+    variables share: gradients do not mix. What a method takes of all its variables at
+    once it takes of all starts: the coefficient of `tb.RankOne`, the end of
+    `end="pessimistic"`, the exact step of `tb.BAMM`, an inner `tolerance`; with these
+    use `tb.over_tasks`, or one start per call. `stop` may then return one bool per
     start; a start that has stopped keeps its values and its step count.
 
     Args:
@@ -101,7 +104,8 @@ def minimize(
 
     Raises:
         ValueError: for variables, batches or optimizers of the wrong kind, or a
-            dataset with fewer elements than `steps`.
+            dataset that is known to have fewer elements than `steps` (of one that
+            does not know it, `tf.errors.OutOfRangeError` when it ends).
         tb.NonFiniteError: if a loss, gradient or variable stops being finite.
 
     Example:
@@ -118,6 +122,7 @@ def minimize(
         1.0
     """
     require_count(steps, "steps")
+    require_method(method)
     upper, lower = structure.to_tensors(upper), structure.to_tensors(lower)
     structure.require_floating(upper, "upper")
     structure.require_floating(lower, "lower")
@@ -129,7 +134,7 @@ def minimize(
             f"Received: jit_compile=True, batches={batches!r}"
         )
     source, data = _batch_source(batches, steps)
-    options = repr(upper_optimizer.get_config())
+    options = repr(configuration(upper_optimizer))
     parts = (problem, method, upper_optimizer, options, source, steps)
     rule, run = _loop_of((*parts, stop, trace, jit_compile), going_on=state is not None)
     if state is None:

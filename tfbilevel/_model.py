@@ -8,7 +8,7 @@ import keras
 import tensorflow as tf
 
 from tfbilevel import _structure as structure
-from tfbilevel._arguments import require_choice, require_count
+from tfbilevel._arguments import require_callable, require_choice, require_count
 from tfbilevel._derivatives import UnconnectedGradientError
 from tfbilevel._finite import UPPER_VARIABLES, first_nonfinite, warn_diverged
 from tfbilevel._functional import require_built
@@ -17,7 +17,7 @@ from tfbilevel._method import Method
 from tfbilevel._model_arguments import (
     require_apart,
     require_jit,
-    require_method,
+    require_method_for,
     require_start_optimizer,
     require_upper_optimizer,
 )
@@ -118,6 +118,11 @@ class BilevelModel(keras.Model):
         super().__init__(**keywords)
         if tasks is not None:
             require_count(tasks, "tasks")
+        # Here: the problem is given functions around them.
+        require_callable(upper_loss, "upper_loss")
+        require_callable(lower_loss, "lower_loss")
+        if prepare is not None:
+            require_callable(prepare, "prepare")
         self.tasks = tasks
         require_built(upper, "upper")
         require_built(lower, "lower")
@@ -130,6 +135,8 @@ class BilevelModel(keras.Model):
         if isinstance(lower_start, str):
             require_choice(lower_start, "lower_start", ("learned",))
             self.start = Start(lower)
+        elif lower_start is not None:
+            require_callable(lower_start, "lower_start")
         self.problem = Problem(
             upper_loss=self._at_variables(upper_loss),
             lower_loss=self._at_variables(lower_loss),
@@ -210,7 +217,7 @@ class BilevelModel(keras.Model):
         """
         require_choice(on_nonfinite, "on_nonfinite", ("raise", "skip"))
         require_jit(jit_compile)
-        require_method(method, self.tasks)
+        require_method_for(method, self.tasks)
         learned = self.start is not None
         require_upper_optimizer(upper_optimizer, learned)
         if start_optimizer is not None:

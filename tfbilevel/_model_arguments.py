@@ -4,7 +4,7 @@ from typing import Any
 
 import keras
 
-from tfbilevel._method import Method
+from tfbilevel._method import require_method
 
 
 def require_apart(upper: Any, lower: Any) -> None:
@@ -28,13 +28,9 @@ def require_jit(jit_compile: Any) -> None:
         )
 
 
-def require_method(method: Any, tasks: int | None) -> None:
+def require_method_for(method: Any, tasks: int | None) -> None:
     """Raise unless it is a method, one that solves every task anew if there are any."""
-    if not isinstance(method, Method):
-        raise ValueError(
-            "`method` must be a tb.Method such as tb.Unroll(inner) or "
-            f"tb.ValueGap(...). Received: method={method!r}"
-        )
+    require_method(method)
     if tasks is not None and method.moves_lower:
         raise ValueError(
             "`method` must solve every task anew with tb.BilevelModel(tasks=...), "

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from tfbilevel import _structure as structure
+from tfbilevel._arguments import require_callable
 from tfbilevel._derivatives import (
     Pullback,
     add_partials,
@@ -126,11 +127,8 @@ class Problem:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(Problem):
             value = getattr(self, field.name)
-            if not callable(value) and not (value is None and field.default is None):
-                raise ValueError(
-                    f"`{field.name}` must be callable. Pass a function. "
-                    f"Received: {field.name}={value!r}"
-                )
+            if not (value is None and field.default is None):
+                require_callable(value, field.name)
 
     @property
     def leading(self) -> int:
@@ -273,7 +271,8 @@ class Prepared(NamedTuple):
 
     def upper_losses(self, lower: Any) -> tf.Tensor:
         """f of every task, or the scalar f."""
-        return losses(self.problem.upper_loss)(self.upper, lower, self.batches.upper)
+        values = losses(self.problem.upper_loss)(self.upper, lower, self.batches.upper)
+        return values if self.problem.leading else require_scalar(values)
 
     def upper_partials(self, lower: Any) -> tuple[tf.Tensor, Any, Any]:
         """f as a user sees it, f_x (`None` where not connected) and f_y, every leaf

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from tfbilevel import _derivatives as derivatives
@@ -87,6 +88,9 @@ class RankOne(Method):
             structure.dot(gradient, adjoint, leading),
             structure.dot(gradient, gradient, leading),
         )
+        # Nothing times NaN is not nothing.
+        fine = tf.math.is_finite(structure.norm(adjoint, leading))
+        coefficient = tf.where(fine, coefficient, np.nan)
         response = pullback(-coefficient)[0]
         return Step(
             upper_gradient=here.gradient(partial, response),
@@ -103,6 +107,4 @@ class RankOne(Method):
     def objective(
         self, problem: Problem, upper: Any, lower: Any, batches: Batches, state: Any
     ) -> Callable[[Any], tf.Tensor]:
-        if self.end == "final":
-            return super().objective(problem, upper, lower, batches, state)
         return self.end_point.objective(problem, upper, lower, batches, state)

@@ -179,12 +179,19 @@ def as_schedule(value: Any, name: str) -> Schedule:
     )
 
 
+def at_ends(schedule: Schedule) -> tuple[float, float]:
+    """A schedule's value at its start and long after it."""
+    with tf.init_scope():
+        start, end = (
+            float(schedule(tf.constant(step, tf.int64))) for step in (0, 2**62)
+        )
+    return start, end
+
+
 def as_weight(value: Any, name: str) -> Schedule:
     """A schedule whose values are not negative at its start and its end."""
     schedule = as_schedule(value, name)
-    with tf.init_scope():
-        ends = [float(schedule(tf.constant(step, tf.int64))) for step in (0, 2**62)]
-    if min(ends) < 0:
+    if min(at_ends(schedule)) < 0:
         raise ValueError(
             f"`{name}` must not be negative: a penalty weight pulls towards the lower "
             f"solution. Received: {name}={value!r}"

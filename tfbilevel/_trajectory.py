@@ -11,6 +11,8 @@ from tfbilevel import _structure as structure
 from tfbilevel._inner import SERIAL, InnerSolver, Iterate
 from tfbilevel._problem import Prepared
 
+ENDS = ("final", "pessimistic")
+
 # In the reverse sweep each step's map is derived anew from a stored iterate, which
 # the next step's can begin before this one's adjoint is there.
 OVERLAPPED = 2

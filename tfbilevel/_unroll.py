@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from tfbilevel import _derivatives as derivatives
 from tfbilevel import _structure as structure
-from tfbilevel._aggregation import Aggregation, require_aggregation
+from tfbilevel._aggregation import Aggregation, aggregated, require_aggregation
 from tfbilevel._arguments import require_choice, require_count
 from tfbilevel._inner import (
     InnerSolver,
@@ -20,7 +20,7 @@ from tfbilevel._inner import (
 from tfbilevel._method import Method, Step
 from tfbilevel._problem import Batches, Prepared, Problem
 from tfbilevel._task_by_task import task_by_task
-from tfbilevel._trajectory import Span, checkpoint, replay, search, tape
+from tfbilevel._trajectory import ENDS, Span, checkpoint, replay, search, tape
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -109,7 +109,7 @@ class Unroll(Method):
     def __post_init__(self) -> None:
         require_inner(self.inner)
         require_fixed_length(self.inner, "Unroll")
-        require_choice(self.end, "end", ("final", "pessimistic"))
+        require_choice(self.end, "end", ENDS)
         require_choice(self.memory, "memory", ("replay", "checkpoint", "tape"))
         require_choice(self.skipped, "skipped", ("stop", "identity"))
         require_aggregation(self.aggregate)
@@ -202,8 +202,7 @@ class Unroll(Method):
         return value
 
     def _prepared(self, problem: Problem, upper: Any, batches: Batches) -> Prepared:
-        here = problem.prepared(upper, batches)
-        return here if self.aggregate is None else self.aggregate.applied(here)
+        return aggregated(self.aggregate, problem.prepared(upper, batches))
 
     def _skip(self, here: Prepared, iterate: Iterate) -> Iterate:
         """The steps that are not differentiated."""

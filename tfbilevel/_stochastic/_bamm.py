@@ -1,14 +1,16 @@
 """The single loop with a dual multiplier and averaged losses."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from tfbilevel import _derivatives as derivatives
 from tfbilevel import _structure as structure
-from tfbilevel._aggregation import Aggregation, require_aggregation
+from tfbilevel._aggregation import Aggregation, aggregated, require_aggregation
 from tfbilevel._arguments import (
     not_negative,
     positive,
@@ -17,9 +19,11 @@ from tfbilevel._arguments import (
 )
 from tfbilevel._differentiable import differentiable
 from tfbilevel._method import Method, Step
-from tfbilevel._problem import Batches, Problem
+from tfbilevel._problem import Batches, Prepared, Problem
 
 STEPS = ("scheduled", "exact")
+# |phi_yy v| stays within the largest |f_y| met as long as v follows its system.
+TOO_FAR = 10.0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -52,7 +56,8 @@ class BAMM(Method):
 
     The metrics hold `stationarity` (norm of phi_y), `residual` (|r| / |f_y|),
     `multiplier_rate` (eta_k) and `diverged`: 1 where an exact step met curvature that
-    is not positive.
+    is not positive, or |r| is beyond ten times the largest |f_y| so far: v grows, and
+    `multiplier_rate` is too large for the curvature.
 
     Args:
         lower_optimizer: a Keras optimizer of constant rate that `tb.differentiable`
@@ -116,27 +121,31 @@ class BAMM(Method):
         return True
 
     def init(self, problem: Problem, upper: Any, lower: Any) -> Any:
-        del problem, upper
+        del upper
+        multiplier = structure.zeros_like(structure.to_tensors(lower))
         return {
             "step": tf.constant(0, tf.int64),
             "optimizer": self.rule.init(lower),
-            "multiplier": structure.zeros_like(structure.to_tensors(lower)),
+            "multiplier": multiplier,
+            # The largest |f_y| so far, of each task its own.
+            "largest": structure.norm(multiplier, problem.leading),
         }
 
     def step(
         self, problem: Problem, upper: Any, lower: Any, batches: Batches, state: Any
     ) -> Step:
-        here = problem.prepared(upper, batches)
-        if self.aggregate is not None:
-            here = self.aggregate.applied(here, at=state["step"])
+        here = self._prepared(problem, upper, batches, state)
         lower, multiplier = structure.to_tensors(lower), state["multiplier"]
         upper_loss, partial, adjoint = here.upper_partials(lower)
         lower_loss, gradient, pullback = derivatives.lower_gradient_pullback(
             here.problem.lower_loss, here.upper, lower, here.batches.lower_at(0)
         )
-        mixed, curved = pullback(structure.scale(-1, multiplier))
-        against = structure.subtract(structure.scale(-1, curved), adjoint)
+        # An f_y that is not finite would be seen one step later, v lost: seen now.
         leading = here.problem.leading
+        slope = structure.norm(adjoint, leading)
+        sign = tf.where(tf.math.is_finite(slope), -1.0, np.nan)
+        mixed, curved = pullback(structure.scale(sign, multiplier))
+        against = structure.subtract(structure.scale(-1, curved), adjoint)
         square = structure.dot(against, against, leading)
         rate, upper_scale = self._steps(state["step"], square.dtype)
         broken = tf.zeros_like(square, tf.bool)
@@ -146,8 +155,9 @@ class BAMM(Method):
             curvature = structure.dot(against, pullback(against)[1], leading)
             broken = (curvature <= 0) & (square > 0)
             rate = tf.where(curvature > 0, structure.ratio(square, curvature), 0)
+        largest = tf.maximum(state["largest"], slope)
+        broken |= tf.sqrt(square) > TOO_FAR * largest
         moved, optimizer = self.rule.update(gradient, state["optimizer"], lower)
-        residual = structure.ratio(tf.sqrt(square), structure.norm(adjoint, leading))
         return Step(
             upper_gradient=here.gradient(partial, mixed),
             lower=problem.projected_lower(moved),
@@ -155,17 +165,38 @@ class BAMM(Method):
                 "step": state["step"] + 1,
                 "optimizer": optimizer,
                 "multiplier": structure.add_scaled(multiplier, -rate, against),
+                "largest": largest,
             },
             metrics={
                 "upper_loss": upper_loss,
                 "lower_loss": here.mean(lower_loss),
                 "stationarity": structure.norm(gradient, leading),
-                "residual": residual,
+                "residual": structure.ratio(tf.sqrt(square), slope),
                 "multiplier_rate": rate,
-                "diverged": tf.cast(broken, residual.dtype),
+                "diverged": tf.cast(broken, slope.dtype),
             },
             upper_scale=upper_scale,
         )
+
+    def objective(
+        self, problem: Problem, upper: Any, lower: Any, batches: Batches, state: Any
+    ) -> Callable[[Any], tf.Tensor]:
+        def value(x: Any) -> tf.Tensor:
+            here = self._prepared(problem, x, batches, state)
+            _, gradient = derivatives.lower_gradient(
+                here.problem.lower_loss, here.upper, lower, here.batches.lower_at(0)
+            )
+            product = here.mean(structure.dot(state["multiplier"], gradient))
+            f = here.upper_loss(lower)
+            return f - tf.cast(product, f.dtype)
+
+        return value
+
+    def _prepared(
+        self, problem: Problem, upper: Any, batches: Batches, state: Any
+    ) -> Prepared:
+        here = problem.prepared(upper, batches)
+        return aggregated(self.aggregate, here, at=state["step"])
 
     def _steps(self, step: tf.Tensor, dtype: tf.DType) -> tuple[tf.Tensor, tf.Tensor]:
         """eta_k and beta_k."""

@@ -6,6 +6,7 @@ from typing import Any
 import tensorflow as tf
 
 from tfbilevel import _structure as structure
+from tfbilevel._arguments import require_count
 from tfbilevel._inner import InnerSolver, require_inner
 from tfbilevel._method import Method, Step
 from tfbilevel._problem import Batches, Prepared, Problem
@@ -65,6 +66,7 @@ class BSA(Method):
     def __post_init__(self) -> None:
         require_inner(self.inner)
         require_series(self.max_steps, self.rate)
+        require_count(self.seed, "seed", least=0)
 
     @property
     def draws(self) -> int:

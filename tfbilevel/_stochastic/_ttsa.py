@@ -8,6 +8,7 @@ import tensorflow as tf
 
 from tfbilevel import _derivatives as derivatives
 from tfbilevel import _structure as structure
+from tfbilevel._arguments import not_negative, require_count, require_number
 from tfbilevel._differentiable import differentiable
 from tfbilevel._method import Method, Step
 from tfbilevel._problem import Batches, Problem
@@ -68,6 +69,9 @@ class TTSA(Method):
     def __post_init__(self) -> None:
         object.__setattr__(self, "rule", differentiable(self.lower_optimizer))
         require_series(self.max_steps, self.rate)
+        require_count(self.seed, "seed", least=0)
+        for name in ("lower_power", "upper_power"):
+            require_number(getattr(self, name), name, not_negative, "not negative")
         if not 0 <= self.lower_power <= self.upper_power <= 1:
             raise ValueError(
                 "`lower_power` and `upper_power` must satisfy 0 <= lower_power <= "

@@ -20,7 +20,9 @@ from tfbilevel.experiment._flags import (
     one_line_nonfinite as one_line_nonfinite,
 )
 from tfbilevel.experiment._flags import positive as positive
+from tfbilevel.experiment._flags import seed as seed
 from tfbilevel.experiment._flags import settings as settings
+from tfbilevel.experiment._flags import share as share
 from tfbilevel.experiment._inversion_free import InversionFree as InversionFree
 from tfbilevel.experiment._pictures import draw_images as draw_images
 from tfbilevel.experiment._run import Run as Run

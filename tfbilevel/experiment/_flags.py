@@ -29,7 +29,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument(
             "--resume", action="store_true", help="continue the run in --out"
         )
-        self.add_argument("--seed", type=int, default=0, help="of everything random")
+        self.add_argument("--seed", type=seed, default=0, help="of everything random")
 
     def error(self, message: str) -> NoReturn:
         print(f"{self.prog}: {message} (see --help)", file=sys.stderr)
@@ -137,6 +137,23 @@ def at_least(kind: type, least: float) -> Callable[[str], Any]:
 
     parse.__name__ = f"{kind.__name__} of at least {least}"
     return parse
+
+
+def share(text: str) -> float:
+    """An argparse type: a number above zero and at most one."""
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, got {text}")
+    return value
+
+
+def seed(text: str) -> int:
+    """An argparse type: a seed that NumPy, TensorFlow and Keras all take, and the next
+    ones after it too (`--trials`)."""
+    value = int(text)
+    if not 0 <= value < 2**31:
+        raise argparse.ArgumentTypeError(f"must be from 0 to 2^31 - 1, got {text}")
+    return value
 
 
 def finite(text: str) -> float:

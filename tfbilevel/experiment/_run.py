@@ -36,7 +36,13 @@ class Run:
                     "--resume needs a folder with a run in it. Start without "
                     f"--resume. Received: --out {self.out}"
                 )
-            before = json.loads(stored.read_text())["settings"]
+            try:
+                before = dict(json.loads(stored.read_text())["settings"])
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(
+                    f"{stored} was not written by a run of these scripts ({error!r}). "
+                    f"Start in a new folder. Received: --out {self.out}"
+                ) from None
             changed = sorted(
                 key
                 for key in {*before, *settings}
