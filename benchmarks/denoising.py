@@ -2,19 +2,16 @@
 
     python benchmarks/denoising.py --out runs/bench-denoising
 
-All make T = 20 steps of the network's weights (1,389,578) on batches of 200 + 200
-images, in this process and in turns; ApproxGrad 20 more on its linear system. It is
-timed twice: as the library does it, with one pass through the network for all products,
-and as `approxgrad-anew`, with a pass for every step of the solver: each is a session
-call of its own in the published script. The floor counts the multiplications of
-convolutions and dense layers alone, in units of one forward pass over a batch:
+Both make T = 20 steps of the network's weights (1,389,578) on batches of 200 + 200
+images, in this process and in turns; ApproxGrad 20 more on its linear system. The floor
+counts the multiplications of convolutions and dense layers alone, in units of one
+forward pass over a batch:
 
     gradient of a loss            3     forward, weight gradients, input gradients
     Hessian-vector product        6     where the gradient's forward pass is at hand
     penalty, inner step          12     gradients of f and g, one product
     ApproxGrad, inner step        3     gradient of g
     ApproxGrad, solver step      12     two products: the residual and its gradient
-      the same, anew             15     and a gradient of g, to have them of
 
 and divides them by the rate of a large matrix product, measured beside it.
 """
@@ -42,7 +39,6 @@ import data_denoising  # noqa: E402
 
 import tfbilevel as tb  # noqa: E402
 from data_prep import images  # noqa: E402
-from tfbilevel import _derivatives as derivatives  # noqa: E402
 
 SHAPE, BATCH = (28, 28, 1), 200
 LAYERS = {  # forward multiplications and additions of one image
@@ -62,34 +58,12 @@ def floor(method: str, steps: int, solver_steps: int) -> float:
     if method == "penalty":
         each = 2 * GRADIENT + PRODUCT
         return BATCH * (steps + 1) * each
-    gradients = steps + 2
-    if method == "approxgrad-anew":
-        gradients += solver_steps
-    return BATCH * (gradients * GRADIENT + (2 * solver_steps + 1) * PRODUCT)
+    inner = steps * GRADIENT
+    return BATCH * (inner + GRADIENT + GRADIENT + (2 * solver_steps + 1) * PRODUCT)
 
 
-class Anew(tb.Implicit):
-    """Derives the lower gradient anew in every step of the solver."""
-
-    def _gradient_equation(self, here: Any, iterate: Any, rhs: Any) -> Any:
-        equation = super()._gradient_equation(here, iterate, rhs)
-
-        def product(vector: Any) -> Any:
-            # The two of one step become one pass: TensorFlow merges what is the same.
-            _, _, pullback = derivatives.lower_gradient_pullback(
-                here.problem.lower_loss,
-                here.upper,
-                iterate.lower,
-                here.batches.lower_at(self.inner.steps),
-            )
-            return pullback(vector)[1]
-
-        return equation._replace(system=equation.system._replace(product=product))
-
-
-def build(contestant: str, steps: int) -> tuple[Any, Any, tuple]:
-    """The problem, the method, and the other arguments of one step."""
-    method = contestant.removesuffix("-anew")
+def build(method: str, steps: int) -> tuple[Any, tuple]:
+    """The model, and the arguments of one step."""
     flags = ["--out", "x", "--dataset", "mnist", "--method", method]
     flags += ["--train-size", "1000", "--inner-steps", str(steps)]
     args = data_denoising.parse_args(flags)
@@ -107,16 +81,14 @@ def build(contestant: str, steps: int) -> tuple[Any, Any, tuple]:
     batches = tb.Batches(upper, (*lower, tf.range(BATCH)))
     x = [tf.convert_to_tensor(model.upper.logits.value)]
     y = [tf.convert_to_tensor(v.value) for v in net.trainable_variables]
-    made = model.method
-    if contestant != method:
-        made = Anew(made.inner, made.solver)
-    return model.problem, made, (x, y, batches, made.init(model.problem, x, y))
+    state = model.method.init(model.problem, x, y)
+    return model, (x, y, batches, state)
 
 
-def compiled(problem: tb.Problem, method: tb.Method, xla: bool) -> Callable:
+def compiled(model: Any, xla: bool) -> Callable:
     @tf.function(autograph=False, jit_compile=xla)
     def step(x: list, y: list, batches: tb.Batches, state: Any) -> tb.Step:
-        return method.step(problem, x, y, batches, state)
+        return model.method.step(model.problem, x, y, batches, state)
 
     return step
 
@@ -149,27 +121,26 @@ def main(argv: list[str] | None = None) -> dict:
     args = parser.parse_args(argv)
     rate = matrix_rate()
     contestants = {}
-    for name in ("penalty", "approxgrad", "approxgrad-anew"):
-        problem, method, arguments = build(name, args.inner_steps)
-        step = compiled(problem, method, args.xla)
+    for method in ("penalty", "approxgrad"):
+        model, arguments = build(method, args.inner_steps)
+        step = compiled(model, args.xla)
         seconds_of(step, arguments)  # traces
-        contestants[name] = step, arguments
-    times: dict[str, list[float]] = {name: [] for name in contestants}
+        contestants[method] = step, arguments
+    times: dict[str, list[float]] = {method: [] for method in contestants}
     for _ in range(args.rounds):
-        for name, (step, arguments) in contestants.items():
-            times[name].append(seconds_of(step, arguments))
+        for method, (step, arguments) in contestants.items():
+            times[method].append(seconds_of(step, arguments))
     found: dict[str, Any] = {"matrix_gflops": rate / 1e9, "xla": args.xla}
-    for name, values in times.items():
-        operations = floor(name, args.inner_steps, args.inner_steps)
-        found[name] = {
+    for method, values in times.items():
+        operations = floor(method, args.inner_steps, args.inner_steps)
+        found[method] = {
             "milliseconds": 1000 * statistics.median(values),
             "all_milliseconds": [1000 * value for value in values],
             "gflop": operations / 1e9,
             "floor_milliseconds": 1000 * operations / rate,
         }
-    for name in ("approxgrad", "approxgrad-anew"):
-        ratios = [b / a for a, b in zip(times["penalty"], times[name], strict=True)]
-        found[f"{name}_over_penalty"] = statistics.median(ratios)
+    ratios = [b / a for a, b in zip(times["penalty"], times["approxgrad"], strict=True)]
+    found["approxgrad_over_penalty"] = statistics.median(ratios)
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "denoising.json").write_text(json.dumps(found, indent=2) + "\n")
     print(json.dumps(found, indent=2))
