@@ -214,6 +214,7 @@ METHODS = [
         ),
         mixture(1),
         {"float64": 2e-5, "float32": 2e-3},
+        oracles=("nested",),
     ),
     Row(
         "implicit-pessimistic",
@@ -221,6 +222,7 @@ METHODS = [
         at_worst(references.implicit),
         None,
         True,
+        oracles=("nested",),
     ),
     Row(
         "implicit-bda",
@@ -230,6 +232,7 @@ METHODS = [
         implicit_mixture(pessimistic=False),
         None,
         True,
+        oracles=("nested",),
     ),
     Row(
         "implicit-bda-pessimistic",
@@ -242,6 +245,7 @@ METHODS = [
         implicit_mixture(pessimistic=True),
         None,
         True,
+        oracles=("scalar", "nested"),
     ),
     Row(
         "rank-one-pessimistic",
@@ -249,6 +253,7 @@ METHODS = [
         at_worst(references.rank_one),
         None,
         True,
+        oracles=("nested",),
     ),
     Row("rank-one", lambda oracle: tb.RankOne(inner(oracle, 1)), rank_one, None, True),
     Row("implicit-normal-cg", implicit(tb.NormalConjugateGradient(13)), exact),
