@@ -83,10 +83,11 @@ CHARACTERS = ("glyphs", "omniglot")
 WHOLE = ("maml", "fomaml", "meta-sgd", "imaml")  # all weights are lower variables
 FRESH = ("fo-itd-bio", "approxgrad", "penalty")  # heads are drawn anew
 LEARNED = ("anil", "iaptt-gm")  # head starts are upper variables
+FOLLOWERS = ("rhg", "t-rhg", "bda", "iaptt-gm")  # of the IAPTT-GM paper
 METHODS = (
     *WHOLE,
     *("anil", "itd-bio", "fo-itd-bio"),
-    *("rhg", "t-rhg", "bda", "iaptt-gm"),
+    *FOLLOWERS,
     *("approxgrad", "penalty"),
 )
 NETWORKS = (
@@ -151,21 +152,31 @@ def stocbio(
 
 
 def iaptt(dataset: str, network: str | None, **other: Any) -> Settings:
-    """Few-shot learning of the IAPTT-GM paper."""
-    character = dataset in CHARACTERS
+    """Few-shot learning of the IAPTT-GM paper; head and rates for characters: ours."""
+    images: dict[str, Any] = {
+        "network": "pool-norm-relu",
+        "filters": 32,
+        "head": "linear" if network in VECTORS else "conv",
+        "inner_lr": 0.01,
+        "final_lr": 0.001,
+        "test_lr": 0.1,
+    }
+    characters: dict[str, Any] = {
+        "network": "relu-pool-norm",
+        "filters": 64,
+        "head": "cosine",
+        "inner_lr": 0.4,
+        "final_lr": 0.04,
+        "test_lr": 0.4,
+    }
     return Settings(
-        network="relu-pool-norm" if character else "pool-norm-relu",
-        filters=64 if character else 32,
-        head="linear" if character or network in VECTORS else "conv",
+        **(characters if dataset in CHARACTERS else images),
         queries=15,
         tasks=4,
         upper_lr=1e-3,
-        inner_lr=0.01,
-        final_lr=0.001,
         inner_steps=10,
         outer_steps=80_000,
         test_steps=10,
-        test_lr=0.1,
         test_tasks=1000,
         **other,
     )
@@ -216,13 +227,14 @@ def published(
     """The method's own settings; ours where its paper has none for the data set."""
     if method in ("approxgrad", "penalty"):
         return inversion_free(method, dataset, ways, shots, network)
-    if method in ("rhg", "t-rhg", "bda", "iaptt-gm"):
+    if method in FOLLOWERS:
         own: dict[str, Any] = {
             "t-rhg": {"last": 5},
             "bda": {"alpha": 0.4, "alpha_decay": 0.9},
             "iaptt-gm": {"start_lr": 1e-3},
         }
         return iaptt(dataset, network, **own.get(method, {}))
+    learned = {"test_lr": None} if method == "meta-sgd" else {}  # its rates
     if dataset in CHARACTERS:
         # MAML's and iMAML's own papers; heads: ours.
         if method == "imaml":
@@ -231,9 +243,7 @@ def published(
         if method in WHOLE:
             few = {"inner_lr": 0.4, "steps": 1, "tasks": 32, "test_steps": 3}
             many = {"inner_lr": 0.1, "steps": 5, "tasks": 16}
-            own = many if ways >= 20 else few
-            if method == "meta-sgd":  # its rates are learned
-                own["test_lr"] = None
+            own = (many if ways >= 20 else few) | learned
             return stocbio(1e-3, outer_steps=60_000, **own)
         return stocbio(2e-3, 0.4, 5, 10_000, head="cosine", tasks=8)
     small = dataset in ("fc100", "cifar-fs")
@@ -242,8 +252,8 @@ def published(
         return stocbio(1e-3, 0.1, 10, 60_000, **own)
     if method in WHOLE:
         if small:
-            return stocbio(1e-3, 0.5, 3, 1200)
-        return stocbio(3e-3, 0.01, 5, 1200, filters=32)
+            return stocbio(1e-3, 0.5, 3, 1200, **learned)
+        return stocbio(3e-3, 0.01, 5, 1200, filters=32, **learned)
     if small:
         rate, outer_steps = (0.05, 1000) if method == "anil" else (0.1, 1500)
         return stocbio(1e-3, rate, 20, outer_steps)
@@ -298,8 +308,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--regularisation", type=above(float), help="its weight; default 0.25")
     add("--test-steps", type=above(int), help="inner steps on a new task; by method")
     add("--test-lr", type=above(float), help="their rate; by method")
-    add("--test-tasks", type=above(int), help="by method")
-    add("--validation-tasks", type=above(int), default=100, help="per evaluation")
+    several = experiment.at_least(int, 2)  # fewer have no interval
+    add("--test-tasks", type=several, help="by method")
+    add("--validation-tasks", type=several, default=100, help="per evaluation")
     add("--eval-every", type=above(int), default=200, help="meta-iterations")
     add("--jit", choices=("auto", "on", "off"), default="off")
     args = parser.parse_args(argv)
@@ -343,7 +354,10 @@ def refuse_idle(
     omniglot_itself = args.dataset == "omniglot" and args.data_file is None
     needs = {
         "data_file": (args.dataset == "omniglot", "--dataset omniglot"),
-        "data_dir": (args.dataset != "glyphs", "a --dataset with files"),
+        "data_dir": (
+            args.dataset != "glyphs" and args.data_file is None,
+            "a --dataset with files, without --data-file",
+        ),
         "split": (omniglot_itself, "--dataset omniglot without --data-file"),
         "filters": (network not in VECTORS, "a four-block --network"),
         "head_blocks": (args.head == "blocks", "--head blocks"),
@@ -357,6 +371,8 @@ def with_defaults(args: argparse.Namespace, own: Settings) -> argparse.Namespace
     made = experiment.filled(args, own)
     made.split, made.head_blocks = args.split or "vinyals", args.head_blocks or 1
     made.regularisation = args.regularisation or 0.25
+    if args.method in (*FOLLOWERS, "penalty"):
+        return made
     # New tasks are learned as in training, where the papers do so.
     if args.test_steps is None and own.test_steps == own.inner_steps:
         made.test_steps = made.inner_steps
@@ -434,9 +450,11 @@ def build_networks(
         end: networks.Block = [networks.CosineHead(args.ways, seed=args.seed)]
     else:
         width = networks.sequential([*own, [keras.layers.Flatten()]], between, "width")
-        follower = args.method in ("rhg", "t-rhg", "bda", "iaptt-gm")
-        own_kind = "glorot" if args.network == "resnet12" else "small"
-        kind = own_kind if follower else "uniform"
+        kind = "uniform"
+        if args.method in FOLLOWERS:
+            kind = "glorot" if args.network == "resnet12" else "small"
+        elif args.method in WHOLE and args.dataset.endswith("imagenet"):
+            kind = "glorot"
         features = width.output_shape[-1]
         end = networks.linear_head(args.ways, features, make, kind)
     return encoder, networks.sequential([*own, end], between, "head")
@@ -665,17 +683,24 @@ def regulariser(args: argparse.Namespace, network: keras.Model, start: list) -> 
 # Evaluation.
 
 
-def test_solver(args: argparse.Namespace, model: tb.BilevelModel) -> tb.InnerSolver:
-    """The inner solver on new tasks."""
+def test_solver(
+    args: argparse.Namespace, model: tb.BilevelModel, number: tf.Variable
+) -> tb.InnerSolver:
+    """The inner solver on new tasks, the meta-batch of this number."""
     kind = adam if args.method in ("approxgrad", "penalty") else keras.optimizers.SGD
     rate = 1.0 if args.method == "meta-sgd" else args.test_lr
-    fresh = None
+    start: Any = "warm"
     if args.method in FRESH:
         fresh = fresh_heads(args, model.lower, args.tasks)
+
+        def drawn(step: tf.Tensor) -> list[tf.Tensor]:
+            return fresh(-1 - number)  # training's have numbers from 0 on
+
+        start = drawn
     return tb.InnerSolver(
         kind(rate),
         args.test_steps,
-        start=fresh or "warm",
+        start=start,
         learning_rate=learned_rates(args, model),
     )
 
@@ -693,20 +718,26 @@ class Judge:
     ):
         self.count, self.calls = count, -(-count // args.tasks)
         self.data = draw(args, some, seed).take(self.calls)
-        solver = test_solver(args, model)
+        self.number = tf.Variable(0, trainable=False, dtype=tf.int64)
+        solver = test_solver(args, model, self.number)
 
         def predictions(upper: Any, lower: keras.Model, batch: tb.Batches) -> Any:
             return tf.argmax(lower(batch.upper[0]), axis=-1, output_type=tf.int32)
 
-        self.predict = tf.function(
+        self._predict = tf.function(
             lambda batches: model.adapt(batches, solver, predictions), autograph=False
         )
+
+    def predicted(self, number: int, batch: tb.Batches) -> np.ndarray:
+        """Classes of every task's query images; heads drawn anew for every batch."""
+        self.number.assign(number)
+        return self._predict(batch).numpy()
 
     def accuracies(self) -> np.ndarray:
         """Percent right of every task's query images."""
         parts = [
-            100 * np.mean(self.predict(batch).numpy() == batch.upper[1], axis=1)
-            for batch in self.data
+            100 * np.mean(self.predicted(number, batch) == batch.upper[1], axis=1)
+            for number, batch in enumerate(self.data)
         ]
         return np.concatenate(parts)[: self.count]
 
@@ -816,7 +847,7 @@ def draw_curves(run: experiment.Run) -> None:
 def draw_confusion(path: pathlib.Path, args: argparse.Namespace, judge: Judge) -> None:
     """Three test tasks: a support image of each class, and what queries look like."""
     batch = next(iter(judge.data))
-    predicted = judge.predict(batch).numpy()
+    predicted = judge.predicted(0, batch)
     count = min(3, args.tasks)
     figure, grid = plt.subplots(
         2,

@@ -167,7 +167,7 @@ OPTIONS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.5])
+@pytest.mark.parametrize("smoothing", [0.0, 0.5, 0.9])
 def test_schedule_arithmetic(smoothing):
     """Multipliers with the rho of before the notch; every factor in its place."""
     options = OPTIONS | {"smoothing": smoothing}

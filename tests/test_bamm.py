@@ -145,6 +145,17 @@ def test_an_upper_slope_that_is_not_finite_stops_the_step_that_meets_it() -> Non
         tb.minimize(problem, method, target, y, SGD(0.1), tb.Batches(None, None), 1)
 
 
+def test_a_curvature_that_is_not_finite_stops_the_step_that_meets_it() -> None:
+    """f_y and g_y are finite at y[1] = 0, the second derivative of |y|^1.5 is not."""
+    problem = tb.Problem(
+        lambda x, y, batch: 0.5 * (y[0] - 1.0) ** 2 + x**2,
+        lambda x, y, batch: 0.5 * (y[0] - x) ** 2 + tf.abs(y[1]) ** 1.5,
+    )
+    x, y, nothing = tf.constant(2.0), tf.zeros([2]), tb.Batches(None, None)
+    with pytest.raises(tb.NonFiniteError, match="the upper gradient.* outer step 0"):
+        tb.minimize(problem, tb.BAMM(SGD(0.1)), x, y, SGD(0.1), nothing, 1)
+
+
 @pytest.mark.parametrize("aggregate", [None, tb.Aggregation(0.3)])
 def test_the_step_of_x_is_the_derivative_of_its_objective(aggregate) -> None:
     """Where v is not zero, on variables that are nests."""

@@ -72,6 +72,10 @@ BAD: dict[str, tuple[Callable[[], Any], list[str]]] = {
         lambda: inner(learning_rate=0.1),
         ["`learning_rate`", "function", "0.1"],
     ),
+    "learning rate of Keras": (
+        lambda: inner(learning_rate=SCHEDULE),
+        ["`learning_rate`", "Keras schedule", "tb.CosineDecay"],
+    ),
     "learning rate and schedule": (
         lambda: tb.InnerSolver(SGD(SCHEDULE), 3, learning_rate=lambda x: x),
         ["`learning_rate`", "exclude"],
@@ -160,6 +164,24 @@ BAD: dict[str, tuple[Callable[[], Any], list[str]]] = {
         lambda: tb.pair(RANGE, RANGE, lower_batches=0),
         ["`lower_batches`", "at least 1"],
     ),
+    "preconditioner": (
+        lambda: tb.ConjugateGradient(3, preconditioner=np.eye(2)),
+        ["`preconditioner`", "callable"],
+    ),
+    "problem of minimize": (
+        lambda: minimize(problem=square),
+        ["`problem`", "tb.Problem(", "function"],
+    ),
+    "problem of check": (
+        lambda: tb.check_hypergradient(square, tb.Unroll(inner()), 1.0, 0.0, NO_DATA),
+        ["`problem`", "tb.Problem("],
+    ),
+    "problem of tasks": (
+        lambda: tb.over_tasks(square),
+        ["`problem`", "tb.Problem("],
+    ),
+    "stop": (lambda: minimize(stop=1e-6), ["`stop`", "callable", "1e-06"]),
+    "trace": (lambda: minimize(trace=["upper"]), ["`trace`", "callable"]),
     "minimize steps": (lambda: minimize(steps=0), ["`steps`", "at least 1"]),
     "integer upper": (
         lambda: minimize(upper=[tf.constant(1.0), tf.constant(2)]),

@@ -83,7 +83,8 @@ def test_published_settings():
     assert (args.head, args.network, args.filters) == ("conv", "pool-norm-relu", 32)
     assert (args.test_lr, args.test_steps, args.test_tasks) == (0.1, 10, 1000)
     args = parse("--method", "iaptt-gm", "--dataset", "omniglot")
-    assert (args.head, args.network, args.filters) == ("linear", "relu-pool-norm", 64)
+    assert (args.head, args.network, args.filters) == ("cosine", "relu-pool-norm", 64)
+    assert (args.inner_lr, args.final_lr, args.test_lr) == (0.4, 0.04, 0.4)
     args = parse("--method", "penalty", "--dataset", "omniglot")
     assert (args.tasks, args.outer_steps, args.inner_steps) == (30, 5000, 20)
     assert (args.upper_lr, args.lower_lr, args.test_lr) == (0.01, 0.01, 0.001)
@@ -113,6 +114,26 @@ def test_the_penalty_of_tasks_is_that_of_their_mean():
     assert method.solver.damping == pytest.approx(1e-3 * 30)
 
 
+def test_every_meta_batch_of_a_test_has_heads_of_its_own(monkeypatch):
+    asked, fresh_heads = [], few_shot.fresh_heads
+
+    def watched(args, head, tasks):
+        start = fresh_heads(args, head, tasks)
+
+        def noted(number):
+            tf.py_function(lambda n: asked.append(int(n)), [number], [])
+            return start(number)
+
+        return noted
+
+    monkeypatch.setattr(few_shot, "fresh_heads", watched)
+    args = small("penalty", "--tasks", "2", "--test-steps", "1")
+    model = few_shot.build_model(args, SHAPE)
+    judge = few_shot.Judge(args, model, GLYPHS["test"], 6, 7)
+    assert len(judge.accuracies()) == 6
+    assert sorted(asked) == [-3, -2, -1]
+
+
 def test_new_tasks_are_learned_as_in_training_unless_asked():
     args = parse("--method", "anil", "--inner-steps", "3", "--inner-lr", "0.2")
     assert (args.test_steps, args.test_lr) == (3, 0.2)
@@ -120,7 +141,10 @@ def test_new_tasks_are_learned_as_in_training_unless_asked():
     assert (args.test_steps, args.test_lr) == (9, 0.4)
     args = parse("--method", "approxgrad", "--lower-lr", "0.02")
     assert (args.test_steps, args.test_lr) == (100, 0.02)
-    assert parse("--method", "rhg", "--inner-lr", "0.2").test_lr == 0.1
+    args = parse("--method", "rhg", "--inner-lr", "0.2", "--inner-steps", "3")
+    assert (args.test_steps, args.test_lr) == (10, 0.4)
+    flags = ["--method", "penalty", "--dataset", "mini-imagenet", "--lower-lr", "0.02"]
+    assert parse(*flags).test_lr == 0.001
 
 
 @pytest.mark.parametrize(

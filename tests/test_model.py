@@ -526,6 +526,35 @@ def test_nonfinite_steps_can_be_skipped_and_are_counted():
     assert model.outer_step == 8  # what a resumed run must not repeat
 
 
+def test_a_step_that_the_upper_optimizer_breaks_leaves_it_as_it_was():
+    """All gradients are finite and x afterwards is not: neither moments nor the count
+    of a step that was not made may stay."""
+    model = tb.BilevelModel(
+        tb.ExampleWeights(TRAIN),
+        network(),
+        upper_loss,
+        lower_loss,
+        project_upper=lambda x: [v / 0.0 * 0.0 for v in x],
+    )
+    optimizer = keras.optimizers.Adam(0.1)
+    model.compile(unroll(), optimizer, jit_compile=False, on_nonfinite="skip")
+    before = [v.numpy() for v in optimizer.variables]
+    history = model.fit(full_batch(2), verbose=0).history
+    assert history["skipped"] == [1.0]
+    assert_same(before, [v.numpy() for v in optimizer.variables])
+
+
+def test_what_validation_needs_is_said_before_any_step():
+    data = full_batch()
+    model = make()
+    with pytest.raises(ValueError, match="need metrics of the lower model"):
+        model.fit(data, validation_data=data.map(lambda b: b.upper), verbose=0)
+    model = make(metrics=[keras.metrics.SparseCategoricalAccuracy()])
+    with pytest.raises(ValueError, match="batches of .inputs, labels. for the lower"):
+        model.fit(data, validation_data=data, verbose=0)
+    assert model.outer_step == 0
+
+
 def test_unconnected_variable_is_named_by_its_path():
     model = tb.BilevelModel(
         tb.ExampleWeights(TRAIN, name="importance"),

@@ -492,6 +492,49 @@ def test_every_inner_step_takes_its_slice_of_stacked_lower_batches(prepared):
     np.testing.assert_allclose(step.upper_gradient, mean, rtol=1e-11)
 
 
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda inner: tb.Unroll(inner),
+        lambda inner: tb.Implicit(inner),
+        lambda inner: tb.RankOne(inner),
+        lambda inner: tb.AugmentedLagrangian(
+            SGD(0.1), 4, weight=0.1, start=inner.start
+        ),
+    ],
+    ids=["unroll", "implicit", "rank-one", "augmented-lagrangian"],
+)
+@pytest.mark.parametrize("mapping", ["vectorized", "in-turn"])
+def test_a_start_drawn_by_a_function_is_that_of_every_task(build, mapping):
+    """Other at every outer step, too: what a task does alone from there."""
+    x, y, batches = data()
+
+    def start(step):
+        return tf.cast(step + 1, y.dtype) * tf.reverse(y, [1])
+
+    tasks = tb.over_tasks(ridge(), mapping)
+    method = build(inner(4, start=start))
+    state = method.init(tasks, x, y)
+    run = tf.function(
+        lambda state: method.step(tasks, x, y, batches, state), autograph=False
+    )
+    for step in range(2):
+        found = run(state)
+        state = found.state
+        for i in range(TASKS):
+            own = build(inner(4, start=lambda k, i=i: start(k)[i]))
+            at = own.init(ridge(), x, y[i])
+            at = (
+                at | {"step": tf.constant(step, tf.int64)}
+                if "step" in at
+                else (
+                    at | {"inner": at["inner"] | {"step": tf.constant(step, tf.int64)}}
+                )
+            )
+            single = own.step(ridge(), x, y[i], alone(batches, i), at)
+            np.testing.assert_allclose(found.lower[i], single.lower, rtol=1e-11)
+
+
 def test_projections_see_one_task():
     """Every task's variables are brought to the unit ball, not all of them together."""
     x, y, batches = data()
@@ -601,6 +644,28 @@ def test_equal_rates_per_entry_are_one_rate(optimizer):
         )
         ends.append(step.lower)
     np.testing.assert_allclose(ends[0], ends[1], rtol=1e-6)
+
+
+def test_rates_per_entry_are_refused_where_a_step_is_no_multiple_of_its_rate():
+    x, y, batches = data()
+    solver = tb.InnerSolver(
+        keras.optimizers.Ftrl(1.0), 2, learning_rate=lambda x: tf.fill([FEATURES], 0.07)
+    )
+    method = tb.Unroll(solver)
+    state = method.init(ridge(), x, y[0])
+    with pytest.raises(ValueError, match="must return a scalar with Ftrl"):
+        method.step(ridge(), x, y[0], alone(batches, 0), state)
+
+
+def test_one_tensor_of_rates_for_several_variables_is_refused():
+    problem = tb.Problem(
+        lambda x, y, batch: tf.reduce_sum(y[0]) + y[1],
+        lambda x, y, batch: tf.reduce_sum(x * y[0] ** 2) + y[1] ** 2,
+    )
+    method = tb.Unroll(inner(1, learning_rate=lambda x: x))
+    x, y = tf.ones([2]), [tf.ones([2]), tf.constant(1.0)]
+    with pytest.raises(ValueError, match="in a nest like theirs"):
+        method.step(problem, x, y, tb.Batches(None, None), method.init(problem, x, y))
 
 
 def test_rates_that_fit_no_variable_are_refused():

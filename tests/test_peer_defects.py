@@ -1,12 +1,11 @@
 """Defects found in other libraries, each passing its own project's tests.
 
-One test per defect that concerns what this library has. Not here, because they are
-about things that it does not have (yet): D5 and D6 (GAFFO and value-function
-barriers), D7 and D11 (trainer attributes, logging), D9 (own AdamW: ours is Keras',
-test_differentiable.py), D12 (zero-order estimators), D13 (stocBiO's single loop),
-D16 and D17 (data sets and their experiments, test_data_hyper_cleaning's matter), D18
-(DARTS), D20 (configuration files). D22 (tests that accept 60 percent) is the
-tolerances of all files here.
+One test per defect that concerns what this library has. Elsewhere: D7
+(test_model.py::test_callbacks_work), D9 (test_differentiable.py: AdamW is Keras's),
+D13 (test_stochastic.py), D16 and D17 (test_data_prep.py, test_experiments.py), D18
+(FiniteDifference in test_contract.py). Of D5, D6, D12 and D20 there is nothing here:
+barriers, zero-order estimators, configuration files. D22 (tests that accept 60
+percent) is the tolerances of all files here.
 """
 
 from typing import Any
@@ -137,13 +136,20 @@ def test_d14_every_entry_has_its_own_hypergradient() -> None:
     oracle = nested()
     x, y, batches = oracle.at("float64")
     inner = tb.InnerSolver(SGD(oracle.rate), 28)
+
+    def gradient(method: tb.Method) -> Any:
+        state = method.init(oracle.problem, x, y)
+        step = method.step(oracle.problem, x, y, batches, state)
+        return flat(step.upper_gradient)
+
+    want = oracle.hypergradient(flat(oracle.x))
+    assert len(np.unique(np.round(want, 6))) == 6
     for method in (tb.Unroll(inner), tb.Implicit(inner)):
-        step = method.step(
-            oracle.problem, x, y, batches, method.init(oracle.problem, x, y)
-        )
-        got, want = flat(step.upper_gradient), oracle.hypergradient(flat(oracle.x))
-        assert len(np.unique(np.round(want, 6))) == 6
-        np.testing.assert_allclose(got, want, rtol=1e-5)
+        np.testing.assert_allclose(gradient(method), want, rtol=1e-5)
+    # Differences of the last step's gradient.
+    last = gradient(tb.Unroll(inner, last=1))
+    assert len(np.unique(np.round(last, 6))) == 6
+    np.testing.assert_allclose(gradient(tb.FiniteDifference(inner)), last, rtol=1e-5)
 
 
 @pytest.mark.parametrize("memory", ["replay", "checkpoint", "tape"])
@@ -183,18 +189,40 @@ def test_d15_a_nan_in_a_linear_solve_stays_a_nan(solver: str) -> None:
         tb.minimize(problem, method, x, x, SGD(0.1), NO_DATA, steps=3)
 
 
-def test_d19_a_mean_over_tasks_is_a_mean() -> None:
-    """D19: task gradients were summed though an average was meant. Tasks are a
-    leading axis here: with losses averaged over it, three copies of one task have
-    that task's hypergradient."""
+@pytest.mark.parametrize(
+    "solver",
+    [
+        tb.ConjugateGradient(5),
+        tb.NormalConjugateGradient(5),
+        tb.GradientSolver(SGD(0.1), 5),
+        tb.Neumann(5, rate=0.1),
+        tb.FixedPoint(5, rate=0.1),
+    ],
+    ids=lambda solver: type(solver).__name__,
+)
+def test_d15_a_nan_in_the_matrix_of_a_linear_solve_stays_a_nan(solver: Any) -> None:
+    """g and g_y are finite, the second derivative of |y|^1.5 at 0 is not."""
+    problem = tb.Problem(
+        upper_loss=lambda x, y, b: 0.5 * (y[0] - 1.0) ** 2,
+        lower_loss=lambda x, y, b: 0.5 * (y[0] - x) ** 2 + tf.abs(y[1]) ** 1.5,
+    )
+    method = tb.Implicit(tb.InnerSolver(SGD(0.1), 2), solver)
+    x, y = tf.constant(2.0), tf.zeros([2])
+    with pytest.raises(tb.NonFiniteError):
+        tb.minimize(problem, method, x, y, SGD(0.1), NO_DATA, steps=1)
 
-    def f(x: Any, y: Any, batch: Any) -> Any:
-        return tf.reduce_mean(tf.reduce_sum((y - batch) ** 2, axis=-1))
 
-    def g(x: Any, y: Any, batch: Any) -> Any:
-        return tf.reduce_sum((y - x * batch) ** 2)
-
-    problem = tb.Problem(f, g)
+@pytest.mark.parametrize("mapping", ["vectorized", "in-turn"])
+def test_d19_a_mean_over_tasks_is_a_mean(mapping: str) -> None:
+    """D19: task gradients were summed though an average was meant: three copies of one
+    task have that task's hypergradient."""
+    problem = tb.over_tasks(
+        tb.Problem(
+            lambda x, y, batch: tf.reduce_sum((y - batch) ** 2),
+            lambda x, y, batch: tf.reduce_sum((y - x * batch) ** 2),
+        ),
+        mapping,
+    )
     x = tf.constant([0.5, 2.0], tf.float64)
     task = np.array([[1.0, -3.0]])
     gradients = []

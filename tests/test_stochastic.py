@@ -185,6 +185,26 @@ def test_ttsa_slows_every_upper_optimizer_down() -> None:
         np.testing.assert_allclose(moved, 0.1 * scales, rtol=1e-4)
 
 
+def test_ttsa_slows_every_lower_optimizer_down() -> None:
+    problem = tb.Problem(
+        upper_loss=lambda x, y, batch: x * x + y,
+        lower_loss=lambda x, y, batch: y + 0.0 * x * y,
+    )
+    result = tb.minimize(
+        problem,
+        tb.TTSA(keras.optimizers.Adam(0.1, epsilon=1e-12), max_steps=1, rate=0.5),
+        tf.constant(0.0),
+        tf.constant(0.0),
+        SGD(0.1),
+        tb.Batches(None, None),
+        steps=4,
+        trace=lambda point: point.lower,
+    )
+    moved = -np.diff(np.concatenate([[0.0], result.trace.numpy()]))
+    scales = np.arange(1.0, 5.0) ** -0.4
+    np.testing.assert_allclose(moved, 0.1 * scales, rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     "build",
     [

@@ -204,10 +204,12 @@ class AugmentedLagrangian(Method):
         )
         end, along = self._directions(here, lower, self.steps, state)
         gradient = here.gradient(end.partial, end.mixed)
-        along_x = _projected(
-            problem.project_upper, structure.to_tensors(upper), gradient
-        )
-        along_y = _projected(problem.project_lower, lower, along)
+        upper = structure.to_tensors(upper)
+        along_x, along_y = gradient, along
+        if problem.project_upper is not None:
+            along_x = _projected(problem.projected_upper, upper, gradient)
+        if problem.project_lower is not None:
+            along_y = _projected(problem.projected_lower, lower, along)
         leading = 0 if self.starts is None else 1
         size = self._dot(problem, along_y, along_y)
         size += tf.cast(structure.dot(along_x, along_x, leading), size.dtype)
@@ -254,8 +256,10 @@ class AugmentedLagrangian(Method):
     ) -> tuple[dict, tf.Tensor]:
         """The state after a step, and the size that the tolerance was compared with."""
         dtype = state["weight"].dtype
-        past = tf.where(tf.math.is_inf(state["mean"]), 0.0, self.smoothing)
-        past = tf.cast(past, dtype)
+        smoothing = structure.scalar(self.smoothing, dtype)
+        past = tf.where(
+            tf.math.is_inf(state["mean"]), tf.zeros_like(smoothing), smoothing
+        )
         mean = tf.math.multiply_no_nan(state["mean"], past) + (1 - past) * size
         near = mean < state["tolerance"] ** 2
         raised = structure.add_scaled(state["multiplier"], state["weight"], gradient)
@@ -308,8 +312,6 @@ class _Point(NamedTuple):
     mixed: Any
 
 
-def _projected(project: Callable | None, point: Any, gradient: Any) -> Any:
+def _projected(project: Callable, point: Any, gradient: Any) -> Any:
     """The projected gradient z - P(z - d)."""
-    if project is None:
-        return gradient
     return structure.subtract(point, project(structure.subtract(point, gradient)))

@@ -9,7 +9,7 @@ from tfbilevel import _derivatives as derivatives
 from tfbilevel import _structure as structure
 from tfbilevel._arguments import require_count
 from tfbilevel._method import Method, require_method
-from tfbilevel._problem import Batches, Problem
+from tfbilevel._problem import Batches, Problem, require_problem
 
 DENSE_LIMIT = 2000
 
@@ -104,6 +104,7 @@ def check_hypergradient(
         True
     """
     require_count(probes, "probes")
+    require_problem(problem)
     require_method(method)
     upper, lower = structure.to_tensors(upper), structure.to_tensors(lower)
     structure.require_floating(upper, "upper")

@@ -137,8 +137,9 @@ def differentiable(optimizer: keras.optimizers.Optimizer) -> UpdateRule:
 
     Adam divides by the root of a mean square, whose derivative is infinite at zero:
     a coordinate that never had a gradient (a pixel that is always black) would turn
-    every derivative into NaN. Its gradient is nudged to 1e-17 in magnitude, which
-    moves no weight by more than 1e-10 of a step and leaves derivatives finite.
+    every derivative into NaN. Its gradient is nudged to 1e-17 in magnitude (a little
+    more where beta_2 is above 0.999), which leaves derivatives finite and moves a
+    weight by 1e-17 / epsilon of a step: 1e-10 with Keras's epsilon.
 
     Args:
         optimizer: a Keras optimizer; it is read, never changed.
@@ -201,12 +202,17 @@ class _Pure:
         self.optimizer = optimizer
         slots = 2 if isinstance(rate, keras.Variable) else 1
         self.initial_slots = [_maker(v.numpy()) for v in optimizer.variables[slots:]]
+        self._memory = 1.0
         self._nudge = isinstance(original, keras.optimizers.Adam)
+        if self._nudge:
+            self._memory = 1 - float(original.beta_2)
 
     def apply(self, state: list, gradients: list, leaves: list) -> tuple[list, list]:
         """Keras's own stateless update: (leaves, state) after it."""
         if self._nudge:
-            gradients = [_away_from_zero(gradient) for gradient in gradients]
+            gradients = [
+                _away_from_zero(gradient, self._memory) for gradient in gradients
+            ]
         return self.optimizer.stateless_apply(state, gradients, leaves)
 
 
@@ -232,12 +238,11 @@ def _maker(value: np.ndarray) -> Callable[[], tf.Tensor]:
     return lambda: tf.constant(value)
 
 
-def _away_from_zero(gradient: tf.Tensor) -> tf.Tensor:
-    # The square must be a normal number of the dtype. The correction is a constant:
-    # the derivative with respect to the gradient stays one.
-    smallest = tf.constant(
-        1e-150 if gradient.dtype == tf.float64 else 1e-17, gradient.dtype
-    )
+def _away_from_zero(gradient: tf.Tensor, memory: float) -> tf.Tensor:
+    # The square times `memory`, 1 - beta_2, must be a normal number of the dtype. The
+    # correction is a constant: the derivative with respect to the gradient stays one.
+    least = 1e-150 if gradient.dtype == tf.float64 else 1e-17
+    smallest = tf.constant(least * max(1.0, (1e-3 / memory) ** 0.5), gradient.dtype)
     correction = tf.where(
         tf.abs(gradient) < smallest, smallest - gradient, tf.zeros_like(gradient)
     )

@@ -7,7 +7,12 @@ import keras
 import tensorflow as tf
 
 from tfbilevel._aggregation import Aggregation
-from tfbilevel._arguments import require_callable, require_count, require_number
+from tfbilevel._arguments import (
+    require_callable,
+    require_count,
+    require_number,
+    share,
+)
 from tfbilevel._finite import NonFiniteError, first_nonfinite
 from tfbilevel._inner import InnerSolver
 from tfbilevel._model import BilevelModel
@@ -146,6 +151,7 @@ class Dynamic:
         require_number(alpha, "alpha", lambda v: 0 <= v <= 1, "between 0 and 1")
         require_callable(ul_objective, "ul_objective")
         require_callable(ll_objective, "ll_objective")
+        require_number(alpha_decay, "alpha_decay", share, "above 0 and at most 1")
         self.aggregation = Aggregation(alpha, alpha_decay) if alpha else None
         self.lower_loop, self.truncate_iters = lower_loop, truncate_iters
         self.acquire_max_loss, self.init_auxiliary = acquire_max_loss, init_auxiliary

@@ -50,9 +50,10 @@ class InnerSolver:
         start: where each outer step starts. "warm": at the current lower variables.
             "cold": at `problem.lower_start(x)` or, without one, at the lower
             variables that the method was initialised with. A function of the outer
-            step (int64 scalar) -> lower variables: at what it returns, say a fresh
-            draw of `tf.random.stateless_uniform`. A problem with a `lower_start`
-            always starts there (but for `tb.ValueGap`, whose `auxiliary` decides).
+            step (int64 scalar) -> lower variables, over tasks those of all of them: at
+            what it returns, say a fresh draw of `tf.random.stateless_uniform`. A
+            problem with a `lower_start` always starts there (but for `tb.ValueGap`,
+            whose `auxiliary` decides).
         learning_rate: a schedule of the outer step, such as tb.CosineDecay(0.1, 0.01,
             1000); or x -> scalar, the rate as a function of the upper variables
             where it is to be learned; or x -> rates like the lower variables, or that
@@ -67,8 +68,9 @@ class InnerSolver:
 
     Raises:
         ValueError: for an unsupported optimizer, `steps` below 1, an unknown `start`
-            or `optimizer_state`, a `learning_rate` that is not callable, or a
-            negative `tolerance`.
+            or `optimizer_state`, a `learning_rate` that is not callable or is Keras's
+            schedule, or a negative `tolerance`; at the first step for rates that do
+            not fit the lower variables, or of single entries with Ftrl.
 
     Example:
         >>> inner = tb.InnerSolver(keras.optimizers.SGD(0.5), steps=20)
@@ -107,6 +109,16 @@ class InnerSolver:
                     "optimizer instead. Received: "
                     f"learning_rate={self.learning_rate!r}"
                 )
+            if isinstance(
+                self.learning_rate, keras.optimizers.schedules.LearningRateSchedule
+            ):
+                raise ValueError(
+                    "`learning_rate` must not be a Keras schedule: it would be called "
+                    "with the upper variables. Use a schedule of the outer step, such "
+                    "as tb.CosineDecay, or give the optimizer Keras's, which counts "
+                    "inner steps. "
+                    f"Received: learning_rate={self.learning_rate!r}"
+                )
             if self.rule.scheduled:
                 raise ValueError(
                     "`learning_rate` and a LearningRateSchedule exclude each other. "
@@ -131,12 +143,10 @@ class InnerSolver:
 
     def begin(self, problem: Problem, upper: Any, lower: Any, state: dict) -> Iterate:
         """The iterate that this outer step starts from."""
-        rule = "return variables like the lower ones"
         if problem.lower_start is not None:
             start = problem.started(upper, structure.to_tensors(lower))
         elif callable(self.start):
-            start = structure.to_tensors(self.start(state["step"]))
-            structure.require_like(start, structure.to_tensors(lower), "start", rule)
+            start = self.drawn(state["step"], lower)
         else:
             start = structure.to_tensors(state.get("start", lower))
         optimizer = state["optimizer"] if "optimizer" in state else self._fresh(start)
@@ -146,6 +156,14 @@ class InnerSolver:
             )
             optimizer = optimizer._replace(learning_rate=rate)
         return Iterate(start, optimizer)
+
+    def drawn(self, step: tf.Tensor, lower: Any) -> Any:
+        """What `start`, a function, returns."""
+        assert callable(self.start)
+        start = structure.to_tensors(self.start(step))
+        rule = "return variables like the lower ones"
+        structure.require_like(start, structure.to_tensors(lower), "start", rule)
+        return start
 
     def begin_pullback(
         self, here: Prepared, lower: Any, state: dict
@@ -194,6 +212,13 @@ class InnerSolver:
         if learned is not None:
             state = state._replace(learning_rate=own.learning_rate)
         if not isinstance(rates, tuple):
+            if isinstance(self.optimizer, keras.optimizers.Ftrl):
+                raise ValueError(
+                    "`learning_rate` must return a scalar with Ftrl, whose shrinkage "
+                    "depends on the rate: its step is no multiple of one of rate 1. "
+                    "Use another optimizer for rates of single entries. Received: "
+                    f"{rates!r}"
+                )
             # A step of rate 1, entry by entry as long as its own rate says.
             lower = tf.nest.map_structure(
                 lambda y, rate, z: y + rate * (z - y), point, rates, lower
@@ -353,9 +378,7 @@ class InnerSolver:
 def _rated(state: OptimizerState, made: Any, lower: Any) -> tuple[Any, Any]:
     """The optimizer's state at a learned rate, and the rates of single entries."""
     rate = state.learning_rate
-    if not tf.nest.is_nested(made) and (
-        tf.convert_to_tensor(made).shape.rank == 0 or tf.nest.is_nested(lower)
-    ):
+    if not tf.nest.is_nested(made) and tf.convert_to_tensor(made).shape.rank == 0:
         return state._replace(learning_rate=tf.cast(made, rate.dtype)), ()
     try:
         tf.nest.assert_same_structure(made, lower)

@@ -26,7 +26,8 @@ class LazyAdam(keras.optimizers.Optimizer):
     Args:
         learning_rate: a number or a Keras schedule.
         beta_1, beta_2, epsilon: as for `keras.optimizers.Adam`.
-        **keywords: of `keras.optimizers.Optimizer`.
+        **keywords: of `keras.optimizers.Optimizer`; its `weight_decay` moves every
+            entry at every step, as it does elsewhere.
 
     Example:
         >>> optimizer = tb.LazyAdam(0.1)

@@ -8,11 +8,11 @@ import keras
 import tensorflow as tf
 
 from tfbilevel import _structure as structure
-from tfbilevel._arguments import require_count
+from tfbilevel._arguments import require_callable, require_count
 from tfbilevel._differentiable import UpdateRule, configuration, differentiable
 from tfbilevel._finite import NonFiniteError, first_nonfinite, warn_diverged
 from tfbilevel._method import Method, require_method
-from tfbilevel._problem import Batches, Problem, require_batches
+from tfbilevel._problem import Batches, Problem, require_batches, require_problem
 
 
 class Point(NamedTuple):
@@ -123,6 +123,10 @@ def minimize(
     """
     require_count(steps, "steps")
     require_method(method)
+    require_problem(problem)
+    for name, option in (("stop", stop), ("trace", trace)):
+        if option is not None:
+            require_callable(option, name)
     upper, lower = structure.to_tensors(upper), structure.to_tensors(lower)
     structure.require_floating(upper, "upper")
     structure.require_floating(lower, "lower")

@@ -12,7 +12,7 @@ from tfbilevel._arguments import require_callable, require_choice, require_count
 from tfbilevel._derivatives import UnconnectedGradientError
 from tfbilevel._finite import UPPER_VARIABLES, first_nonfinite, warn_diverged
 from tfbilevel._functional import require_built
-from tfbilevel._inner import InnerSolver
+from tfbilevel._inner import InnerSolver, require_inner
 from tfbilevel._method import Method
 from tfbilevel._model_arguments import (
     require_apart,
@@ -22,7 +22,7 @@ from tfbilevel._model_arguments import (
     require_upper_optimizer,
 )
 from tfbilevel._over_tasks import apart, first_task, over_tasks
-from tfbilevel._problem import Batches, Problem, count_tasks
+from tfbilevel._problem import Batches, Problem, count_tasks, require_batches
 from tfbilevel._task_loss import map_tasks, outcome
 from tfbilevel._training_state import (
     GRAPH,
@@ -283,7 +283,8 @@ class BilevelModel(keras.Model):
         `validation_data` is a dataset of (inputs, labels) for the lower model.
 
         Raises:
-            ValueError: if `x` is not a dataset of `tb.Batches`.
+            ValueError: if `x` is not a dataset of `tb.Batches`, or there are no
+                metrics to measure `validation_data` by.
             tb.NonFiniteError: at the first NaN or infinity, unless they are skipped.
         """
         if not isinstance(x, tf.data.Dataset) or not isinstance(
@@ -302,6 +303,9 @@ class BilevelModel(keras.Model):
                     f"`{name}` means nothing to fit: the losses are yours. Weigh the "
                     f"examples in them. Received: {name}={keywords[name]!r}"
                 )
+        measured = keywords.get("validation_data")
+        if measured is not None:  # else an epoch would be lost before this is said
+            self._require_measurable(getattr(measured, "element_spec", measured))
         empty = ValueError(
             "`x` must not be empty: there is no outer step to make. "
             "Received: a dataset of 0 elements"
@@ -381,8 +385,12 @@ class BilevelModel(keras.Model):
             The nest, with the tasks along a leading axis.
 
         Raises:
-            ValueError: if the model was built without `tasks`.
+            ValueError: if the model was built without `tasks`, or an argument is not
+                of its kind.
         """
+        require_batches(batches)
+        require_inner(inner)
+        require_callable(function, "function")
         if self.tasks is None:
             raise ValueError(
                 "`adapt` solves tasks. Build the model with tb.BilevelModel(..., "
@@ -409,23 +417,28 @@ class BilevelModel(keras.Model):
         return map_tasks(traced, tasks, results)
 
     def test_step(self, data: Any) -> dict[str, Any]:
+        self._require_measurable(data)
+        inputs, labels, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        predictions = self(inputs, training=False)
+        assert self._compile_metrics is not None
+        self._compile_metrics.update_state(
+            labels, predictions, sample_weight=sample_weight
+        )
+        return self._compile_metrics.result()
+
+    def _require_measurable(self, data: Any) -> None:
+        """Raise unless data of this kind can be evaluated."""
         if isinstance(data, Batches):
             raise ValueError(
                 "`evaluate` and `validation_data` take batches of (inputs, labels) for "
                 "the lower model. Pass such a dataset. Received: tb.Batches"
             )
-        inputs, labels, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-        predictions = self(inputs, training=False)
         if self._compile_metrics is None:
             raise ValueError(
                 "`evaluate` and `validation_data` need metrics of the lower model. "
                 "Pass them: compile(..., metrics=["
                 "keras.metrics.SparseCategoricalAccuracy()]). Received: metrics=None"
             )
-        self._compile_metrics.update_state(
-            labels, predictions, sample_weight=sample_weight
-        )
-        return self._compile_metrics.result()
 
     def load_weights(self, filepath: Any, *arguments: Any, **keywords: Any) -> None:
         if self.compiled:
@@ -466,6 +479,11 @@ class BilevelModel(keras.Model):
         """Whether it did: not if the upper optimizer or the projection ends at NaN."""
         upper, lower = self._variables()
         before = [tf.convert_to_tensor(v.value) for v in upper]
+        optimizers = [self.optimizer]
+        if self.start_optimizer is not None:
+            optimizers.append(self.start_optimizer)
+        counted = [v for one in optimizers for v in one.variables]
+        slots = [tf.convert_to_tensor(v.value) for v in counted]
         if self.start_optimizer is None:
             self.optimizer.apply(step.upper_gradient, upper)
         else:
@@ -478,6 +496,8 @@ class BilevelModel(keras.Model):
         fine = structure.all_finite(moved)
         for variable, value, old in zip(upper, moved, before, strict=True):
             variable.assign(tf.where(fine, value, old))
+        for variable, old in zip(counted, slots, strict=True):
+            variable.assign(tf.where(fine, variable.value, old))
 
         def finish() -> tf.Tensor:
             if self.tasks is None:

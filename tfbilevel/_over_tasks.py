@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from tfbilevel import _structure as structure
 from tfbilevel._arguments import require_choice
-from tfbilevel._problem import Batches, Problem, StackedBatches
+from tfbilevel._problem import Batches, Problem, StackedBatches, require_problem
 from tfbilevel._task_loss import TaskLoss, map_tasks, mapped_loss
 
 
@@ -66,6 +66,7 @@ def over_tasks(problem: Problem, mapping: str = "auto") -> Problem:
         Franceschi, Frasconi, Salzo, Grazzi, Pontil (2018), Bilevel programming for
         hyperparameter optimization and meta-learning. arXiv:1806.04910.
     """
+    require_problem(problem)
     require_choice(mapping, "mapping", ("auto", "vectorized", "in-turn"))
     if problem.leading:
         raise ValueError(

@@ -355,6 +355,15 @@ def _projected(project: Callable | None, variables: Any, name: str) -> Any:
     return projected
 
 
+def require_problem(problem: Any) -> None:
+    """Raise unless `problem` is a `tb.Problem`."""
+    if not isinstance(problem, Problem):
+        raise ValueError(
+            "`problem` must be a tb.Problem(upper_loss=..., lower_loss=...). "
+            f"Received: {type(problem)}"
+        )
+
+
 def require_batches(batches: Any, name: str = "`batches`") -> None:
     """Raise unless `batches` is a `tb.Batches`."""
     if not isinstance(batches, Batches):

@@ -83,7 +83,7 @@ def norm(a: Any, leading: int = 0) -> tf.Tensor:
 
 
 def ratio(a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:
-    """a / b, and 0 for 0 / 0."""
+    """a / b, and 0 where b is 0."""
     return tf.math.divide_no_nan(a, b)
 
 

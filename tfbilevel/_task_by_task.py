@@ -1,5 +1,7 @@
 """A method's step for one task after the other."""
 
+import copy
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -38,7 +40,9 @@ def task_by_task(step: Callable[..., Step]) -> Callable[..., Step]:
             return step(self, problem, upper, lower, batches, state)
         lower, state = structure.to_tensors((lower, state))
         first = tf.nest.map_structure(lambda leaf: leaf[0], lower)
-        like = tf.nest.flatten(self.init(one, upper, first))
+        drawn = _drawn(self, lower, state)
+        begun = tf.nest.map_structure(lambda leaf: leaf[0], drawn)
+        like = tf.nest.flatten(_beginning_at(self, begun).init(one, upper, first))
         kept = tf.nest.flatten(state)
         # What every task has of its own is stacked; counters and rates are shared.
         own = [
@@ -47,17 +51,18 @@ def task_by_task(step: Callable[..., Step]) -> Callable[..., Step]:
         ]
 
         def alone(task: tuple) -> Step:
-            y, batch, mine = task
+            y, batch, mine, begun = task
             remaining = iter(mine)
             leaves = [
                 next(remaining) if is_own else leaf
                 for leaf, is_own in zip(kept, own, strict=True)
             ]
             carried = tf.nest.pack_sequence_as(state, leaves)
-            return step(self, one, upper, y, type(batches)(*batch), carried)
+            method = _beginning_at(self, begun)
+            return step(method, one, upper, y, type(batches)(*batch), carried)
 
         mine = [leaf for leaf, is_own in zip(kept, own, strict=True) if is_own]
-        tasks = (lower, apart(batches), mine)
+        tasks = (lower, apart(batches), mine, drawn)
         traced, results = outcome(alone, tasks)
         made = map_tasks(traced, tasks, results)
         after = [
@@ -77,3 +82,25 @@ def task_by_task(step: Callable[..., Step]) -> Callable[..., Step]:
         )
 
     return stepped
+
+
+def _drawn(method: Any, lower: Any, state: Any) -> Any:
+    """Where a function of the outer step has all tasks start; `()` without one."""
+    inner = getattr(method, "inner", None)
+    if inner is None or not callable(inner.start):
+        return ()
+    return inner.drawn(state.get("inner", state)["step"], lower)
+
+
+def _beginning_at(method: Any, begun: Any) -> Any:
+    """The method with an inner solver that starts there."""
+    if isinstance(begun, tuple) and not begun:
+        return method
+    # Copies, not `dataclasses.replace`: what their constructors made is kept.
+    inner, twin = copy.copy(method.inner), copy.copy(method)
+    object.__setattr__(inner, "start", lambda step: begun)
+    object.__setattr__(twin, "inner", inner)
+    if hasattr(twin, "end_point"):
+        end_point = dataclasses.replace(twin.end_point, inner=inner)
+        object.__setattr__(twin, "end_point", end_point)
+    return twin

@@ -11,6 +11,7 @@ from tfbilevel import _structure as structure
 from tfbilevel._aggregation import Aggregation, aggregated, require_aggregation
 from tfbilevel._arguments import require_choice, require_count
 from tfbilevel._inner import (
+    SERIAL,
     InnerSolver,
     Iterate,
     moved_where,
@@ -247,5 +248,6 @@ class Unroll(Method):
             body,
             (tf.constant(self.first), fixed, start),
             maximum_iterations=self.differentiated,
+            parallel_iterations=SERIAL,
         )
         return end

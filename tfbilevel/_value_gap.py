@@ -183,7 +183,7 @@ def penalty_weight(
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """gamma at this step and the step scale min(1 / gamma, 1), in y's dtype."""
     weight = schedule(step)
-    scale = tf.minimum(1.0 / (weight + 1e-8), 1.0)
+    scale = 1.0 / tf.maximum(weight, 1.0)
     dtype = tf.nest.flatten(lower)[0].dtype
     return tf.cast(weight, dtype), tf.cast(scale, dtype)
 

@@ -7,6 +7,7 @@ from typing import Any
 import tensorflow as tf
 
 from tfbilevel import _structure as structure
+from tfbilevel._arguments import require_callable
 from tfbilevel._inner import SERIAL
 from tfbilevel._linear_solvers._base import (
     IterativeSolver,
@@ -59,6 +60,11 @@ class ConjugateGradient(IterativeSolver):
     preconditioner: Preconditioner | None = dataclasses.field(
         default=None, kw_only=True
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.preconditioner is not None:
+            require_callable(self.preconditioner, "preconditioner")
 
     def solve(self, system: LinearSystem, rhs: Any, state: Any = ()) -> LinearSolution:
         product, _ = self.damped(system)

@@ -19,8 +19,9 @@ class Direct(LinearSolver):
 
     n products, n^2 numbers of memory and n^3 operations for n lower variables in
     all (over tasks: of one task); at most 5,000 of them. The only error is rounding,
-    whatever the eigenvalues: what the other solvers are checked against. Prefer
-    `ConjugateGradient` beyond a few hundred variables.
+    whatever the eigenvalues are, so long as none is zero: what the other solvers are
+    checked against. Prefer `ConjugateGradient` beyond a few hundred variables, and
+    `NormalConjugateGradient` or `damping` where A is singular.
 
     Args:
         damping: solve (A + damping I) v = b.
@@ -28,6 +29,7 @@ class Direct(LinearSolver):
     Raises:
         ValueError: if `damping` is negative, or at the first step if there are more
             than 5,000 lower variables.
+        tf.errors.InvalidArgumentError: of TensorFlow, if A + damping I is singular.
 
     Example:
         >>> b = tf.constant([2.0, 4.0])

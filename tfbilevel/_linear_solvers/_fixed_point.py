@@ -7,6 +7,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfbilevel import _structure as structure
+from tfbilevel._inner import SERIAL
 from tfbilevel._linear_solvers._base import (
     IterativeSolver,
     LinearSolution,
@@ -87,5 +88,6 @@ class FixedPoint(IterativeSolver):
             body,
             begin,
             maximum_iterations=self.max_steps - is_cold(state),
+            parallel_iterations=SERIAL,
         )
         return self.solution(system, value, size, rhs, steps)

@@ -6,6 +6,7 @@ from typing import Any
 import tensorflow as tf
 
 from tfbilevel import _structure as structure
+from tfbilevel._inner import SERIAL
 from tfbilevel._linear_solvers._base import (
     IterativeSolver,
     LinearSolution,
@@ -77,5 +78,6 @@ class Neumann(IterativeSolver):
             body,
             (tf.constant(0), rhs, rhs, rhs_norm),
             maximum_iterations=self.max_steps,
+            parallel_iterations=SERIAL,
         )
         return self.solution(system, structure.scale(rate, total), size, rhs, steps)

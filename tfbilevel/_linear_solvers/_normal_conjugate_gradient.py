@@ -62,7 +62,9 @@ class NormalConjugateGradient(IterativeSolver):
         goal = tf.square(self.goal(system, rhs_square.dtype)) * rhs_square
 
         def going(r: Any, square: Any) -> tf.Tensor:
-            return (system.dot(r, r) > goal) & (square > 0)
+            # A NaN, which is no zero, goes on: it must reach v. (TensorFlow's graphs
+            # take `~(square <= 0)` for `square > 0`.)
+            return (system.dot(r, r) > goal) & tf.not_equal(square, 0)
 
         def body(step: Any, v: Any, r: Any, p: Any, square: Any) -> tuple:
             before, active = (v, r, p, square), going(r, square)

@@ -140,13 +140,13 @@ class BAMM(Method):
         lower_loss, gradient, pullback = derivatives.lower_gradient_pullback(
             here.problem.lower_loss, here.upper, lower, here.batches.lower_at(0)
         )
-        # An f_y that is not finite would be seen one step later, v lost: seen now.
         leading = here.problem.leading
         slope = structure.norm(adjoint, leading)
-        sign = tf.where(tf.math.is_finite(slope), -1.0, np.nan)
-        mixed, curved = pullback(structure.scale(sign, multiplier))
+        mixed, curved = pullback(structure.scale(-1, multiplier))
         against = structure.subtract(structure.scale(-1, curved), adjoint)
         square = structure.dot(against, against, leading)
+        # An f_y or g_yy v that is not finite would be seen one step later, v lost: now.
+        seen = tf.where(structure.all_finite(against), 1.0, np.nan)
         rate, upper_scale = self._steps(state["step"], square.dtype)
         broken = tf.zeros_like(square, tf.bool)
         if self.multiplier_step == "exact":
@@ -159,7 +159,7 @@ class BAMM(Method):
         broken |= tf.sqrt(square) > TOO_FAR * largest
         moved, optimizer = self.rule.update(gradient, state["optimizer"], lower)
         return Step(
-            upper_gradient=here.gradient(partial, mixed),
+            upper_gradient=structure.scale(seen, here.gradient(partial, mixed)),
             lower=problem.projected_lower(moved),
             state={
                 "step": state["step"] + 1,

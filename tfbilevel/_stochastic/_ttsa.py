@@ -32,7 +32,7 @@ class TTSA(Method):
 
     Args:
         lower_optimizer: a Keras optimizer that `tb.differentiable` supports; its
-            gradient is scaled by (k + 1)^{-b}. SGD in the paper.
+            steps are scaled by (k + 1)^{-b}. SGD in the paper.
         max_steps: Q, most factors.
         rate: eta; needs eta * (largest eigenvalue of g_yy) < 1.
         upper_power: a, the decay of the upper step (`Step.upper_scale`).
@@ -101,10 +101,12 @@ class TTSA(Method):
         _, gradient = derivatives.lower_gradient(
             here.problem.lower_loss, here.upper, lower, here.batches.lower_at(0)
         )
-        lower, optimizer = self.rule.update(
-            structure.scale(tf.pow(count, -self.lower_power), gradient),
-            state["optimizer"],
-            structure.to_tensors(lower),
+        lower = structure.to_tensors(lower)
+        moved, optimizer = self.rule.update(gradient, state["optimizer"], lower)
+        # Steps are scaled, not gradients: most optimizers would make the same step of
+        # a smaller gradient.
+        lower = structure.add_scaled(
+            lower, tf.pow(count, -self.lower_power), structure.subtract(moved, lower)
         )
         lower = problem.projected_lower(lower)
         upper_gradient, metrics = random_product(
@@ -115,6 +117,5 @@ class TTSA(Method):
             lower=lower,
             state={"step": state["step"] + 1, "optimizer": optimizer},
             metrics=metrics,
-            # Not of the gradient: most optimizers would make the same step of it.
             upper_scale=tf.pow(count, -self.upper_power),
         )
