@@ -61,7 +61,12 @@ def floor(method: str, instance: few_shot_protocol.Instance) -> float:
 def main(argv: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=pathlib.Path, required=True)
-    parser.add_argument("--methods", nargs="+", default=few_shot_protocol.METHODS)
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=few_shot_protocol.METHODS,
+        default=few_shot_protocol.METHODS,
+    )
     parser.add_argument("--tasks", type=int, default=16)
     parser.add_argument("--shots", type=int, default=1)
     parser.add_argument("--queries", type=int, default=15)
@@ -71,6 +76,8 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--xla", action="store_true", help="XLA too: it compiles long")
     args = parser.parse_args(argv)
+    if args.rounds < 1:
+        parser.error(f"--rounds must be at least 1, got {args.rounds}")
     if not environment.PYTHON.exists():
         parser.error("there are no peers: make them with `make bench-env`")
     instance = few_shot_protocol.make(

@@ -52,7 +52,8 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.measure:
         print(json.dumps(measure(CASES[arguments.measure], arguments.threads)))
         return 0
-    results = {}
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    results, failed = {}, []
     for name in arguments.cases:
         print(f"measuring {name} ...", file=sys.stderr, flush=True)
         command = [sys.executable, __file__, f"--measure={name}"]
@@ -68,14 +69,15 @@ def main(argv: list[str] | None = None) -> int:
                 f"memory):\n{done.stderr[-3000:]}",
                 file=sys.stderr,
             )
-            return 1
+            failed.append(name)
+            continue
         results[name] = json.loads(done.stdout)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "memory.json").write_text(json.dumps(results, indent=2) + "\n")
-    text = table(results)
-    (arguments.out / "memory.md").write_text(text)
-    print(text)
-    return 0
+        # After each case: the next one may end with the machine's memory.
+        (arguments.out / "memory.json").write_text(json.dumps(results, indent=2) + "\n")
+        (arguments.out / "memory.md").write_text(table(results))
+    if results:
+        print(table(results))
+    return int(bool(failed))
 
 
 def measure(case: Case, threads: int) -> dict:

@@ -75,6 +75,12 @@ class Bundle:
                     f"and {labels.shape}"
                 )
 
+    def checksums(self) -> list[int]:
+        """Of all arrays, from the archive's directory."""
+        with zipfile.ZipFile(self.path) as archive:
+            return [archive.getinfo(f"{axis}_{part}.npy").CRC
+                    for part in PARTS for axis in "XY"]  # fmt: skip
+
     def header(self, name: str) -> Header:
         with self._open(name) as file:
             return self._read_header(file, name)
@@ -226,6 +232,7 @@ def prepare(
     made_from = {
         "data": data.name,
         "bytes": data.stat().st_size,
+        "checksums": bundle.checksums(),
         "weights": weights if model is None else model.name,
         **({"seed": seed} if model is None and weights == "none" else {}),
     }

@@ -47,6 +47,13 @@ def _digits() -> Part:
     return Part(images.reshape(-1, 28, 28, 1).astype(np.uint8), labels.astype(int))
 
 
+def load_digits() -> Part:
+    """`digits` in a fixed random order; its file is sorted by class."""
+    whole = load_training_file("digits")
+    order = np.random.default_rng(0).permutation(len(whole.labels))
+    return Part(whole.images[order], whole.labels[order])
+
+
 def load_file(dataset: str, split: str, data_dir: pathlib.Path | None = None) -> Part:
     """All images of a published file, "train" or "test", as `load_training_file`."""
     data, _ = load_named(dataset, split, data_dir)

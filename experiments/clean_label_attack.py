@@ -32,6 +32,7 @@ import argparse
 import os
 import pathlib
 import sys
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -126,10 +127,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--retrain-seeds", type=above(int), default=3, help="heads that are asked")
     args = parser.parse_args(argv)
     bundle, penalty = args.data is not None, args.method == "penalty"
+    files = not bundle and args.dataset not in (None, "digits")
     needs = {
         **dict.fromkeys(("features", "model", "weights"), (bundle, "--data")),
         **dict.fromkeys(OWN_IMAGES, (not bundle, "no --data")),
         **dict.fromkeys(PENALTY, (penalty, "--method penalty")),
+        "data_dir": (files, "--dataset mnist or fashion_mnist"),
     }
     parser.refuse_idle(args, needs)
     if args.weights is not None and args.model is not None:
@@ -152,9 +155,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def load_files(args: argparse.Namespace) -> tuple[images.Part, images.Part]:
     """A training and a test file, pixels in [-1, 1]."""
     if args.dataset == "digits":
-        whole = images.load_training_file("digits")
-        order = np.random.default_rng(0).permutation(len(whole.labels))
-        cuts = order[:3500], order[3500:]
+        whole = images.load_digits()
+        cuts = slice(3500), slice(3500, None)
         files = [images.Part(whole.images[cut], whole.labels[cut]) for cut in cuts]
     else:
         files = [
@@ -182,6 +184,7 @@ def choose_images(args: argparse.Namespace) -> dict[str, images.Part]:
             chosen.append(own)
         order = np.random.default_rng(0).permutation(np.concatenate(chosen))
         labels = (file.labels[order] == args.classes[1]).astype(np.int64)
+        require_targets(args, part, labels)
         parts[part] = images.Part(file.images[order], labels)
     return parts
 
@@ -241,11 +244,6 @@ def prepare_pictures(
                 f"{features} was not made from {data}: their {part} classes differ. "
                 f"Make it anew with {dogfish_features.TOOL}"
             )
-        if set(labels.tolist()) != {0, 1}:
-            raise ValueError(
-                f"Y_{part} of {data} must hold the classes 0 and 1. Received: "
-                f"{sorted(set(labels.tolist()))}"
-            )
         pictures[part] = Pictures(pixels, made.features, labels)
     if extractor is None:
         extractor = dogfish_features.build_extractor(args.weights, model)
@@ -269,6 +267,26 @@ def require_same_features(
         )
 
 
+def require_targets(args: argparse.Namespace, part: str, labels: np.ndarray) -> None:
+    """Raise unless the classes are two, with what the flags ask of them."""
+    if set(labels.tolist()) != {0, 1}:
+        raise ValueError(
+            f"Y_{part} of --data must hold the classes 0 and 1. Received: "
+            f"{sorted(set(labels.tolist()))}"
+        )
+    least = int(np.bincount(labels.astype(int)).min())
+    if part == "train" and args.poisons > least:
+        raise ValueError(
+            f"--poisons must be at most {least}, the training images of a class: each "
+            f"starts from another one. Received: {args.poisons}"
+        )
+    if part == "test" and args.start >= len(labels):
+        raise ValueError(
+            f"--start must be below {len(labels)}, the number of test images. "
+            f"Received: {args.start}"
+        )
+
+
 def extractor_of(args: argparse.Namespace) -> keras.Model:
     """The network that makes features of --data; errors before anything is made."""
     bundle = dogfish_features.Bundle(args.data)
@@ -276,6 +294,7 @@ def extractor_of(args: argparse.Namespace) -> keras.Model:
     for part in PARTS:
         header = bundle.header(f"X_{part}")
         dogfish_features.require_images(header, extractor, args.data)
+        require_targets(args, part, bundle.array(f"Y_{part}").ravel())
     if args.features is not None:
         dogfish_features.load(args.features)
     return extractor
@@ -402,11 +421,6 @@ class Attack:
         others = np.flatnonzero(self.clean.labels != label)
         distances = np.linalg.norm(self.clean.features[others] - target, axis=1)
         order = others[np.argsort(distances, kind="stable")]
-        if distances.min() == 0:
-            raise ValueError(
-                "a training image of the other class has the target's own features. "
-                "Remove duplicates between the parts"
-            )
         return order[: self.args.poisons]
 
     def poison(self, target: np.ndarray, label: int, number: int) -> np.ndarray:
@@ -476,13 +490,17 @@ def run_attack(
         )
     folder = run.out / "poisons"
     folder.mkdir(exist_ok=True)
+    seconds = run.rewind(len(test.labels))  # drops a row that a kill has cut short
     done = {int(row["target"]) for row in run.rows()}
     bar = keras.utils.Progbar(len(targets))
     for number, target in enumerate(targets):
         if int(target) not in done:
+            begun = time.perf_counter()
             row = attack_one(args, attack, train, ask, test, int(target), folder)
+            seconds += time.perf_counter() - begun
             confidence = float(before[:, target].mean())
-            run.log({"step": number, "probability_before": confidence, **row})
+            place = {"step": number, "seconds": seconds}
+            run.log({**place, "probability_before": confidence, **row})
         if sys.stdout.isatty():
             bar.update(number + 1)
     return summarise(args, run, before)
@@ -550,6 +568,8 @@ def summarise(
     made: dict[str, Any] = {
         "method": args.method,
         "targets": len(success),
+        "poisons": args.poisons,
+        "seconds": run.column("seconds")[-1],
         "success_rate": 100 * float(success.mean()),
         "clean_test_accuracy": 100 * float((before > 0.5).mean()),
     }

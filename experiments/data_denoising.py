@@ -196,7 +196,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         action=argparse.BooleanOptionalAction,
         help="turn, shift, zoom and flip; default for cifar10 only",
     )
-    add("--dropout", action=argparse.BooleanOptionalAction, default=False)
+    add("--dropout", action=argparse.BooleanOptionalAction, help="default: none")
     add("--jit", choices=("auto", "on", "off"), help="default auto")
     args = parser.parse_args(argv)
     return complete(parser, args)
@@ -209,11 +209,15 @@ def refuse_idle(parser: experiment.Parser, args: argparse.Namespace) -> None:
         threshold = DATASETS[args.dataset].retrain_threshold
     for_methods = ("seconds", "jit", "pretrain_epochs", "pretrain_lr")
     retraining = bilevel and bool(threshold)
+    dropping = (args.net or DATASETS[args.dataset].net) != "logistic"
+    files = args.dataset not in ("digits", "svhn")
     parser.refuse_idle(
         args,
         {
             **dict.fromkeys(for_methods, (bilevel, "a bilevel --method")),
             "retrain_threshold": (bilevel, "a bilevel --method"),
+            "data_dir": (files, "a --dataset of tensorflow-datasets"),
+            "dropout": (dropping, "a --net with dropout"),
             **dict.fromkeys(
                 ("retrain_epochs", "retrain_lr"), (retraining, "--retrain-threshold")
             ),
@@ -245,6 +249,7 @@ def complete(parser: experiment.Parser, args: argparse.Namespace) -> argparse.Na
         "pretrain_epochs": dataset.pretrain_epochs,
         "retrain_threshold": dataset.retrain_threshold or 0.0,
         "augment": args.dataset == "cifar10",
+        "dropout": False,
     }
     for name, value in defaults.items():
         if getattr(args, name) is None:
@@ -271,9 +276,9 @@ def complete(parser: experiment.Parser, args: argparse.Namespace) -> argparse.Na
 # Data.
 
 
-def load_data(args: argparse.Namespace) -> Data:
+def with_noise(args: argparse.Namespace, parts: list[images.Part]) -> Data:
     """The three parts, and the noise, which depends on the seed."""
-    train, validation, test = load_parts(args)
+    train, validation, test = parts
     noisy, clean = label_noise.pollute(
         train.labels, args.noise, np.random.default_rng(args.seed), "strict"
     )
@@ -294,12 +299,10 @@ def load_parts(args: argparse.Namespace) -> list[images.Part]:
                 f"{asked[1]} of {held[1]}"
             )
         chosen = [first(file, args.train_size), first(validation, args.validation_size)]
-        return [*chosen, first(test, args.test_size)]
-    if args.dataset == "digits":  # sorted by class: in a fixed random order
-        whole = scaled(images.load_training_file("digits"))
-        order = np.random.default_rng(0).permutation(len(whole.labels))
-        whole = images.Part(whole.images[order], whole.labels[order])
-        cut = len(order) - 2000
+        return [*chosen, tested(args, test)]
+    if args.dataset == "digits":
+        whole = scaled(images.load_digits())
+        cut = len(whole.labels) - 2000
         file = images.Part(whole.images[:cut], whole.labels[:cut])
         test = images.Part(whole.images[cut:], whole.labels[cut:])
     else:
@@ -319,7 +322,16 @@ def load_parts(args: argparse.Namespace) -> list[images.Part]:
     begin = args.train_size if small else len(file.labels) - args.validation_size
     place = slice(begin, begin + args.validation_size)
     validation = images.Part(file.images[place], file.labels[place])
-    return [first(file, args.train_size), validation, first(test, args.test_size)]
+    return [first(file, args.train_size), validation, tested(args, test)]
+
+
+def tested(args: argparse.Namespace, test: images.Part) -> images.Part:
+    if args.test_size is not None and args.test_size > len(test.labels):
+        raise ValueError(
+            f"--test-size must fit in {len(test.labels)} test images, got "
+            f"{args.test_size}"
+        )
+    return first(test, args.test_size)
 
 
 def first(part: images.Part, size: int | None) -> images.Part:
@@ -557,16 +569,17 @@ def measure(
 
 def pretrain(args: argparse.Namespace, run: experiment.Run, data: Data) -> keras.Model:
     """The network trained on validation data; kept, so that --resume finds it."""
-    net = build_net(args.net, data.train.images.shape[1:], args.seed)
-    path = run.out / "pretrained.weights.h5"
-    if path.exists():
-        net.load_weights(path)
-        return net
-    rate, epochs = args.pretrain_lr, args.pretrain_epochs
-    fit_plainly(args, net, [data.validation], rate, epochs)
-    partial = run.out / "partial.weights.h5"
-    net.save_weights(partial)
-    os.replace(partial, path)
+    shape, path = data.train.images.shape[1:], run.out / "pretrained.weights.h5"
+    if not path.exists():
+        net = build_net(args.net, shape, args.seed)
+        rate, epochs = args.pretrain_lr, args.pretrain_epochs
+        fit_plainly(args, net, [data.validation], rate, epochs)
+        partial = run.out / "partial.weights.h5"
+        net.save_weights(partial)
+        os.replace(partial, path)
+    # Built anew, as by --resume: training has moved the seeds of dropout.
+    net = build_net(args.net, shape, args.seed)
+    net.load_weights(path)
     return net
 
 
@@ -590,6 +603,8 @@ def denoise(args: argparse.Namespace, run: experiment.Run, data: Data) -> dict:
         seconds=args.seconds,
         callbacks=[Renormalise(model.upper.logits, per_epoch)],
     )
+    if model.outer_step % per_epoch:  # the seconds were over within an epoch
+        model.upper.logits.assign(renormalised(model.upper.logits.numpy()))
     s = 0.5 * (np.tanh(model.upper.logits.numpy()) + 1)
     np.savez_compressed(run.out / "importances.npz", importance=s, clean=data.clean)
     draw_importances(run.out / "importances.png", s, data.clean)
@@ -694,10 +709,13 @@ def draw_curves(run: experiment.Run) -> None:
     plt.close(figure)
 
 
-def one_trial(args: argparse.Namespace, run: experiment.Run, data: Data) -> dict:
+def one_trial(
+    args: argparse.Namespace, run: experiment.Run, parts: list[images.Part]
+) -> dict:
     done = run.summary()
     if done is not None:
         return done
+    data = with_noise(args, parts)
     if args.method in BASELINES:
         summary = train_baseline(args, data)
     else:
@@ -709,10 +727,10 @@ def one_trial(args: argparse.Namespace, run: experiment.Run, data: Data) -> dict
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
     with experiment.one_line_errors(__file__):
-        data = load_data(args)
+        parts = load_parts(args)
         run = experiment.Run(args.out, experiment.settings(args), args.resume)
     if args.trials == 1:
-        summary = one_trial(args, run, data)
+        summary = one_trial(args, run, parts)
     else:
         trials = []
         for seed in range(args.seed, args.seed + args.trials):
@@ -720,7 +738,7 @@ def main(argv: list[str] | None = None) -> dict:
             folder = run.out / f"seed-{seed}"
             begun = (folder / "config.json").exists()
             one = experiment.Run(folder, experiment.settings(own), begun)
-            trials.append(one_trial(own, one, load_data(own)))
+            trials.append(one_trial(own, one, parts))
         accuracies = [trial["test_accuracy"] for trial in trials]
         summary = {
             **about(args),

@@ -114,7 +114,7 @@ def rhg(inner_lr: float, last: int | None = None) -> Settings:
     )
 
 
-def aid(inner_lr: float) -> Settings:
+def aid(inner_lr: float, **settings: float) -> Settings:
     return Settings(
         outer_steps=500,
         upper_lr=0.03,
@@ -123,6 +123,7 @@ def aid(inner_lr: float) -> Settings:
         solver_steps=10,
         upper_optimizer="adam",
         eval_every=5,
+        **settings,
     )
 
 
@@ -160,8 +161,8 @@ DEFAULTS = {
     ("rhg", "mlp"): rhg(0.4),
     ("t-rhg", "linear"): rhg(0.1, 100),
     ("t-rhg", "mlp"): rhg(0.4, 100),
-    ("aid-cg", "linear"): aid(0.5),
-    ("aid-cg", "mlp"): aid(0.4),
+    ("aid-cg", "linear"): aid(0.5, damping=1e-3),
+    ("aid-cg", "mlp"): aid(0.4, damping=1e-3),
     ("aid-fp", "linear"): aid(0.5),
     ("aid-fp", "mlp"): aid(0.4),
     ("neumann", "linear"): aid(0.5),
@@ -242,6 +243,8 @@ def fill_defaults(
             gamma_steps=published.gamma_steps // 4,
         )
     parser.refuse_meaningless(args, [published], f"--method {args.method}")
+    files = args.dataset != "digits", "a --dataset with files"
+    parser.refuse_idle(args, {"data_dir": files})
     args = experiment.filled(args, published)
     if args.last is not None and args.last > args.inner_steps:
         parser.error(
@@ -258,10 +261,10 @@ def fill_defaults(
             f"--dynamics means nothing to --method {args.method}, which makes no "
             "inner steps of gradient descent: leave it out"
         )
-    if args.dynamics != "gd" and args.inner_steps == 1:
+    if args.dynamics == "nesterov-t" and args.inner_steps == 1:
         parser.error(
-            "--dynamics means nothing to a single inner step, at which both sequences "
-            "begin: raise --inner-steps"
+            "--dynamics nesterov-t means nothing to a single inner step, from which on "
+            "it differs: raise --inner-steps"
         )
     if args.method not in BASELINES and args.outer_steps % args.eval_every:
         parser.error(
@@ -361,7 +364,7 @@ def build_method(args: argparse.Namespace, network: keras.Model) -> tb.Method:
         inner = inner_steps(start="cold")
         return tb.Unroll(inner, aggregate=mixture, memory=args.memory)
     solver = {
-        "aid-cg": tb.ConjugateGradient(args.solver_steps, damping=1e-3),
+        "aid-cg": tb.ConjugateGradient(args.solver_steps, damping=args.damping),
         "aid-fp": tb.FixedPoint(args.solver_steps, warm_start=True),
         "neumann": tb.Neumann(args.solver_steps),
     }[args.method]
@@ -570,28 +573,31 @@ def print_table(summary: dict) -> None:
         print(f"{name:16s}{values}")
 
 
+def upper_loss(upper: tb.ExampleWeights, lower: keras.Model, batch: tuple) -> tf.Tensor:
+    return tf.reduce_mean(cross_entropy(lower, batch))
+
+
+def lower_loss(
+    upper: tb.ExampleWeights, lower: keras.Model, batch: tuple, reg: float
+) -> tf.Tensor:
+    loss = tf.reduce_mean(upper(None) * cross_entropy(lower, batch))
+    if reg:
+        squares = [tf.reduce_sum(tf.square(v)) for v in lower.trainable_variables]
+        loss += reg * tf.add_n(squares)
+    return loss
+
+
 def clean(
     args: argparse.Namespace, run: experiment.Run, data: dict, network: keras.Model
 ) -> dict:
     weights = tb.ExampleWeights(args.train_size)
-
-    def upper_loss(upper: tb.ExampleWeights, lower: keras.Model, batch: tuple):
-        return tf.reduce_mean(cross_entropy(lower, batch))
-
-    def lower_loss(upper: tb.ExampleWeights, lower: keras.Model, batch: tuple):
-        loss = tf.reduce_mean(upper(None) * cross_entropy(lower, batch))
-        if args.reg:
-            squares = [tf.reduce_sum(tf.square(v)) for v in lower.trainable_variables]
-            loss += args.reg * tf.add_n(squares)
-        return loss
-
     optimizer = {"sgd": keras.optimizers.SGD, "adam": adam}
     learned = args.method == "iaptt-gm"
     model = tb.BilevelModel(
         weights,
         network,
         upper_loss,
-        lower_loss,
+        functools.partial(lower_loss, reg=args.reg),
         lower_start="learned" if learned else None,
     )
     model.compile(

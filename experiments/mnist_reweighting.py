@@ -173,6 +173,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     methods = METHODS if args.method == "all" else [args.method]
     published = [DEFAULTS[method] for method in methods]
     parser.refuse_meaningless(args, published, f"--method {args.method}")
+    files = args.dataset != "digits", "a --dataset with files"
+    parser.refuse_idle(args, {"data_dir": files})
     try:
         args.jobs = [
             job_of(args, method, args.seed + trial)
@@ -188,6 +190,8 @@ def job_of(args: argparse.Namespace, method: str, seed: int) -> argparse.Namespa
     """The flags of one run: one method, one seed, every setting filled in."""
     job = experiment.filled(args, DEFAULTS[method])
     job.method, job.seed = method, seed
+    if method == "reverse" and args.hessian_q is None:
+        job.hessian_q = min(job.hessian_q, job.inner_steps)
     if args.outer_steps is None and args.seconds is not None:
         job.outer_steps = None
     if method == "reverse" and job.hessian_q > job.inner_steps:
@@ -214,11 +218,9 @@ def job_of(args: argparse.Namespace, method: str, seed: int) -> argparse.Namespa
 
 def load_parts(args: argparse.Namespace) -> list[images.Part]:
     """Training, validation and test images with their true labels."""
-    if args.dataset == "digits":  # sorted by class: in a fixed random order
-        whole = images.load_training_file("digits")
-        order = np.random.default_rng(0).permutation(len(whole.labels))
-        whole = images.Part(whole.images[order], whole.labels[order])
-        split = len(order) - args.test_size
+    if args.dataset == "digits":
+        whole = images.load_digits()
+        split = len(whole.labels) - args.test_size
         file = images.Part(whole.images[:split], whole.labels[:split])
         test = images.Part(whole.images[split:], whole.labels[split:])
     else:
@@ -364,7 +366,8 @@ def warm_up(model: tb.BilevelModel, batches: tf.data.Dataset, steps: int) -> flo
         before = [v.numpy() for v in model.variables]
 
     callback = keras.callbacks.LambdaCallback(on_train_batch_begin=remember)
-    model.fit(batches, steps_per_epoch=steps, callbacks=[callback], verbose=0)
+    with experiment.one_line_nonfinite():
+        model.fit(batches, steps_per_epoch=steps, callbacks=[callback], verbose=0)
     for variable, value in zip(model.variables, before or [], strict=True):
         variable.assign(value)
     return time.perf_counter() - start
@@ -499,18 +502,33 @@ def compare(
     args: argparse.Namespace, run: experiment.Run, parts: list[images.Part]
 ) -> dict:
     """Every method at every seed, each in a folder of its own; means over seeds."""
-    summaries, rows = [], []
+    summaries, rows, failed = [], [], []
     for job in args.jobs:
         folder = args.out / f"{job.method}-{job.seed}"
         one = experiment.Run(
             folder, settings(job), resume=(folder / "config.json").exists()
         )
-        summary = one.summary() or train(job, one, add_noise(parts, job))
+        try:
+            summary = one.summary() or train(job, one, add_noise(parts, job))
+        except SystemExit:  # NaN, said already: the others go on
+            failed.append(folder.name)
+            continue
         keras.backend.clear_session()
         print_table([summary], header=not summaries)
         summaries.append(summary)
         columns = (*COLUMNS, *SCORES)
         rows += [{name: row[name] for name in columns} for row in one.rows()]
+    if rows:
+        write_comparison(args, run, rows)
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+        raise SystemExit(1)
+    return {"methods": means(summaries), "runs": summaries}
+
+
+def write_comparison(
+    args: argparse.Namespace, run: experiment.Run, rows: list[dict[str, str]]
+) -> None:
     draw_comparison(args, rows)
     partial = run.out / "metrics.csv.partial"
     with partial.open("w", newline="") as file:
@@ -518,7 +536,6 @@ def compare(
         writer.writeheader()
         writer.writerows(rows)
     os.replace(partial, run.out / "metrics.csv")
-    return {"methods": means(summaries), "runs": summaries}
 
 
 def means(summaries: list[dict]) -> dict[str, dict[str, float]]:

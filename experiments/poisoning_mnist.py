@@ -149,7 +149,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     moved = args.method != "label-flip", "a --method that moves images"
     idle = {"stay_close": 0.0, "eval_every": 100, "jit": "auto"}
-    parser.refuse_idle(args, dict.fromkeys(idle, moved))
+    files = args.dataset != "digits", "--dataset mnist"
+    parser.refuse_idle(args, dict.fromkeys(idle, moved) | {"data_dir": files})
     for name, value in idle.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -180,10 +181,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def load_files(args: argparse.Namespace) -> list[images.Part]:
     """The training and the test file, pixels [n, 784] in [0, 1], published order."""
-    if args.dataset == "digits":  # sorted by class: in a fixed random order
-        whole = flat(images.load_training_file("digits"))
-        order = np.random.default_rng(0).permutation(len(whole.labels))
-        whole = take(whole, order)
+    if args.dataset == "digits":
+        whole = flat(images.load_digits())
         return [take(whole, np.arange(3500)), take(whole, np.arange(3500, 5000))]
     return [
         flat(

@@ -72,6 +72,13 @@ class Example(NamedTuple):
     seen: Callable[[tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor]]
 
 
+# Flags that only one method has, and their defaults.
+KNOBS = {
+    "approxgrad": {"damping": 1e-6},
+    "penalty": {"weight": 1.0, "lower_weight": 10.0, "tolerance": 1.0, "growth": 1.1},
+}
+
+
 class Job(NamedTuple):
     """One run: a method with T inner steps on a problem."""
 
@@ -96,24 +103,27 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--record-every", type=above(int), default=10)
     add("--upper-lr", type=above(float), default=1e-3)
     add("--lower-lr", type=above(float), default=1e-4, help="of v, and of p")
-    add(
-        "--damping", type=experiment.at_least(float, 0), default=1e-6, help="approxgrad"
-    )
-    add("--weight", type=above(float), default=1.0, help="penalty: rho at the start")
+    add("--damping", type=experiment.at_least(float, 0), help="approxgrad; 1e-6")
+    add("--weight", type=above(float), help="penalty: rho at the start; 1")
     add(
         "--lower-weight",
         type=experiment.at_least(float, 0),
-        default=10.0,
-        help="penalty: lambda likewise",
+        help="penalty: lambda at the start; 10",
     )
-    add("--tolerance", type=above(float), default=1.0, help="penalty: epsilon likewise")
+    add("--tolerance", type=above(float), help="penalty: epsilon at the start; 1")
     add(
         "--growth",
         type=experiment.at_least(float, 1),
-        default=1.1,
-        help="penalty: factor at a notch",
+        help="penalty: factor at a notch; 1.1",
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for method, own in KNOBS.items():
+        need = method in args.method, f"--method {method}"
+        parser.refuse_idle(args, dict.fromkeys(own, need))
+        for name, value in own.items():
+            if getattr(args, name) is None:
+                setattr(args, name, value)
+    return args
 
 
 def draw(args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -201,11 +201,16 @@ def test_a_killed_run_resumes(tmp_path, monkeypatch):
         patch.setattr(attack, "attack_one", dying)
         with pytest.raises(KeyboardInterrupt):
             attack.main(broken)
+    table = tmp_path / "broken" / "metrics.csv"
+    table.write_text(table.read_text() + "1,0.")  # killed while a row was written
     monkeypatch.setattr(attack, "train_feature_model", None)  # it is there already
     counted = []
     monkeypatch.setattr(attack, "attack_one", lambda *a: counted.append(1) or one(*a))
     summary = attack.main([*broken, "--resume"])
     assert summary["targets"] == 2 and len(counted) == 1
+    with table.open() as file:
+        seconds = [float(row["seconds"]) for row in csv.DictReader(file)]
+    assert 0 < seconds[0] < seconds[1] == summary["seconds"]
 
 
 def test_a_bundle_with_a_feature_model(tmp_path, capsys):
@@ -226,6 +231,13 @@ def test_a_bundle_with_a_feature_model(tmp_path, capsys):
     flags += ["--max-targets", "2", "--outer-steps", "5", "--head-steps", "300"]
     summary = attack.main([*flags, "--out", str(tmp_path / "run")])
     assert summary["targets"] == 2 and summary["clean_test_accuracy"] > 90
+    # Classes that are not 0 and 1: said before any feature is made.
+    np.savez(tmp_path / "e.npz", **arrays | {"Y_test": arrays["Y_test"] + 1})
+    wrong = [*flags, "--data", str(tmp_path / "e.npz"), "--out", str(tmp_path / "e")]
+    with pytest.raises(SystemExit):
+        attack.main(wrong)
+    assert "Y_test of --data must hold the classes" in capsys.readouterr().err
+    assert not (tmp_path / "e").exists()
     # The features of another network, though as wide.
     keras.Sequential(
         [keras.Input((6, 6, 3)), keras.layers.Flatten(), keras.layers.Dense(16, "relu")]
@@ -248,8 +260,11 @@ def test_a_bundle_with_a_feature_model(tmp_path, capsys):
         (["--train-size", "5000"], "--train-size must not exceed"),
         (["--data", "/nowhere.npz"], "does not exist"),
         (["--dataset", "mnist", "--data-dir", "/nowhere"], "not prepared"),
+        (["--data-dir", "/nowhere"], "--data-dir needs --dataset mnist"),
         (["--beta", "-1"], "at least 0"),
         (["--start", "-1"], "at least 0"),
+        (["--start", "200"], "--start must be below 200"),
+        (["--poisons", "301"], "--poisons must be at most 300"),
         (["--resume"], "folder with a run"),
     ],
 )

@@ -119,7 +119,7 @@ def test_importances_round_trip_and_have_a_mean_of_a_half():
 def test_noise_is_always_wrong_and_over_all_other_classes(rate):
     sizes = "--train-size", "2500", "--validation-size", "500"
     args = parse("--noise", str(rate), *sizes)
-    data = denoising.load_data(args)
+    data = denoising.with_noise(args, denoising.load_parts(args))
     wrong = data.train.labels != data.true_labels
     assert wrong.sum() == int(rate * 2500)
     np.testing.assert_array_equal(wrong, ~data.clean)
@@ -131,7 +131,7 @@ def test_noise_is_always_wrong_and_over_all_other_classes(rate):
 
 def test_batches_carry_the_numbers_of_their_examples():
     args = parse(*SMALL)
-    data = denoising.load_data(args)
+    data = denoising.with_noise(args, denoising.load_parts(args))
     seen = []
     for upper, lower in denoising.batches(args, data, 0).take(3):
         pixels, labels, index = (part.numpy() for part in lower)
@@ -146,7 +146,7 @@ def test_batches_carry_the_numbers_of_their_examples():
 
 def test_augmentation_changes_pixels_and_nothing_else():
     args = parse(*SMALL, "--augment")
-    data = denoising.load_data(args)
+    data = denoising.with_noise(args, denoising.load_parts(args))
     batch = next(iter(denoising.batches(args, data, 0)))
     pixels, labels, index = (part.numpy() for part in batch.lower)
     original = data.train.images[index]
@@ -224,7 +224,8 @@ def test_dropout_is_off_unless_asked_for():
             if rate is not None and isinstance(layer, keras.layers.Dropout):
                 layer.rate = rate
         keras.utils.set_random_seed(1)
-        args = parse("--batch-size", "40", "--dropout" if dropout else "--no-dropout")
+        flags = ["--net", "mnist-cnn", "--batch-size", "40"]
+        args = parse(*flags, "--dropout" if dropout else "--no-dropout")
         denoising.fit_plainly(args, net, [part], 1e-3, 2)
         return [net.get_weights()[-2], net.get_weights()[2]]
 
@@ -282,6 +283,16 @@ def test_a_killed_run_resumes_to_the_same_numbers(tmp_path, monkeypatch, epoch):
 
     assert rows("whole") == rows("broken")
     assert [row["step"] for row in rows("whole")] == ["0", "3", "6", "9", "12"]
+
+
+def test_a_run_that_ends_within_an_epoch_is_renormalised_too(tmp_path):
+    flags = [*SMALL, "--inner-steps", "2", "--seconds", "1e-9", "--upper-lr", "0.1"]
+    denoising.main([*flags, "--retrain-threshold", "0", "--out", str(tmp_path)])
+    with (tmp_path / "metrics.csv").open() as file:
+        last = list(csv.DictReader(file))[-1]
+    assert last["step"] == "1" and abs(float(last["mean_importance"]) - 0.5) > 1e-4
+    found = np.load(tmp_path / "importances.npz")["importance"]
+    assert found.mean() == pytest.approx(0.5, abs=1e-6)
 
 
 def test_trials_are_runs_of_their_own(tmp_path):
@@ -367,6 +378,9 @@ def test_cifar10_from_its_published_files(tmp_path):
         (["--retrain-threshold", "0", "--retrain-lr", "1"], "--retrain-lr needs"),
         (["--retrain-threshold", "1"], "below 1"),
         (["--dataset", "mnist", "--data-dir", "/nowhere"], "not prepared"),
+        (["--data-dir", "/nowhere"], "--data-dir needs a --dataset of"),
+        (["--dropout"], "--dropout needs a --net with dropout"),
+        (["--test-size", "2001"], "--test-size must fit in 2000"),
         (["--lower-weight", "-1"], "at least 0"),
         (["--resume"], "folder with a run"),
     ],
@@ -406,7 +420,7 @@ def test_the_importances_adam_is_per_example():
     net = denoising.build_net("logistic", (28, 28, 1), seed=0)
     model = denoising.build_model(args, net, np.full(60, 0.5), 3)
     assert isinstance(model.optimizer, tb.LazyAdam)
-    data = denoising.load_data(args)
+    data = denoising.with_noise(args, denoising.load_parts(args))
     before = model.upper.logits.numpy()
     batch = denoising.batches(args, data, 0).take(1)
     index = next(iter(batch)).lower[2].numpy()

@@ -1,5 +1,7 @@
 """Image features: of a small model as a stand-in, of Inception itself, and resumed."""
 
+from unittest import mock
+
 import keras
 import numpy as np
 import pytest
@@ -45,6 +47,31 @@ def test_features_are_the_models(model, tmp_path):
         np.testing.assert_allclose(found.features, means @ kernel + bias, atol=1e-5)
         np.testing.assert_array_equal(found.labels, arrays[f"Y_{part}"])
         assert found.features.dtype == np.float32
+
+
+def test_other_images_of_the_same_name_and_size_are_not_gone_on_with(
+    model, tmp_path, monkeypatch
+):
+    for number in range(2):
+        (tmp_path / str(number)).mkdir()
+        images = np.full((9, 8, 6, 3), 0.1 * number)
+        parts = {
+            "X_train": images,
+            "Y_train": np.arange(9) % 2,
+            "X_test": images[:4],
+            "Y_test": np.arange(4) % 2,
+        }
+        np.savez(tmp_path / str(number) / "d.npz", **parts)
+    first, second = (tmp_path / number / "d.npz" for number in "01")
+    assert first.stat().st_size == second.stat().st_size
+    out, options = tmp_path / "f.h5", {"model": tmp_path / "model.keras"}
+    with monkeypatch.context() as patch:
+        patch.setattr(dogfish_features, "in_range", mock.Mock(side_effect=KeyError))
+        with pytest.raises(KeyError):
+            dogfish_features.prepare(first, out, **options)
+    with pytest.raises(ValueError, match="unfinished work of another run"):
+        dogfish_features.prepare(second, out, **options)
+    dogfish_features.prepare(first, out, **options)
 
 
 def test_inception_itself(tmp_path):

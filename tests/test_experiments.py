@@ -134,6 +134,35 @@ def test_cleaning_runs_every_method_and_writes_its_files(method, net, tmp_path):
         assert (tmp_path / picture).stat().st_size > 10_000
 
 
+def test_nothing_but_test_scores_depends_on_test_labels(tmp_path, monkeypatch):
+    """D17: elsewhere "validation" scores were taken on test data, and chosen by."""
+
+    def without_test_scores(name):
+        flags = ["--outer-steps", "4", "--out", str(tmp_path / name)]
+        summary = cleaning.main([*SMALL, *flags])
+        with (tmp_path / name / "metrics.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        kept = [
+            {key: row[key] for key in row if "test" not in key and key != "seconds"}
+            for row in rows
+        ]
+        return kept, summary["best_validation_step"], summary["test_accuracy"]
+
+    load = cleaning.load_data
+
+    def with_other_test_labels(args):
+        data = load(args)
+        pixels, labels = data["test"]
+        return data | {"test": (pixels, (labels + 1) % 10)}
+
+    rows, chosen, accuracy = without_test_scores("right")
+    assert any("validation" in name for name in rows[0])
+    monkeypatch.setattr(cleaning, "load_data", with_other_test_labels)
+    other_rows, other_chosen, other_accuracy = without_test_scores("wrong")
+    assert (rows, chosen) == (other_rows, other_chosen)
+    assert accuracy != other_accuracy
+
+
 @pytest.mark.parametrize("baseline", cleaning.BASELINES)
 def test_cleaning_baselines(baseline, tmp_path):
     summary = cleaning.main(["--method", baseline, "--out", str(tmp_path), *SIZES])
@@ -213,19 +242,25 @@ def test_networks_start_uniform_in_fan_in_bounds(net):
             assert values.std() == pytest.approx(fan_in**-0.5 / 3**0.5, rel=0.05)
 
 
-def test_cleaning_losses_are_the_formulas(tmp_path):
-    """The hypergradient of the value gap, component by component, in NumPy."""
+def test_cleaning_losses_are_the_formulas():
     generator = np.random.default_rng(0)
     pixels = generator.uniform(size=(6, 4)).astype("float32")
     labels = np.array([0, 1, 2, 0, 1, 2], "int32")
     network = cleaning.build_net("linear", 4, seed=1)
-    losses = cleaning.cross_entropy(network, (pixels, labels)).numpy()
+    weights = tb.ExampleWeights(6)
+    weights.logits.assign(generator.normal(size=6))
+    batch = pixels, labels
+    f = float(cleaning.upper_loss(weights, network, batch))
+    g = [float(cleaning.lower_loss(weights, network, batch, reg)) for reg in (0, 0.3)]
     kernel, bias = (w.numpy() for w in network.weights)
     logits = pixels @ kernel + bias
     log_sum = np.log(np.exp(logits).sum(axis=1))
-    np.testing.assert_allclose(
-        losses, log_sum - logits[np.arange(6), labels], rtol=1e-5
-    )
+    losses = log_sum - logits[np.arange(6), labels]
+    share = 1 / (1 + np.exp(-weights.logits.numpy()))
+    penalty = 0.3 * ((kernel**2).sum() + (bias**2).sum())
+    assert f == pytest.approx(losses.mean(), rel=1e-5)
+    assert g[0] == pytest.approx((share * losses).mean(), rel=1e-5)
+    assert g[1] == pytest.approx((share * losses).mean() + penalty, rel=1e-5)
 
 
 def test_rows_go_under_their_own_columns(tmp_path):
@@ -248,6 +283,46 @@ def test_a_row_that_a_kill_has_cut_short_is_not_there(tmp_path):
     assert run.rewind(4) == 3.0
     run.log({"step": 4, "seconds": 6, "a": 3})
     assert run.column("a") == [1, 2, 3]
+
+
+def test_a_row_that_was_glued_to_one_cut_short_is_not_there(tmp_path):
+    run = experiment.Run(tmp_path / "run", {}, resume=False)
+    run.log({"step": 0, "seconds": 0, "a": 1})
+    path = tmp_path / "run" / "metrics.csv"
+    path.write_text(path.read_text() + "2,1.")
+    run.log({"step": 4, "seconds": 6, "a": 3})
+    assert run.column("a") == [1]
+
+
+def test_a_table_that_a_kill_has_left_empty_is_begun_anew(tmp_path):
+    run = experiment.Run(tmp_path / "run", {}, resume=False)
+    (tmp_path / "run" / "metrics.csv").touch()
+    run.log({"step": 0, "a": 1})
+    assert run.column("a") == [1]
+
+
+def test_a_folder_has_one_writer(tmp_path):
+    code = (
+        "import pathlib, sys; from tfbilevel import experiment\n"
+        f"experiment.Run(pathlib.Path({str(tmp_path)!r}), {{}}, False)\n"
+        "print('there', flush=True); sys.stdin.read()"
+    )
+    pipe = subprocess.PIPE
+    other = subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe)
+    assert other.stdout.readline() == b"there\n"
+    with pytest.raises(ValueError, match="--out must not be in use"):
+        experiment.Run(tmp_path, {}, resume=True)
+    other.communicate(b"")
+    experiment.Run(tmp_path, {}, resume=True)
+    experiment.Run(tmp_path, {}, resume=True)  # one process may come back
+
+
+def test_a_folder_in_which_a_kill_left_no_settings_can_be_used(tmp_path):
+    (tmp_path / "config.json.partial").write_text("{")
+    with pytest.raises(ValueError, match="--resume needs a folder with a run"):
+        experiment.Run(tmp_path, {"a": 1}, resume=True)
+    experiment.Run(tmp_path, {"a": 1}, resume=False)
+    experiment.Run(tmp_path, {"a": 1}, resume=True)
 
 
 def test_seconds_are_those_of_outer_steps_alone(tmp_path, monkeypatch):
@@ -395,7 +470,10 @@ def test_a_killed_cleaning_run_resumes_to_the_same_numbers(tmp_path):
     victim.send_signal(signal.SIGKILL)
     victim.wait()
     assert not (killed / "summary.json").exists()
+    before = (killed / "metrics.csv").read_text().splitlines()[:3]
     assert start("--resume").wait() == 0
+    # From the backup: the row of step 10 still has the seconds of the first sitting.
+    assert (killed / "metrics.csv").read_text().splitlines()[:3] == before
     cleaning.main([*flags, "--out", str(whole)])
 
     def numbers(folder):

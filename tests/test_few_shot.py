@@ -155,6 +155,15 @@ def test_new_tasks_are_learned_as_in_training_unless_asked():
         (["--method", "penalty", "--head", "conv"], "which draws it anew"),
         (["--method", "t-rhg", "--last", "11"], "--last must not exceed"),
         (["--data-file", "x.npz"], "--data-file needs --dataset omniglot"),
+        (
+            ["--dataset", "omniglot", "--data-file", "x.npz", "--data-dir", "y"],
+            "--data-dir needs a --dataset with files, without --data-file",
+        ),
+        (
+            ["--method", "meta-sgd", "--dataset", "fc100", "--test-lr", "0.1"],
+            "--test-lr means nothing to --method meta-sgd",
+        ),
+        (["--test-tasks", "1"], "must be at least 2"),
         (["--data-dir", "x"], "--data-dir needs a --dataset with files"),
         (["--split", "sorted"], "--split needs --dataset omniglot"),
         (["--regularisation", "1"], "--regularisation needs --regulariser"),

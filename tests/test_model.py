@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import keras
 import numpy as np
@@ -249,7 +250,8 @@ def test_memory_is_flat_over_a_thousand_steps():
         pages = pathlib.Path("/proc/self/statm").read_text().split()[1]
         return int(pages) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
-    model = make(value_gap())
+    model = make(value_gap(), keras.layers.Dense(4000))
+    assert model.lower.count_params() > 30_000  # a copy per step: 120 MiB
     model.fit(full_batch(200), verbose=0)
     before = resident()
     model.fit(full_batch(500), epochs=2, verbose=0)
@@ -378,10 +380,14 @@ def test_keras_backup_and_restore_resumes_to_the_last_bit(tmp_path):
         make(value_gap()).fit(
             full_batch(4), epochs=6, verbose=0, callbacks=[backup, Interrupt()]
         )
+    begun = []
+    first = keras.callbacks.LambdaCallback(
+        on_train_batch_begin=lambda batch, logs: begun.append(resumed.outer_step)
+    )
     resumed = make(value_gap())
     backup = keras.callbacks.BackupAndRestore(str(tmp_path / "backup"))
-    resumed.fit(full_batch(4), epochs=6, verbose=0, callbacks=[backup])
-    assert resumed.outer_step == 24
+    resumed.fit(full_batch(4), epochs=6, verbose=0, callbacks=[backup, first])
+    assert begun[0] == 12 and resumed.outer_step == 24
     assert_same(weights(through), weights(resumed))
 
 
@@ -394,12 +400,17 @@ from tfbilevel import experiment
 out = pathlib.Path({out!r})
 model = test_model.make(test_model.value_gap(), jit_compile="auto")
 class Tell(keras.callbacks.Callback):
+    begun = -1
+    def on_train_batch_begin(self, batch, logs=None):
+        if self.begun < 0:
+            self.begun = model.outer_step
     def on_epoch_end(self, epoch, logs=None):
         (out / "epoch").write_text(str(epoch))
 backup = [experiment.Backup(out / "backup", 5)] if {backup} else []
 model.fit(test_model.full_batch(5), epochs={epochs}, verbose=0,
-          callbacks=[*backup, Tell()])
-np.savez(out / "done.npz", *test_model.weights(model), jit=model.jit_compile)
+          callbacks=[*backup, tell := Tell()])
+np.savez(out / "done.npz", *test_model.weights(model), jit=model.jit_compile,
+         begun=tell.begun)
 """
 
 
@@ -428,6 +439,7 @@ def test_a_fit_killed_and_resumed_equals_one_that_ran_through(tmp_path):
     assert not (tmp_path / "done.npz").exists()
     assert start(tmp_path).wait() == 0
     resumed = np.load(tmp_path / "done.npz")
+    assert resumed["begun"] >= 5  # not from the start, which would end the same
     # The compilation that the first sitting chose holds for the second one.
     through = make(value_gap(), jit_compile=bool(resumed["jit"]))
     through.fit(full_batch(5), epochs=epochs, verbose=0)
@@ -553,6 +565,42 @@ def test_what_validation_needs_is_said_before_any_step():
     with pytest.raises(ValueError, match="batches of .inputs, labels. for the lower"):
         model.fit(data, validation_data=data, verbose=0)
     assert model.outer_step == 0
+
+
+def test_several_replicas_are_refused(monkeypatch):
+    several = types.SimpleNamespace(num_replicas_in_sync=2)
+    monkeypatch.setattr(tf.distribute, "get_strategy", lambda: several)
+    model = tb.BilevelModel(tb.ExampleWeights(TRAIN), network(), upper_loss, lower_loss)
+    with pytest.raises(ValueError, match="trains on one device.*2 replicas"):
+        model.compile(unroll(), keras.optimizers.Adam(0.1))
+
+
+def test_train_on_batch_is_a_step_of_fit():
+    fitted, mine = make(), make()
+    history = fitted.fit(full_batch(3), verbose=0).history
+    for batch in full_batch(3):
+        logs = mine.train_on_batch(batch, return_dict=True)
+    assert_same(weights(fitted), weights(mine))
+    assert mine.outer_step == 3 and set(logs) == set(history)
+    with pytest.raises(ValueError, match="`x` must be tb.Batches"):
+        mine.train_on_batch(np.ones(3), np.ones(3))
+    with pytest.raises(ValueError, match="takes a tb.Batches and nothing else"):
+        mine.train_on_batch(batch, np.ones(3))
+
+
+def test_the_whole_model_is_not_saved_and_that_is_said_at_once(tmp_path):
+    model, path = make(), str(tmp_path / "model.keras")
+    with pytest.raises(ValueError, match="save_weights"):
+        model.save(path)
+    checkpoint = keras.callbacks.ModelCheckpoint(path)
+    with pytest.raises(ValueError, match="model.lower.save"):
+        model.fit(full_batch(2), callbacks=[checkpoint], verbose=0)
+    assert model.outer_step == 0
+    weights_only = keras.callbacks.ModelCheckpoint(
+        str(tmp_path / "best.weights.h5"), save_weights_only=True
+    )
+    model.fit(full_batch(2), callbacks=[weights_only], verbose=0)
+    assert (tmp_path / "best.weights.h5").exists()
 
 
 def test_unconnected_variable_is_named_by_its_path():

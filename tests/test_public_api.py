@@ -141,11 +141,24 @@ def test_what_a_user_calls_has_an_example(name: str) -> None:
 
 
 def test_methods_are_frozen_and_compare_by_identity() -> None:
-    for kind in (tb.Unroll, tb.Implicit, tb.ValueGap, tb.GradientNorm, tb.InnerSolver):
+    found = [getattr(tb, name) for name in sorted(NAMES)]
+    bases = (tb.Method, tb.LinearSolver, tb.Schedule, tb.InnerSolver, tb.Problem)
+    kinds = [one for one in found if inspect.isclass(one) and issubclass(one, bases)]
+    kinds = [one for one in kinds if not inspect.isabstract(one)]
+    assert len(kinds) > 20
+    for kind in kinds:
         assert kind.__dataclass_params__.frozen and not kind.__dataclass_params__.eq
     inner = tb.InnerSolver(keras.optimizers.SGD(0.1), 3)
     with pytest.raises(dataclasses.FrozenInstanceError):
         inner.steps = 4  # type: ignore[misc]
+
+
+def test_another_backend_of_keras_is_refused(monkeypatch) -> None:
+    module = importlib.import_module("tfbilevel._backend")
+    importlib.reload(module)
+    monkeypatch.setattr(keras.backend, "backend", lambda: "jax")
+    with pytest.raises(ImportError, match="needs Keras on TensorFlow.*'jax'"):
+        importlib.reload(module)
 
 
 def test_only_one_file_opens_a_tape() -> None:

@@ -147,6 +147,8 @@ def test_penalty_sees_the_null_space_and_approxgrad_does_not(tmp_path):
         (["--inner-steps", "0"], "above zero"),
         (["--growth", "0.9"], "at least 1"),
         (["--damping", "-1"], "at least 0"),
+        (["--method", "gd", "rmd", "--weight", "5"], "--weight needs --method penalty"),
+        (["--method", "penalty", "--damping", "1"], "--damping needs --method approx"),
         (["--resume"], "folder with a run"),
     ],
 )

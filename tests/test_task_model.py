@@ -177,8 +177,21 @@ def test_adapt_takes_convolutions_in_turn():
     images = tf.constant(generator.normal(size=(3, 5, 4, 4, 1)), tf.float32)
     data = tb.Batches(upper=images, lower=images)
     outputs = model.adapt(data, inner(1), lambda u, low, b: (low(b.upper), b.upper[0]))
-    assert outputs[0].shape == (3, 5, 8)
     np.testing.assert_array_equal(outputs[1], images[:, 0])
+    for task in range(3):
+        alone = keras.models.clone_model(start)
+        alone.set_weights(start.get_weights())
+        with tf.GradientTape() as tape:
+            value = tf.reduce_mean(alone(images[task]) ** 2)
+        rate = float(inner(1).optimizer.learning_rate)
+        variables = alone.trainable_variables
+        gradients = tape.gradient(value, variables)
+        for variable, gradient in zip(variables, gradients, strict=True):
+            variable.assign_sub(rate * gradient)
+        assert rate > 0 and np.abs(gradients[0]).max() > 1e-3
+        np.testing.assert_allclose(
+            outputs[0][task], alone(images[task]), rtol=1e-4, atol=1e-6
+        )
 
 
 def test_adapt_needs_tasks():

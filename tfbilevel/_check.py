@@ -91,6 +91,10 @@ def check_hypergradient(
     Returns:
         A report; print it, or compare `error` with a tolerance.
 
+    Raises:
+        ValueError: for arguments of the wrong kind or variables that are not
+            floating-point.
+
     Example:
         >>> problem = tb.Problem(
         ...     upper_loss=lambda x, y, batch: tf.reduce_sum((y - 1.0) ** 2),

@@ -209,6 +209,9 @@ class Dynamic:
             ul_opt: applies the gradients to the upper model; `None`: the caller does.
             init_opt: applies the start's gradients to the lower model.
 
+        Returns:
+            A `DynamicResult`: losses, gradients and the lower variables reached.
+
         Raises:
             ValueError: without an inner optimizer, with two, or without validation
                 data where the inner loop needs it.

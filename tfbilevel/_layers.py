@@ -44,6 +44,9 @@ class ExampleWeights(_PositiveVector):
     Call it with the examples' indices (integers of any shape), or with `None` for
     all weights in order, which saves the gather in full-batch problems.
 
+    Raises:
+        ValueError: if `count` is not an integer of at least 1.
+
     Example:
         >>> weights = tb.ExampleWeights(4)
         >>> weights(tf.constant([0, 3])).numpy().tolist()

@@ -205,8 +205,8 @@ class BilevelModel(keras.Model):
             metrics: Keras metrics of the lower model's predictions, for `evaluate`
                 and `validation_data`.
             jit_compile: True: compile the step with XLA. False: do not. "auto": time
-                one step each way on the first batch, discard its result, keep the
-                faster; the choice is saved with the weights.
+                steps each way on the first batch, its values turned, discard their
+                results, keep the faster; the choice is saved with the weights.
             steps_per_execution: outer steps per compiled call.
             on_nonfinite: "raise": stop with `tb.NonFiniteError` at the first NaN or
                 infinity, all variables as before that step. "skip": pass over such
@@ -218,6 +218,13 @@ class BilevelModel(keras.Model):
         require_choice(on_nonfinite, "on_nonfinite", ("raise", "skip"))
         require_jit(jit_compile)
         require_method_for(method, self.tasks)
+        replicas = tf.distribute.get_strategy().num_replicas_in_sync
+        if replicas > 1:
+            raise ValueError(
+                "A tb.BilevelModel trains on one device: a strategy would make every "
+                "replica's inner solve of its own part of the data. Compile it outside "
+                f"the strategy's scope. Received: {replicas} replicas"
+            )
         learned = self.start is not None
         require_upper_optimizer(upper_optimizer, learned)
         if start_optimizer is not None:
@@ -249,9 +256,6 @@ class BilevelModel(keras.Model):
             own, start = self._split(upper)
             upper_optimizer.build(own)
             start_optimizer.build(start)
-
-    def compile_from_config(self, config: dict) -> None:
-        """Not restored with the model: call `compile` again after loading."""
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:
         return self.lower(inputs, training=training)
@@ -313,14 +317,62 @@ class BilevelModel(keras.Model):
         if int(x.cardinality()) == 0:
             raise empty
         self._ensure_carried()
-        undecided = int(self._progress.compilation.numpy()) == UNDECIDED
-        if self._auto_jit and undecided:
+        for callback in keywords.get("callbacks") or []:
+            whole = isinstance(callback, keras.callbacks.ModelCheckpoint)
+            if whole and not callback.save_weights_only:
+                raise _cannot_be_saved()  # else at the first epoch's end
+        if self._undecided:
             first = next(iter(x), None)  # an unknown cardinality may be zero
             if first is None:
                 raise empty
             self._choose_compilation(first)
         keywords.setdefault("shuffle", False)
         return super().fit(x, *arguments, **keywords)
+
+    @property
+    def _undecided(self) -> bool:
+        chosen = int(self._progress.compilation.numpy())
+        return self._auto_jit and chosen == UNDECIDED
+
+    def train_on_batch(
+        self, x: Any, *arguments: Any, return_dict: bool = False, **keywords: Any
+    ) -> Any:
+        """One outer step on a `tb.Batches`, for a loop of your own.
+
+        Args:
+            x: the batches of one outer step.
+            return_dict: return the metrics by name, not as a list.
+
+        Raises:
+            ValueError: if `x` is not a `tb.Batches`, or anything else is given: the
+                losses are yours.
+            tb.NonFiniteError: at NaN or infinity, unless they are skipped.
+        """
+        require_batches(x, "`x`")
+        if arguments or any(value is not None for value in keywords.values()):
+            raise ValueError(
+                "`train_on_batch` takes a tb.Batches and nothing else. Put labels and "
+                f"weights into it. Received: {arguments or keywords}"
+            )
+        self._assert_compile_called("train_on_batch")
+        x = tf.nest.map_structure(
+            lambda leaf: (
+                leaf if leaf is None or tf.is_tensor(leaf) else tf.constant(leaf)
+            ),
+            x,
+        )
+        self._ensure_carried()
+        if self._undecided:
+            self._choose_compilation(x)
+        self.make_train_function()
+        self.reset_metrics()
+        logs = self.train_function(iter([x]))
+        logs = {name: float(value) for name, value in logs.items()}
+        return logs if return_dict else [logs[name] for name in sorted(logs)]
+
+    def save(self, *arguments: Any, **keywords: Any) -> None:
+        """Always an error: losses are functions, which no file can hold."""
+        raise _cannot_be_saved()
 
     def make_train_function(self, force: bool = False) -> None:
         if self.train_function is not None and not force:
@@ -585,3 +637,12 @@ def _wait(result: Any) -> None:
     for leaf in tf.nest.flatten(result):
         leaf.numpy()
         break
+
+
+def _cannot_be_saved() -> ValueError:
+    return ValueError(
+        "A tb.BilevelModel cannot be saved whole: its losses are functions of yours. "
+        "Save what training needs with save_weights(...) or "
+        "ModelCheckpoint(..., save_weights_only=True), and the trained network with "
+        "model.lower.save(...). Received: a request to save the model"
+    )

@@ -47,7 +47,8 @@ class ValueGap(Method):
             "copy": at y.
 
     Raises:
-        ValueError: for an unsupported optimizer or choice, or a negative weight.
+        ValueError: for an unsupported optimizer or choice, a negative weight, or an
+            `inner` that does not start "warm".
 
     Example:
         >>> problem = tb.Problem(

@@ -53,9 +53,9 @@ class Instance(NamedTuple):
 
     Attributes:
         train: images, [n, 784], float32.
-        train_labels: [n], int32, half of them wrong.
+        train_labels: [n], int32, random.
         validation: images, [m, 784].
-        validation_labels: [m], int32, right.
+        validation_labels: [m], int32, random.
         upper: the example weights' logits, [n].
         lower: kernels [in, out] and biases [out], alternating.
         auxiliary: V-PBGD's second copy of the lower variables.

@@ -26,8 +26,8 @@ class BSA(Method):
         dF/dx ~ f_x - g_xy(x, y; D) v
 
     whose expectation over p is the Neumann series with Q terms, at the cost of
-    (Q - 1) / 2 products on average and a large variance. After the inner steps of
-    `inner`, each on its own slice of a stacked lower batch
+    (Q - 1) / 2 products on average, two vectors like y and a large variance. After
+    the inner steps of `inner`, each on its own slice of a stacked lower batch
     (`tb.pair(..., lower_batches=draws)`), come the slices of the factors and of D.
     Prefer `StocBiO`, which adds all terms up.
 

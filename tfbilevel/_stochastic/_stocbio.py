@@ -28,7 +28,8 @@ class StocBiO(Method):
     S_t, B_j and D are successive slices of a stacked lower batch, from
     `tb.pair(..., lower_batches=draws)`; with fewer slices they repeat, with a plain
     batch all are the same. Cost: T gradients, Q + 1 Hessian-vector products, all on
-    minibatches. The bias falls like (1 - eta * curvature)^(Q + 1); needs
+    minibatches; memory: one step's graph and three vectors like y beside the stacked
+    batch. The bias falls like (1 - eta * curvature)^(Q + 1); needs
     eta * (largest eigenvalue of g_yy) < 1. Prefer `Implicit` for full batches.
 
     The metric `growth` is |r_Q| / |r_0|: above 1, eta is too large, and `diverged`

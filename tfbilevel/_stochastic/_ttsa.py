@@ -26,9 +26,9 @@ class TTSA(Method):
     with h the random-length estimate of `BSA` at the new y, and the updates those of
     the two optimizers (SGD in the paper). The powers make y move faster than x, so
     that y follows the solution; the published ones are a = 3/5,
-    b = 2/5 for a strongly convex lower loss. A step costs one lower gradient and at
-    most Q products. Draws: S, then the factors, then D. Slow by design; prefer
-    `StocBiO` where several lower steps are affordable.
+    b = 2/5 for a strongly convex lower loss. A step costs one lower gradient, at most
+    Q products and two vectors like y. Draws: S, then the factors, then D. Slow by
+    design; prefer `StocBiO` where several lower steps are affordable.
 
     Args:
         lower_optimizer: a Keras optimizer that `tb.differentiable` supports; its

@@ -199,7 +199,7 @@ class Backup(keras.callbacks.BackupAndRestore):
     the weights replace the old ones in one step, and the epoch is taken from them.
 
     Args:
-        folder: where the backup lives until training ends.
+        folder: where the backup lives; it stays there when training ends.
         steps_per_epoch: outer steps of one epoch.
     """
 

@@ -54,7 +54,7 @@ class InversionFree:
         add("--tolerance", type=positive(float), help="penalty: epsilon at the start")
         add("--multiplier", type=finite, help="penalty: nu at the start")
         add("--solver-lr", type=positive(float), help="approxgrad: on its system")
-        add("--damping", type=at_least(float, 0), help="approxgrad")
+        add("--damping", type=at_least(float, 0), help="approxgrad, aid-cg")
         if unit is None:
             parser.set_defaults(halve_every=None)
             return

@@ -1,6 +1,7 @@
 """One run's folder."""
 
 import csv
+import errno
 import importlib.metadata
 import json
 import os
@@ -10,6 +11,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from tfbilevel._version import __version__
+
+fcntl: Any
+try:
+    import fcntl
+except ImportError:  # not on Windows: folders are not locked there
+    fcntl = None
+
+_HELD: dict[pathlib.Path, int] = {}  # folders locked by this process: descriptors
+PARTIAL = ".partial"  # ends the name of a file that is being written
 
 
 class Run:
@@ -21,8 +31,8 @@ class Run:
         resume: continue: `config` must equal the stored one.
 
     Raises:
-        ValueError: if the folder is in use, there is nothing to resume, or the
-            settings differ from the run's.
+        ValueError: if the folder is in use, by another process too, there is nothing
+            to resume, or the settings differ from the run's.
     """
 
     def __init__(self, out: pathlib.Path, config: Mapping[str, Any], resume: bool):
@@ -48,6 +58,7 @@ class Run:
                 for key in {*before, *settings}
                 if before.get(key) != settings.get(key)
             )
+            hold(self.out)
             if changed:
                 raise ValueError(
                     "--resume needs the settings of the run it continues. Repeat "
@@ -55,12 +66,15 @@ class Run:
                     f"{', '.join(changed)}"
                 )
         else:
-            if self.out.exists() and any(self.out.iterdir()):
+            # A kill while `config.json` was written leaves its beginning, no run.
+            begun = stored.with_name(stored.name + PARTIAL)
+            if self.out.exists() and {*self.out.iterdir()} - {begun}:
                 raise ValueError(
                     "--out must be a new or empty folder. Name another one or pass "
                     f"--resume. Received: --out {self.out}"
                 )
             self.out.mkdir(parents=True, exist_ok=True)
+            hold(self.out)
             write_json(stored, {"settings": settings, "versions": _versions()})
 
     def rows(self) -> list[dict[str, str]]:
@@ -68,7 +82,11 @@ class Run:
         if not self._metrics.exists():
             return []
         with self._metrics.open(newline="") as file:
-            return [row for row in csv.DictReader(file) if None not in row.values()]
+            return [
+                row
+                for row in csv.DictReader(file)
+                if None not in row and None not in row.values()
+            ]
 
     def column(self, name: str) -> list[float]:
         """One column of `metrics.csv` as numbers."""
@@ -76,15 +94,14 @@ class Run:
 
     def log(self, values: Mapping[str, Any]) -> None:
         """Append a row; the first one decides the columns."""
-        columns, new = list(values), True
+        columns = None
         if self._metrics.exists():
-            new = False
             with self._metrics.open(newline="") as file:
-                columns = next(csv.reader(file))
+                columns = next(csv.reader(file), None)  # a kill may leave it empty
         with self._metrics.open("a", newline="") as file:
             # An unknown column is an error before anything is written.
-            writer = csv.DictWriter(file, fieldnames=columns)
-            if new:
+            writer = csv.DictWriter(file, fieldnames=columns or list(values))
+            if columns is None:
                 writer.writeheader()
             writer.writerow(values)
 
@@ -115,9 +132,31 @@ class Run:
         return json.loads(path.read_text()) if path.exists() else None
 
 
+def hold(folder: pathlib.Path) -> None:
+    """Raise if another process works in the folder; else none can until this one ends.
+
+    Two writers would mix their rows: a comparison that was killed may have left the
+    process of a method behind.
+    """
+    if fcntl is None or folder.resolve() in _HELD:
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN):
+            raise ValueError(
+                "--out must not be in use: another process is writing there. End it "
+                f"or wait for it. Received: --out {folder}"
+            ) from None
+        return  # a file system without locks
+    _HELD[folder.resolve()] = descriptor
+
+
 def write_json(path: pathlib.Path, values: Mapping[str, Any]) -> None:
     """Write JSON so that the file is either whole or as before."""
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(path.name + PARTIAL)
     partial.write_text(json.dumps(dict(values), indent=2, default=float) + "\n")
     os.replace(partial, path)
 
