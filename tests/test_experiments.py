@@ -134,6 +134,17 @@ def test_cleaning_runs_every_method_and_writes_its_files(method, net, tmp_path):
         assert (tmp_path / picture).stat().st_size > 10_000
 
 
+def test_bda_has_the_rule_of_its_own_code_too():
+    rules = {}
+    for rule in ("aggregated", "bda-repo"):
+        flags = ["--out", "x", "--method", "bda", "--bda-rule", rule]
+        args = cleaning.parse_args(flags)
+        network = cleaning.build_net(args.net, 4, seed=1)
+        rules[rule] = cleaning.build_method(args, network).aggregate
+    assert not rules["aggregated"].constant_lower
+    assert rules["bda-repo"].constant_lower and rules["bda-repo"].decay == 0.9
+
+
 def test_nothing_but_test_scores_depends_on_test_labels(tmp_path, monkeypatch):
     """D17: elsewhere "validation" scores were taken on test data, and chosen by."""
 
