@@ -317,7 +317,8 @@ class BilevelModel(keras.Model):
         if int(x.cardinality()) == 0:
             raise empty
         self._ensure_carried()
-        for callback in keywords.get("callbacks") or []:
+        given = keywords.get("callbacks") or []
+        for callback in keras.tree.flatten(getattr(given, "callbacks", given)):
             whole = isinstance(callback, keras.callbacks.ModelCheckpoint)
             if whole and not callback.save_weights_only:
                 raise _cannot_be_saved()  # else at the first epoch's end
