@@ -372,11 +372,12 @@ def build_method(args: argparse.Namespace, network: keras.Model) -> tb.Method:
         mixture = tb.Aggregation(args.alpha, args.alpha_decay, constant)
         inner = inner_steps(start="cold")
         return tb.Unroll(inner, aggregate=mixture, memory=args.memory)
-    solver = {
-        "aid-cg": tb.ConjugateGradient(args.solver_steps, damping=args.damping),
-        "aid-fp": tb.FixedPoint(args.solver_steps, warm_start=True),
-        "neumann": tb.Neumann(args.solver_steps),
-    }[args.method]
+    if args.method == "aid-cg":
+        solver = tb.ConjugateGradient(args.solver_steps, damping=args.damping)
+    elif args.method == "aid-fp":
+        solver = tb.FixedPoint(args.solver_steps, warm_start=True)
+    else:
+        solver = tb.Neumann(args.solver_steps)
     return tb.Implicit(inner_steps(), solver)
 
 
