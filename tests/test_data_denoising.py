@@ -18,7 +18,7 @@ from data_prep import images, svhn
 from tfbilevel.experiment import _callbacks as callbacks
 
 denoising = load_experiment("data_denoising")
-SIZES = ["--train-size", "60", "--validation-size", "40", "--test-size", "70"]
+SIZES = ["--train-size", "60", "--validation-size", "40", "--test-size", "30"]
 SIZES += ["--batch-size", "20"]
 SMALL = [*SIZES, "--jit", "off", "--pretrain-epochs", "3"]
 EPOCHS = ["--epochs", "2", "--inner-steps", "2"]

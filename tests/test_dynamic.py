@@ -120,7 +120,7 @@ def test_no_validation_data_where_the_inner_loop_needs_none() -> None:
         ({"alpha": "0.4"}, "`alpha` must be a finite number, between 0 and 1"),
         (
             {"alpha": 0.5, "alpha_decay": 0.0},
-            "`decay` must be a finite number, above 0",
+            "`alpha_decay` must be a finite number, above 0",
         ),
         ({"lower_loop": 0}, "`lower_loop` must be an integer"),
     ],

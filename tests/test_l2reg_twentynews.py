@@ -466,14 +466,16 @@ def test_a_method_of_a_comparison_is_a_process(monkeypatch: pytest.MonkeyPatch):
     assert commands == [[sys.executable, news.__file__, "--out", "x"]]
 
 
-def test_a_failed_method_ends_a_comparison(
+def test_the_others_go_on_past_a_failed_method(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ):
-    monkeypatch.setattr(news, "run_alone", lambda argv: 1)
+    calls = []
+    monkeypatch.setattr(news, "run_alone", lambda argv: calls.append(argv[1]) or 1)
     with pytest.raises(SystemExit) as stop:
         news.main(["--method", "aid-cg", "hoag", "--out", str(tmp_path)])
-    assert stop.value.code == 1
-    assert "aid-cg failed" in capsys.readouterr().err
+    assert stop.value.code == 1 and calls == ["aid-cg", "hoag"]
+    assert "failed: aid-cg, hoag" in capsys.readouterr().err
+    assert not (tmp_path / "summary.json").exists()
 
 
 @pytest.mark.parametrize(

@@ -287,7 +287,10 @@ def test_a_budget_of_time_ends_a_run(tmp_path):
         (["--seconds", "0"], "above zero"),
         (["--method", "aid-cg", "--eta", "0.1"], "--eta means nothing"),
         (["--method", "ttsa", "--inner-steps", "3"], "--inner-steps means nothing"),
-        (["--method", "reverse", "--inner-steps", "2"], "--hessian-q must not exceed"),
+        (
+            ["--method", "reverse", "--inner-steps", "2", "--hessian-q", "3"],
+            "--hessian-q must not exceed",
+        ),
         (["--outer-steps", "25", "--eval-every", "10"], "multiple of --eval-every"),
         (["--batch-size", "6000"], "--batch-size must not exceed --validation-size"),
         (["--data-dir", "/nowhere"], "not prepared"),
