@@ -96,8 +96,7 @@ class Implicit(Method):
     aggregate: Aggregation | None = None
 
     def __post_init__(self) -> None:
-        end_point = EndPoint(self.inner, self.end, self.aggregate)
-        object.__setattr__(self, "end_point", end_point)
+        _ = self.end_point  # or an error
         require_choice(self.through, "through", ("gradient", "optimizer"))
         if not isinstance(self.solver, LinearSolver):
             raise ValueError(
@@ -129,6 +128,11 @@ class Implicit(Method):
                 "constant one. Give the solver a rate, such as tb.Neumann(10, "
                 f"rate=0.1). Received: solver={self.solver!r}"
             )
+
+    @property
+    def end_point(self) -> EndPoint:
+        """Where the inner solve ends."""
+        return EndPoint(self.inner, self.end, self.aggregate)
 
     def init(self, problem: Problem, upper: Any, lower: Any) -> Any:
         if (

@@ -15,11 +15,14 @@ from tfbilevel._functional import require_built
 from tfbilevel._inner import InnerSolver, require_inner
 from tfbilevel._method import Method
 from tfbilevel._model_arguments import (
+    cannot_be_saved,
     require_apart,
     require_jit,
     require_method_for,
+    require_one_replica,
     require_start_optimizer,
     require_upper_optimizer,
+    require_weights_only,
 )
 from tfbilevel._over_tasks import apart, first_task, over_tasks
 from tfbilevel._problem import Batches, Problem, count_tasks, require_batches
@@ -218,13 +221,7 @@ class BilevelModel(keras.Model):
         require_choice(on_nonfinite, "on_nonfinite", ("raise", "skip"))
         require_jit(jit_compile)
         require_method_for(method, self.tasks)
-        replicas = tf.distribute.get_strategy().num_replicas_in_sync
-        if replicas > 1:
-            raise ValueError(
-                "A tb.BilevelModel trains on one device: a strategy would make every "
-                "replica's inner solve of its own part of the data. Compile it outside "
-                f"the strategy's scope. Received: {replicas} replicas"
-            )
+        require_one_replica()
         learned = self.start is not None
         require_upper_optimizer(upper_optimizer, learned)
         if start_optimizer is not None:
@@ -317,11 +314,7 @@ class BilevelModel(keras.Model):
         if int(x.cardinality()) == 0:
             raise empty
         self._ensure_carried()
-        given = keywords.get("callbacks") or []
-        for callback in keras.tree.flatten(getattr(given, "callbacks", given)):
-            whole = isinstance(callback, keras.callbacks.ModelCheckpoint)
-            if whole and not callback.save_weights_only:
-                raise _cannot_be_saved()  # else at the first epoch's end
+        require_weights_only(keywords.get("callbacks"))
         if self._undecided:
             first = next(iter(x), None)  # an unknown cardinality may be zero
             if first is None:
@@ -373,7 +366,7 @@ class BilevelModel(keras.Model):
 
     def save(self, *arguments: Any, **keywords: Any) -> None:
         """Always an error: losses are functions, which no file can hold."""
-        raise _cannot_be_saved()
+        raise cannot_be_saved()
 
     def make_train_function(self, force: bool = False) -> None:
         if self.train_function is not None and not force:
@@ -638,12 +631,3 @@ def _wait(result: Any) -> None:
     for leaf in tf.nest.flatten(result):
         leaf.numpy()
         break
-
-
-def _cannot_be_saved() -> ValueError:
-    return ValueError(
-        "A tb.BilevelModel cannot be saved whole: its losses are functions of yours. "
-        "Save what training needs with save_weights(...) or "
-        "ModelCheckpoint(..., save_weights_only=True), and the trained network with "
-        "model.lower.save(...). Received: a request to save the model"
-    )

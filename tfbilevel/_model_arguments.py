@@ -3,6 +3,7 @@
 from typing import Any
 
 import keras
+import tensorflow as tf
 
 from tfbilevel._method import require_method
 
@@ -87,3 +88,31 @@ def _require_plain(name: str, optimizer: Any, learned: bool) -> None:
             "learned: Keras would write the averages to other variables at the end "
             f"of fit. Received: {name}={optimizer!r}"
         )
+
+
+def require_one_replica() -> None:
+    """Raise within the scope of a strategy of several replicas."""
+    replicas = tf.distribute.get_strategy().num_replicas_in_sync
+    if replicas > 1:
+        raise ValueError(
+            "A tb.BilevelModel trains on one device: a strategy would make every "
+            "replica's inner solve of its own part of the data. Compile it outside "
+            f"the strategy's scope. Received: {replicas} replicas"
+        )
+
+
+def require_weights_only(callbacks: Any) -> None:
+    """Raise at a callback that would fail at the first epoch's end."""
+    for callback in keras.tree.flatten(getattr(callbacks, "callbacks", callbacks)):
+        checkpoint = isinstance(callback, keras.callbacks.ModelCheckpoint)
+        if checkpoint and not callback.save_weights_only:
+            raise cannot_be_saved()
+
+
+def cannot_be_saved() -> ValueError:
+    return ValueError(
+        "A tb.BilevelModel cannot be saved whole: its losses are functions of yours. "
+        "Save what training needs with save_weights(...) or "
+        "ModelCheckpoint(..., save_weights_only=True), and the trained network with "
+        "model.lower.save(...). Received: a request to save the model"
+    )

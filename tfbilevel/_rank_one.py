@@ -65,8 +65,12 @@ class RankOne(Method):
     aggregate: Aggregation | None = None
 
     def __post_init__(self) -> None:
-        end_point = EndPoint(self.inner, self.end, self.aggregate)
-        object.__setattr__(self, "end_point", end_point)
+        _ = self.end_point  # or an error
+
+    @property
+    def end_point(self) -> EndPoint:
+        """Where the inner solve ends."""
+        return EndPoint(self.inner, self.end, self.aggregate)
 
     def init(self, problem: Problem, upper: Any, lower: Any) -> Any:
         return self.inner.init(problem, upper, lower)

@@ -1,7 +1,6 @@
 """A method's step for one task after the other."""
 
 import copy
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -100,7 +99,4 @@ def _beginning_at(method: Any, begun: Any) -> Any:
     inner, twin = copy.copy(method.inner), copy.copy(method)
     object.__setattr__(inner, "start", lambda step: begun)
     object.__setattr__(twin, "inner", inner)
-    if hasattr(twin, "end_point"):
-        end_point = dataclasses.replace(twin.end_point, inner=inner)
-        object.__setattr__(twin, "end_point", end_point)
     return twin
