@@ -398,7 +398,7 @@ class Attack:
             upper_loss, lower_loss, project_upper=box, prepare=prepare
         )
         self.method = tb.AugmentedLagrangian(
-            keras.optimizers.Adam(args.lower_lr, epsilon=1e-8),
+            experiment.adam(args.lower_lr),
             args.inner_steps,
             weight=args.weight,
             lower_weight=args.lower_weight,
@@ -406,7 +406,7 @@ class Attack:
             # The published test compares fourth powers: see data_denoising.py.
             tolerance_decay=0.9**0.5,
         )
-        self.optimizer = keras.optimizers.Adam(args.upper_lr, epsilon=1e-8)
+        self.optimizer = experiment.adam(args.upper_lr)
         # Feature collision is one level: the poison is what an inner solver moves.
         self.single = tb.Problem(
             lambda x, u, batch: collision(u, extractor(u, training=False), batch),

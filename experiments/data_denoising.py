@@ -197,7 +197,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="turn, shift, zoom and flip; default for cifar10 only",
     )
     add("--dropout", action=argparse.BooleanOptionalAction, help="default: none")
-    add("--jit", choices=("auto", "on", "off"), help="default auto")
+    add("--jit", choices=experiment.JIT, help="default auto")
     args = parser.parse_args(argv)
     return complete(parser, args)
 
@@ -466,7 +466,7 @@ def fit_plainly(
     layers += net.layers if args.dropout else without_dropout(net)
     trained = keras.Sequential([keras.Input(net.input_shape[1:]), *layers])
     trained.compile(
-        keras.optimizers.Adam(rate, epsilon=1e-8),
+        experiment.adam(rate),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
     )
     verbose = 2 if sys.stdout.isatty() else 0
@@ -537,7 +537,7 @@ def build_model(
     model.compile(
         Settings.method(args, per_epoch),
         tb.LazyAdam(Settings.upper_rate(args, per_epoch), epsilon=1e-8),
-        jit_compile={"auto": "auto", "on": True, "off": False}[args.jit],
+        jit_compile=experiment.JIT[args.jit],
     )
     return model
 

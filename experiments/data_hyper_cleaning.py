@@ -230,7 +230,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--reg", type=experiment.at_least(float, 0), help="L2 coefficient of g")
     add("--eval-every", type=above(int), help="outer steps between evaluations")
     add("--memory", choices=("replay", "checkpoint", "tape"), help="of unrolled steps")
-    add("--jit", choices=("auto", "on", "off"))
+    add("--jit", choices=experiment.JIT)
     args = parser.parse_args(argv)
     sizes = SIZES.get(args.dataset, (5000, 5000, 10_000, 5000))
     for part, size in zip(PARTS, sizes, strict=True):
@@ -304,11 +304,6 @@ class TwoLinearLayers(keras.Model):
         return tf.matmul(pixels, kernel) + (
             tf.linalg.matvec(second, shift, True) + bias
         )
-
-
-def adam(rate: Any) -> keras.optimizers.Adam:
-    """With the published programs' epsilon; gradients of x come near Keras's 1e-7."""
-    return keras.optimizers.Adam(rate, epsilon=1e-8)
 
 
 def build_net(net: str, inputs: int, seed: int) -> keras.Model:
@@ -601,7 +596,7 @@ def clean(
     args: argparse.Namespace, run: experiment.Run, data: dict, network: keras.Model
 ) -> dict:
     weights = tb.ExampleWeights(args.train_size)
-    optimizer = {"sgd": keras.optimizers.SGD, "adam": adam}
+    optimizer = {"sgd": keras.optimizers.SGD, "adam": experiment.adam}
     learned = args.method == "iaptt-gm"
     model = tb.BilevelModel(
         weights,
@@ -613,7 +608,7 @@ def clean(
     model.compile(
         build_method(args, network),
         optimizer[args.upper_optimizer](Settings.upper_rate(args)),
-        jit_compile={"auto": "auto", "on": True, "off": False}[args.jit],
+        jit_compile=experiment.JIT[args.jit],
         steps_per_execution=args.eval_every,
         start_optimizer=keras.optimizers.SGD(args.start_lr) if learned else None,
     )

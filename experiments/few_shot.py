@@ -312,7 +312,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--test-tasks", type=several, help="by method")
     add("--validation-tasks", type=several, default=100, help="per evaluation")
     add("--eval-every", type=above(int), default=200, help="meta-iterations")
-    add("--jit", choices=("auto", "on", "off"), default="off")
+    add("--jit", choices=experiment.JIT, default="off")
     args = parser.parse_args(argv)
     own = published(args.method, args.dataset, args.ways, args.shots, args.network)
     parser.refuse_meaningless(args, [own], f"--method {args.method}")
@@ -504,14 +504,10 @@ def fresh_heads(args: argparse.Namespace, head: keras.Model, tasks: int) -> Call
     return start
 
 
-def adam(rate: float) -> keras.optimizers.Adam:
-    return keras.optimizers.Adam(rate, epsilon=1e-8)
-
-
 def inner_optimizer(args: argparse.Namespace) -> keras.optimizers.Optimizer:
     """Of the inner steps."""
     if args.method in ("approxgrad", "penalty"):
-        return adam(args.lower_lr)
+        return experiment.adam(args.lower_lr)
     if args.method == "meta-sgd":
         return keras.optimizers.SGD(1.0)
     return keras.optimizers.SGD(args.inner_lr)
@@ -559,7 +555,7 @@ def build_method(
         return tb.Implicit(inner, tb.ConjugateGradient(args.cg_steps))
     if args.method == "approxgrad":
         solver = tb.GradientSolver(
-            adam(args.solver_lr),
+            experiment.adam(args.solver_lr),
             args.inner_steps,
             "residual",
             warm_start=False,
@@ -649,9 +645,9 @@ def compile_model(
 ) -> None:
     model.compile(
         build_method(args, model, fresh),
-        adam(args.upper_lr),
-        start_optimizer=args.start_lr and adam(args.start_lr),
-        jit_compile={"auto": "auto", "on": True, "off": False}[args.jit],
+        experiment.adam(args.upper_lr),
+        start_optimizer=args.start_lr and experiment.adam(args.start_lr),
+        jit_compile=experiment.JIT[args.jit],
     )
 
 
@@ -687,7 +683,8 @@ def test_solver(
     args: argparse.Namespace, model: tb.BilevelModel, number: tf.Variable
 ) -> tb.InnerSolver:
     """The inner solver on new tasks, the meta-batch of this number."""
-    kind = adam if args.method in ("approxgrad", "penalty") else keras.optimizers.SGD
+    inversion_free = args.method in ("approxgrad", "penalty")
+    kind = experiment.adam if inversion_free else keras.optimizers.SGD
     rate = 1.0 if args.method == "meta-sgd" else args.test_lr
     start: Any = "warm"
     if args.method in FRESH:

@@ -145,7 +145,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--train-steps", type=above(int), default=10_001, help="of W, plain training")
     add("--train-lr", type=above(float), default=1e-3)
     add("--eval-every", type=above(int), help="outer steps; default 100")
-    add("--jit", choices=("auto", "on", "off"), help="default auto")
+    add("--jit", choices=experiment.JIT, help="default auto")
     args = parser.parse_args(argv)
     moved = args.method != "label-flip", "a --method that moves images"
     idle = {"stay_close": 0.0, "eval_every": 100, "jit": "auto"}
@@ -321,13 +321,9 @@ def build_model(args: argparse.Namespace, data: Data, seed: int) -> tb.BilevelMo
     )
 
 
-def adam(rate: Any) -> keras.optimizers.Adam:
-    return keras.optimizers.Adam(rate, epsilon=1e-8)
-
-
 def trainer(args: argparse.Namespace) -> Callable:
     """(digits, seed) -> W trained on them from scratch; compiled once per shape."""
-    inner = tb.InnerSolver(adam(args.train_lr), args.train_steps)
+    inner = tb.InnerSolver(experiment.adam(args.train_lr), args.train_steps)
 
     def loss(upper: tuple, lower: list, batch: images.Part) -> tf.Tensor:
         losses = experiment.cross_entropy(batch.images @ lower[0], batch.labels)
@@ -425,8 +421,8 @@ def optimise(
     model.lower.set_weights(clean.get_weights())
     model.compile(
         Settings.method(args),
-        adam(Settings.upper_rate(args)),
-        jit_compile={"auto": "auto", "on": True, "off": False}[args.jit],
+        experiment.adam(Settings.upper_rate(args)),
+        jit_compile=experiment.JIT[args.jit],
         steps_per_execution=args.eval_every,
     )
     full = tf.data.Dataset.from_tensors

@@ -182,9 +182,6 @@ def build_method(
     """The method and its upper optimizer."""
     steps = job.inner_steps
 
-    def adam(rate: float) -> keras.optimizers.Adam:
-        return keras.optimizers.Adam(rate, epsilon=1e-8)
-
     def inner(optimizer: keras.optimizers.Optimizer) -> tb.InnerSolver:
         return tb.InnerSolver(optimizer, steps, optimizer_state="carry")
 
@@ -192,19 +189,19 @@ def build_method(
         sgd = keras.optimizers.SGD
         return tb.Unroll(inner(sgd(args.lower_lr))), sgd(args.upper_lr)
     if job.method == "gd":
-        method = tb.Unroll(inner(adam(args.lower_lr)), first_order=True)
+        method = tb.Unroll(inner(experiment.adam(args.lower_lr)), first_order=True)
     elif job.method == "approxgrad":
         solver = tb.GradientSolver(
-            adam(args.lower_lr),
+            experiment.adam(args.lower_lr),
             steps,
             "residual",
             tolerance=0.0,
             damping=args.damping,
         )
-        method = tb.Implicit(inner(adam(args.lower_lr)), solver)
+        method = tb.Implicit(inner(experiment.adam(args.lower_lr)), solver)
     else:
         method = tb.AugmentedLagrangian(
-            adam(args.lower_lr),
+            experiment.adam(args.lower_lr),
             steps,
             weight=args.weight,
             lower_weight=args.lower_weight,
@@ -215,7 +212,7 @@ def build_method(
             rate_decay=1 / args.growth,
             starts=args.trials,
         )
-    return method, adam(args.upper_lr)
+    return method, experiment.adam(args.upper_lr)
 
 
 def errors(example: Example, u: Any, v: Any) -> dict[str, tf.Tensor]:

@@ -10,6 +10,7 @@ from tfbilevel.experiment._callbacks import Evaluate as Evaluate
 from tfbilevel.experiment._callbacks import train as train
 from tfbilevel.experiment._data import cross_entropy as cross_entropy
 from tfbilevel.experiment._data import index_batches as index_batches
+from tfbilevel.experiment._flags import JIT as JIT
 from tfbilevel.experiment._flags import Parser as Parser
 from tfbilevel.experiment._flags import at_least as at_least
 from tfbilevel.experiment._flags import filled as filled
@@ -24,6 +25,7 @@ from tfbilevel.experiment._flags import seed as seed
 from tfbilevel.experiment._flags import settings as settings
 from tfbilevel.experiment._flags import share as share
 from tfbilevel.experiment._inversion_free import InversionFree as InversionFree
+from tfbilevel.experiment._optimizers import adam as adam
 from tfbilevel.experiment._pictures import draw_images as draw_images
 from tfbilevel.experiment._run import Run as Run
 from tfbilevel.experiment._run import write_json as write_json

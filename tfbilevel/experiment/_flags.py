@@ -11,6 +11,9 @@ from typing import Any, NoReturn
 
 from tfbilevel._finite import NonFiniteError
 
+# What `--jit` may be, and what Keras's `jit_compile` calls it.
+JIT = {"auto": "auto", "on": True, "off": False}
+
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, with exit status 2.

@@ -12,6 +12,7 @@ from tfbilevel._inner import InnerSolver
 from tfbilevel._linear_solvers import GradientSolver
 from tfbilevel._method import Method
 from tfbilevel.experiment._flags import Parser, at_least, finite, positive
+from tfbilevel.experiment._optimizers import adam
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,10 +91,6 @@ class InversionFree:
     def upper_rate(args: argparse.Namespace, unit: int = 1) -> Any:
         """The rate of the upper optimizer, which approxgrad halves as well."""
         return halved(args.upper_lr, args.halve_every, unit)
-
-
-def adam(rate: Any) -> keras.optimizers.Adam:
-    return keras.optimizers.Adam(rate, epsilon=1e-8)
 
 
 def halved(rate: float, every: int | None, unit: int) -> Any:
