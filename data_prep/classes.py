@@ -1,11 +1,15 @@
 """Images of many classes, for few-shot tasks: what every such data set becomes."""
 
+import argparse
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from tfbilevel import experiment
 
 SPLITS = ("train", "validation", "test")
 
@@ -98,9 +102,30 @@ def require_apart(splits: dict[str, Classes]) -> dict[str, Classes]:
     return splits
 
 
-def save(path: pathlib.Path, splits: dict[str, Classes]) -> None:
-    """Write all splits to one .npz, whole or not at all."""
-    arrays: dict[str, Any] = {}
+def warn_unless_published(
+    splits: dict[str, Classes], published: Mapping[str, int], name: str
+) -> None:
+    """A warning where splits have other numbers of classes than the published ones."""
+    found = [len(splits[split].names) for split in SPLITS]
+    wanted = [published[split] for split in SPLITS]
+    if found != wanted:
+        warnings.warn(
+            f"{name} has {wanted} classes for {', '.join(SPLITS)}, these "
+            f"files {found}: "
+            "results will not compare with published ones",
+            stacklevel=3,
+        )
+
+
+def save(path: pathlib.Path, splits: dict[str, Classes], source: str) -> None:
+    """Write all splits to one .npz, whole or not at all.
+
+    Args:
+        path: the file.
+        splits: classes of "train", "validation" and "test".
+        source: name of the data set, which `load` asks for.
+    """
+    arrays: dict[str, Any] = {"source": np.array(source)}
     for split, classes in require_apart(splits).items():
         arrays[f"{split}_images"] = classes.images
         arrays[f"{split}_starts"] = classes.starts
@@ -111,17 +136,19 @@ def save(path: pathlib.Path, splits: dict[str, Classes]) -> None:
     os.replace(partial, path)
 
 
-def load(path: pathlib.Path) -> dict[str, Classes]:
+def load(path: pathlib.Path, source: str) -> dict[str, Classes]:
     """The splits that `save` wrote.
 
     Raises:
         FileNotFoundError: if the file is not there.
-        ValueError: if it is another file, or a class is in two splits.
+        ValueError: if it is another file or of another data set, or a class is in two
+            splits.
     """
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist. Make it with data_prep")
     try:
         with path.open("rb") as opened, np.load(opened) as file:
+            found = str(file["source"])
             splits = {
                 split: Classes(
                     file[f"{split}_images"],
@@ -135,4 +162,40 @@ def load(path: pathlib.Path) -> dict[str, Classes]:
             f"{path} is damaged, or not a file of classes that data_prep made "
             f"({error}). Make it again"
         ) from None
+    if found != source:
+        raise ValueError(f"{path} must hold {source}. Received: {found}")
     return require_apart(splits)
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """The flags of a command that writes classes."""
+    made = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument("--data-dir", type=pathlib.Path, help="folder of its files")
+    made.add_argument("--out", type=pathlib.Path, required=True, help="an .npz")
+    return made
+
+
+def prepare(
+    script: str, out: pathlib.Path, source: str, read: Callable[[], dict[str, Classes]]
+) -> dict[str, int]:
+    """What such a command does: check, write, say how many classes there are.
+
+    Args:
+        script: the command's `__file__`.
+        out: the file to write.
+        source: name of the data set.
+        read: () -> the splits.
+
+    Returns:
+        split -> number of classes.
+    """
+    with experiment.one_line_errors(script):
+        splits = read()
+        save(out, splits, source)
+    counts = {split: len(classes.names) for split, classes in splits.items()}
+    sizes = ", ".join(f"{split} {count:,}" for split, count in counts.items())
+    shape = " x ".join(map(str, splits["train"].images.shape[1:3]))
+    print(f"{out}: {sizes} classes of {source}, {shape}, uint8")
+    return counts

@@ -158,12 +158,18 @@ def build_extractor(
         if weights == "none":
             keras.utils.set_random_seed(seed)
         chosen: Any = None if weights == "none" else weights
-        return keras.applications.InceptionV3(
-            include_top=False,
-            weights=chosen,
-            pooling="avg",
-            input_shape=(299, 299, 3),
-        )
+        try:
+            return keras.applications.InceptionV3(
+                include_top=False,
+                weights=chosen,
+                pooling="avg",
+                input_shape=(299, 299, 3),
+            )
+        except Exception as error:  # noqa: BLE001  (a bare one where Keras is offline)
+            raise OSError(
+                f"Inception-v3 cannot be had with --weights {weights} ({error}). Name "
+                "a file of its weights, or none"
+            ) from None
     if not model.exists():
         raise FileNotFoundError(f"--model {model} does not exist")
     extractor: Any = keras.saving.load_model(model, compile=False)

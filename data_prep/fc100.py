@@ -1,15 +1,29 @@
 """FC100 and CIFAR-FS: two few-shot splits of CIFAR-100, by tensorflow-datasets.
 
+    python data_prep/fc100.py --data-dir FOLDER --out fc100.npz
+
 FC100 (Oreshkin et al. 2018) keeps whole super-classes together: 60, 20 and 20 classes.
 CIFAR-FS (Bertinetto et al. 2019) mixes them: 64, 16 and 20. Every class has 600 images,
 those of the training and of the test file.
 """
 
+import functools
 import pathlib
+import sys
 
 import numpy as np
 
-from data_prep.classes import Classes, grouped, require_apart, select
+if __name__ == "__main__":
+    sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+from data_prep.classes import (
+    Classes,
+    grouped,
+    parser,
+    prepare,
+    require_apart,
+    select,
+)
 from data_prep.images import load_named
 
 # Super-classes; the other twelve are for training.
@@ -67,3 +81,15 @@ def divide(classes: Classes, above: dict[str, str], split: str) -> dict[str, Cla
         place = next((s for s, keys in wanted.items() if key in keys), "train")
         found[place].append(number)
     return require_apart({s: select(classes, some) for s, some in found.items()})
+
+
+def main(argv: list[str] | None = None) -> dict[str, int]:
+    flags = parser(__doc__)
+    flags.add_argument("--split", choices=("fc100", "cifar-fs"), default="fc100")
+    args = flags.parse_args(argv)
+    read = functools.partial(load, args.split.replace("-", "_"), args.data_dir)
+    return prepare(__file__, args.out, args.split, read)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,27 +1,36 @@
 """miniImageNet: `mini-imagenet-cache-{train,val,test}.pkl`, as published.
 
+    python data_prep/mini_imagenet.py --data-dir FOLDER --out mini.npz
+
 Each file is a pickled dictionary: `image_data`, uint8 [n, 84, 84, 3], and `class_dict`,
 class name -> numbers of its images. 64, 16 and 20 classes of 600 images.
 """
 
+import functools
 import pathlib
 import pickle
+import sys
 from typing import Any
 
 import numpy as np
 
-from data_prep.classes import Classes, require_apart
+if __name__ == "__main__":
+    sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+from data_prep.classes import (
+    Classes,
+    parser,
+    prepare,
+    require_apart,
+    warn_unless_published,
+)
 
 FILES = {"train": "train", "validation": "val", "test": "test"}
 CLASSES = {"train": 64, "validation": 16, "test": 20}
 
 
-def load(folder: pathlib.Path, any_size: bool = False) -> dict[str, Classes]:
-    """The three splits; images stay uint8.
-
-    Args:
-        folder: where the three files lie.
-        any_size: accept other numbers of classes than the published ones.
+def load(folder: pathlib.Path) -> dict[str, Classes]:
+    """The three splits; images stay uint8. Other numbers of classes are a warning.
 
     Raises:
         FileNotFoundError: if a file is not there.
@@ -29,14 +38,8 @@ def load(folder: pathlib.Path, any_size: bool = False) -> dict[str, Classes]:
     """
     splits = {}
     for split, name in FILES.items():
-        path = pathlib.Path(folder) / f"mini-imagenet-cache-{name}.pkl"
-        classes = read(path)
-        if not any_size and len(classes.names) != CLASSES[split]:
-            raise ValueError(
-                f"{path} must hold {CLASSES[split]} classes. Received: "
-                f"{len(classes.names)}"
-            )
-        splits[split] = classes
+        splits[split] = read(pathlib.Path(folder) / f"mini-imagenet-cache-{name}.pkl")
+    warn_unless_published(splits, CLASSES, "miniImageNet")
     return require_apart(splits)
 
 
@@ -77,3 +80,13 @@ def unpickled(path: pathlib.Path) -> Any:
         raise ValueError(
             f"{path} cannot be read: it is cut short or not a pickle ({error})"
         ) from None
+
+
+def main(argv: list[str] | None = None) -> dict[str, int]:
+    args = parser(__doc__).parse_args(argv)
+    read = functools.partial(load, args.data_dir or pathlib.Path())
+    return prepare(__file__, args.out, "mini-imagenet", read)
+
+
+if __name__ == "__main__":
+    main()

@@ -10,7 +10,7 @@ validation) and 423 for testing. Rotations become classes of their own when task
 drawn.
 """
 
-import argparse
+import functools
 import pathlib
 import sys
 
@@ -20,9 +20,16 @@ import tensorflow as tf
 if __name__ == "__main__":
     sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from data_prep.classes import Classes, grouped, joined, require_apart, save, select
+from data_prep.classes import (
+    Classes,
+    grouped,
+    joined,
+    parser,
+    prepare,
+    require_apart,
+    select,
+)
 from data_prep.images import load_named
-from tfbilevel import experiment
 
 SIDE = 28
 RULES = ("vinyals", "sorted")
@@ -96,20 +103,11 @@ def divide(background: Classes, evaluation: Classes, rule: str) -> dict[str, Cla
 
 
 def main(argv: list[str] | None = None) -> dict[str, int]:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--data-dir", type=pathlib.Path, help="tensorflow-datasets")
-    parser.add_argument("--out", type=pathlib.Path, required=True)
-    parser.add_argument("--split", choices=RULES, default="vinyals")
-    args = parser.parse_args(argv)
-    with experiment.one_line_errors(__file__):
-        splits = load(args.data_dir, args.split)
-        save(args.out, splits)
-    counts = {split: len(classes.names) for split, classes in splits.items()}
-    sizes = ", ".join(f"{split} {count:,}" for split, count in counts.items())
-    print(f"{args.out}: {sizes} characters, {SIDE} x {SIDE}, uint8")
-    return counts
+    flags = parser(__doc__)
+    flags.add_argument("--split", choices=RULES, default="vinyals")
+    args = flags.parse_args(argv)
+    read = functools.partial(load, args.data_dir, args.split)
+    return prepare(__file__, args.out, "omniglot", read)
 
 
 if __name__ == "__main__":

@@ -1,23 +1,37 @@
 """tieredImageNet: `{train,val,test}_images_png.pkl` and `..._labels.pkl`, as published.
 
+    python data_prep/tiered_imagenet.py --data-dir FOLDER --out tiered.npz
+
 An images file is a pickled list of PNG files, uint8 vectors, 84 x 84 x 3 each; a labels
 file is a dictionary with `label_specific`, the class of every image, and
 `label_specific_str`, the classes' names. 351, 97 and 160 classes.
 """
 
+import functools
 import pathlib
+import sys
 
 import numpy as np
 import tensorflow as tf
 
-from data_prep.classes import Classes, grouped, require_apart
+if __name__ == "__main__":
+    sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+from data_prep.classes import (
+    Classes,
+    grouped,
+    parser,
+    prepare,
+    require_apart,
+    warn_unless_published,
+)
 from data_prep.mini_imagenet import FILES, unpickled
 
 CLASSES = {"train": 351, "validation": 97, "test": 160}
 
 
-def load(folder: pathlib.Path, any_size: bool = False) -> dict[str, Classes]:
-    """The three splits; images stay uint8.
+def load(folder: pathlib.Path) -> dict[str, Classes]:
+    """The three splits; images stay uint8. Other numbers of classes are a warning.
 
     Raises:
         FileNotFoundError: if a file is not there.
@@ -26,13 +40,9 @@ def load(folder: pathlib.Path, any_size: bool = False) -> dict[str, Classes]:
     splits = {}
     for split, name in FILES.items():
         folder = pathlib.Path(folder)
-        classes = read(folder / f"{name}_images_png.pkl", folder / f"{name}_labels.pkl")
-        if not any_size and len(classes.names) != CLASSES[split]:
-            raise ValueError(
-                f"{folder}/{name}_labels.pkl must hold {CLASSES[split]} classes. "
-                f"Received: {len(classes.names)}"
-            )
-        splits[split] = classes
+        files = folder / f"{name}_images_png.pkl", folder / f"{name}_labels.pkl"
+        splits[split] = read(*files)
+    warn_unless_published(splits, CLASSES, "tieredImageNet")
     return require_apart(splits)
 
 
@@ -68,3 +78,13 @@ def decoded(file: np.ndarray) -> np.ndarray:
     """One PNG. OpenCV wrote them, blue first; the published readers leave it so."""
     content = np.asarray(file, np.uint8).ravel().tobytes()
     return tf.io.decode_png(content, channels=3).numpy()
+
+
+def main(argv: list[str] | None = None) -> dict[str, int]:
+    args = parser(__doc__).parse_args(argv)
+    read = functools.partial(load, args.data_dir or pathlib.Path())
+    return prepare(__file__, args.out, "tiered-imagenet", read)
+
+
+if __name__ == "__main__":
+    main()

@@ -253,7 +253,12 @@ def fill_defaults(
     parser.refuse_meaningless(args, [published], f"--method {args.method}")
     files = args.dataset != "digits", "a --dataset with files"
     parser.refuse_idle(args, {"data_dir": files})
-    args = experiment.filled(args, published)
+    given, args = args, experiment.filled(args, published)
+    if given.eval_every is None and args.eval_every is not None:
+        most = args.eval_every
+        args.eval_every = experiment.largest_divisor(args.outer_steps, most)
+    if given.last is None and args.last is not None:
+        args.last = min(args.last, args.inner_steps)
     if args.last is not None and args.last > args.inner_steps:
         parser.error(
             f"--last must not exceed --inner-steps, got {args.last} of "

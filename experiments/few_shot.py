@@ -272,7 +272,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         type=pathlib.Path,
         help="folder of the data set's files, or of tensorflow-datasets",
     )
-    add("--data-file", type=pathlib.Path, help="omniglot: made by data_prep/omniglot")
+    add("--data-file", type=pathlib.Path, help=".npz made by its data_prep command")
     add("--split", choices=omniglot.RULES, help="of omniglot; default: vinyals")
     add(
         "--rotations",
@@ -353,7 +353,7 @@ def refuse_idle(
 ) -> None:
     omniglot_itself = args.dataset == "omniglot" and args.data_file is None
     needs = {
-        "data_file": (args.dataset == "omniglot", "--dataset omniglot"),
+        "data_file": (args.dataset != "glyphs", "a --dataset with files"),
         "data_dir": (
             args.dataset != "glyphs" and args.data_file is None,
             "a --dataset with files, without --data-file",
@@ -371,6 +371,8 @@ def with_defaults(args: argparse.Namespace, own: Settings) -> argparse.Namespace
     made = experiment.filled(args, own)
     made.split, made.head_blocks = args.split or "vinyals", args.head_blocks or 1
     made.regularisation = args.regularisation or 0.25
+    if made.last is not None and args.last is None:
+        made.last = min(made.last, made.inner_steps)
     if args.method in (*FOLLOWERS, "penalty"):
         return made
     # New tasks are learned as in training, where the papers do so.
@@ -390,15 +392,17 @@ def load_splits(args: argparse.Namespace) -> dict[str, classes.Classes]:
     name, folder = args.dataset, args.data_dir
     if name == "glyphs":
         splits = glyphs.load()
-    elif name == "omniglot" and args.data_file:
-        splits = classes.load(args.data_file)
+    elif args.data_file:
+        splits = classes.load(args.data_file, name)
     elif name == "omniglot":
         splits = omniglot.load(folder, args.split)
     elif name in ("fc100", "cifar-fs"):
         splits = fc100.load(name.replace("-", "_"), folder)
     else:
         if folder is None:
-            raise ValueError(f"--dataset {name} needs --data-dir, its files' folder")
+            raise ValueError(
+                f"--dataset {name} needs --data-dir, its files' folder, or --data-file"
+            )
         module = mini_imagenet if name == "mini-imagenet" else tiered_imagenet
         splits = module.load(folder)
     if args.rotations:

@@ -201,8 +201,7 @@ def job_of(args: argparse.Namespace, method: str, seed: int) -> argparse.Namespa
         )
     if job.outer_steps is not None and args.eval_every is None:
         most = min(job.eval_every, max(1, job.outer_steps // 5))
-        divisors = [d for d in range(1, most + 1) if job.outer_steps % d == 0]
-        job.eval_every = divisors[-1]
+        job.eval_every = experiment.largest_divisor(job.outer_steps, most)
     elif job.outer_steps is not None and job.outer_steps % job.eval_every:
         raise ValueError(
             "--outer-steps must be a multiple of --eval-every, got "

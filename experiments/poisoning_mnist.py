@@ -148,7 +148,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--jit", choices=experiment.JIT, help="default auto")
     args = parser.parse_args(argv)
     moved = args.method != "label-flip", "a --method that moves images"
-    idle = {"stay_close": 0.0, "eval_every": 100, "jit": "auto"}
+    idle = {"stay_close": 0.0, "eval_every": None, "jit": "auto"}
     files = args.dataset != "digits", "--dataset mnist"
     parser.refuse_idle(args, dict.fromkeys(idle, moved) | {"data_dir": files})
     for name, value in idle.items():
@@ -157,6 +157,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     published = DEFAULTS[args.method, args.attack]
     parser.refuse_meaningless(args, [published], f"--method {args.method}")
     args = experiment.filled(args, published)
+    if args.outer_steps is not None and args.eval_every is None:
+        args.eval_every = experiment.largest_divisor(args.outer_steps, 100)
     most = SIZES[args.dataset, args.attack][0] // (
         5 if args.attack == "targeted" else 1
     )

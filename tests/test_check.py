@@ -178,3 +178,17 @@ def test_report_prints_every_probe() -> None:
         oracle.problem, method, x, y, batches, probes=3, seed=5
     )
     assert again.claimed == report.claimed != other.claimed
+
+
+def test_the_dense_gradient_is_of_the_batch_that_the_system_is_of() -> None:
+    problem = tb.Problem(
+        upper_loss=lambda x, y, batch: 0.5 * (y - 1.0) ** 2,
+        lower_loss=lambda x, y, batch: 0.5 * batch * (y - x) ** 2 + 0.5 * y**2,
+    )
+    method = tb.Implicit(tb.InnerSolver(keras.optimizers.SGD(0.2), 2), tb.Direct())
+    data = tf.data.Dataset.from_tensor_slices(tf.constant([1.0, 2.0, 9.0], tf.float64))
+    one = tf.data.Dataset.from_tensors(0.0)
+    batches = next(iter(tb.pair(one, data, lower_batches=3)))
+    x, y = tf.constant(0.5, tf.float64), tf.constant(0.4, tf.float64)
+    report = tb.check_hypergradient(problem, method, x, y, batches)
+    assert report.implicit_error < 1e-9

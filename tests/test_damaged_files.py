@@ -47,7 +47,7 @@ def test_classes(tmp_path):
         split: classes.grouped(images, labels, [f"{split} {n}" for n in range(3)])
         for split in classes.SPLITS
     }
-    classes.save(path, parts)
+    classes.save(path, parts, "drawn")
 
     def right(found) -> bool:
         return all(
@@ -56,7 +56,7 @@ def test_classes(tmp_path):
             for split in classes.SPLITS
         )
 
-    count = refused(path, path.read_bytes(), lambda: classes.load(path), right)
+    count = refused(path, path.read_bytes(), lambda: classes.load(path, "drawn"), right)
     assert count > PLACES
 
 

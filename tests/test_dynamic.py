@@ -213,3 +213,31 @@ def test_the_twelve_on_the_oracles(options, learned, oracle) -> None:
         np.testing.assert_allclose(
             flat(other.upper_gradient), flat(eager.upper_gradient), rtol=1e-9
         )
+
+
+def test_statistics_and_masks_move_on() -> None:
+    """Once per call, at the lower variables that the loop arrived at."""
+    normalise = keras.layers.BatchNormalization(momentum=0.5)
+    drop = keras.layers.Dropout(0.5)
+    lower = keras.Sequential(
+        [keras.Input((2,)), keras.layers.Dense(2), normalise, drop]
+    )
+    dynamic = tb.Dynamic(
+        ll_objective=lambda s: tf.reduce_mean(
+            s.upper_model(None)
+            * tf.reduce_sum(s.lower_model(s.data, training=True) ** 2, axis=1)
+        ),
+        ul_model=tb.ExampleWeights(3),
+        ul_objective=lambda s: tf.reduce_mean(s.lower_model(s.data) ** 2),
+        ll_model=lower,
+        lower_loop=2,
+        ll_opt=SGD(0.2),
+    )
+    seed = drop.seed_generator.state
+    before = np.array(seed)
+    result = optimize(dynamic)
+    assert not np.array_equal(before, np.array(seed))
+    outputs = DATA.numpy() @ result.lower[0].numpy() + result.lower[1].numpy()
+    np.testing.assert_allclose(
+        normalise.moving_mean, 0.5 * outputs.mean(0), rtol=1e-5, atol=1e-6
+    )

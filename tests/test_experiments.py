@@ -463,7 +463,7 @@ def test_a_folder_in_use_or_other_settings_are_refused(tmp_path, capsys):
 
 
 def test_a_killed_cleaning_run_resumes_to_the_same_numbers(tmp_path):
-    flags = [*SMALL, "--outer-steps", "2000", "--eval-every", "10", "--seed", "3"]
+    flags = [*SMALL, "--outer-steps", "600", "--eval-every", "10", "--seed", "3"]
 
     killed, whole = tmp_path / "killed", tmp_path / "whole"
 

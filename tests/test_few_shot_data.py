@@ -56,27 +56,29 @@ def test_saving_and_a_class_in_two_splits(tmp_path):
         split: Classes(numbered(2, first=i), np.array([0, 1, 2]), (f"{i}a", f"{i}b"))
         for i, split in enumerate(classes.SPLITS)
     }
-    classes.save(tmp_path / "x.npz", parts)
-    again = classes.load(tmp_path / "x.npz")
+    classes.save(tmp_path / "x.npz", parts, "drawn")
+    again = classes.load(tmp_path / "x.npz", "drawn")
     for split, one in parts.items():
         np.testing.assert_array_equal(again[split].images, one.images)
         assert again[split].names == one.names
+    with pytest.raises(ValueError, match="must hold omniglot. Received: drawn"):
+        classes.load(tmp_path / "x.npz", "omniglot")
     leaking = parts | {"test": parts["train"]}
     with pytest.raises(
         ValueError, match="share no class, but 0a is in train and in te"
     ):
-        classes.save(tmp_path / "y.npz", leaking)
+        classes.save(tmp_path / "y.npz", leaking, "drawn")
     assert not (tmp_path / "y.npz").exists()
     arrays = dict(np.load(tmp_path / "x.npz"))
     arrays["test_names"] = arrays["train_names"][: len(arrays["test_names"])]
     np.savez(tmp_path / "leaks.npz", **arrays)
     with pytest.raises(ValueError, match="share no class, but 0a is in train and in"):
-        classes.load(tmp_path / "leaks.npz")
+        classes.load(tmp_path / "leaks.npz", "drawn")
     np.savez(tmp_path / "z.npz", a=1)
     with pytest.raises(ValueError, match="not a file of classes"):
-        classes.load(tmp_path / "z.npz")
+        classes.load(tmp_path / "z.npz", "drawn")
     with pytest.raises(FileNotFoundError):
-        classes.load(tmp_path / "none.npz")
+        classes.load(tmp_path / "none.npz", "drawn")
 
 
 # miniImageNet.
@@ -96,12 +98,18 @@ def write_mini(folder, protocol=2, **damage):
 @pytest.mark.parametrize("protocol", [2, 4])
 def test_mini_imagenet_goes_by_its_class_dictionary(protocol, tmp_path):
     write_mini(tmp_path, protocol)
-    made = mini_imagenet.load(tmp_path, any_size=True)["validation"]
+    with pytest.warns(UserWarning, match=r"has \[64, 16, 20\] .* files \[2, 2, 2\]"):
+        made = mini_imagenet.load(tmp_path)["validation"]
     assert made.names == ("n10", "n11") and made.images.dtype == np.uint8
     images = np.random.default_rng(1).integers(0, 256, (6, 84, 84, 3))
     np.testing.assert_array_equal(made.of(0), images[[5, 3, 1]])
-    with pytest.raises(ValueError, match="must hold 64 classes. Received: 2"):
-        mini_imagenet.load(tmp_path)
+    with pytest.warns(UserWarning, match="miniImageNet"):
+        counts = mini_imagenet.main(
+            ["--data-dir", str(tmp_path), "--out", str(tmp_path / "m.npz")]
+        )
+    assert counts == {"train": 2, "validation": 2, "test": 2}
+    again = classes.load(tmp_path / "m.npz", "mini-imagenet")["validation"]
+    np.testing.assert_array_equal(again.images, made.images)
 
 
 def test_mini_imagenet_files_that_are_not(tmp_path):
@@ -111,16 +119,19 @@ def test_mini_imagenet_files_that_are_not(tmp_path):
         mini_imagenet.load(tmp_path)
     write_mini(tmp_path, class_dict={"n": [0, 1]})
     with pytest.raises(ValueError, match="not a file of miniImageNet"):
-        mini_imagenet.load(tmp_path, any_size=True)
+        mini_imagenet.load(tmp_path)
     write_mini(tmp_path)
     path = tmp_path / "mini-imagenet-cache-val.pkl"
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(ValueError, match="cut short or not a pickle"):
-        mini_imagenet.load(tmp_path, any_size=True)
+        mini_imagenet.load(tmp_path)
     write_mini(tmp_path)
     path.write_bytes((tmp_path / "mini-imagenet-cache-train.pkl").read_bytes())
-    with pytest.raises(ValueError, match="share no class"):
-        mini_imagenet.load(tmp_path, any_size=True)
+    with (
+        pytest.warns(UserWarning, match="miniImageNet"),
+        pytest.raises(ValueError, match="share no class"),
+    ):
+        mini_imagenet.load(tmp_path)
 
 
 # tieredImageNet.
@@ -149,17 +160,16 @@ def write_tiered(folder):
 
 def test_tiered_imagenet(tmp_path):
     kept = write_tiered(tmp_path)
-    made = tiered_imagenet.load(tmp_path, any_size=True)
+    with pytest.warns(UserWarning, match=r"has \[351, 97, 160\]"):
+        made = tiered_imagenet.load(tmp_path)
     assert made["test"].names == ("a2", "b2")
     np.testing.assert_array_equal(made["test"].of(1), kept["test"][[0, 2, 4]])
-    with pytest.raises(ValueError, match="must hold 351 classes"):
-        tiered_imagenet.load(tmp_path)
     (tmp_path / "val_images_png.pkl").write_bytes(pickle.dumps([np.zeros(9, np.uint8)]))
     with pytest.raises(ValueError, match="a list of PNG files"):
-        tiered_imagenet.load(tmp_path, any_size=True)
+        tiered_imagenet.load(tmp_path)
     (tmp_path / "val_labels.pkl").write_bytes(pickle.dumps([1, 2]))
     with pytest.raises(ValueError, match="not a labels file"):
-        tiered_imagenet.load(tmp_path, any_size=True)
+        tiered_imagenet.load(tmp_path)
 
 
 # CIFAR-100.

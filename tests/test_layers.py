@@ -79,13 +79,13 @@ def test_feature_penalties_have_both_derivatives(jit):
 def test_layers_survive_their_configuration(kind):
     layer = kind(4, activation="softplus", name="mine")
     again = keras.layers.deserialize(keras.layers.serialize(layer))
-    assert type(again) is kind and again.name == "mine" and again.count == 4
+    assert type(again) is kind and again.name == "mine" and again.n == 4
     filled(again)
     values = again(None) if kind is tb.ExampleWeights else again.coefficients
     np.testing.assert_allclose(values, np.log1p(np.exp(LOGITS)), rtol=1e-5)
 
 
-@pytest.mark.parametrize("count", [0, -3, 2.5, True])
-def test_count_is_checked(count):
-    with pytest.raises(ValueError, match="`count` must be an integer of at least 1"):
-        tb.ExampleWeights(count)
+@pytest.mark.parametrize("n", [0, -3, 2.5, True])
+def test_how_many_is_checked(n):
+    with pytest.raises(ValueError, match="`n` must be an integer of at least 1"):
+        tb.ExampleWeights(n=n)

@@ -499,3 +499,41 @@ def test_what_is_not_a_method_is_refused() -> None:
         )
     with pytest.raises(ValueError, match="`method` must be a tb.Method"):
         tb.check_hypergradient(quadratic().problem, "unroll", zero, zero, none)
+
+
+def test_going_on_takes_the_rate_of_today() -> None:
+    problem = tb.Problem(
+        upper_loss=lambda x, y, batch: 0.5 * (y - 1.0) ** 2,
+        lower_loss=lambda x, y, batch: 0.5 * (y - x) ** 2,
+    )
+    method = tb.Unroll(tb.InnerSolver(keras.optimizers.SGD(1.0), 1))
+    none = tb.Batches(None, None)
+    rate = keras.optimizers.SGD(0.5)
+    first = tb.minimize(problem, method, 0.0, 0.0, rate, none, 1)
+    assert float(first.upper) == pytest.approx(0.5)
+    rate.learning_rate = 0.1
+    second = tb.minimize(
+        problem, method, first.upper, first.lower, rate, none, 1, state=first.state
+    )
+    assert float(second.upper) == pytest.approx(0.5 + 0.1 * 0.5)
+
+
+def test_the_trace_of_a_start_that_has_stopped_stays() -> None:
+    result = tb.minimize(
+        many(),
+        tb.Unroll(inner(2, 0.5)),
+        tf.constant(STARTS),
+        tf.zeros_like(STARTS),
+        SGD(0.25, momentum=0.5),
+        NO_DATA,
+        steps=60,
+        stop=lambda before, after: tf.norm(after.upper, axis=1) < 0.05,
+        trace=lambda point: (point.upper, point.lower),
+    )
+    assert len(set(result.steps.numpy().tolist())) > 2
+    for rows, last in zip(result.trace, (result.upper, result.lower), strict=True):
+        for start, made in enumerate(result.steps.numpy()):
+            after = rows.numpy()[made - 1 :, start]
+            np.testing.assert_array_equal(
+                after, np.repeat(last[start][None], len(after), 0)
+            )

@@ -533,7 +533,7 @@ def test_nonfinite_steps_can_be_skipped_and_are_counted():
         value_gap(), keras.optimizers.Adam(0.1), jit_compile=False, on_nonfinite="skip"
     )
     history = model.fit(poisoned(8, bad=[2, 5]), verbose=0).history
-    assert history["skipped"] == [pytest.approx(2 / 8)]
+    assert history["skipped"] == [2.0]
     assert np.isfinite(history["upper_loss"][0])
     assert model.outer_step == 8  # what a resumed run must not repeat
 
@@ -552,7 +552,7 @@ def test_a_step_that_the_upper_optimizer_breaks_leaves_it_as_it_was():
     model.compile(unroll(), optimizer, jit_compile=False, on_nonfinite="skip")
     before = [v.numpy() for v in optimizer.variables]
     history = model.fit(full_batch(2), verbose=0).history
-    assert history["skipped"] == [1.0]
+    assert history["skipped"] == [2.0]
     assert_same(before, [v.numpy() for v in optimizer.variables])
 
 
@@ -586,21 +586,6 @@ def test_train_on_batch_is_a_step_of_fit():
         mine.train_on_batch(np.ones(3), np.ones(3))
     with pytest.raises(ValueError, match="takes a tb.Batches and nothing else"):
         mine.train_on_batch(batch, np.ones(3))
-
-
-def test_the_whole_model_is_not_saved_and_that_is_said_at_once(tmp_path):
-    model, path = make(), str(tmp_path / "model.keras")
-    with pytest.raises(ValueError, match="save_weights"):
-        model.save(path)
-    checkpoint = keras.callbacks.ModelCheckpoint(path)
-    with pytest.raises(ValueError, match="model.lower.save"):
-        model.fit(full_batch(2), callbacks=[checkpoint], verbose=0)
-    assert model.outer_step == 0
-    weights_only = keras.callbacks.ModelCheckpoint(
-        str(tmp_path / "best.weights.h5"), save_weights_only=True
-    )
-    model.fit(full_batch(2), callbacks=[weights_only], verbose=0)
-    assert (tmp_path / "best.weights.h5").exists()
 
 
 def test_unconnected_variable_is_named_by_its_path():

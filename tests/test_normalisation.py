@@ -170,3 +170,21 @@ def test_tensorflow_is_left_as_it_was():
     leave.set()
     other.join()
     assert seen[-1] is seen[0] and tf.nn.moments is before
+
+
+def test_over_tasks_whoever_evaluates_a_loss_first() -> None:
+    """The mapped loss keeps its first trace: it must be a differentiable one."""
+    problem, x, y, batches = problem_of("batch")
+    stacked = tf.nest.map_structure(lambda leaf: tf.stack([leaf, 0.5 * leaf]), batches)
+    many = [tf.stack([leaf, 0.9 * leaf]) for leaf in y]
+    method = tb.Unroll(tb.InnerSolver(keras.optimizers.SGD(0.3), 3))
+
+    def gradient(looked_at: bool) -> Any:
+        tasks = tb.over_tasks(problem, "vectorized")
+        if looked_at:
+            tasks.lower_loss(x, many, stacked.lower)
+            tasks.upper_loss(x, many, stacked.upper)
+        state = method.init(tasks, x, many)
+        return method.step(tasks, x, many, stacked, state).upper_gradient.numpy()
+
+    np.testing.assert_allclose(gradient(True), gradient(False), rtol=1e-9)

@@ -726,3 +726,48 @@ def test_a_schedule_of_the_outer_step_is_the_inner_rate():
         np.testing.assert_allclose(step.lower, want.lower, rtol=1e-12)
         np.testing.assert_allclose(step.upper_gradient, want.upper_gradient, 1e-12)
         state = step.state
+
+
+def test_every_leaf_must_carry_the_tasks() -> None:
+    """One leaf of another length, hidden behind one of the right length."""
+    tasks = tb.over_tasks(ridge(), "vectorized")
+    x, y, batches = data()
+    inputs, targets = batches.lower
+    for broken in (inputs[:1], tf.concat([inputs, inputs], 0)):
+        with pytest.raises(ValueError, match="same tasks along the leading axis"):
+            tasks.lower_loss(x, y, (broken, targets))
+
+
+@pytest.mark.parametrize("mapping", ["vectorized", "in-turn"])
+def test_a_task_that_has_ended_stays_where_it_is(mapping: str) -> None:
+    """With momentum its next step, not made, would go past the solution."""
+    x, y, batches = data()
+    method = tb.Implicit(
+        tb.InnerSolver(SGD(0.15, momentum=0.95), 60, tolerance=0.6), tb.Direct()
+    )
+    together = first_step(tb.over_tasks(ridge(), mapping), method, x, y, batches)
+    steps = []
+    for task in range(TASKS):
+        single = first_step(ridge(), method, x, y[task], alone(batches, task))
+        np.testing.assert_allclose(together.lower[task], single.lower, rtol=1e-9)
+        steps.append(single.metrics["lower_loss"])
+    assert len({float(step) for step in steps}) == TASKS
+
+
+def test_a_preconditioner_sees_one_task() -> None:
+    """Scaled by a norm of y: that of one task is not that of all of them."""
+
+    def cholesky(x: Any, y: Any, vector: Any) -> Any:
+        factor = tf.linalg.diag(tf.exp(x / 2) * (1 + tf.reduce_sum(y * y)))
+        return tf.linalg.cholesky_solve(factor, vector[:, None])[:, 0]
+
+    x, y, batches = data()
+    solver = tb.ConjugateGradient(2, tolerance=0.0, preconditioner=cholesky)
+    method = implicit(solver)
+    together = first_step(tb.over_tasks(ridge(), "vectorized"), method, x, y, batches)
+    single = [
+        first_step(ridge(), method, x, y[task], alone(batches, task)).upper_gradient
+        for task in range(TASKS)
+    ]
+    want = np.mean(single, axis=0)
+    np.testing.assert_allclose(together.upper_gradient, want, rtol=1e-9)

@@ -220,6 +220,141 @@ def test_a_second_compile_saves_its_own_state(tmp_path: Any) -> None:
     )
 
 
+# The whole model in one file. Functions and the method come back as custom objects.
+
+OBJECTS = {"upper_loss": upper_loss, "lower_loss": lower_loss}
+
+
+def build_whole(**options: Any) -> tb.BilevelModel:
+    model = tb.BilevelModel(
+        tb.ExampleWeights(EXAMPLES),
+        network(keras.layers.Dense(4), keras.layers.Dropout(0.5)),
+        upper_loss,
+        lower_loss,
+        **options,
+    )
+    model.compile(
+        value_gap(),
+        keras.optimizers.Adam(0.1),
+        metrics=[keras.metrics.MeanSquaredError()],
+        jit_compile=False,
+        on_nonfinite="skip",
+        steps_per_execution=2,
+    )
+    return model
+
+
+def test_a_saved_model_trains_on_as_if_nothing_had_happened(tmp_path: Any) -> None:
+    model = build_whole()
+    model.fit(full_batch(repeat=4), verbose=0)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(
+        tmp_path / "model.keras", custom_objects=OBJECTS | {"method": value_gap()}
+    )
+    assert type(loaded) is tb.BilevelModel and loaded.outer_step == 4
+    assert loaded.on_nonfinite == "skip" and loaded.steps_per_execution == 2
+    went, goes = (
+        one.fit(full_batch(repeat=4), verbose=0).history for one in (model, loaded)
+    )
+    assert went == goes
+    assert goes["weight"] == [pytest.approx(np.mean([4, 5, 6, 7]) / 9)]  # on the ramp
+    everything = zip(
+        [*model.variables, *model.optimizer.variables],
+        [*loaded.variables, *loaded.optimizer.variables],
+        strict=True,
+    )
+    for a, b in everything:
+        np.testing.assert_array_equal(a.numpy(), b.numpy())
+    pairs = tf.data.Dataset.from_tensors((np.ones((2, 3)), np.ones((2, 2))))
+    assert loaded.evaluate(pairs, verbose=0) == model.evaluate(pairs, verbose=0)
+
+
+def test_a_saved_model_keeps_a_learned_start_and_its_projection(tmp_path: Any) -> None:
+    clipped = {"project_upper": lambda x: [tf.clip_by_value(v, -1.0, 0.01) for v in x]}
+    model = tb.BilevelModel(
+        tb.ExampleWeights(EXAMPLES),
+        network(),
+        upper_loss,
+        lower_loss,
+        lower_start="learned",
+        **clipped,
+    )
+    start = SGD(0.3)
+    model.compile(unroll(), SGD(0.5), jit_compile=False, start_optimizer=start)
+    model.save(tmp_path / "model.keras")
+    objects = OBJECTS | clipped | {"method": unroll()}
+    loaded = keras.saving.load_model(tmp_path / "model.keras", custom_objects=objects)
+    assert float(loaded.start_optimizer.learning_rate) == pytest.approx(0.3)
+    for one in (model, loaded):
+        one.fit(full_batch(), verbose=0)
+    for a, b in zip(model.upper_variables, loaded.upper_variables, strict=True):
+        np.testing.assert_array_equal(a.numpy(), b.numpy())
+        assert float(tf.reduce_max(b)) <= np.float32(0.01)
+
+
+def test_loading_names_what_no_file_holds(tmp_path: Any) -> None:
+    path = tmp_path / "model.keras"
+    build_whole().save(path)
+    load = keras.saving.load_model
+    with pytest.raises(ValueError, match="Received: no lower_loss"):
+        load(path, custom_objects={"upper_loss": upper_loss})
+    with pytest.raises(ValueError, match=r"\"method\": method.*Received: no method"):
+        load(path, custom_objects=OBJECTS)
+    loaded = load(path, custom_objects=OBJECTS, compile=False)
+    with pytest.raises(ValueError, match="compile"):
+        loaded.fit(full_batch(), verbose=0)
+    loaded.compile(unroll(), SGD(0.1), jit_compile=False)
+    loaded.fit(full_batch(), verbose=0)
+    assert loaded.outer_step == 1
+
+
+def test_callbacks_that_keep_the_best_need_no_mode(tmp_path: Any) -> None:
+    path = tmp_path / "best.keras"
+    best = keras.callbacks.ModelCheckpoint(
+        str(path), monitor="upper_loss", save_best_only=True
+    )
+    stop = keras.callbacks.EarlyStopping("upper_loss", min_delta=1e9)
+    model = build_whole()
+    model.fit(full_batch(repeat=2), epochs=3, callbacks=[best, stop], verbose=0)
+    assert model.outer_step == 4  # no epoch is better by 1e9 than the first
+    loaded = keras.saving.load_model(
+        path, custom_objects=OBJECTS | {"method": value_gap()}
+    )
+    assert loaded.outer_step in (2, 4)
+
+
+class Unserialisable(tb.ExampleWeights):
+    def get_config(self) -> dict:
+        raise NotImplementedError("this layer has no configuration")
+
+
+def test_a_model_that_no_file_can_hold_says_so_before_the_first_step(
+    tmp_path: Any,
+) -> None:
+    model = tb.BilevelModel(Unserialisable(EXAMPLES), network(), upper_loss, lower_loss)
+    model.compile(unroll(), SGD(0.5), jit_compile=False)
+    whole = keras.callbacks.ModelCheckpoint(str(tmp_path / "model.keras"))
+    with pytest.raises(NotImplementedError, match="no configuration"):
+        model.fit(full_batch(), callbacks=[whole], verbose=0)
+    assert model.outer_step == 0
+    weights = keras.callbacks.ModelCheckpoint(
+        str(tmp_path / "one.weights.h5"), save_weights_only=True
+    )
+    model.fit(full_batch(), callbacks=[weights], verbose=0)
+    assert (tmp_path / "one.weights.h5").exists()
+
+
+def test_fit_too_can_choose_to_skip() -> None:
+    model = make()
+    data = full_batch(bad=1, repeat=3)
+    with pytest.raises(tb.NonFiniteError):
+        model.fit(data, verbose=0)
+    history = model.fit(data, on_nonfinite="skip", verbose=0).history
+    assert history["skipped"] == [1.0]
+    with pytest.raises(ValueError, match="`on_nonfinite` must be one of"):
+        model.fit(data, on_nonfinite="ignore", verbose=0)
+
+
 def test_an_epoch_of_skipped_steps_has_no_loss() -> None:
     model = make(on_nonfinite="skip")
     data = full_batch(bad=1, repeat=3)
@@ -418,3 +553,28 @@ def test_pair_leaves_no_lower_batch_out() -> None:
     upper, lower = tf.data.Dataset.range(5), tf.data.Dataset.range(3)
     seen = [b.lower.numpy().tolist() for b in tb.pair(upper, lower, lower_batches=2)]
     assert seen == [[0, 1], [2, 0], [1, 2], [0, 1], [2, 0]]
+
+
+def test_constraints_of_lower_variables_are_refused() -> None:
+    held = keras.layers.Dense(4, kernel_constraint="non_neg")
+    with pytest.raises(ValueError, match="constraints on .*kernel"):
+        make(held)
+
+
+def test_averages_that_would_leave_the_set_are_refused() -> None:
+    averaging = SGD(0.1, use_ema=True)
+    model = tb.BilevelModel(
+        tb.ExampleWeights(EXAMPLES),
+        network(),
+        upper_loss,
+        lower_loss,
+        project_upper=simplex,
+    )
+    with pytest.raises(ValueError, match="use_ema.* with `project_upper`"):
+        model.compile(unroll(), averaging)
+    free = make()
+    scaled = tb.AugmentedLagrangian(SGD(0.1), 2, weight=1.0, rate_decay=0.5)
+    free.compile(scaled, SGD(0.1, use_ema=True), jit_compile=False)
+    with pytest.raises(ValueError, match="use_ema.* scales the upper step"):
+        free.fit(full_batch(), verbose=0)
+    assert free.outer_step == 0

@@ -1,5 +1,6 @@
 """Arithmetic on nests equals NumPy on the flat vector."""
 
+import collections
 from typing import Any
 
 import keras
@@ -115,3 +116,11 @@ def test_to_tensors_takes_variables_arrays_and_numbers() -> None:
     assert all(tf.is_tensor(leaf) for leaf in made)
     assert not any(isinstance(leaf, tf.Variable) for leaf in made)
     assert flat(made).tolist() == [1, 2, 3, 4, 5]
+
+
+def test_paths_of_an_ordered_dictionary_are_those_of_its_leaves() -> None:
+    nest = collections.OrderedDict(weights=tf.ones(3), bias=[tf.zeros(1), tf.zeros(2)])
+    names = dict(
+        zip(structure.paths(nest, "x"), map(len, tf.nest.flatten(nest)), strict=True)
+    )
+    assert names == {"x['weights']": 3, "x['bias'][0]": 1, "x['bias'][1]": 2}

@@ -607,3 +607,24 @@ def test_a_drawn_start_must_look_like_the_lower_variables():
     method = tb.Unroll(inner)
     with pytest.raises(ValueError, match="`start` must return variables like"):
         method.step(problem, x, y, tb.Batches(None, None), method.init(problem, x, y))
+
+
+def test_rates_of_single_entries_in_a_tuple() -> None:
+    """One rate for each of two lower variables, by hand."""
+    problem = tb.Problem(
+        upper_loss=lambda x, y, batch: y[0] * y[1],
+        lower_loss=lambda x, y, batch: 0.5 * (y[0] ** 2 + 3.0 * y[1] ** 2),
+    )
+    inner = tb.InnerSolver(
+        keras.optimizers.SGD(0.9), 1, learning_rate=lambda x: (x["a"], x["b"])
+    )
+    x = {"a": tf.constant(0.2, tf.float64), "b": tf.constant(0.1, tf.float64)}
+    y = (tf.constant(2.0, tf.float64), tf.constant(5.0, tf.float64))
+    method = tb.Unroll(inner)
+    step = method.step(
+        problem, x, y, tb.Batches(None, None), method.init(problem, x, y)
+    )
+    end = 2.0 * (1 - 0.2), 5.0 * (1 - 0.3)
+    np.testing.assert_allclose(step.lower, end)
+    np.testing.assert_allclose(step.upper_gradient["a"], -2.0 * end[1])
+    np.testing.assert_allclose(step.upper_gradient["b"], end[0] * -15.0)

@@ -136,7 +136,9 @@ def check_hypergradient(
             ahead = objective(structure.add_scaled(upper, h, probe))
             behind = objective(structure.add_scaled(upper, -h, probe))
             values.append(float(ahead - behind) / (2 * h))
-    dense, stationarity = _dense_implicit(problem, upper, step.lower, batches)
+    # The lower batch that an implicit method's system is made of.
+    draw = getattr(getattr(method, "inner", None), "steps", 0)
+    dense, stationarity = _dense_implicit(problem, upper, step.lower, batches, draw)
     return HypergradientReport(
         claimed=claimed,
         differences=differences,
@@ -171,7 +173,7 @@ def _distance(a: Any, b: Any) -> float:
 
 
 def _dense_implicit(
-    problem: Problem, upper: Any, lower: Any, batches: Batches
+    problem: Problem, upper: Any, lower: Any, batches: Batches, draw: int
 ) -> tuple[Any, float]:
     here = problem.prepared(upper, batches)
     _, (partial, rhs) = derivatives.value_and_partials(
@@ -180,7 +182,7 @@ def _dense_implicit(
         lower,
     )
     _, gradient, pullback = derivatives.lower_gradient_pullback(
-        here.problem.lower_loss, here.upper, lower, here.batches.lower_at(0)
+        here.problem.lower_loss, here.upper, lower, here.batches.lower_at(draw)
     )
     stationarity = float(structure.norm(gradient))
     count = structure.size(lower)

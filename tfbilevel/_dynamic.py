@@ -156,13 +156,14 @@ class Dynamic:
         self.lower_loop, self.truncate_iters = lower_loop, truncate_iters
         self.acquire_max_loss, self.init_auxiliary = acquire_max_loss, init_auxiliary
         self.ul_model, self.ll_model = ul_model, ll_model
-        self.problem = BilevelModel(
+        self._model = BilevelModel(
             ul_model,
             ll_model,
             upper_loss=_stated(ul_objective),
             lower_loss=_stated(ll_objective),
             lower_start="learned" if init_auxiliary else None,
-        ).problem
+        )
+        self.problem = self._model.problem
         self.method: Unroll | None = None
         self._calls = 0
         if ll_opt is not None:
@@ -198,7 +199,8 @@ class Dynamic:
         """Run the inner loop and differentiate through it.
 
         The lower model keeps its variables (the inner loop works on tensors); those
-        of `auxiliary_model` are set to where the loop ended.
+        of `auxiliary_model` are set to where the loop ended. Statistics and dropout
+        seeds advance by one evaluation of the lower objective there.
 
         Args:
             train_data, train_target: for the lower objective.
@@ -258,19 +260,21 @@ class Dynamic:
                 )
         upper = [tf.convert_to_tensor(v) for v in self.ul_model.trainable_variables]
         lower = [tf.convert_to_tensor(v) for v in self.ll_model.trainable_variables]
+        batches = Batches(
+            upper=_tensors((validate_data, validate_target)),
+            lower=_tensors((train_data, train_target)),
+        )
         step = self._step(
             [*upper, *lower] if self.init_auxiliary else upper,
             lower,
-            Batches(
-                upper=_tensors((validate_data, validate_target)),
-                lower=_tensors((train_data, train_target)),
-            ),
+            batches,
             self.method.init(self.problem, upper, lower),
         )
         code = int(first_nonfinite(step))
         if code >= 0:
             raise NonFiniteError(code, self._calls)
         self._calls += 1
+        self._model._advance_fixed_state(batches, step.lower)
         gradients = step.upper_gradient
         result = DynamicResult(
             upper_gradients=gradients[: len(upper)],

@@ -201,7 +201,7 @@ class InnerSolver:
         point = self.point(iterate)
         own, _, sequence = self._split(iterate)
         state = own
-        rates: Any = ()
+        rates: Any = None
         learned = None
         if not isinstance(self.learning_rate, Schedule):
             learned = self.learning_rate
@@ -211,7 +211,7 @@ class InnerSolver:
         lower, state = self.rule.update(gradient, state, point)
         if learned is not None:
             state = state._replace(learning_rate=own.learning_rate)
-        if not isinstance(rates, tuple):
+        if rates is not None:
             if isinstance(self.optimizer, keras.optimizers.Ftrl):
                 raise ValueError(
                     "`learning_rate` must return a scalar with Ftrl, whose shrinkage "
@@ -347,6 +347,8 @@ class InnerSolver:
             if leading:
                 after = moved_where(size > goal, now, after)
             norm = structure.norm(gradient, leading)
+            if leading:  # where a task has ended, the step it did not make may be large
+                norm = tf.where(size > goal, norm, size)
             return t + 1, after, tf.cast(value, dtype), norm
 
         # The first gradient is not known yet: infinitely far from done.
@@ -376,10 +378,11 @@ class InnerSolver:
 
 
 def _rated(state: OptimizerState, made: Any, lower: Any) -> tuple[Any, Any]:
-    """The optimizer's state at a learned rate, and the rates of single entries."""
+    """The optimizer's state at a learned rate, and the rates of single entries, `None`
+    if one rate is for all."""
     rate = state.learning_rate
     if not tf.nest.is_nested(made) and tf.convert_to_tensor(made).shape.rank == 0:
-        return state._replace(learning_rate=tf.cast(made, rate.dtype)), ()
+        return state._replace(learning_rate=tf.cast(made, rate.dtype)), None
     try:
         tf.nest.assert_same_structure(made, lower)
         rates = tf.nest.map_structure(

@@ -11,20 +11,18 @@ from tfbilevel._arguments import require_count
 class _PositiveVector(keras.layers.Layer):
     """activation(x) for a learned vector x that starts at zero."""
 
-    def __init__(self, count: int, activation: str, **keywords: Any):
-        require_count(count, "count")
+    def __init__(self, n: int, activation: str, **keywords: Any):
+        require_count(n, "n")
         super().__init__(**keywords)
-        self.count = count
+        self.n = n
         self.activation = keras.activations.get(activation)
-        self.logits = self.add_weight(
-            name="logits", shape=(count,), initializer="zeros"
-        )
+        self.logits = self.add_weight(name="logits", shape=(n,), initializer="zeros")
         self.built = True
 
     def get_config(self) -> dict:
         return {
             **super().get_config(),
-            "count": self.count,
+            "n": self.n,
             "activation": keras.activations.serialize(self.activation),
         }
 
@@ -38,14 +36,14 @@ class ExampleWeights(_PositiveVector):
     With the sigmoid every weight starts at 0.5 and stays in (0, 1).
 
     Args:
-        count: number of training examples, at least 1.
+        n: number of training examples, at least 1.
         activation: what turns x into weights, as for any Keras layer.
 
     Call it with the examples' indices (integers of any shape), or with `None` for
     all weights in order, which saves the gather in full-batch problems.
 
     Raises:
-        ValueError: if `count` is not an integer of at least 1.
+        ValueError: if `n` is not an integer of at least 1.
 
     Example:
         >>> weights = tb.ExampleWeights(4)
@@ -53,8 +51,8 @@ class ExampleWeights(_PositiveVector):
         [0.5, 0.5]
     """
 
-    def __init__(self, count: int, activation: str = "sigmoid", **keywords: Any):
-        super().__init__(count, activation, **keywords)
+    def __init__(self, n: int, activation: str = "sigmoid", **keywords: Any):
+        super().__init__(n, activation, **keywords)
 
     def call(self, index: Any) -> Any:
         logits = tf.convert_to_tensor(self.logits)
@@ -72,10 +70,10 @@ class FeaturePenalties(_PositiveVector):
     With the exponential every coefficient starts at 1 and stays positive.
 
     Args:
-        count: number of features d, at least 1.
+        n: number of features d, at least 1.
         activation: what turns x into coefficients.
 
-    Call it with a kernel W of shape [count, ...] for the penalty, a scalar; the
+    Call it with a kernel W of shape [n, ...] for the penalty, a scalar; the
     property `coefficients` gives activation(x).
 
     Example:
@@ -84,26 +82,23 @@ class FeaturePenalties(_PositiveVector):
         3.0
     """
 
-    def __init__(self, count: int, activation: str = "exponential", **keywords: Any):
-        super().__init__(count, activation, **keywords)
+    def __init__(self, n: int, activation: str = "exponential", **keywords: Any):
+        super().__init__(n, activation, **keywords)
 
     @property
     def coefficients(self) -> Any:
-        """The coefficients, [count]."""
+        """The coefficients, [n]."""
         return self.activation(tf.convert_to_tensor(self.logits))
 
     def call(self, kernel: Any) -> Any:
         kernel = tf.convert_to_tensor(kernel)
-        if not kernel.shape.rank or kernel.shape[0] != self.count:
+        if not kernel.shape.rank or kernel.shape[0] != self.n:
             raise ValueError(
-                "`kernel` must have one row per feature, [count, ...]. Transpose it, "
-                f"or change `count`. Received: shape {kernel.shape}, "
-                f"count={self.count}"
+                "`kernel` must have one row per feature, [n, ...]. Transpose it, or "
+                f"change `n`. Received: shape {kernel.shape}, n={self.n}"
             )
         coefficients = tf.cast(tf.convert_to_tensor(self.coefficients), kernel.dtype)
-        return _half_weighted_squares(
-            coefficients, tf.reshape(kernel, [self.count, -1])
-        )
+        return _half_weighted_squares(coefficients, tf.reshape(kernel, [self.n, -1]))
 
 
 @tf.custom_gradient

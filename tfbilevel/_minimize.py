@@ -82,7 +82,8 @@ def minimize(
     once it takes of all starts: the coefficient of `tb.RankOne`, the end of
     `end="pessimistic"`, the exact step of `tb.BAMM`, an inner `tolerance`; with these
     use `tb.over_tasks`, or one start per call. `stop` may then return one bool per
-    start; a start that has stopped keeps its values and its step count.
+    start; a start that has stopped keeps its values and its step count (the result's
+    `state` moves on with the others: continue only runs that stop as a whole).
 
     Args:
         problem: the problem.
@@ -143,6 +144,9 @@ def minimize(
     rule, run = _loop_of((*parts, stop, trace, jit_compile), going_on=state is not None)
     if state is None:
         state = (method.init(problem, upper, lower), rule.init(upper))
+    elif not rule.scheduled:  # as it is now, not as it was when the state was made
+        rate = tf.constant(rule.learning_rate, state[1].learning_rate.dtype)
+        state = (state[0], state[1]._replace(learning_rate=rate))
     k, upper, lower, state, bad, diverged, stopped, taken, metrics, record = run(
         upper, lower, state, data
     )
@@ -188,9 +192,11 @@ def _compile(
                     "`stop` must return a bool, scalar or one per start. Compare what "
                     f"it measures with a tolerance. Received: dtype {done.dtype.name}"
                 )
-        record = () if trace is None else trace(after)
         bad = first_nonfinite(step, moved)
-        return after, (step.state, optimizer), bad, done, record
+        return after, (step.state, optimizer), bad, done
+
+    def recorded(point: Point) -> Any:
+        return () if trace is None else trace(point)
 
     def loop(x: Any, y: Any, carried: Any, data: Any) -> tuple:
         # Traced once, here, so that the loop knows what a step returns.
@@ -199,11 +205,14 @@ def _compile(
             *_specs((tf.constant(0), x, y, carried)), _specs(first)
         )
         like = compiled.structured_outputs
+        record = tf.function(recorded, autograph=False).get_concrete_function(
+            _specs(like[0])
+        )
         metrics = _zeros(like[0].metrics)
         done = _zeros(like[3])
         arrays = [
             tf.TensorArray(leaf.dtype, steps, element_shape=leaf.shape)
-            for leaf in tf.nest.flatten(like[4])
+            for leaf in tf.nest.flatten(record.structured_outputs)
         ]
 
         def unfinished(
@@ -222,17 +231,20 @@ def _compile(
             m: Any,
             a: Any,
         ) -> tuple:
-            after, s, bad, now, record = compiled(k, x, y, s, source.at(k, data))
+            after, s, bad, now = compiled(k, x, y, s, source.at(k, data))
             diverged = after.metrics.get("diverged", tf.constant(0.0))
             diverged = tf.reduce_any(diverged > 0)
             diverged = tf.where(diverged & (seen[1] < 0), k, seen[1])
             taken = taken + tf.cast(~done, tf.int32)
             frozen = done if done.shape.rank else tf.constant(False)
             frozen = frozen | (bad >= 0)
+            x = structure.where(frozen, x, after.upper)
+            y = structure.where(frozen, y, after.lower)
+            kept = recorded(Point(k + 1, x, y, after.metrics))
             return (
                 k + 1,
-                structure.where(frozen, x, after.upper),
-                structure.where(frozen, y, after.lower),
+                x,
+                y,
                 s,
                 (bad, diverged),
                 done | now,
@@ -240,7 +252,7 @@ def _compile(
                 after.metrics,
                 [
                     array.write(k, leaf)
-                    for array, leaf in zip(a, tf.nest.flatten(record), strict=True)
+                    for array, leaf in zip(a, tf.nest.flatten(kept), strict=True)
                 ],
             )
 
@@ -260,8 +272,9 @@ def _compile(
             ),
             maximum_iterations=steps,
         )
-        record = tf.nest.pack_sequence_as(like[4], [array.stack() for array in arrays])
-        return k, x, y, carried, *seen, done, taken, metrics, record
+        rows = [array.stack() for array in arrays]
+        rows = tf.nest.pack_sequence_as(record.structured_outputs, rows)
+        return k, x, y, carried, *seen, done, taken, metrics, rows
 
     return rule, tf.function(loop, autograph=False, jit_compile=jit_compile)
 

@@ -15,20 +15,28 @@ from tfbilevel._functional import require_built
 from tfbilevel._inner import InnerSolver, require_inner
 from tfbilevel._method import Method
 from tfbilevel._model_arguments import (
-    cannot_be_saved,
+    losses_are_minimised,
     require_apart,
     require_jit,
     require_method_for,
+    require_no_average,
+    require_no_constraints,
     require_one_replica,
     require_start_optimizer,
     require_upper_optimizer,
-    require_weights_only,
 )
 from tfbilevel._over_tasks import apart, first_task, over_tasks
 from tfbilevel._problem import Batches, Problem, count_tasks, require_batches
+from tfbilevel._saved_model import (
+    arguments_of,
+    config_of,
+    given,
+    require_serialisable,
+)
 from tfbilevel._task_loss import map_tasks, outcome
 from tfbilevel._training_state import (
     GRAPH,
+    SKIPPED,
     UNDECIDED,
     XLA,
     Carried,
@@ -38,7 +46,10 @@ from tfbilevel._training_state import (
     random_states,
 )
 
+ON_NONFINITE = ("raise", "skip")
 
+
+@keras.saving.register_keras_serializable("tfbilevel")
 class BilevelModel(keras.Model):
     """Two Keras models trained on two levels, with `compile` and `fit` as always.
 
@@ -48,7 +59,9 @@ class BilevelModel(keras.Model):
     `predict` are of the lower model. Weights, both optimizers and the method's state
     are saved by `save_weights`, `ModelCheckpoint` and `BackupAndRestore`: a run
     resumed at an epoch equals the uninterrupted one to the last bit, provided that
-    the dataset yields the same elements in each epoch.
+    the dataset yields the same elements in each epoch. `save` keeps everything but
+    Python: load it with keras.saving.load_model(path, custom_objects={"upper_loss":
+    ..., "lower_loss": ..., "method": ...}), and whatever other functions it had.
 
     Non-trainable state: within one outer step both losses are fixed functions.
     Whatever a call would write to BatchNorm statistics or dropout seeds is dropped,
@@ -129,10 +142,21 @@ class BilevelModel(keras.Model):
         self.tasks = tasks
         require_built(upper, "upper")
         require_built(lower, "lower")
+        require_no_constraints(lower)
         if tasks is None:
             require_apart(upper, lower)
         self.upper = upper
         self.lower = lower
+        self.mapping = mapping
+        functions = {
+            "upper_loss": upper_loss,
+            "lower_loss": lower_loss,
+            "project_upper": project_upper,
+            "project_lower": project_lower,
+            "lower_start": lower_start if callable(lower_start) else None,
+            "prepare": prepare,
+        }
+        self._functions = tuple(k for k, v in functions.items() if v is not None)
         self._lower_loss, self._prepare = lower_loss, prepare
         self.start: Start | None = None
         if isinstance(lower_start, str):
@@ -213,17 +237,19 @@ class BilevelModel(keras.Model):
             steps_per_execution: outer steps per compiled call.
             on_nonfinite: "raise": stop with `tb.NonFiniteError` at the first NaN or
                 infinity, all variables as before that step. "skip": pass over such
-                steps; the log entry `skipped` is their share of the epoch.
+                steps; the log entry `skipped` counts those of the epoch.
             run_eagerly: run without compilation, for debugging.
             start_optimizer: a Keras optimizer for a learned start; `None`: the upper
                 optimizer moves it too.
         """
-        require_choice(on_nonfinite, "on_nonfinite", ("raise", "skip"))
+        require_choice(on_nonfinite, "on_nonfinite", ON_NONFINITE)
         require_jit(jit_compile)
         require_method_for(method, self.tasks)
         require_one_replica()
         learned = self.start is not None
         require_upper_optimizer(upper_optimizer, learned)
+        if self.problem.project_upper is not None:
+            require_no_average(upper_optimizer, "with `project_upper`")
         if start_optimizer is not None:
             require_start_optimizer(start_optimizer, upper_optimizer, learned)
         super().compile(
@@ -278,10 +304,21 @@ class BilevelModel(keras.Model):
         """How many outer steps were made, skipped ones included."""
         return int(self._progress.step.numpy())
 
-    def fit(self, x: Any = None, *arguments: Any, **keywords: Any) -> Any:
+    def fit(
+        self,
+        x: Any = None,
+        *arguments: Any,
+        on_nonfinite: str | None = None,
+        **keywords: Any,
+    ) -> Any:
         """Train on a dataset of `tb.Batches`; everything else as `keras.Model.fit`.
 
-        `validation_data` is a dataset of (inputs, labels) for the lower model.
+        Args:
+            x: a `tf.data.Dataset` of `tb.Batches`, one per outer step.
+            *arguments: of `keras.Model.fit`.
+            on_nonfinite: as in `compile`, from here on; `None`: as it is.
+            **keywords: of `keras.Model.fit`; `validation_data` is a dataset of
+                (inputs, labels) for the lower model.
 
         Raises:
             ValueError: if `x` is not a dataset of `tb.Batches`, or there are no
@@ -298,6 +335,10 @@ class BilevelModel(keras.Model):
                 f"lower_dataset). Received: x={spec}"
             )
         self._assert_compile_called("fit")
+        if on_nonfinite is not None and on_nonfinite != self.on_nonfinite:
+            require_choice(on_nonfinite, "on_nonfinite", ON_NONFINITE)
+            self.on_nonfinite = on_nonfinite
+            self.make_train_function(force=True)
         for name in ("class_weight", "sample_weight"):
             if keywords.get(name) is not None:
                 raise ValueError(
@@ -314,7 +355,10 @@ class BilevelModel(keras.Model):
         if int(x.cardinality()) == 0:
             raise empty
         self._ensure_carried()
-        require_weights_only(keywords.get("callbacks"))
+        callbacks = keywords.get("callbacks")
+        require_serialisable(self, callbacks)
+        losses_are_minimised(callbacks)
+        self._use_saved_compilation()
         if self._undecided:
             first = next(iter(x), None)  # an unknown cardinality may be zero
             if first is None:
@@ -364,9 +408,40 @@ class BilevelModel(keras.Model):
         logs = {name: float(value) for name, value in logs.items()}
         return logs if return_dict else [logs[name] for name in sorted(logs)]
 
-    def save(self, *arguments: Any, **keywords: Any) -> None:
-        """Always an error: losses are functions, which no file can hold."""
-        raise cannot_be_saved()
+    def get_config(self) -> dict[str, Any]:
+        """What `save` keeps of the arguments: all but functions."""
+        models = {"upper": self.upper, "lower": self.lower}
+        learned = {} if self.start is None else {"lower_start": "learned"}
+        return {
+            **super().get_config(),
+            **config_of(models, self._functions),
+            **learned,
+            "tasks": self.tasks,
+            "mapping": self.mapping,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "BilevelModel":
+        return cls(**arguments_of(config, ("upper", "lower")))
+
+    def get_compile_config(self) -> dict[str, Any]:
+        """What `save` keeps of `compile`'s arguments: all but the method."""
+        known = super().get_compile_config()
+        if not known:
+            return {}
+        return {
+            "upper_optimizer": known["optimizer"],
+            **{k: known[k] for k in ("metrics", "steps_per_execution", "run_eagerly")},
+            "jit_compile": "auto" if self._auto_jit else self.jit_compile,
+            "on_nonfinite": self.on_nonfinite,
+            "start_optimizer": self.start_optimizer,
+        }
+
+    def compile_from_config(self, config: dict[str, Any]) -> None:
+        method = given(["method"], "the method (or pass compile=False)")
+        settings = keras.saving.deserialize_keras_object(config)
+        self.compile(**method, **settings)
+        self._ensure_carried()  # so that what the file holds of it is loaded
 
     def make_train_function(self, force: bool = False) -> None:
         if self.train_function is not None and not force:
@@ -409,13 +484,12 @@ class BilevelModel(keras.Model):
         )
         logs = dict(step.metrics)
         if self.on_nonfinite == "skip":
-            logs["skipped"] = tf.cast(~committed, tf.float32)
+            logs[SKIPPED] = tf.cast(~committed, tf.float32)
         for name, tracker in self._trackers.named(logs).items():
-            kept = code < 0 if name != "skipped" else True
-            tracker.update_state(
-                tf.where(kept, tf.reduce_mean(tf.cast(logs[name], tf.float32)), 0.0),
-                sample_weight=tf.cast(kept, tf.float32) if name != "skipped" else None,
-            )
+            kept = name == SKIPPED or code < 0
+            value = tf.reduce_mean(tf.cast(logs[name], tf.float32))
+            weight = tf.cast(kept, tf.float32)
+            tracker.update_state(tf.where(kept, value, 0.0), sample_weight=weight)
         return {name: self._trackers.of[name].result() for name in logs}
 
     def adapt(self, batches: Batches, inner: InnerSolver, function: Callable) -> Any:
@@ -490,9 +564,7 @@ class BilevelModel(keras.Model):
         if self.compiled:
             self._ensure_carried()
         super().load_weights(filepath, *arguments, **keywords)
-        chosen = int(self._progress.compilation.numpy())
-        if self.compiled and self._auto_jit and chosen != UNDECIDED:
-            self._use_compilation(chosen == XLA)
+        self._use_saved_compilation()
 
     def save_weights(self, filepath: Any, *arguments: Any, **keywords: Any) -> None:
         if self.compiled:
@@ -524,6 +596,9 @@ class BilevelModel(keras.Model):
     def _commit(self, step: Any, data: Batches) -> tf.Tensor:
         """Whether it did: not if the upper optimizer or the projection ends at NaN."""
         upper, lower = self._variables()
+        if not isinstance(step.upper_scale, tuple):
+            why = "with a method whose schedule scales the upper step"
+            require_no_average(self.optimizer, why)
         before = [tf.convert_to_tensor(v.value) for v in upper]
         optimizers = [self.optimizer]
         if self.start_optimizer is not None:
@@ -556,7 +631,13 @@ class BilevelModel(keras.Model):
 
         return tf.cond(fine, finish, lambda: self._refuse(UPPER_VARIABLES))
 
-    def _advance_fixed_state(self, data: Batches) -> None:
+    def _advance_fixed_state(self, data: Batches, lower: Any = None) -> None:
+        """One evaluation of the lower loss, for what it writes to statistics and seeds.
+
+        Args:
+            data: the step's batches.
+            lower: values of the lower variables; `None`: their own.
+        """
         trainable = {id(v) for group in self._variables() for v in group}
         owned = [*self.upper.variables, *self.lower.variables]
         others = [v for v in owned if id(v) not in trainable]
@@ -564,7 +645,9 @@ class BilevelModel(keras.Model):
             return
         if self.tasks is not None:
             data = first_task(data)
-        with keras.StatelessScope() as scope:
+        own = self.lower.trainable_variables
+        values = [] if lower is None else list(zip(own, lower, strict=True))
+        with keras.StatelessScope(values) as scope:
             if self._prepare is not None:
                 data = self._prepare(self.upper, data)
             self._lower_loss(self.upper, self.lower, data.lower_at(0))
@@ -611,6 +694,12 @@ class BilevelModel(keras.Model):
             if time.perf_counter() - start > 1.0:
                 break
         self._use_compilation(min(best, key=lambda xla: best[xla]))
+
+    def _use_saved_compilation(self) -> None:
+        """What an earlier training decided."""
+        chosen = int(self._progress.compilation.numpy())
+        if self.compiled and self._auto_jit and chosen != UNDECIDED:
+            self._use_compilation(chosen == XLA)
 
     def _use_compilation(self, xla: bool) -> None:
         self._progress.compilation.assign(XLA if xla else GRAPH)

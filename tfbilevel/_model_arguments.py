@@ -21,6 +21,27 @@ def require_apart(upper: Any, lower: Any) -> None:
         )
 
 
+def require_no_constraints(lower: Any) -> None:
+    """Raise if Keras would hold lower variables in a set: only its optimizers do."""
+    held = [v.path for v in lower.trainable_variables if v.constraint is not None]
+    if held:
+        raise ValueError(
+            "`lower` must have no constraints on its variables: inner steps are pure "
+            "functions, which do not call them. Build the layers without and pass "
+            f"`project_lower`. Received: constraints on {', '.join(held)}"
+        )
+
+
+def require_no_average(optimizer: Any, why: str) -> None:
+    """Raise if Keras would set x to an average of what the optimizer alone made."""
+    if getattr(optimizer, "use_ema", False):
+        raise ValueError(
+            f"`upper_optimizer` must not average weights (use_ema) {why}: Keras "
+            "averages what the optimizer's step gives, and sets x to it at the end of "
+            f"fit. Leave `use_ema` out. Received: upper_optimizer={optimizer!r}"
+        )
+
+
 def require_jit(jit_compile: Any) -> None:
     if jit_compile != "auto" and not isinstance(jit_compile, bool):
         raise ValueError(
@@ -101,18 +122,13 @@ def require_one_replica() -> None:
         )
 
 
-def require_weights_only(callbacks: Any) -> None:
-    """Raise at a callback that would fail at the first epoch's end."""
+def losses_are_minimised(callbacks: Any) -> None:
+    """Tell callbacks that watch a loss of either level which way is better.
+
+    Keras knows it of its own metrics only, and raises at the first epoch's end.
+    """
     for callback in keras.tree.flatten(getattr(callbacks, "callbacks", callbacks)):
-        checkpoint = isinstance(callback, keras.callbacks.ModelCheckpoint)
-        if checkpoint and not callback.save_weights_only:
-            raise cannot_be_saved()
-
-
-def cannot_be_saved() -> ValueError:
-    return ValueError(
-        "A tb.BilevelModel cannot be saved whole: its losses are functions of yours. "
-        "Save what training needs with save_weights(...) or "
-        "ModelCheckpoint(..., save_weights_only=True), and the trained network with "
-        "model.lower.save(...). Received: a request to save the model"
-    )
+        watched = getattr(callback, "monitor", None)
+        undecided = getattr(callback, "mode", None) == "auto"
+        if undecided and watched in ("upper_loss", "lower_loss"):
+            callback.mode = "min"

@@ -14,7 +14,9 @@ def pair(
     """Zip an upper and a lower dataset into a dataset of `tb.Batches`.
 
     One element is the data of one outer step. The shorter dataset is repeated until
-    the longer one ends; a dataset of unknown length counts as the longer one.
+    the longer one ends; a dataset of unknown length counts as the longer one. Of two of
+    unknown length none is repeated: what ends first ends the epoch (repeat it, or tell
+    its length by tf.data.experimental.assert_cardinality).
 
     Args:
         upper_dataset: upper batches (validation data).
@@ -22,8 +24,9 @@ def pair(
         lower_batches: n, how many lower batches an outer step takes. With n > 1 the
             lower batch has a leading axis n: inner step t takes slice t, a
             stochastic linear solve goes on from there; a pass over a dataset that is
-            not repeated ends with the last n. With n = 1 every inner step sees the
-            same batch.
+            not repeated ends with the last n. All lower batches must then have one
+            shape: .batch(size, drop_remainder=True). With n = 1 every inner step sees
+            the same batch.
 
     Returns:
         A dataset of `tb.Batches`, one element prefetched. Unless one of the two says

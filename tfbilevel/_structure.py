@@ -163,10 +163,13 @@ def to_tensors(a: Any) -> Any:
 
 def paths(a: Any, root: str) -> list[str]:
     """A readable name for every leaf: `upper['rate']`, `lower[0]`, or just `upper`."""
-    return [
-        root + "".join(f"[{key!r}]" for key in path)
-        for path, _ in keras.tree.flatten_with_path(a)
-    ]
+    # `keras.tree` has an order of its own in an OrderedDict.
+    leaves = tf.nest.flatten(a)
+    numbered = tf.nest.pack_sequence_as(a, range(len(leaves)))
+    names = [""] * len(leaves)
+    for path, number in keras.tree.flatten_with_path(numbered):
+        names[number] = root + "".join(f"[{key!r}]" for key in path)
+    return names
 
 
 def require_floating(a: Any, name: str) -> None:

@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from tfbilevel import _structure as structure
 from tfbilevel._derivatives import require_scalar
+from tfbilevel._moments import differentiable_moments
 
 Loss = Callable[[Any, Any, Any], tf.Tensor]
 
@@ -63,7 +64,9 @@ def mapped_loss(loss: Loss, in_turn: Callable[[Any], bool]) -> Loss:
         dtype = tf.nest.flatten(y)[0].dtype
 
         def one(task: tuple) -> tf.Tensor:
-            value = require_scalar(loss(x, task[0], task[1]))
+            # Here too: the trace below is kept, whoever is the first to need it.
+            with differentiable_moments():
+                value = require_scalar(loss(x, task[0], task[1]))
             return tf.cast(value, dtype)
 
         if not in_turn(y):
@@ -82,20 +85,23 @@ def mapped_loss(loss: Loss, in_turn: Callable[[Any], bool]) -> Loss:
 def _of_same_tasks(y: Any, batch: Any) -> Any:
     """The batch, with the number of tasks of y: checked now, or when it is known."""
     known = {
-        name: leaf.shape[0]
+        name: [
+            leaf.shape[0]
+            for leaf in tf.nest.flatten(nest)
+            if tf.is_tensor(leaf) and leaf.shape.rank and leaf.shape[0] is not None
+        ]
         for name, nest in (("lower variables", y), ("batch", batch))
-        for leaf in tf.nest.flatten(nest)
-        if tf.is_tensor(leaf) and leaf.shape.rank and leaf.shape[0] is not None
     }
-    if len(set(known.values())) > 1:
+    counts = {count for counts in known.values() for count in counts}
+    if len(counts) > 1:
         raise ValueError(
             "The lower variables and the batches of `tb.over_tasks` must carry the "
             "same tasks along the leading axis of every tensor. Stack one entry per "
             f"task. Received: {known}"
         )
-    if not known:
+    if not counts:
         return batch
-    (tasks,) = set(known.values())
+    (tasks,) = counts
 
     def checked(leaf: Any) -> Any:
         if not tf.is_tensor(leaf) or not leaf.shape.rank or leaf.shape[0] is not None:

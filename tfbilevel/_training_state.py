@@ -11,6 +11,8 @@ from tfbilevel._tracing import outside_traces
 # How the outer step is compiled: not decided yet, as a graph, with XLA.
 UNDECIDED, GRAPH, XLA = 0, 1, 2
 
+SKIPPED = "skipped"  # the log entry that counts the steps passed over
+
 
 def random_states(*models: Any) -> list:
     """States of seed generators, which Keras counts as no weights."""
@@ -102,13 +104,19 @@ class MeanOfSome(keras.metrics.Mean):
 
 
 class Trackers:
-    """Means of the step's metrics over an epoch. Not part of what is saved."""
+    """Means of the step's metrics over an epoch, and how many steps were skipped. Not
+    part of what is saved."""
 
     def __init__(self) -> None:
-        self.of: dict[str, keras.metrics.Mean] = {}
+        self.of: dict[str, keras.metrics.Metric] = {}
 
-    def named(self, names: Any) -> dict[str, keras.metrics.Mean]:
+    def named(self, names: Any) -> dict[str, keras.metrics.Metric]:
         new = [name for name in names if name not in self.of]
-        made = outside_traces(lambda: [MeanOfSome(name=name) for name in new])
+        made = outside_traces(
+            lambda: [
+                keras.metrics.Sum(name) if name == SKIPPED else MeanOfSome(name=name)
+                for name in new
+            ]
+        )
         self.of.update(zip(new, made, strict=True))
         return {name: self.of[name] for name in names}

@@ -213,19 +213,21 @@ class Unroll(Method):
         return iterate
 
     def _total(self, here: Prepared, partial: Any, response: Any) -> Any:
-        if not self.first_order:
+        if self.first_order:
+            # Nothing through y is what the method says, where f depends on x itself.
+            nothing = derivatives.scale_partial(0.0, partial)
+            response = derivatives.add_partials(response, nothing)
+            differentiated = "A first-order unroll (upper loss, start and rate)"
+        elif self.last is not None:
+            steps = f"{self.last} step" + "s" * (self.last > 1)
+            differentiated = f"A truncated unroll (upper loss and the last {steps})"
+        else:
             return here.gradient(partial, response)
-        # Nothing through y is what the method says, where f depends on x itself.
-        nothing = derivatives.scale_partial(0.0, partial)
-        response = derivatives.add_partials(response, nothing)
         try:
             return here.gradient(partial, response)
         except derivatives.UnconnectedGradientError as error:
             raise derivatives.UnconnectedGradientError(
-                error.level,
-                error.index,
-                error.name,
-                "A first-order unroll (upper loss, start and rate)",
+                error.level, error.index, error.name, differentiated
             ) from None
 
     def _with_constant_gradients(

@@ -1,6 +1,7 @@
 """Conjugate gradients."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from tfbilevel._linear_solvers._base import (
     LinearSolution,
     LinearSystem,
 )
+from tfbilevel._task_loss import map_tasks
 
 Preconditioner = Callable[[Any, Any, Any], Any]
 
@@ -75,7 +77,11 @@ class ConjugateGradient(IterativeSolver):
         def preconditioned(vector: Any) -> Any:
             if self.preconditioner is None:
                 return vector
-            return self.preconditioner(*system.point, vector)
+            if not system.leading:
+                return self.preconditioner(*system.point, vector)
+            upper, lower = system.point
+            precondition = functools.partial(self.preconditioner, upper)
+            return map_tasks(lambda task: precondition(*task), (lower, vector))
 
         def unfinished(step: Any, v: Any, r: Any, p: Any, rz: Any, rr: Any, ok: Any):
             del step, v, r, p, rz

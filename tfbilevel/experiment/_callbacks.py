@@ -12,6 +12,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from tfbilevel._training_state import SKIPPED
 from tfbilevel.experiment._flags import one_line_nonfinite
 from tfbilevel.experiment._run import Run, write_json
 
@@ -182,9 +183,13 @@ class Evaluate(keras.callbacks.Callback):
 
 
 def _means(parts: list[tuple[int, dict]]) -> dict[str, float]:
-    """Of metrics over some steps each; a part whose steps were all skipped has NaN."""
+    """Of metrics over some steps each; a part whose steps were all skipped has NaN.
+    The skipped steps are counted, not averaged."""
     means = {}
     for name in parts[-1][1] if parts else ():
+        if name == SKIPPED:
+            means[name] = sum(part[name] for _, part in parts)
+            continue
         known = [(n, part[name]) for n, part in parts if not math.isnan(part[name])]
         total = sum(n for n, _ in known)
         means[name] = sum(n * v for n, v in known) / total if total else math.nan

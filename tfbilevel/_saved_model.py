@@ -1,0 +1,53 @@
+"""A BilevelModel in a `.keras` file: everything but what is Python of the user's."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import keras
+
+
+def require_serialisable(model: keras.Model, callbacks: Any) -> None:
+    """Raise at a callback that would fail to save the model at an epoch's end."""
+    for callback in keras.tree.flatten(getattr(callbacks, "callbacks", callbacks)):
+        checkpoint = isinstance(callback, keras.callbacks.ModelCheckpoint)
+        if checkpoint and not callback.save_weights_only:
+            keras.saving.serialize_keras_object(model)
+            return
+
+
+def given(names: Iterable[str], what: str) -> dict[str, Any]:
+    """What the user passed to `load_model` under these names.
+
+    No file holds functions and methods: they close over data, and code in a file would
+    be run by whoever opens it.
+
+    Raises:
+        ValueError: if one is not there.
+    """
+    found = {name: keras.saving.get_registered_object(name) for name in names}
+    missing = [name for name, value in found.items() if value is None]
+    if missing:
+        example = ", ".join(f'"{name}": {name}' for name in found)
+        raise ValueError(
+            f"`custom_objects` must hold {what}, under the names of the arguments: "
+            f"keras.saving.load_model(path, custom_objects={{{example}}}). "
+            f"Received: no {' and no '.join(missing)}"
+        )
+    return found
+
+
+def config_of(models: Mapping[str, Any], functions: Iterable[str]) -> dict[str, Any]:
+    """The models, serialised, and which functions there were."""
+    serialised = {
+        name: keras.saving.serialize_keras_object(model)
+        for name, model in models.items()
+    }
+    return {**serialised, "functions": sorted(functions)}
+
+
+def arguments_of(config: Mapping[str, Any], models: Iterable[str]) -> dict[str, Any]:
+    """`config_of` undone: arguments to build the model with."""
+    rest = {k: v for k, v in config.items() if k != "functions"}
+    for name in models:
+        rest[name] = keras.saving.deserialize_keras_object(rest[name])
+    return rest | given(config["functions"], "the functions the model was built with")
