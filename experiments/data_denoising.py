@@ -41,7 +41,7 @@ import dataclasses
 import os
 import pathlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -458,6 +458,7 @@ def fit_plainly(
     rate: float,
     epochs: int,
     augment: bool = False,
+    callbacks: Sequence[keras.callbacks.Callback] = (),
 ) -> None:
     """Adam on everything in the parts, every label believed."""
     pixels, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
@@ -470,7 +471,9 @@ def fit_plainly(
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
     )
     verbose = 2 if sys.stdout.isatty() else 0
-    trained.fit(pixels, labels, args.batch_size, epochs, verbose=verbose)
+    trained.fit(
+        pixels, labels, args.batch_size, epochs, callbacks=callbacks, verbose=verbose
+    )
 
 
 def without_dropout(net: keras.Model) -> list:
@@ -623,7 +626,7 @@ def denoise(args: argparse.Namespace, run: experiment.Run, data: Data) -> dict:
     return summary
 
 
-def train_baseline(args: argparse.Namespace, data: Data) -> dict:
+def train_baseline(args: argparse.Namespace, run: experiment.Run, data: Data) -> dict:
     pixels, labels = data.train
     right = images.Part(pixels[data.clean], labels[data.clean])
     parts = {
@@ -633,12 +636,18 @@ def train_baseline(args: argparse.Namespace, data: Data) -> dict:
     }[args.method]
     net = build_net(args.net, pixels.shape[1:], args.seed)
     rate, epochs = args.baseline_lr, args.baseline_epochs
-    fit_plainly(args, net, parts, rate, epochs, args.augment)
-    return {
-        **about(args),
-        "test_accuracy": accuracy(net, data.test),
-        "validation_accuracy": accuracy(net, data.validation),
-    }
+
+    def evaluate() -> dict[str, float]:
+        return {
+            "test_accuracy": accuracy(net, data.test),
+            "validation_accuracy": accuracy(net, data.validation),
+        }
+
+    log = experiment.EvaluateEpochs(run, evaluate)
+    fit_plainly(args, net, parts, rate, epochs, args.augment, [log])
+    draw_curves(run)
+    final = {name: run.column(name)[-1] for name in evaluate()}
+    return {**about(args), "epochs": epochs, "seconds": log.seconds, **final}
 
 
 # Results.
@@ -693,15 +702,26 @@ def draw_distrusted(
 
 
 def draw_curves(run: experiment.Run) -> None:
+    measured = ("test", "validation", "clean_train", "train")
+    scores = ("precision", "recall", "f1")
+    panels = {
+        "accuracy": [f"{name}_accuracy" for name in measured],
+        "examples of importance above 0.5": [f"{name}_at_0.5" for name in scores],
+    }
+    # A baseline has no importances, and is not measured on the training data.
+    known = {
+        title: [name for name in names if name in run.rows()[0]]
+        for title, names in panels.items()
+    }
+    known = {title: names for title, names in known.items() if names}
     seconds = run.column("seconds")
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
-    for name in ("test", "validation", "clean_train", "train"):
-        left.plot(seconds, run.column(f"{name}_accuracy"), label=name)
-    left.set(xlabel="seconds of training", ylabel="percent", title="accuracy")
-    for name in ("precision_at_0.5", "recall_at_0.5", "f1_at_0.5"):
-        right.plot(seconds, run.column(name), label=name.split("_")[0])
-    right.set(xlabel="seconds of training", title="examples of importance above 0.5")
-    for axes in (left, right):
+    figure, grid = plt.subplots(
+        1, len(known), figsize=(5.5 * len(known), 4), squeeze=False
+    )
+    for axes, (title, names) in zip(grid[0], known.items(), strict=True):
+        for name in names:
+            axes.plot(seconds, run.column(name), label=name.rpartition("_a")[0])
+        axes.set(xlabel="seconds of training", ylabel="percent", title=title)
         axes.grid(alpha=0.3)
         axes.legend()
     figure.tight_layout()
@@ -717,7 +737,7 @@ def one_trial(
         return done
     data = with_noise(args, parts)
     if args.method in BASELINES:
-        summary = train_baseline(args, data)
+        summary = train_baseline(args, run, data)
     else:
         summary = denoise(args, run, data)
     run.summarise(summary)

@@ -32,7 +32,6 @@ import itertools
 import os
 import pathlib
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -229,6 +228,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--auxiliary", choices=("persistent", "copy"), help="v-pbgd: where z starts")
     add("--reg", type=experiment.at_least(float, 0), help="L2 coefficient of g")
     add("--eval-every", type=above(int), help="outer steps between evaluations")
+    add(
+        "--baseline-epochs",
+        type=above(int),
+        default=30,
+        help="of plain training: baselines, and the network before cleaning",
+    )
     add("--memory", choices=("replay", "checkpoint", "tape"), help="of unrolled steps")
     add("--jit", choices=experiment.JIT)
     args = parser.parse_args(argv)
@@ -389,19 +394,23 @@ def accuracy(network: Callable, part: tuple) -> tf.Tensor:
     return 100 * tf.reduce_mean(tf.cast(predictions == labels, tf.float32))
 
 
-def train_plainly(network: keras.Model, parts: list[tuple]) -> float:
-    """Adam on everything in the parts, every label believed; seconds."""
+def train_plainly(
+    args: argparse.Namespace, network: keras.Model, parts: list[tuple], *callbacks: Any
+) -> None:
+    """Adam on everything in the parts, every label believed."""
     pixels, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     network.compile(
         keras.optimizers.Adam(1e-3),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
     )
-    start = time.perf_counter()
-    network.fit(pixels, labels, batch_size=100, epochs=30, verbose=0)
-    return time.perf_counter() - start
+    network.fit(
+        pixels, labels, 100, args.baseline_epochs, callbacks=callbacks, verbose=0
+    )
 
 
-def train_baseline(args: argparse.Namespace, data: dict, network: keras.Model) -> dict:
+def train_baseline(
+    args: argparse.Namespace, run: experiment.Run, data: dict, network: keras.Model
+) -> dict:
     """A classifier trained on what the baseline may see, and what it would keep: the
     training examples whose given label it predicts."""
     pixels, labels = (tensor.numpy() for tensor in data["train"])
@@ -411,29 +420,39 @@ def train_baseline(args: argparse.Namespace, data: dict, network: keras.Model) -
         "val-only": [data["validation"]],
         "train+val": [(pixels, labels), data["validation"]],
     }[args.method]
-    seconds = train_plainly(network, parts)
+
+    def evaluate() -> dict[str, float]:
+        kept = network(pixels).numpy().argmax(axis=1) == labels
+        return {
+            **{f"{p}_accuracy": float(accuracy(network, data[p])) for p in PARTS[1:]},
+            **label_noise.cleaning_scores(kept, data["clean"]),
+        }
+
+    epochs = experiment.EvaluateEpochs(run, evaluate)
+    train_plainly(args, network, parts, epochs)
     probabilities = tf.nn.softmax(network(pixels)).numpy()
-    kept = probabilities.argmax(axis=1) == labels
     np.savez_compressed(
         args.out / "predictions.npz",
         labels=labels,
         probabilities=probabilities,
         clean=data["clean"],
     )
+    draw_curves(run, args)
+    trusted = probabilities[np.arange(len(labels)), labels]
+    draw_distrusted(run, data, trusted, network)
     return {
         "method": args.method,
         "net": args.net,
         "dataset": args.dataset,
-        "seconds": seconds,
-        "test_accuracy": float(accuracy(network, data["test"])),
-        **label_noise.cleaning_scores(kept, data["clean"]),
+        "seconds": epochs.seconds,
+        **{name: float(run.rows()[-1][name]) for name in SCORES},
     }
 
 
 def before_cleaning(args: argparse.Namespace, data: dict) -> dict[str, float]:
     """Everything kept, and the accuracy of a network that believes every label."""
     network = build_net(args.net, data["train"][0].shape[1], args.seed)
-    train_plainly(network, [data["train"], data["validation"]])
+    train_plainly(args, network, [data["train"], data["validation"]])
     everything = np.ones_like(data["clean"])
     return {
         "test_accuracy": float(accuracy(network, data["test"])),
@@ -443,13 +462,14 @@ def before_cleaning(args: argparse.Namespace, data: dict) -> dict[str, float]:
 
 def draw_curves(run: experiment.Run, args: argparse.Namespace) -> None:
     steps = run.column("step")
+    unit = "epoch" if args.method in BASELINES else "outer step"
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
     for part in PARTS[1:]:
         left.plot(steps, run.column(f"{part}_accuracy"), label=part)
     for name in ("f1", "precision", "recall"):
         right.plot(steps, run.column(name), label=name)
     for axes, title in ((left, "accuracy"), (right, "clean examples kept")):
-        axes.set(xlabel="outer step", ylabel="percent", title=title)
+        axes.set(xlabel=unit, ylabel="percent", title=title)
         axes.grid(alpha=0.3)
         axes.legend()
     figure.suptitle(f"{args.method}, {args.net}, {args.dataset}")
@@ -459,10 +479,10 @@ def draw_curves(run: experiment.Run, args: argparse.Namespace) -> None:
 
 
 def draw_distrusted(
-    run: experiment.Run, data: dict, logits: np.ndarray, network: keras.Model
+    run: experiment.Run, data: dict, trust: np.ndarray, network: keras.Model
 ) -> None:
-    """The 48 training images of lowest weight, with given and predicted label."""
-    worst = np.argsort(logits, kind="stable")[:48]
+    """The 48 training images trusted least, with given and predicted label."""
+    worst = np.argsort(trust, kind="stable")[:48]
     pixels = data["train"][0].numpy()[worst]
     predicted = np.argmax(network(pixels), axis=1)
     given = data["train"][1].numpy()[worst]
@@ -565,7 +585,7 @@ def main(argv: list[str] | None = None) -> dict:
     keras.utils.set_random_seed(args.seed)
     network = build_net(args.net, data["train"][0].shape[1], args.seed)
     if args.method in BASELINES:
-        summary = train_baseline(args, data, network)
+        summary = train_baseline(args, run, data, network)
     else:
         summary = clean(args, run, data, network)
     run.summarise(summary)

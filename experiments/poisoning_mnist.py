@@ -392,14 +392,18 @@ def attack(
     found["label_flip"] = scores(train(flipped, seed + 1), data)
     found["poisoned"] = found["label_flip"]
     summary: dict[str, Any] = {}
-    if args.method != "label-flip":
+    pixels = data.poisons.images
+    if args.method == "label-flip":
+        run.rewind(-1)
+        run.log({"step": 0, "seconds": 0.0, **found["label_flip"]})
+    else:
         pixels, summary = optimise(args, run, data, clean, seed)
         found["poisoned"] = scores(train(poisoned(data, pixels), seed + 1), data)
-        np.savez_compressed(
-            run.out / "poisons.npz", images=pixels, labels=data.poisons.labels
-        )
-        draw_poisons(run.out / "poisons.png", data.poisons, pixels)
         draw_curves(run, args)
+    np.savez_compressed(
+        run.out / "poisons.npz", images=pixels, labels=data.poisons.labels
+    )
+    draw_poisons(run.out / "poisons.png", data.poisons, pixels)
     return {
         "attack": args.attack,
         "method": args.method,

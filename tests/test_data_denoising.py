@@ -212,6 +212,11 @@ def test_baselines_see_what_they_may(method, tmp_path, monkeypatch):
         sizes == {"oracle": [45, 40], "val-only": [40], "train+val": [60, 40]}[method]
     )
     assert 0 <= summary["test_accuracy"] <= 100
+    with (tmp_path / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == ["1", "2"]
+    assert float(rows[1]["test_accuracy"]) == summary["test_accuracy"]
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
 
 
 def test_dropout_is_off_unless_asked_for():

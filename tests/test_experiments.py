@@ -96,7 +96,7 @@ def test_the_inner_curve_is_that_of_the_next_outer_step(method, tmp_path, monkey
 
 SIZES = [
     *("--train-size", "40", "--validation-size", "30", "--test-size", "50"),
-    *("--selection-size", "20"),
+    *("--selection-size", "20", "--baseline-epochs", "1"),
 ]
 SMALL = [*SIZES, "--eval-every", "2", "--jit", "off"]
 
@@ -176,11 +176,34 @@ def test_nothing_but_test_scores_depends_on_test_labels(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("baseline", cleaning.BASELINES)
 def test_cleaning_baselines(baseline, tmp_path):
-    summary = cleaning.main(["--method", baseline, "--out", str(tmp_path), *SIZES])
+    flags = [*SIZES, "--baseline-epochs", "2", "--out", str(tmp_path)]
+    summary = cleaning.main(["--method", baseline, *flags])
     kept = np.load(tmp_path / "predictions.npz")
     keep = kept["probabilities"].argmax(axis=1) == kept["labels"]
     precision = 100 * (keep & kept["clean"]).sum() / keep.sum()
     assert summary["precision"] == pytest.approx(precision)
+    with (tmp_path / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == ["1", "2"]
+    assert float(rows[1]["precision"]) == summary["precision"]
+    assert 0 < float(rows[0]["seconds"]) < summary["seconds"]
+    for picture in ("curves.png", "distrusted.png"):
+        assert (tmp_path / picture).stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("flags", "name", "value"),
+    [
+        (["--outer-steps", "15"], "eval_every", 5),
+        (["--method", "neumann", "--outer-steps", "7"], "eval_every", 1),
+        (["--method", "t-rhg", "--inner-steps", "20"], "last", 20),
+        (["--outer-steps", "20", "--eval-every", "2"], "eval_every", 2),
+    ],
+)
+def test_one_flag_shortens_a_run(flags, name, value):
+    """What belongs to a length that was not asked for gives way."""
+    args = cleaning.parse_args(["--out", "x", *flags])
+    assert getattr(args, name) == value
 
 
 def test_published_settings_are_the_defaults():
@@ -410,11 +433,11 @@ def test_no_clock_runs_before_the_first_evaluation_is_whole(tmp_path):
             ["--method", "g-pbgd", "--dynamics", "nesterov-t"],
             "--dynamics means nothing",
         ),
-        (["--method", "t-rhg", "--inner-steps", "50"], "--last must not exceed"),
+        (["--method", "t-rhg", "--last", "501"], "--last must not exceed"),
         (["--method", "rhg", "--last", "50"], "--last means nothing"),
         (["--gamma-init", "1"], "--gamma-max must not be below"),
         (["--dynamics", "nesterov-t"], "a single inner step"),
-        (["--outer-steps", "25"], "multiple of --eval-every"),
+        (["--outer-steps", "25", "--eval-every", "10"], "multiple of --eval-every"),
         (["--dataset", "mnist", "--data-dir", "/nowhere"], "not prepared"),
         (["--train-size", "9999"], "fit in 5000"),
         (["--pollution-rate", "1.5"], "pollution rate"),

@@ -7,6 +7,7 @@ JSON files and backups appear whole or not at all.
 
 from tfbilevel.experiment._callbacks import Backup as Backup
 from tfbilevel.experiment._callbacks import Evaluate as Evaluate
+from tfbilevel.experiment._callbacks import EvaluateEpochs as EvaluateEpochs
 from tfbilevel.experiment._callbacks import train as train
 from tfbilevel.experiment._data import cross_entropy as cross_entropy
 from tfbilevel.experiment._data import index_batches as index_batches

@@ -182,6 +182,34 @@ class Evaluate(keras.callbacks.Callback):
         self.run.log(place | training | dict(self.function()))
 
 
+class EvaluateEpochs(keras.callbacks.Callback):
+    """A row of the run after every epoch of plain Keras training, from its first one.
+
+    A row holds `step` (the epoch), `seconds` (of training alone), `loss` and what the
+    function returns.
+
+    Args:
+        run: where rows go; those of an earlier sitting are dropped.
+        function: () -> dict of what to log.
+    """
+
+    def __init__(self, run: Run, function: Callable[[], Mapping]):
+        super().__init__()
+        self.run, self.function = run, function
+        self.seconds = self._begun = 0.0
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        self.run.rewind(-1)
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        self._begun = time.perf_counter()
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        self.seconds += time.perf_counter() - self._begun
+        row = {"step": epoch + 1, "seconds": round(self.seconds, 4)}
+        self.run.log(row | {"loss": (logs or {})["loss"]} | dict(self.function()))
+
+
 def _means(parts: list[tuple[int, dict]]) -> dict[str, float]:
     """Of metrics over some steps each; a part whose steps were all skipped has NaN.
     The skipped steps are counted, not averaged."""
