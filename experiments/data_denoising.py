@@ -38,6 +38,7 @@ data_prep/svhn.py.
 
 import argparse
 import dataclasses
+import functools
 import os
 import pathlib
 import sys
@@ -732,16 +733,10 @@ def draw_curves(run: experiment.Run) -> None:
 def one_trial(
     args: argparse.Namespace, run: experiment.Run, parts: list[images.Part]
 ) -> dict:
-    done = run.summary()
-    if done is not None:
-        return done
     data = with_noise(args, parts)
     if args.method in BASELINES:
-        summary = train_baseline(args, run, data)
-    else:
-        summary = denoise(args, run, data)
-    run.summarise(summary)
-    return summary
+        return train_baseline(args, run, data)
+    return denoise(args, run, data)
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -749,25 +744,8 @@ def main(argv: list[str] | None = None) -> dict:
     with experiment.one_line_errors(__file__):
         parts = load_parts(args)
         run = experiment.Run(args.out, experiment.settings(args), args.resume)
-    if args.trials == 1:
-        summary = one_trial(args, run, parts)
-    else:
-        trials = []
-        for seed in range(args.seed, args.seed + args.trials):
-            own = argparse.Namespace(**vars(args) | {"seed": seed, "trials": 1})
-            folder = run.out / f"seed-{seed}"
-            begun = (folder / "config.json").exists()
-            one = experiment.Run(folder, experiment.settings(own), begun)
-            trials.append(one_trial(own, one, parts))
-        accuracies = [trial["test_accuracy"] for trial in trials]
-        summary = {
-            **about(args),
-            "trials": len(trials),
-            "test_accuracy": float(np.mean(accuracies)),
-            "test_accuracy_std": float(np.std(accuracies)),
-            "runs": trials,
-        }
-        run.summarise(summary)
+    one = functools.partial(one_trial, parts=parts)
+    summary = experiment.trials(args, run, one, ["test_accuracy"])
     for name in ("test_accuracy", "test_accuracy_std", "last_epoch_test_accuracy",
                  "pretrained_test_accuracy", "auc", "precision_at_0.5",
                  "recall_at_0.5"):  # fmt: skip

@@ -234,6 +234,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         default=30,
         help="of plain training: baselines, and the network before cleaning",
     )
+    add("--trials", type=above(int), default=1, help="runs at successive seeds")
     add("--memory", choices=("replay", "checkpoint", "tape"), help="of unrolled steps")
     add("--jit", choices=experiment.JIT)
     args = parser.parse_args(argv)
@@ -432,7 +433,7 @@ def train_baseline(
     train_plainly(args, network, parts, epochs)
     probabilities = tf.nn.softmax(network(pixels)).numpy()
     np.savez_compressed(
-        args.out / "predictions.npz",
+        run.out / "predictions.npz",
         labels=labels,
         probabilities=probabilities,
         clean=data["clean"],
@@ -582,16 +583,23 @@ def main(argv: list[str] | None = None) -> dict:
     with experiment.one_line_errors(__file__):
         data = load_data(args)
         run = experiment.Run(args.out, experiment.settings(args), args.resume)
-    keras.utils.set_random_seed(args.seed)
-    network = build_net(args.net, data["train"][0].shape[1], args.seed)
-    if args.method in BASELINES:
-        summary = train_baseline(args, run, data, network)
-    else:
-        summary = clean(args, run, data, network)
-    run.summarise(summary)
+    drawn = {args.seed: data}
+
+    def one(own: argparse.Namespace, run: experiment.Run) -> dict:
+        return one_trial(own, run, drawn.pop(own.seed, None) or load_data(own))
+
+    summary = experiment.trials(args, run, one, SCORES)
     print_table(summary)
     print(f"Files in {run.out}: {', '.join(sorted(p.name for p in run.out.iterdir()))}")
     return summary
+
+
+def one_trial(args: argparse.Namespace, run: experiment.Run, data: dict) -> dict:
+    keras.utils.set_random_seed(args.seed)
+    network = build_net(args.net, data["train"][0].shape[1], args.seed)
+    if args.method in BASELINES:
+        return train_baseline(args, run, data, network)
+    return clean(args, run, data, network)
 
 
 def print_table(summary: dict) -> None:
@@ -600,7 +608,8 @@ def print_table(summary: dict) -> None:
     print(f"{'percent':16s}" + "".join(f"{name:>18s}" for name in columns))
     for name in SCORES:
         values = "".join(f"{column[name]:18.2f}" for column in columns.values())
-        print(f"{name:16s}{values}")
+        spread = f" +- {summary[f'{name}_std']:.2f}" if "trials" in summary else ""
+        print(f"{name:16s}{values}{spread}")
 
 
 def upper_loss(upper: tb.ExampleWeights, lower: keras.Model, batch: tuple) -> tf.Tensor:

@@ -40,6 +40,7 @@ the width of its 95 percent interval.
 
 import argparse
 import dataclasses
+import functools
 import os
 import pathlib
 import sys
@@ -312,6 +313,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--test-tasks", type=several, help="by method")
     add("--validation-tasks", type=several, default=100, help="per evaluation")
     add("--eval-every", type=above(int), default=200, help="meta-iterations")
+    add("--trials", type=above(int), default=1, help="runs at successive seeds")
     add("--jit", choices=experiment.JIT, default="off")
     args = parser.parse_args(argv)
     own = published(args.method, args.dataset, args.ways, args.shots, args.network)
@@ -767,7 +769,11 @@ class Best:
 # One run.
 
 
+AVERAGED = ("test_accuracy", "test_accuracy_ci95", "outer_steps", "seconds")
+
+
 def train(args: argparse.Namespace, run: experiment.Run, splits: dict) -> dict:
+    keras.utils.set_random_seed(args.seed)
     model = build_model(args, splits["train"].images.shape[1:])
     judge = Judge(args, model, splits["validation"], args.validation_tasks, 1)
     best = Best(run, model)
@@ -883,14 +889,15 @@ def main(argv: list[str] | None = None) -> dict:
         for some in splits.values():
             draw(args, some, 0)  # too many ways or shots: said before any work
         run = experiment.Run(args.out, experiment.settings(args), args.resume)
-    keras.utils.set_random_seed(args.seed)
-    summary = run.summary() or train(args, run, splits)
-    run.summarise(summary)
+    summary = experiment.trials(
+        args, run, functools.partial(train, splits=splits), AVERAGED
+    )
     print(
         f"{args.method}, {args.ways}-way {args.shots}-shot {args.dataset}: "
         f"{summary['test_accuracy']:.2f} +- {summary['test_accuracy_ci95']:.2f} "
-        f"percent on {summary['test_tasks']} test tasks (transductive), "
-        f"{summary['outer_steps']} meta-iterations, {summary['seconds']:.0f} s"
+        f"percent on {args.test_tasks} test tasks (transductive), "
+        f"{summary['outer_steps']:.0f} meta-iterations, {summary['seconds']:.0f} s"
+        + (f", mean of {args.trials} runs" if args.trials > 1 else "")
     )
     print(f"Files in {run.out}: {', '.join(sorted(p.name for p in run.out.iterdir()))}")
     return summary

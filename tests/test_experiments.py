@@ -206,6 +206,32 @@ def test_one_flag_shortens_a_run(flags, name, value):
     assert getattr(args, name) == value
 
 
+def test_trials_are_the_runs_of_their_seeds(tmp_path):
+    """What is complete stays when the folder is resumed; the mean is NumPy's."""
+    flags = [*SMALL, "--outer-steps", "4", "--method", "g-pbgd", "--out"]
+    both = [*flags, str(tmp_path / "both"), "--trials", "2", "--seed", "3"]
+    summary = cleaning.main(both)
+    alone = cleaning.main([*flags, str(tmp_path / "alone"), "--seed", "4"])
+    second = summary["runs"][1]
+    assert {k: v for k, v in second.items() if "seconds" not in k} == {
+        k: v for k, v in alone.items() if "seconds" not in k
+    }
+    for name in cleaning.SCORES:
+        values = [run[name] for run in summary["runs"]]
+        assert summary[name] == pytest.approx(np.mean(values))
+        assert summary[f"{name}_std"] == pytest.approx(np.std(values))
+    kept = tmp_path / "both" / "seed-3" / "summary.json"
+    stamp = kept.stat().st_mtime_ns
+    (tmp_path / "both" / "summary.json").unlink()
+    (tmp_path / "both" / "seed-4" / "summary.json").unlink()
+    again = cleaning.main([*both, "--resume"])
+    assert again["runs"][0] == summary["runs"][0] and kept.stat().st_mtime_ns == stamp
+    with (tmp_path / "both" / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["seed"] for row in rows] == ["3", "4"]
+    assert float(rows[1]["f1"]) == pytest.approx(alone["f1"])
+
+
 def test_published_settings_are_the_defaults():
     def parse(*flags):
         return vars(cleaning.parse_args(["--out", "x", *flags]))

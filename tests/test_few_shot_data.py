@@ -164,6 +164,11 @@ def test_tiered_imagenet(tmp_path):
         made = tiered_imagenet.load(tmp_path)
     assert made["test"].names == ("a2", "b2")
     np.testing.assert_array_equal(made["test"].of(1), kept["test"][[0, 2, 4]])
+    out = ["--data-dir", str(tmp_path), "--out", str(tmp_path / "t.npz")]
+    with pytest.warns(UserWarning, match="tieredImageNet"):
+        tiered_imagenet.main(out)
+    again = classes.load(tmp_path / "t.npz", "tiered-imagenet")["train"]
+    np.testing.assert_array_equal(again.images, made["train"].images)
     (tmp_path / "val_images_png.pkl").write_bytes(pickle.dumps([np.zeros(9, np.uint8)]))
     with pytest.raises(ValueError, match="a list of PNG files"):
         tiered_imagenet.load(tmp_path)
@@ -219,7 +224,11 @@ def test_cifar100_from_its_published_files(tmp_path):
             assert images.shape == (3, 32, 32, 3)
             assert (images == fine.index(name)).all()
     assert "whale" in made["test"].names and "tiger" in made["validation"].names
-    assert "snail" in fc100.load("cifar_fs", tmp_path / "tfds")["test"].names
+    flags = ["--data-dir", str(tmp_path / "tfds"), "--out", str(tmp_path / "c.npz")]
+    counts = fc100.main([*flags, "--split", "cifar-fs"])
+    assert counts == {"train": 64, "validation": 16, "test": 20}
+    again = classes.load(tmp_path / "c.npz", "cifar-fs")
+    assert "snail" in again["test"].names
 
 
 # Omniglot.
