@@ -484,9 +484,10 @@ def run_attack(
     read = np.flatnonzero((before > 0.5).all(axis=0))
     targets = read[read >= args.start][: args.max_targets]
     if not len(targets):
+        remedy = "lower --start" if len(read) else "train them longer (--head-steps)"
         raise ValueError(
-            "no test image from --start on is read correctly by every head: train "
-            f"them longer (--head-steps). Received: --start {args.start}"
+            "no test image from --start on is read correctly by every head: "
+            f"{remedy}, in a new folder. Received: --start {args.start}"
         )
     folder = run.out / "poisons"
     folder.mkdir(exist_ok=True)

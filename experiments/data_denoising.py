@@ -264,7 +264,7 @@ def complete(parser: experiment.Parser, args: argparse.Namespace) -> argparse.Na
         )
     for part in ("train", "validation"):
         size = getattr(args, f"{part}_size")
-        if size < args.batch_size:
+        if args.method in METHODS and size < args.batch_size:
             parser.error(
                 f"--{part}-size must be at least --batch-size, got {size} of "
                 f"{args.batch_size}: raise it or lower --batch-size"
@@ -607,14 +607,17 @@ def denoise(args: argparse.Namespace, run: experiment.Run, data: Data) -> dict:
         seconds=args.seconds,
         callbacks=[Renormalise(model.upper.logits, per_epoch)],
     )
+    after: dict[str, float] = {}
     if model.outer_step % per_epoch:  # the seconds were over within an epoch
         model.upper.logits.assign(renormalised(model.upper.logits.numpy()))
+        after = measure(args, model, data)()
+        after["f1"] = after["f1_at_0.5"]
     s = 0.5 * (np.tanh(model.upper.logits.numpy()) + 1)
     np.savez_compressed(run.out / "importances.npz", importance=s, clean=data.clean)
     draw_importances(run.out / "importances.png", s, data.clean)
     draw_distrusted(run.out / "distrusted.png", s, data, net)
     draw_curves(run)
-    summary = summarise(args, run) | {"pretrained_test_accuracy": pretrained}
+    summary = summarise(args, run) | after | {"pretrained_test_accuracy": pretrained}
     if args.retrain_threshold:
         believed = s > args.retrain_threshold
         kept = images.Part(data.train.images[believed], data.train.labels[believed])
@@ -745,7 +748,7 @@ def main(argv: list[str] | None = None) -> dict:
         parts = load_parts(args)
         run = experiment.Run(args.out, experiment.settings(args), args.resume)
     one = functools.partial(one_trial, parts=parts)
-    summary = experiment.trials(args, run, one, ["test_accuracy"])
+    summary = experiment.trials(args, run, one)
     for name in ("test_accuracy", "test_accuracy_std", "last_epoch_test_accuracy",
                  "pretrained_test_accuracy", "auc", "precision_at_0.5",
                  "recall_at_0.5"):  # fmt: skip

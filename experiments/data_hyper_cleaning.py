@@ -29,6 +29,7 @@ import argparse
 import dataclasses
 import functools
 import itertools
+import math
 import os
 import pathlib
 import sys
@@ -260,9 +261,6 @@ def fill_defaults(
     files = args.dataset != "digits", "a --dataset with files"
     parser.refuse_idle(args, {"data_dir": files})
     given, args = args, experiment.filled(args, published)
-    if given.eval_every is None and args.eval_every is not None:
-        most = args.eval_every
-        args.eval_every = experiment.largest_divisor(args.outer_steps, most)
     if given.last is None and args.last is not None:
         args.last = min(args.last, args.inner_steps)
     if args.last is not None and args.last > args.inner_steps:
@@ -284,11 +282,6 @@ def fill_defaults(
         parser.error(
             "--dynamics nesterov-t means nothing to a single inner step, from which on "
             "it differs: raise --inner-steps"
-        )
-    if args.method not in BASELINES and args.outer_steps % args.eval_every:
-        parser.error(
-            f"--outer-steps must be a multiple of --eval-every, got "
-            f"{args.outer_steps} and {args.eval_every}"
         )
     return args
 
@@ -588,7 +581,7 @@ def main(argv: list[str] | None = None) -> dict:
     def one(own: argparse.Namespace, run: experiment.Run) -> dict:
         return one_trial(own, run, drawn.pop(own.seed, None) or load_data(own))
 
-    summary = experiment.trials(args, run, one, SCORES)
+    summary = experiment.trials(args, run, one)
     print_table(summary)
     print(f"Files in {run.out}: {', '.join(sorted(p.name for p in run.out.iterdir()))}")
     return summary
@@ -643,7 +636,7 @@ def clean(
         build_method(args, network),
         optimizer[args.upper_optimizer](Settings.upper_rate(args)),
         jit_compile=experiment.JIT[args.jit],
-        steps_per_execution=args.eval_every,
+        steps_per_execution=math.gcd(args.outer_steps, args.eval_every),
         start_optimizer=keras.optimizers.SGD(args.start_lr) if learned else None,
     )
 

@@ -249,7 +249,8 @@ def published(
         return stocbio(2e-3, 0.4, 5, 10_000, head="cosine", tasks=8)
     small = dataset in ("fc100", "cifar-fs")
     if method == "imaml":
-        own = {"proximal": 0.5, "cg_steps": 5, "tasks": 2, "test_tasks": 1000}
+        own = {"proximal": 0.5, "cg_steps": 5, "tasks": 16, "test_tasks": 1000}
+        own |= {"queries": 15, "filters": 32}
         return stocbio(1e-3, 0.1, 10, 60_000, **own)
     if method in WHOLE:
         if small:
@@ -769,9 +770,6 @@ class Best:
 # One run.
 
 
-AVERAGED = ("test_accuracy", "test_accuracy_ci95", "outer_steps", "seconds")
-
-
 def train(args: argparse.Namespace, run: experiment.Run, splits: dict) -> dict:
     keras.utils.set_random_seed(args.seed)
     model = build_model(args, splits["train"].images.shape[1:])
@@ -889,15 +887,14 @@ def main(argv: list[str] | None = None) -> dict:
         for some in splits.values():
             draw(args, some, 0)  # too many ways or shots: said before any work
         run = experiment.Run(args.out, experiment.settings(args), args.resume)
-    summary = experiment.trials(
-        args, run, functools.partial(train, splits=splits), AVERAGED
-    )
+    summary = experiment.trials(args, run, functools.partial(train, splits=splits))
+    spread = "test_accuracy_ci95" if args.trials == 1 else "test_accuracy_std"
     print(
         f"{args.method}, {args.ways}-way {args.shots}-shot {args.dataset}: "
-        f"{summary['test_accuracy']:.2f} +- {summary['test_accuracy_ci95']:.2f} "
+        f"{summary['test_accuracy']:.2f} +- {summary[spread]:.2f} "
         f"percent on {args.test_tasks} test tasks (transductive), "
         f"{summary['outer_steps']:.0f} meta-iterations, {summary['seconds']:.0f} s"
-        + (f", mean of {args.trials} runs" if args.trials > 1 else "")
+        + (f"; means of {args.trials} runs, +- over them" if args.trials > 1 else "")
     )
     print(f"Files in {run.out}: {', '.join(sorted(p.name for p in run.out.iterdir()))}")
     return summary

@@ -628,7 +628,8 @@ def main(argv: list[str] | None = None) -> dict:
         run = experiment.Run(args.out, config, args.resume)
     keras.utils.set_random_seed(args.seed)
     if alone:
-        summary = train(alone, run, data)
+        # Not anew: the peak of memory would be that of a process that trains nothing.
+        summary = run.summary() or train(alone, run, data)
         summaries = [summary]
     else:
         del data  # every method's own process loads it
@@ -687,10 +688,13 @@ def compare(
         for row in rows:
             run.log({name: row[name] for name in shared})
         draw_curves(run.out / "curves.png", curves)
+    made: dict[str, Any] = {"methods": summaries}
     if failed:
+        run.summarise(made | {"failed": failed})
+        print_table(list(summaries.values()))
         print(f"failed: {', '.join(failed)}; --resume tries again", file=sys.stderr)
         raise SystemExit(1)
-    return {"methods": summaries}
+    return made
 
 
 def flags_of(args: argparse.Namespace, plan: argparse.Namespace) -> list[str]:

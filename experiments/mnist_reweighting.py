@@ -51,6 +51,7 @@ cures that.
 import argparse
 import csv
 import dataclasses
+import math
 import os
 import pathlib
 import sys
@@ -200,13 +201,7 @@ def job_of(args: argparse.Namespace, method: str, seed: int) -> argparse.Namespa
             f"{job.hessian_q} of {job.inner_steps}: lower one or raise the other"
         )
     if job.outer_steps is not None and args.eval_every is None:
-        most = min(job.eval_every, max(1, job.outer_steps // 5))
-        job.eval_every = experiment.largest_divisor(job.outer_steps, most)
-    elif job.outer_steps is not None and job.outer_steps % job.eval_every:
-        raise ValueError(
-            "--outer-steps must be a multiple of --eval-every, got "
-            f"{job.outer_steps} and {job.eval_every}"
-        )
+        job.eval_every = min(job.eval_every, max(1, job.outer_steps // 5))
     for part in ("train", "validation"):
         if (job.batch_size or 1) > getattr(job, f"{part}_size"):
             raise ValueError(
@@ -307,9 +302,14 @@ def build_model(job: argparse.Namespace, data: Data) -> tb.BilevelModel:
         build_method(job),
         keras.optimizers.SGD(job.upper_lr),
         jit_compile=job.jit == "on",
-        steps_per_execution=job.eval_every,
+        steps_per_execution=per_execution(job),
     )
     return model
+
+
+def per_execution(job: argparse.Namespace) -> int:
+    """Outer steps per compiled call: rows, and the end, fall between two of them."""
+    return math.gcd(job.eval_every, job.outer_steps or 0)
 
 
 def build_method(job: argparse.Namespace) -> tb.Method:
@@ -398,7 +398,9 @@ def measure(model: tb.BilevelModel, data: Data) -> Callable[[], dict[str, Any]]:
 def train(job: argparse.Namespace, run: experiment.Run, data: Data) -> dict:
     """One method, one seed: rows in `run`, a summary returned."""
     model = build_model(job, data)
-    compile_seconds = warm_up(model, outer_batches(job, model.method), job.eval_every)
+    compile_seconds = warm_up(
+        model, outer_batches(job, model.method), per_execution(job)
+    )
     evaluate = measure(model, data)
 
     def labelled() -> dict[str, Any]:
@@ -519,10 +521,12 @@ def compare(
         rows += [{name: row[name] for name in columns} for row in one.rows()]
     if rows:
         write_comparison(args, run, rows)
+    made = {"methods": means(summaries), "runs": summaries}
     if failed:
+        run.summarise(made | {"failed": failed})
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
         raise SystemExit(1)
-    return {"methods": means(summaries), "runs": summaries}
+    return made
 
 
 def write_comparison(

@@ -30,6 +30,7 @@ for a try, ships with the installed packages.
 
 import argparse
 import dataclasses
+import math
 import os
 import pathlib
 import sys
@@ -148,7 +149,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--jit", choices=experiment.JIT, help="default auto")
     args = parser.parse_args(argv)
     moved = args.method != "label-flip", "a --method that moves images"
-    idle = {"stay_close": 0.0, "eval_every": None, "jit": "auto"}
+    idle = {"stay_close": 0.0, "eval_every": 100, "jit": "auto"}
     files = args.dataset != "digits", "--dataset mnist"
     parser.refuse_idle(args, dict.fromkeys(idle, moved) | {"data_dir": files})
     for name, value in idle.items():
@@ -157,8 +158,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     published = DEFAULTS[args.method, args.attack]
     parser.refuse_meaningless(args, [published], f"--method {args.method}")
     args = experiment.filled(args, published)
-    if args.outer_steps is not None and args.eval_every is None:
-        args.eval_every = experiment.largest_divisor(args.outer_steps, 100)
     most = SIZES[args.dataset, args.attack][0] // (
         5 if args.attack == "targeted" else 1
     )
@@ -170,11 +169,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                 f"--poisons must be even for --attack targeted, which makes half of "
                 f"them of each digit, got {count}"
             )
-    if args.outer_steps is not None and args.outer_steps % args.eval_every:
-        parser.error(
-            "--outer-steps must be a multiple of --eval-every, got "
-            f"{args.outer_steps} and {args.eval_every}"
-        )
     return args
 
 
@@ -429,7 +423,7 @@ def optimise(
         Settings.method(args),
         experiment.adam(Settings.upper_rate(args)),
         jit_compile=experiment.JIT[args.jit],
-        steps_per_execution=args.eval_every,
+        steps_per_execution=math.gcd(args.outer_steps, args.eval_every),
     )
     full = tf.data.Dataset.from_tensors
     pairs = tb.pair(full(tuple(data.validation)), full(tuple(data.train)))
@@ -535,7 +529,7 @@ def main(argv: list[str] | None = None) -> dict:
         # The first one's data are drawn before anything is written.
         draw_data(args, files, *jobs[0])
         run = experiment.Run(args.out, experiment.settings(args), args.resume)
-    train, summaries = trainer(args), []
+    train, summaries, failed = trainer(args), [], []
     for count, seed in jobs:
         folder = run.out if len(jobs) == 1 else run.out / f"poisons-{count}-seed-{seed}"
         own = argparse.Namespace(**vars(args) | {"poisons": [count], "seed": seed})
@@ -547,15 +541,27 @@ def main(argv: list[str] | None = None) -> dict:
         summary = one.summary()
         if summary is None:
             data = draw_data(args, files, count, seed)
-            summary = attack(own, one, data, seed, train)
+            try:
+                summary = attack(own, one, data, seed, train)
+            except SystemExit:  # NaN, said already: the others go on
+                failed.append(folder.name)
+                continue
             one.summarise(summary)
         summaries.append(summary)
+    if failed and len(jobs) == 1:
+        raise SystemExit(1)
     rows = table(summaries)
     print_table(args, rows)
     if len(jobs) == 1:
         return summaries[0]
-    run.summarise({"by_poisons": rows, "runs": summaries})
-    return {"by_poisons": rows, "runs": summaries}
+    made: dict[str, Any] = {"by_poisons": rows, "runs": summaries}
+    if failed:
+        made["failed"] = failed
+    run.summarise(made)
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+        raise SystemExit(1)
+    return made
 
 
 if __name__ == "__main__":

@@ -291,12 +291,14 @@ def test_a_killed_run_resumes_to_the_same_numbers(tmp_path, monkeypatch):
 
 def test_a_run_that_ends_within_an_epoch_is_renormalised_too(tmp_path):
     flags = [*SMALL, "--inner-steps", "2", "--seconds", "1e-9", "--upper-lr", "0.1"]
-    denoising.main([*flags, "--retrain-threshold", "0", "--out", str(tmp_path)])
+    flags += ["--retrain-threshold", "0", "--out", str(tmp_path)]
+    summary = denoising.main(flags)
     with (tmp_path / "metrics.csv").open() as file:
         last = list(csv.DictReader(file))[-1]
     assert last["step"] == "1" and abs(float(last["mean_importance"]) - 0.5) > 1e-4
     found = np.load(tmp_path / "importances.npz")["importance"]
     assert found.mean() == pytest.approx(0.5, abs=1e-6)
+    assert summary["mean_importance"] == pytest.approx(0.5, abs=1e-6)
 
 
 def test_trials_are_runs_of_their_own(tmp_path):

@@ -194,16 +194,32 @@ def test_cleaning_baselines(baseline, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "name", "value"),
     [
-        (["--outer-steps", "15"], "eval_every", 5),
-        (["--method", "neumann", "--outer-steps", "7"], "eval_every", 1),
         (["--method", "t-rhg", "--inner-steps", "20"], "last", 20),
-        (["--outer-steps", "20", "--eval-every", "2"], "eval_every", 2),
+        (["--method", "t-rhg", "--inner-steps", "200"], "last", 100),
     ],
 )
 def test_one_flag_shortens_a_run(flags, name, value):
     """What belongs to a length that was not asked for gives way."""
     args = cleaning.parse_args(["--out", "x", *flags])
     assert getattr(args, name) == value
+
+
+def test_a_run_of_any_length_ends_where_it_should(tmp_path):
+    """Neither a multiple of the steps between rows nor of those of an execution."""
+    flags = ["--outer-steps", "8", "--eval-every", "3", "--method", "g-pbgd"]
+    cleaning.main([*SIZES, "--jit", "off", *flags, "--out", str(tmp_path / "one")])
+    with (tmp_path / "one" / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == [0, 3, 6, 8]
+    packed = ["--outer-steps", "8", "--eval-every", "6", "--method", "g-pbgd"]
+    cleaning.main([*SIZES, "--jit", "off", *packed, "--out", str(tmp_path / "two")])
+    with (tmp_path / "two" / "metrics.csv").open() as file:
+        others = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in others] == [0, 6, 8]
+    for column in ("test_accuracy", "f1", "weight"):
+        assert float(others[2][column]) == pytest.approx(
+            float(rows[3][column]), rel=1e-5
+        )
 
 
 def test_trials_are_the_runs_of_their_seeds(tmp_path):
@@ -230,6 +246,28 @@ def test_trials_are_the_runs_of_their_seeds(tmp_path):
         rows = list(csv.DictReader(file))
     assert [row["seed"] for row in rows] == ["3", "4"]
     assert float(rows[1]["f1"]) == pytest.approx(alone["f1"])
+
+
+def test_trials_go_on_past_one_that_fails(tmp_path, monkeypatch, capsys):
+    run = cleaning.one_trial
+
+    def failing(args, *others):
+        if args.seed == 1:
+            raise SystemExit(1)
+        return run(args, *others)
+
+    flags = [*SMALL, "--outer-steps", "2", "--method", "g-pbgd", "--trials", "3"]
+    flags += ["--out", str(tmp_path)]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(cleaning, "one_trial", failing)
+        cleaning.main(flags)
+    assert stop.value.code == 1 and "failed: seed-1" in capsys.readouterr().err
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["failed"] == ["seed-1"] and len(summary["runs"]) == 2
+    found = [made["best_f1"] for made in summary["runs"]]
+    assert summary["best_f1"] == pytest.approx(np.mean(found))
+    again = cleaning.main([*flags, "--resume"])  # the others are not made again
+    assert "failed" not in again and [r for r in again["runs"]][::2] == summary["runs"]
 
 
 def test_published_settings_are_the_defaults():
@@ -463,7 +501,6 @@ def test_no_clock_runs_before_the_first_evaluation_is_whole(tmp_path):
         (["--method", "rhg", "--last", "50"], "--last means nothing"),
         (["--gamma-init", "1"], "--gamma-max must not be below"),
         (["--dynamics", "nesterov-t"], "a single inner step"),
-        (["--outer-steps", "25", "--eval-every", "10"], "multiple of --eval-every"),
         (["--dataset", "mnist", "--data-dir", "/nowhere"], "not prepared"),
         (["--train-size", "9999"], "fit in 5000"),
         (["--pollution-rate", "1.5"], "pollution rate"),

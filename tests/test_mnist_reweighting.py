@@ -291,7 +291,6 @@ def test_a_budget_of_time_ends_a_run(tmp_path):
             ["--method", "reverse", "--inner-steps", "2", "--hessian-q", "3"],
             "--hessian-q must not exceed",
         ),
-        (["--outer-steps", "25", "--eval-every", "10"], "multiple of --eval-every"),
         (["--batch-size", "6000"], "--batch-size must not exceed --validation-size"),
         (["--data-dir", "/nowhere"], "not prepared"),
         (["--dataset", "digits", "--train-size", "4000"], "fit in 3500"),

@@ -292,6 +292,67 @@ def test_a_saved_model_keeps_a_learned_start_and_its_projection(tmp_path: Any) -
         assert float(tf.reduce_max(b)) <= np.float32(0.01)
 
 
+def test_a_model_saved_before_its_first_step_loads(tmp_path: Any) -> None:
+    """The method's state is in the file then, too."""
+    model, path = build_whole(), tmp_path / "model.keras"
+    model.save(path)
+    loaded = keras.saving.load_model(
+        path, custom_objects=OBJECTS | {"method": value_gap()}
+    )
+    for one in (model, loaded):
+        one.fit(full_batch(repeat=2), verbose=0)
+    for a, b in zip(model.weights, loaded.weights, strict=True):
+        np.testing.assert_array_equal(a.numpy(), b.numpy())
+
+
+def test_the_old_format_is_refused_before_the_first_step(tmp_path: Any) -> None:
+    """Keras's HDF5 writer breaks the model, and its reader cannot read it."""
+    model, path = build_whole(), str(tmp_path / "model.h5")
+    with pytest.raises(ValueError, match=r"must end in \.keras"):
+        model.save(path)
+    whole = keras.callbacks.ModelCheckpoint(path)
+    with pytest.raises(ValueError, match=r"must end in \.keras"):
+        model.fit(full_batch(), callbacks=[whole], verbose=0)
+    assert model.outer_step == 0 and not (tmp_path / "model.h5").exists()
+    model.save(tmp_path / "model.keras")
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_shared_layers(trainable: bool, tmp_path: Any) -> None:
+    """A frozen one at both levels trains; a file would hold it once for two."""
+    backbone = keras.Sequential([keras.Input((FEATURES,)), keras.layers.Dense(3)])
+    backbone.trainable = trainable
+
+    def build(tasks: int | None) -> tb.BilevelModel:
+        upper, lower = (
+            keras.Sequential([keras.Input((FEATURES,)), backbone, layer])
+            for layer in (keras.layers.Dense(2), keras.layers.Dense(2))
+        )
+        return tb.BilevelModel(upper, lower, upper_loss, lower_loss, tasks=tasks)
+
+    if trainable:
+        for tasks in (None, 2):
+            with pytest.raises(ValueError, match="must not share trainable variables"):
+                build(tasks)
+        return
+    with pytest.raises(ValueError, match="cannot be saved whole.*save_weights"):
+        build(None).save(tmp_path / "model.keras")
+    build(None).save_weights(tmp_path / "model.weights.h5")
+
+
+def test_one_batch_after_loading_is_compiled_as_it_was(tmp_path: Any) -> None:
+    model = build_whole()
+    model.compile(value_gap(), SGD(0.1), jit_compile="auto")
+    model.fit(full_batch(), verbose=0)
+    model._progress.compilation.assign(2)  # whatever was faster here: XLA
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(
+        tmp_path / "model.keras", custom_objects=OBJECTS | {"method": value_gap()}
+    )
+    loaded.train_on_batch(next(iter(full_batch())))
+    assert loaded.jit_compile
+
+
 def test_loading_names_what_no_file_holds(tmp_path: Any) -> None:
     path = tmp_path / "model.keras"
     build_whole().save(path)
@@ -572,6 +633,11 @@ def test_averages_that_would_leave_the_set_are_refused() -> None:
     )
     with pytest.raises(ValueError, match="use_ema.* with `project_upper`"):
         model.compile(unroll(), averaging)
+    held = keras.layers.Dense(1, kernel_constraint="non_neg")
+    held.build((None, FEATURES))
+    constrained = tb.BilevelModel(held, network(), upper_loss, lower_loss)
+    with pytest.raises(ValueError, match="use_ema.* with constraints of upper"):
+        constrained.compile(unroll(), averaging)
     free = make()
     scaled = tb.AugmentedLagrangian(SGD(0.1), 2, weight=1.0, rate_decay=0.5)
     free.compile(scaled, SGD(0.1, use_ema=True), jit_compile=False)

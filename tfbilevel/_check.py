@@ -115,7 +115,7 @@ def check_hypergradient(
     structure.require_floating(lower, "lower")
     if state is None:
         state = method.init(problem, upper, lower)
-    # A graph: eagerly, losses mapped over tasks are traced at every inner step.
+    # A graph: eagerly, steps that take tasks in turn would be traced at every call.
     one_step = tf.function(
         lambda: method.step(problem, upper, lower, batches, state), autograph=False
     )

@@ -31,7 +31,9 @@ from tfbilevel._saved_model import (
     arguments_of,
     config_of,
     given,
+    require_saved_as,
     require_serialisable,
+    require_unshared,
 )
 from tfbilevel._task_loss import map_tasks, outcome
 from tfbilevel._training_state import (
@@ -143,8 +145,7 @@ class BilevelModel(keras.Model):
         require_built(upper, "upper")
         require_built(lower, "lower")
         require_no_constraints(lower)
-        if tasks is None:
-            require_apart(upper, lower)
+        require_apart(upper, lower)
         self.upper = upper
         self.lower = lower
         self.mapping = mapping
@@ -250,6 +251,8 @@ class BilevelModel(keras.Model):
         require_upper_optimizer(upper_optimizer, learned)
         if self.problem.project_upper is not None:
             require_no_average(upper_optimizer, "with `project_upper`")
+        if any(v.constraint is not None for v in self.upper.trainable_variables):
+            require_no_average(upper_optimizer, "with constraints of upper variables")
         if start_optimizer is not None:
             require_start_optimizer(start_optimizer, upper_optimizer, learned)
         super().compile(
@@ -400,6 +403,7 @@ class BilevelModel(keras.Model):
             x,
         )
         self._ensure_carried()
+        self._use_saved_compilation()
         if self._undecided:
             self._choose_compilation(x)
         self.make_train_function()
@@ -408,8 +412,13 @@ class BilevelModel(keras.Model):
         logs = {name: float(value) for name, value in logs.items()}
         return logs if return_dict else [logs[name] for name in sorted(logs)]
 
+    def save(self, filepath: Any, *arguments: Any, **keywords: Any) -> None:
+        require_saved_as(filepath)
+        super().save(filepath, *arguments, **keywords)
+
     def get_config(self) -> dict[str, Any]:
         """What `save` keeps of the arguments: all but functions."""
+        require_unshared(self.upper, self.lower)
         models = {"upper": self.upper, "lower": self.lower}
         learned = {} if self.start is None else {"lower_start": "learned"}
         return {
@@ -429,12 +438,14 @@ class BilevelModel(keras.Model):
         known = super().get_compile_config()
         if not known:
             return {}
+        self._ensure_carried()  # loading a compiled model asks the file for it
+        serialize = keras.saving.serialize_keras_object
         return {
-            "upper_optimizer": known["optimizer"],
+            "upper_optimizer": serialize(self.optimizer),
             **{k: known[k] for k in ("metrics", "steps_per_execution", "run_eagerly")},
             "jit_compile": "auto" if self._auto_jit else self.jit_compile,
             "on_nonfinite": self.on_nonfinite,
-            "start_optimizer": self.start_optimizer,
+            "start_optimizer": serialize(self.start_optimizer),
         }
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
@@ -702,10 +713,10 @@ class BilevelModel(keras.Model):
             self._use_compilation(chosen == XLA)
 
     def _use_compilation(self, xla: bool) -> None:
-        self._progress.compilation.assign(XLA if xla else GRAPH)
         if self.jit_compile != xla:
-            self.jit_compile = xla
+            self.jit_compile = xla  # Keras refuses XLA for some layers
             self.make_train_function(force=True)
+        self._progress.compilation.assign(XLA if self.jit_compile else GRAPH)
 
 
 def _turned(leaf: Any) -> Any:

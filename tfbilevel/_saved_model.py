@@ -11,8 +11,31 @@ def require_serialisable(model: keras.Model, callbacks: Any) -> None:
     for callback in keras.tree.flatten(getattr(callbacks, "callbacks", callbacks)):
         checkpoint = isinstance(callback, keras.callbacks.ModelCheckpoint)
         if checkpoint and not callback.save_weights_only:
+            require_saved_as(callback.filepath)
             keras.saving.serialize_keras_object(model)
             return
+
+
+def require_saved_as(path: Any) -> None:
+    """Raise at the old format, which loads no model with a `compile` of its own."""
+    if str(path).endswith((".h5", ".hdf5")):
+        raise ValueError(
+            "`filepath` must end in .keras: HDF5 files hold weights alone "
+            f"(save_weights). Received: filepath={path}"
+        )
+
+
+def require_unshared(upper: Any, lower: Any) -> None:
+    """Raise if the models share variables: a file has them once, for one of the two."""
+    own = {id(variable) for variable in upper.variables}
+    shared = [v.path for v in lower.variables if id(v) in own]
+    if shared:
+        raise ValueError(
+            "A model whose `upper` and `lower` share layers cannot be saved whole: "
+            "loading would build each layer twice. Use save_weights(...), or "
+            "ModelCheckpoint(..., save_weights_only=True). "
+            f"Received: {', '.join(shared)} in both"
+        )
 
 
 def given(names: Iterable[str], what: str) -> dict[str, Any]:

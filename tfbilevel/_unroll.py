@@ -43,7 +43,7 @@ class Unroll(Method):
 
     the first one on ties; the lower variables after the step are still y_T. With
     `problem.lower_start` reading the start from the upper variables this is IAPTT-GM
-    (IA-GM with `end="final"`), MAML, ANIL and ITD-BiO. `aggregate` (BDA) mixes f into
+    (IA-GM with `end="final"`), over tasks MAML and ANIL. `aggregate` (BDA) mixes f into
     the direction of the inner steps, see `tb.Aggregation`; the metric `lower_loss` is
     then the mixture's.
 

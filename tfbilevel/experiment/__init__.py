@@ -17,7 +17,6 @@ from tfbilevel.experiment._flags import at_least as at_least
 from tfbilevel.experiment._flags import filled as filled
 from tfbilevel.experiment._flags import finite as finite
 from tfbilevel.experiment._flags import flag as flag
-from tfbilevel.experiment._flags import largest_divisor as largest_divisor
 from tfbilevel.experiment._flags import one_line_errors as one_line_errors
 from tfbilevel.experiment._flags import (
     one_line_nonfinite as one_line_nonfinite,

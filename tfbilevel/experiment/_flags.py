@@ -165,8 +165,3 @@ def finite(text: str) -> float:
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"must be finite, got {text}")
     return value
-
-
-def largest_divisor(number: int, most: int) -> int:
-    """Of those up to `most`: how often a run that a flag cut short is evaluated."""
-    return next(d for d in range(min(most, number), 0, -1) if number % d == 0)
