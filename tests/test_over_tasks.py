@@ -771,3 +771,29 @@ def test_a_preconditioner_sees_one_task() -> None:
     ]
     want = np.mean(single, axis=0)
     np.testing.assert_allclose(together.upper_gradient, want, rtol=1e-9)
+
+
+@pytest.mark.parametrize("tasks", [3, 33])
+def test_what_is_prepared_of_images_is_what_each_task_would_prepare(tasks) -> None:
+    """Written out for few tasks, mapped for many; absent and whole parts too."""
+    generator = np.random.default_rng(3)
+    images = tf.constant(generator.normal(size=(tasks, 2, 4, 4, 1)))
+    labels = tf.constant(generator.integers(0, 3, (tasks, 2)))
+    kernel = tf.constant(generator.normal(size=(3, 3, 1, 2)))
+
+    def features(x: Any, pixels: Any) -> Any:
+        made = tf.nn.conv2d(pixels, x, 1, "SAME")
+        mean, variance = tf.nn.moments(made, [0, 1, 2])
+        made = (made - mean) * tf.math.rsqrt(variance + 0.1)
+        return tf.reduce_sum(tf.nn.relu(made), [1, 2])
+
+    def prepare(x: Any, batches: tb.Batches) -> tb.Batches:
+        (pixels, kept), absent = batches
+        return tb.Batches((features(x, pixels[:1] ** 2), kept), absent)
+
+    problem = tb.Problem(lambda x, y, b: 0.0, lambda x, y, b: 0.0, prepare=prepare)
+    made = tb.over_tasks(problem).prepare(kernel, tb.Batches((images, labels), None))
+    assert made.lower is None
+    np.testing.assert_array_equal(made.upper[1], labels)
+    alone = [features(kernel, pixels[:1] ** 2) for pixels in images]
+    np.testing.assert_allclose(made.upper[0], tf.stack(alone), rtol=1e-9)

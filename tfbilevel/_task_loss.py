@@ -144,6 +144,26 @@ def map_tasks(function: Callable, tasks: Any, in_turn: Any = None) -> Any:
     )
 
 
+def map_written_out(function: Callable, tasks: Any) -> Any:
+    """`map_tasks` without a mapping: the function is traced for every task.
+
+    Args:
+        function: nest -> nest of tensors. `None` leaves are handed on.
+        tasks: a nest with a leading axis of known length.
+    """
+    leaves = [None if v is None else tf.unstack(v) for v in tf.nest.flatten(tasks)]
+    count = max(len(leaf) for leaf in leaves if leaf is not None)
+    rows = [
+        function(
+            tf.nest.pack_sequence_as(tasks, [v if v is None else v[i] for v in leaves])
+        )
+        for i in range(count)
+    ]
+    return tf.nest.map_structure(
+        lambda *row: None if row[0] is None else tf.stack(row), *rows
+    )
+
+
 @contextlib.contextmanager
 def _outside_xla() -> Iterator[None]:
     """Hides from TensorFlow that XLA will compile what is traced within.
