@@ -34,7 +34,9 @@ def over_tasks(problem: Problem, mapping: str = "auto") -> Problem:
     each step into one large one, several times as fast for heads and small dense
     networks. It cannot for convolutions whose kernels differ between the tasks:
     those are taken "in turn", which is faster than any rewriting as one matrix
-    product that we measured, and keeps memory and graph at one task's size.
+    product that we measured, and keeps memory and graph at one task's size. What
+    `prepare` makes of images (batches with five axes) is written out, task after task,
+    for up to 32 of them, unless the mapping is "vectorized".
 
     Args:
         problem: of one task.
@@ -88,7 +90,7 @@ def over_tasks(problem: Problem, mapping: str = "auto") -> Problem:
         lower_start=problem.lower_start,
         project_upper=problem.project_upper,
         project_lower=project and (lambda y: map_tasks(project, y)),
-        prepare=prepare and _prepared_tasks(prepare),
+        prepare=prepare and _prepared_tasks(prepare, mapping),
     )
 
 
@@ -142,9 +144,10 @@ def of_few_images(tasks: Any) -> bool:
     leaves = [leaf for leaf in tf.nest.flatten(tasks) if leaf is not None]
     if any(isinstance(leaf, tf.SparseTensor) for leaf in leaves):
         return False
-    shapes = [tf.convert_to_tensor(leaf).shape for leaf in leaves]
+    shapes: list[Any] = [tf.convert_to_tensor(leaf).shape for leaf in leaves]
     images = any(shape.rank is not None and shape.rank > 4 for shape in shapes)
-    return images and all((s[0] or WRITTEN_OUT + 1) <= WRITTEN_OUT for s in shapes)
+    counts = [shape[0] if shape.rank else None for shape in shapes]
+    return images and all(n is not None and n <= WRITTEN_OUT for n in counts)
 
 
 def first_task(batches: Batches) -> Batches:
@@ -156,15 +159,16 @@ def first_task(batches: Batches) -> Batches:
     return type(batches)(*tf.nest.map_structure(first, apart(batches)))
 
 
-def _prepared_tasks(prepare: Callable) -> Callable:
+def _prepared_tasks(prepare: Callable, mapping: str) -> Callable:
     def made(x: Any, batches: Batches) -> Batches:
         def one(task: tuple) -> tuple:
             upper, lower = prepare(x, type(batches)(*task))
             return upper, lower
 
         tasks = apart(batches)
-        mapped = map_written_out if of_few_images(tasks) else map_tasks
-        return together(*mapped(one, tasks), like=batches)
+        written_out = mapping != "vectorized" and of_few_images(tasks)
+        made = map_written_out if written_out else map_tasks
+        return together(*made(one, tasks), like=batches)
 
     return made
 
