@@ -792,7 +792,9 @@ def test_what_is_prepared_of_images_is_what_each_task_would_prepare(tasks) -> No
         return tb.Batches((features(x, pixels[:1] ** 2), kept), absent)
 
     problem = tb.Problem(lambda x, y, b: 0.0, lambda x, y, b: 0.0, prepare=prepare)
-    made = tb.over_tasks(problem).prepare(kernel, tb.Batches((images, labels), None))
+    prepared = tb.over_tasks(problem).prepare
+    assert prepared is not None
+    made = prepared(kernel, tb.Batches((images, labels), None))
     assert made.lower is None
     np.testing.assert_array_equal(made.upper[1], labels)
     alone = [features(kernel, pixels[:1] ** 2) for pixels in images]
