@@ -12,6 +12,7 @@ from problems import Oracle, flat, nested, quadratic
 from references import descend, implicit
 
 import tfbilevel as tb
+from tfbilevel._linear_solvers import _base
 
 QUICK = settings(max_examples=25, deadline=None)
 
@@ -391,3 +392,40 @@ def test_implicit_reports_stationarity() -> None:
     np.testing.assert_allclose(
         flat(step.upper_gradient), implicit(oracle, flat(oracle.x), end), rtol=1e-6
     )
+
+
+@pytest.mark.parametrize("kind", ["definite", "indefinite", "solved", "tasks"])
+@pytest.mark.parametrize(
+    "solver",
+    [
+        tb.ConjugateGradient(4, tolerance=0.0),
+        tb.FixedPoint(4, rate=0.1, tolerance=0.0),
+        tb.Neumann(4, rate=0.1, tolerance=0.0),
+    ],
+    ids=lambda solver: type(solver).__name__,
+)
+def test_steps_written_out_are_those_of_the_loop(solver, kind, monkeypatch) -> None:
+    """Without a tolerance, few of them: the same to the last digits, in every mode,
+    also where a solve ends before: at negative curvature, at b = 0, tasks apart."""
+    generator = np.random.default_rng(0)
+    basis, _ = np.linalg.qr(generator.normal(size=(5, 5)))
+    values = [-3.0, 1.0, 2.0, 3.0, 4.0] if kind == "indefinite" else [1, 1, 2, 3, 4]
+    matrix = tf.constant(basis @ np.diag(values) @ basis.T)
+    b = tf.constant(generator.normal(size=5)) * (0.0 if kind == "solved" else 1.0)
+    system = tb.LinearSystem(lambda v: tf.linalg.matvec(matrix, v))
+    if kind == "tasks":
+        eigenvectors = tf.constant(basis[:, 2:].T)  # one step solves them
+        b = tf.concat([tf.stack([b, 0 * b]), eigenvectors], axis=0)
+        system = system._replace(leading=1)
+
+    def solved() -> tuple:
+        return tuple(solver.solve(system, b))[:3]
+
+    found = [mode(solved)() for mode in (lambda f: f, tf.function)]
+    found.append(tf.function(solved, jit_compile=True)())
+    monkeypatch.setattr(_base, "WRITTEN_OUT", 0)
+    loop = solved()
+    assert kind in ("solved", "indefinite") or int(loop[2]) in (3, 4)
+    for one in found:
+        for a, c in zip(one, loop, strict=True):
+            np.testing.assert_allclose(a, c, rtol=1e-10, atol=1e-13)

@@ -14,7 +14,10 @@ from tfbilevel._arguments import (
     require_count,
     require_number,
 )
+from tfbilevel._inner import SERIAL
 from tfbilevel._schedules import Schedule, require_tolerance
+
+WRITTEN_OUT = 10  # steps of a solver without a tolerance
 
 Product = Callable[[Any], Any]
 
@@ -172,6 +175,29 @@ class IterativeSolver(LinearSolver):
         if isinstance(self.tolerance, Schedule):
             return tf.cast(self.tolerance(system.outer_step), dtype)
         return structure.scalar(self.tolerance, dtype)
+
+    def repeated(
+        self, unfinished: Callable, body: Callable, begin: tuple, most: int
+    ) -> tuple:
+        """Steps from `begin` on while `unfinished`, at most so many.
+
+        Without a tolerance nearly always all of them: a few are written out, since in
+        a loop TensorFlow computes again for every product what all have in common.
+        """
+        ends_early = isinstance(self.tolerance, Schedule) or self.tolerance > 0
+        if ends_early or most > WRITTEN_OUT:
+            return tf.while_loop(
+                unfinished,
+                body,
+                begin,
+                maximum_iterations=most,
+                parallel_iterations=SERIAL,
+            )
+        now = begin
+        for _ in range(most):
+            going = unfinished(*now)
+            now = structure.where(going, body(*now), now)
+        return now
 
     def start(self, system: LinearSystem, rhs: Any, state: Any) -> Any:
         """Where the steps begin: zero for b = 0, whose solution it is."""

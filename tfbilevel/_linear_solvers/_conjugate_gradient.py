@@ -9,7 +9,6 @@ import tensorflow as tf
 
 from tfbilevel import _structure as structure
 from tfbilevel._arguments import require_callable
-from tfbilevel._inner import SERIAL
 from tfbilevel._linear_solvers._base import (
     IterativeSolver,
     LinearSolution,
@@ -105,20 +104,17 @@ class ConjugateGradient(IterativeSolver):
             return step + 1, *system.stepped(going, before, after)
 
         direction = preconditioned(residual)
-        steps, value, _, _, _, square, ok = tf.while_loop(
-            unfinished,
-            body,
-            (
-                tf.constant(0),
-                start,
-                residual,
-                direction,
-                system.dot(residual, direction),
-                system.dot(residual, residual),
-                tf.ones_like(rhs_square, tf.bool),
-            ),
-            maximum_iterations=self.max_steps,
-            parallel_iterations=SERIAL,
+        begin = (
+            tf.constant(0),
+            start,
+            residual,
+            direction,
+            system.dot(residual, direction),
+            system.dot(residual, residual),
+            tf.ones_like(rhs_square, tf.bool),
+        )
+        steps, value, _, _, _, square, ok = self.repeated(
+            unfinished, body, begin, self.max_steps
         )
         # The residual may rise on the way to the solution; what ends the solve short
         # of it is a direction of curvature that is not positive.

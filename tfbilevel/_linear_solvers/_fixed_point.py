@@ -7,7 +7,6 @@ import numpy as np
 import tensorflow as tf
 
 from tfbilevel import _structure as structure
-from tfbilevel._inner import SERIAL
 from tfbilevel._linear_solvers._base import (
     IterativeSolver,
     LinearSolution,
@@ -83,11 +82,6 @@ class FixedPoint(IterativeSolver):
             # Not known before the first product; anything above the goal.
             size = tf.where(rhs_norm > 0, structure.scalar(np.inf, rhs_norm.dtype), 0)
             begin = (tf.constant(0), self.start(system, rhs, state), size)
-        steps, value, size = tf.while_loop(
-            unfinished,
-            body,
-            begin,
-            maximum_iterations=self.max_steps - is_cold(state),
-            parallel_iterations=SERIAL,
-        )
+        most = self.max_steps - is_cold(state)
+        steps, value, size = self.repeated(unfinished, body, begin, most)
         return self.solution(system, value, size, rhs, steps)

@@ -6,7 +6,6 @@ from typing import Any
 import tensorflow as tf
 
 from tfbilevel import _structure as structure
-from tfbilevel._inner import SERIAL
 from tfbilevel._linear_solvers._base import (
     IterativeSolver,
     LinearSolution,
@@ -73,11 +72,6 @@ class Neumann(IterativeSolver):
             return step + 1, *system.stepped(going, before, after)
 
         # The j-th term is also the residual of the sum before it.
-        steps, _, total, size = tf.while_loop(
-            unfinished,
-            body,
-            (tf.constant(0), rhs, rhs, rhs_norm),
-            maximum_iterations=self.max_steps,
-            parallel_iterations=SERIAL,
-        )
+        begin = (tf.constant(0), rhs, rhs, rhs_norm)
+        steps, _, total, size = self.repeated(unfinished, body, begin, self.max_steps)
         return self.solution(system, structure.scale(rate, total), size, rhs, steps)
