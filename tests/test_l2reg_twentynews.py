@@ -475,7 +475,12 @@ def test_the_others_go_on_past_a_failed_method(
         news.main(["--method", "aid-cg", "hoag", "--out", str(tmp_path)])
     assert stop.value.code == 1 and calls == ["aid-cg", "hoag"]
     assert "failed: aid-cg, hoag" in capsys.readouterr().err
-    assert not (tmp_path / "summary.json").exists()
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary == {"methods": {}, "failed": ["aid-cg", "hoag"]}
+    # Tried again, the others' results are kept.
+    with pytest.raises(SystemExit):
+        news.main(["--method", "aid-cg", "hoag", "--out", str(tmp_path), "--resume"])
+    assert calls == 2 * ["aid-cg", "hoag"]
 
 
 @pytest.mark.parametrize(
