@@ -529,39 +529,29 @@ def main(argv: list[str] | None = None) -> dict:
         # The first one's data are drawn before anything is written.
         draw_data(args, files, *jobs[0])
         run = experiment.Run(args.out, experiment.settings(args), args.resume)
-    train, summaries, failed = trainer(args), [], []
-    for count, seed in jobs:
-        folder = run.out if len(jobs) == 1 else run.out / f"poisons-{count}-seed-{seed}"
-        own = argparse.Namespace(**vars(args) | {"poisons": [count], "seed": seed})
-        one = run
-        if len(jobs) > 1:
-            own.trials = 1
-            begun = (folder / "config.json").exists()
-            one = experiment.Run(folder, experiment.settings(own), begun)
-        summary = one.summary()
-        if summary is None:
-            data = draw_data(args, files, count, seed)
-            try:
-                summary = attack(own, one, data, seed, train)
-            except SystemExit:  # NaN, said already: the others go on
-                failed.append(folder.name)
-                continue
-            one.summarise(summary)
-        summaries.append(summary)
-    if failed and len(jobs) == 1:
-        raise SystemExit(1)
+    train = trainer(args)
+
+    def one(own: argparse.Namespace, run: experiment.Run) -> dict:
+        data = draw_data(own, files, own.poisons[0], own.seed)
+        return attack(own, run, data, own.seed, train)
+
+    if len(jobs) == 1:
+        summary = run.summary() or one(args, run)
+        run.summarise(summary)
+        print_table(args, table([summary]))
+        return summary
+    parts = {
+        f"poisons-{count}-seed-{seed}": argparse.Namespace(
+            **vars(args) | {"poisons": [count], "seed": seed, "trials": 1}
+        )
+        for count, seed in jobs
+    }
+    done, failed = experiment.sweep(run, parts, one)
+    summaries = list(done.values())
     rows = table(summaries)
     print_table(args, rows)
-    if len(jobs) == 1:
-        return summaries[0]
-    made: dict[str, Any] = {"by_poisons": rows, "runs": summaries}
-    if failed:
-        made["failed"] = failed
-    run.summarise(made)
-    if failed:
-        print(f"failed: {', '.join(failed)}", file=sys.stderr)
-        raise SystemExit(1)
-    return made
+    made = {"by_poisons": rows, "runs": summaries}
+    return experiment.concluded(run, made, failed)
 
 
 if __name__ == "__main__":

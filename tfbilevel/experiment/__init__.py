@@ -30,4 +30,6 @@ from tfbilevel.experiment._optimizers import adam as adam
 from tfbilevel.experiment._pictures import draw_images as draw_images
 from tfbilevel.experiment._run import Run as Run
 from tfbilevel.experiment._run import write_json as write_json
+from tfbilevel.experiment._trials import concluded as concluded
+from tfbilevel.experiment._trials import sweep as sweep
 from tfbilevel.experiment._trials import trials as trials

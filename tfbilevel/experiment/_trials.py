@@ -4,7 +4,7 @@ import argparse
 import math
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import keras
@@ -38,27 +38,50 @@ def trials(
     """
     if args.trials == 1:
         return complete(args, run, one)
-    summaries: list[dict[str, Any]] = []
-    failed: list[str] = []
-    columns: list[str] = []
+    jobs = {
+        f"seed-{seed}": argparse.Namespace(**vars(args) | {"seed": seed, "trials": 1})
+        for seed in range(args.seed, args.seed + args.trials)
+    }
+    done, failed = sweep(run, jobs, one)
+    summaries = list(done.values())
     run.rewind(-1)
-    for seed in range(args.seed, args.seed + args.trials):
-        own = argparse.Namespace(**vars(args) | {"seed": seed, "trials": 1})
-        folder = run.out / f"seed-{seed}"
+    for step, (name, summary) in enumerate(done.items()):
+        columns = [k for k, v in summaries[0].items() if is_number(v)]
+        numbers = {column: summary.get(column, math.nan) for column in columns}
+        run.log({"step": step, "seed": jobs[name].seed} | numbers)
+    return concluded(run, {"trials": args.trials, **over_trials(summaries)}, failed)
+
+
+def sweep(
+    run: Run,
+    jobs: Mapping[str, argparse.Namespace],
+    one: Callable[[argparse.Namespace, Run], dict[str, Any]],
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Runs in folders of their own within the run's, past those that end at NaN.
+
+    Args:
+        run: whose folder holds theirs.
+        jobs: name of the folder -> flags of the run in it.
+        one: (flags, run) -> summary; not called where one is there.
+
+    Returns:
+        name -> summary, and the names of those that failed.
+    """
+    done, failed = {}, []
+    for name, own in jobs.items():
+        folder = run.out / name
         begun = (folder / "config.json").exists()
         try:
-            summaries.append(complete(own, Run(folder, settings(own), begun), one))
-        except SystemExit:  # NaN, said already: the others go on
-            failed.append(folder.name)
-            continue
+            done[name] = complete(own, Run(folder, settings(own), begun), one)
+        except SystemExit:  # said already: the others go on
+            failed.append(name)
         keras.backend.clear_session()
-        columns = columns or [k for k, v in summaries[0].items() if is_number(v)]
-        numbers = {name: summaries[-1].get(name, math.nan) for name in columns}
-        run.log({"step": len(summaries) - 1, "seed": seed} | numbers)
-    summary: dict[str, Any] = {"trials": args.trials, **over_trials(summaries)}
-    if failed:
-        summary["failed"] = failed
-    run.summarise(summary)
+    return done, failed
+
+
+def concluded(run: Run, summary: dict[str, Any], failed: list[str]) -> dict[str, Any]:
+    """Write and return a sweep's summary; exit with status 1 if some of it failed."""
+    run.summarise(summary | ({"failed": failed} if failed else {}))
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
         raise SystemExit(1)
