@@ -20,7 +20,9 @@ PYTHON = ENVIRONMENT / ("Scripts" if os.name == "nt" else "bin") / "python"
 # Pinned: the CPU wheel of PyTorch; anything newer may pull GPU packages.
 TORCH = "torch==2.13.0"
 PEERS = ("higher==0.2.1", "jax", "cleanlab>=2", "scikit-learn", "numpy")
-IMPORTED = ("torch", "higher", "jax", "cleanlab", "sklearn")
+# Alone: its unused dependency torchvision would bring another PyTorch.
+HYPERGRAD = "hypergrad==0.0.1"
+IMPORTED = ("torch", "higher", "jax", "cleanlab", "sklearn", "hypergrad")
 
 
 def main() -> int:
@@ -28,7 +30,7 @@ def main() -> int:
         print(f"creating {ENVIRONMENT}", flush=True)
         venv.EnvBuilder(with_pip=True).create(ENVIRONMENT)
     # PyTorch first and alone, so that no peer can ask for another build of it.
-    for requirements in ((TORCH,), (TORCH, *PEERS)):
+    for requirements in ((TORCH,), (TORCH, *PEERS), ("--no-deps", HYPERGRAD)):
         print("installing", " ".join(requirements), flush=True)
         command = [PYTHON, "-m", "pip", "install", "--quiet", *requirements]
         if subprocess.run(command).returncode != 0:

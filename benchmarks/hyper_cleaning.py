@@ -68,11 +68,29 @@ CONTESTANTS_IN_ORDER = (
         methods=("rhg",),
         peer=True,
     ),
+    Contestant(
+        "PyTorch with PyPI's hypergrad",
+        "hypergrad",
+        "published_torch.py",
+        "hypergrad",
+        methods=("aid-cg", "aid-fp"),
+        peer=True,
+    ),
     Contestant("JAX", "jax", "jitted_jax.py", "jit", peer=True),
     Contestant(
         "JAX, remat", "jax", "jitted_jax.py", "remat", methods=("rhg",), peer=True
     ),
 )
+
+# Families in the summary, and their columns.
+COMPARED = {
+    "bare": "tf.function",
+    "torch": "PyTorch as published",
+    "higher": "PyTorch with higher",
+    "hypergrad": "PyTorch with PyPI's hypergrad",
+    "jax": "JAX",
+    "fit": "fit",
+}
 
 TITLES = {
     "v-pbgd": "V-PBGD, one outer step",
@@ -321,7 +339,7 @@ def ratios(results: list[dict]) -> dict[str, dict[str, Any]]:
     """How many times as long as the library's faster variant each peer takes."""
     ours = fastest(results, "library")
     found: dict[str, dict[str, Any]] = {}
-    for family in ("bare", "torch", "higher", "jax", "fit"):
+    for family in COMPARED:
         theirs = fastest(results, family)
         if ours is None or theirs is None:
             continue
@@ -404,18 +422,17 @@ def report(out: pathlib.Path, machine: dict, groups: list[dict]) -> None:
 
 
 def summary(groups: list[dict]) -> str:
-    families = ("bare", "torch", "higher", "jax", "fit")
     lines = [
         "Time of each peer over tfbilevel's (medians of paired rounds; above 1: "
         "tfbilevel is faster):",
         "",
-        "| | tf.function | PyTorch as published | PyTorch with higher | JAX | fit |",
-        "|---|---|---|---|---|---|",
+        f"| | {' | '.join(COMPARED.values())} |",
+        "|---" * (1 + len(COMPARED)) + "|",
     ]
     for group in groups:
         cells = [
             f"{group['ratios'][f]['median']:.2f}" if f in group["ratios"] else "-"
-            for f in families
+            for f in COMPARED
         ]
         label = f"{group['method']}, {group['net']}"
         lines.append(f"| {label} | {' | '.join(cells)} |")

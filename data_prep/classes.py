@@ -52,11 +52,12 @@ def grouped(
             f"there must be a label for every image, got {len(labels)} for "
             f"{len(images)} images"
         )
-    order = np.argsort(labels, kind="stable")
+    if (labels[1:] < labels[:-1]).any():  # else they stay where they are
+        images = images[np.argsort(labels, kind="stable")]
     present, counts = np.unique(labels, return_counts=True)
     chosen = [str(label if names is None else names[int(label)]) for label in present]
     starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-    return Classes(images[order], starts, tuple(chosen))
+    return Classes(images, starts, tuple(chosen))
 
 
 def select(classes: Classes, numbers: Sequence[int]) -> Classes:

@@ -53,8 +53,7 @@ def read(path: pathlib.Path) -> Classes:
         or images.ndim != 4
         or images.dtype != np.uint8
         or not isinstance(members, dict)
-        or sorted(i for some in members.values() for i in some)
-        != list(range(len(images)))
+        or not _each_once(members, len(images))
     ):
         raise ValueError(
             f"{path} is not a file of miniImageNet: it must hold image_data, uint8 "
@@ -65,6 +64,15 @@ def read(path: pathlib.Path) -> Classes:
     order = np.concatenate([np.asarray(members[name], int) for name in names])
     starts = np.concatenate([[0], np.cumsum([len(members[name]) for name in names])])
     return Classes(images[order], starts.astype(np.int64), tuple(map(str, names)))
+
+
+def _each_once(members: dict, count: int) -> bool:
+    """Whether the classes' numbers are 0, ..., count - 1, each in one class."""
+    try:
+        found = sorted(int(i) for some in members.values() for i in some)
+    except (TypeError, ValueError):  # no lists, or of other things
+        return False
+    return found == list(range(count))
 
 
 def unpickled(path: pathlib.Path) -> Any:

@@ -123,6 +123,7 @@ class Settings(experiment.InversionFree):
     last: int | None = None
     alpha: float | None = None
     alpha_decay: float | None = None
+    bda_rule: str | None = None
     proximal: float | None = None
     cg_steps: int | None = None
     test_steps: int
@@ -149,6 +150,23 @@ def stocbio(
             "test_tasks": 600,
             **other,
         }
+    )
+
+
+def imaml(proximal: float, steps: int, outer_steps: int, filters: int) -> Settings:
+    """Of hypertorch's example; `outer_steps`, where it has no end: iMAML's paper."""
+    return stocbio(
+        1e-3,
+        0.1,
+        steps,
+        outer_steps,
+        proximal=proximal,
+        cg_steps=5,
+        tasks=16,
+        queries=15,
+        test_tasks=1000,
+        network="relu-pool-norm",
+        filters=filters,
     )
 
 
@@ -231,16 +249,15 @@ def published(
     if method in FOLLOWERS:
         own: dict[str, Any] = {
             "t-rhg": {"last": 5},
-            "bda": {"alpha": 0.4, "alpha_decay": 0.9},
+            "bda": {"alpha": 0.4, "alpha_decay": 0.9, "bda_rule": "aggregated"},
             "iaptt-gm": {"start_lr": 1e-3},
         }
         return iaptt(dataset, network, **own.get(method, {}))
     learned = {"test_lr": None} if method == "meta-sgd" else {}  # its rates
     if dataset in CHARACTERS:
-        # MAML's and iMAML's own papers; heads: ours.
+        # MAML's own paper; head: ours.
         if method == "imaml":
-            own = {"proximal": 2.0, "cg_steps": 5, "tasks": 16, "test_tasks": 1000}
-            return stocbio(1e-3, 0.1, 16, 20_000, **own)
+            return imaml(2.0, 16, 20_000, filters=64)
         if method in WHOLE:
             few = {"inner_lr": 0.4, "steps": 1, "tasks": 32, "test_steps": 3}
             many = {"inner_lr": 0.1, "steps": 5, "tasks": 16}
@@ -249,9 +266,7 @@ def published(
         return stocbio(2e-3, 0.4, 5, 10_000, head="cosine", tasks=8)
     small = dataset in ("fc100", "cifar-fs")
     if method == "imaml":
-        own = {"proximal": 0.5, "cg_steps": 5, "tasks": 16, "test_tasks": 1000}
-        own |= {"queries": 15, "filters": 32}
-        return stocbio(1e-3, 0.1, 10, 60_000, **own)
+        return imaml(0.5, 10, 60_000, filters=32)
     if method in WHOLE:
         if small:
             return stocbio(1e-3, 0.5, 3, 1200, **learned)
@@ -299,13 +314,15 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--last", type=above(int), help="t-rhg: inner steps to differentiate")
     add("--alpha", type=experiment.share, help="bda: weight of f at the first step")
     add("--alpha-decay", type=experiment.share, help="bda: its factor per step")
+    add("--bda-rule", choices=("aggregated", "bda-repo"), help="bda: weight of g")
     add("--proximal", type=above(float), help="imaml: weight of |y - x|^2 / 2 in g")
     add("--cg-steps", type=above(int), help="imaml")
     add(
         "--regulariser",
-        choices=("none", "distance", "quasi-norm"),
+        choices=("none", "distance", "quasi-norm", "quasi-norm-published"),
         default="none",
-        help="added to g: to the start, or the sum of |p|^q over all tensors",
+        help="added to g: to the start, or the sum of |p|^q over all tensors, or the "
+        "published script's form of it",
     )
     add("--regularisation", type=above(float), help="its weight; default 0.25")
     add("--test-steps", type=above(int), help="inner steps on a new task; by method")
@@ -372,7 +389,9 @@ def refuse_idle(
 def with_defaults(args: argparse.Namespace, own: Settings) -> argparse.Namespace:
     """What was not given: published, or what follows from what was given."""
     made = experiment.filled(args, own)
-    made.split, made.head_blocks = args.split or "vinyals", args.head_blocks or 1
+    made.head_blocks = args.head_blocks or 1
+    if args.dataset == "omniglot" and args.data_file is None:
+        made.split = args.split or "vinyals"
     made.regularisation = args.regularisation or 0.25
     if made.last is not None and args.last is None:
         made.last = min(made.last, made.inner_steps)
@@ -457,10 +476,10 @@ def build_networks(
         end: networks.Block = [networks.CosineHead(args.ways, seed=args.seed)]
     else:
         width = networks.sequential([*own, [keras.layers.Flatten()]], between, "width")
-        kind = "uniform"
+        kind = "zero" if args.method == "imaml" else "uniform"
         if args.method in FOLLOWERS:
             kind = "glorot" if args.network == "resnet12" else "small"
-        elif args.method in WHOLE and args.dataset.endswith("imagenet"):
+        elif kind != "zero" and args.method in WHOLE and "imagenet" in args.dataset:
             kind = "glorot"
         features = width.output_shape[-1]
         end = networks.linear_head(args.ways, features, make, kind)
@@ -575,7 +594,9 @@ def build_method(
     if args.method == "t-rhg":
         return tb.Unroll(inner, last=args.last)
     if args.method == "bda":
-        return tb.Unroll(inner, aggregate=tb.Aggregation(args.alpha, args.alpha_decay))
+        constant = args.bda_rule == "bda-repo"
+        rule = tb.Aggregation(args.alpha, args.alpha_decay, constant_lower=constant)
+        return tb.Unroll(inner, aggregate=rule)
     if args.method == "iaptt-gm":
         return tb.Unroll(inner, end="pessimistic")
     return tb.Unroll(inner)
@@ -675,11 +696,14 @@ def regulariser(args: argparse.Namespace, network: keras.Model, start: list) -> 
     if args.regulariser == "distance":
         return args.regularisation * squared_distance(network, start)
     power, epsilon = 0.5, 0.1
-    terms = [
-        (tf.reduce_sum(tf.square(y)) + epsilon**2 * y.shape.num_elements())
-        ** (power / 2)
-        for y in map(tf.convert_to_tensor, network.trainable_variables)
-    ]
+    terms = []
+    for y in map(tf.convert_to_tensor, network.trainable_variables):
+        size, least = tf.reduce_sum(tf.square(y)), epsilon**2 * y.shape.num_elements()
+        if args.regulariser == "quasi-norm-published":  # of norms, not of their squares
+            above = size > 0  # |0| has no derivative: here 0
+            size = tf.where(above, tf.sqrt(tf.where(above, size, 1)), 0)
+            least = least**0.5
+        terms.append((size + least) ** (power / 2))
     return args.regularisation * tf.add_n(terms)
 
 

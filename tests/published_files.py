@@ -3,6 +3,8 @@
 import pathlib
 from unittest import mock
 
+import numpy as np
+
 
 def prepare_with_tfds(name: str, archive: pathlib.Path, data_dir: pathlib.Path) -> None:
     """What tensorflow-datasets makes of a published archive, unpacked in a folder."""
@@ -42,3 +44,27 @@ TAXONOMY = {
     "vehicles_1": "bicycle bus motorcycle pickup_truck train",
     "vehicles_2": "lawn_mower rocket streetcar tank tractor",
 }
+
+
+def prepare_cifar100(folder: pathlib.Path) -> list[str]:
+    """Three images of each class, every pixel its number, in `folder / "tfds"`.
+
+    Made from the published binary version: a byte of super-class, one of class, then
+    the pixels. Returns the names of the classes.
+    """
+    binary = folder / "archive" / "cifar-100-binary"
+    binary.mkdir(parents=True)
+    coarse = sorted(TAXONOMY)
+    above = {name: group for group, some in TAXONOMY.items() for name in some.split()}
+    fine = sorted(above)
+    (binary / "coarse_label_names.txt").write_text("\n".join(coarse))
+    (binary / "fine_label_names.txt").write_text("\n".join(fine))
+    for file, copies in (("train", 2), ("test", 1)):
+        rows = np.zeros((100 * copies, 3074), np.uint8)
+        for number, row in enumerate(rows):
+            row[1] = number % 100
+            row[0] = coarse.index(above[fine[number % 100]])
+            row[2:] = number % 100
+        (binary / f"{file}.bin").write_bytes(rows.tobytes())
+    prepare_with_tfds("cifar100", folder / "archive", folder / "tfds")
+    return fine

@@ -397,6 +397,23 @@ def test_contract(row: Row, oracle: Oracle, dtype: str) -> None:
         assert metric.shape.rank == 0, name
 
 
+@pytest.mark.parametrize("oracle", ORACLES, ids=lambda oracle: oracle.name)
+def test_the_map_of_adam(oracle: Oracle) -> None:
+    """Compiled only: eager, so many steps of Adam would take minutes."""
+    upper, lower, batches = oracle.at("float64")
+    solver = tb.InnerSolver(keras.optimizers.Adam(0.02, beta_2=0.9999), 3000)
+    method = tb.Implicit(solver, tb.Direct(), through="optimizer")
+    state = method.init(oracle.problem, upper, lower)
+    graph = tf.function(
+        lambda x: method.step(oracle.problem, x, lower, batches, state).upper_gradient,
+        autograph=False,
+    )
+    xla = tf.function(lambda x: graph(x), autograph=False, jit_compile=True)
+    for compiled in (graph, xla):
+        want = oracle.hypergradient(flat(oracle.x))
+        assert_close(compiled(upper), want, 1e-6)
+
+
 @pytest.mark.parametrize("row", METHODS, ids=lambda row: row.name)
 def test_arrays_and_variables_are_as_good_as_tensors(row):
     method = row.build(ORACLES[0])

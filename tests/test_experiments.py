@@ -289,6 +289,16 @@ def test_published_settings_are_the_defaults():
     t = parse("--method", "t-rhg", "--net", "mlp")
     assert (t["inner_lr"], t["inner_steps"], t["last"]) == (0.4, 500, 100)
     assert (t["outer_steps"], t["upper_lr"]) == (100, 0.001)
+    for dataset in ("mnist", "fashion_mnist"):
+        flags = ["--net", "mlp-linear", "--dataset", dataset]
+        i = parse("--method", "iaptt-gm", *flags)
+        assert (i["outer_steps"], i["inner_steps"], i["inner_lr"]) == (3000, 100, 0.03)
+        assert (i["upper_optimizer"], i["upper_lr"]) == ("adam", 0.01)
+        assert i["start_lr"] == 0.03
+        b = parse("--method", "bda", *flags)
+        assert (b["outer_steps"], b["inner_steps"], b["inner_lr"]) == (3000, 100, 0.4)
+        assert (b["upper_optimizer"], b["upper_lr"]) == ("adam", 0.01)
+        assert (b["alpha"], b["alpha_decay"]) == (0.5, 0.9)
     m = parse("--method", "v-pbgd", "--net", "mlp", "--dataset", "mnist")
     assert (m["lower_lr"], m["gamma_max"], m["gamma_steps"]) == (0.01, 0.1, 10_000)
     assert m["outer_steps"] == 80_000
@@ -549,7 +559,7 @@ def test_a_folder_in_use_or_other_settings_are_refused(tmp_path, capsys):
 
 
 def test_a_killed_cleaning_run_resumes_to_the_same_numbers(tmp_path):
-    flags = [*SMALL, "--outer-steps", "600", "--eval-every", "10", "--seed", "3"]
+    flags = [*SMALL, "--outer-steps", "200", "--eval-every", "10", "--seed", "3"]
 
     killed, whole = tmp_path / "killed", tmp_path / "whole"
 

@@ -1,6 +1,7 @@
 """Few-shot learning: settings, models, runs, errors."""
 
 import csv
+import dataclasses
 import json
 import pickle
 import subprocess
@@ -12,21 +13,15 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from experiment_scripts import ROOT, load_experiment
+from published_files import prepare_cifar100
 
-from data_prep import classes, fc100, glyphs
-from data_prep.classes import Classes
+import tfbilevel as tb
+from data_prep import glyphs
 
 few_shot = load_experiment("few_shot")
 SMALL = ["--filters", "4", "--outer-steps", "4", "--eval-every", "2", "--tasks", "2"]
-SMALL += [
-    "--no-rotations",
-    "--validation-tasks",
-    "4",
-    "--test-tasks",
-    "4",
-    "--queries",
-    "2",
-]
+SMALL += ["--no-rotations", "--validation-tasks", "4", "--test-tasks", "4"]
+SMALL += ["--queries", "2", "--jit", "off"]
 
 
 GLYPHS = glyphs.load(images_per_class=6)
@@ -103,6 +98,41 @@ def test_published_settings():
     assert parse("--method", "maml").test_steps == 3
     args = parse("--method", "rhg", "--dataset", "fc100", "--network", "resnet12")
     assert args.head == "linear"
+    args = parse("--method", "t-rhg", "--dataset", "mini-imagenet")
+    assert (args.last, args.inner_steps) == (5, 10)
+    args = parse("--method", "bda", "--dataset", "mini-imagenet")
+    assert (args.alpha, args.alpha_decay, args.bda_rule) == (0.4, 0.9, "aggregated")
+    args = parse("--method", "iaptt-gm", "--dataset", "mini-imagenet")
+    assert (args.start_lr, args.queries) == (0.001, 15)
+    for dataset, proximal, steps, filters in (
+        ("omniglot", 2.0, 16, 64),
+        ("mini-imagenet", 0.5, 10, 32),
+    ):
+        args = parse("--method", "imaml", "--dataset", dataset)
+        assert (args.proximal, args.inner_steps, args.filters) == (
+            proximal,
+            steps,
+            filters,
+        )
+        assert (args.network, args.queries, args.tasks) == ("relu-pool-norm", 15, 16)
+        assert (args.inner_lr, args.upper_lr, args.cg_steps) == (0.1, 0.001, 5)
+        assert args.test_tasks == 1000
+        head = few_shot.build_networks(args, (84, 84, 3))[1]
+        assert not any(np.any(v) for v in head.get_weights())
+    args = parse("--method", "anil", "--dataset", "fc100")
+    assert (args.upper_lr, args.inner_lr, args.inner_steps) == (0.001, 0.05, 20)
+    assert (args.tasks, args.outer_steps) == (32, 1000)
+    args = parse("--method", "itd-bio", "--dataset", "mini-imagenet")
+    assert (args.upper_lr, args.inner_lr, args.inner_steps) == (0.002, 0.05, 10)
+    assert args.outer_steps == 2000
+    args = parse("--method", "fo-itd-bio", "--dataset", "fc100")
+    assert (args.upper_lr, args.inner_lr, args.outer_steps) == (0.001, 0.1, 1500)
+    args = parse("--method", "penalty", "--dataset", "mini-imagenet")
+    assert args.tolerance == pytest.approx(0.01**0.5) and args.queries == 15
+    assert (args.tasks, args.inner_steps) == (2, 20)
+    for dataset, rate in (("omniglot", 0.01), ("mini-imagenet", 0.001)):
+        args = parse("--method", "approxgrad", "--dataset", dataset)
+        assert (args.solver_lr, args.lower_lr, args.damping) == (rate, rate, 1e-3)
 
 
 def test_the_penalty_of_tasks_is_that_of_their_mean():
@@ -209,8 +239,11 @@ def test_bad_data_is_one_line_before_anything_is_written(
     assert message in capsys.readouterr().err
 
 
-def central_difference(model: Any, args: Any) -> float:
-    """Relative error of the model's first upper gradient along random directions."""
+def central_difference(model: Any, args: Any, width: float = 1e-7) -> float:
+    """Relative error of the model's first upper gradient along random directions.
+
+    The width must be small, the smaller the larger the network: it has kinks.
+    """
     batch = batch_of(args)
     batch = tf.nest.map_structure(
         lambda leaf: tf.cast(leaf, "float64") if leaf.dtype == tf.float32 else leaf,
@@ -238,7 +271,6 @@ def central_difference(model: Any, args: Any) -> float:
     for seed in range(2):
         generator = np.random.default_rng(seed)
         along = [generator.normal(size=leaf.shape) for leaf in x]
-        width = 1e-7  # small: the networks have kinks
 
         def at(sign, along=along, width=width):
             moved = zip(x, along, strict=True)
@@ -268,14 +300,108 @@ def test_meta_gradients_are_central_differences(method):
 
 
 @pytest.mark.usefixtures("_float64")
-def test_the_conv_head_and_the_regularisers_too():
-    for regulariser in ("distance", "quasi-norm"):
-        flags = ["--filters", "3", "--inner-steps", "2", "--head", "blocks"]
-        args = small("iaptt-gm", *flags, "--regulariser", regulariser)
-        model = few_shot.build_model(args, (28, 28, 1))
-        kernels = [v for v in model.lower.trainable_variables if len(v.shape) == 4]
-        assert len(kernels) == 1  # adapted by each task
-        assert central_difference(model, args) < 1e-4
+@pytest.mark.parametrize("regulariser", ["distance", "quasi-norm-published"])
+def test_the_conv_head_and_the_regularisers_too(regulariser):
+    flags = ["--filters", "3", "--inner-steps", "2", "--head", "blocks"]
+    args = small("iaptt-gm", *flags, "--regulariser", regulariser)
+    model = few_shot.build_model(args, (28, 28, 1))
+    kernels = [v for v in model.lower.trainable_variables if len(v.shape) == 4]
+    assert len(kernels) == 1  # adapted by each task
+    assert central_difference(model, args) < 1e-4
+
+
+def test_the_quasi_norms_are_their_formulas():
+    network = keras.Sequential([keras.Input((2,)), keras.layers.Dense(3)])
+    kernel, bias = (np.array(v, "float64") for v in network.get_weights())
+    assert not bias.any()  # where a norm has no derivative
+    sums = {
+        "quasi-norm": sum(
+            ((p**2).sum() + 0.01 * p.size) ** 0.25 for p in (kernel, bias)
+        ),
+        "quasi-norm-published": sum(
+            ((p**2).sum() ** 0.5 + 0.1 * p.size**0.5) ** 0.25 for p in (kernel, bias)
+        ),
+    }
+    for name, want in sums.items():
+        args = parse("--method", "rhg", "--regulariser", name)
+        with tf.GradientTape() as tape:
+            value = few_shot.regulariser(args, network, [])
+        assert float(value) == pytest.approx(0.25 * want, rel=1e-5)
+        for gradient in tape.gradient(value, network.trainable_variables):
+            assert np.isfinite(gradient).all()
+
+
+def test_bda_has_the_rule_of_its_own_code_too():
+    for rule in ("aggregated", "bda-repo"):
+        model = few_shot.build_model(small("bda", "--bda-rule", rule), SHAPE)
+        assert model.method.aggregate.constant_lower == (rule == "bda-repo")
+
+
+def one_task(method, *flags):
+    """A model in float64 with one task, its step, and the gradient of g at the end."""
+    args = small(method, "--filters", "2", *flags)
+    args.tasks, args.ways = 1, 3
+    model = few_shot.build_model(args, SHAPE)
+    batch = tf.nest.map_structure(
+        lambda leaf: tf.cast(leaf, "float64") if leaf.dtype == tf.float32 else leaf,
+        batch_of(args),
+    )
+    x = [tf.convert_to_tensor(v.value) + 0.1 for v in model.upper_variables]
+    y = [tf.convert_to_tensor(v.value)[None] for v in model.lower.trainable_variables]
+    return model, x, y, batch
+
+
+@pytest.mark.usefixtures("_float64")
+def test_imaml_solves_its_proximal_system():
+    """d_x / lambda is v of (H + lambda I) v = f_y: H v by differences of gradients."""
+    # So large a lambda that H + lambda I is positive definite.
+    flags = ["--proximal", "40", "--inner-lr", "0.01"]
+    flags += ["--inner-steps", "2", "--cg-steps", "80"]
+    model, x, y, batch = one_task("imaml", *flags)
+    problem, method = model.problem, model.method
+    state = method.init(problem, x, y)
+    step = tf.function(
+        lambda: method.step(problem, x, y, batch, state), autograph=False
+    )()
+    v = [gradient / 40 for gradient in step.upper_gradient]
+    end = [leaf[0] for leaf in step.lower]
+    own = tf.nest.map_structure(lambda leaf: leaf[0], batch)
+
+    def gradient(loss, at, part):
+        with tf.GradientTape() as tape:
+            tape.watch(at)
+            value = loss(x, at, part)
+        return tape.gradient(value, at)
+
+    def moved(width):
+        return [p + width * leaf for p, leaf in zip(end, v, strict=True)]
+
+    ends = [
+        gradient(problem.one.lower_loss, moved(width), own.lower)
+        for width in (1e-6, -1e-6)
+    ]
+    product = np.concatenate(
+        [np.ravel(a - b) / 2e-6 for a, b in zip(*ends, strict=True)]
+    )
+    want = gradient(problem.one.upper_loss, end, own.upper)
+    want = np.concatenate([np.ravel(leaf) for leaf in want])
+    assert np.linalg.norm(product - want) < 1e-3 * np.linalg.norm(want)
+
+
+@pytest.mark.usefixtures("_float64")
+def test_approxgrad_is_the_implicit_gradient_where_its_solver_ends():
+    flags = ["--inner-steps", "1500", "--solver-lr", "0.02", "--damping", "5"]
+    model, x, y, batch = one_task("approxgrad", *flags)
+    found = []
+    for solver in (model.method.solver, tb.Direct(damping=5.0)):
+        method = dataclasses.replace(model.method, solver=solver)
+        state = method.init(model.problem, x, y)
+        step = tf.function(
+            lambda m=method, s=state: m.step(model.problem, x, y, batch, s),
+            autograph=False,
+        )()
+        found.append(np.concatenate([np.ravel(g) for g in step.upper_gradient]))
+    assert np.linalg.norm(found[0] - found[1]) < 2e-3 * np.linalg.norm(found[1])
 
 
 def test_imaml_pulls_towards_the_start():
@@ -437,36 +563,44 @@ def test_published_files_end_to_end(dataset, flags, tmp_path):
     assert summary["dataset"] == dataset and 0 <= summary["test_accuracy"] <= 100
 
 
-def test_fc100_end_to_end(tmp_path, monkeypatch):
-    generator = np.random.default_rng(0)
-
-    def loaded(split, folder):
-        assert split == "fc100" and folder == tmp_path
-        return {
-            part: Classes(
-                generator.integers(0, 255, (48, 32, 32, 3), dtype=np.uint8),
-                np.arange(0, 49, 8),
-                tuple(f"{part}{n}" for n in range(6)),
-            )
-            for part in classes.SPLITS
-        }
-
-    monkeypatch.setattr(fc100, "load", loaded)
+def test_fc100_end_to_end(tmp_path):
+    prepare_cifar100(tmp_path)
     summary = few_shot.main(
-        ["--dataset", "fc100", "--data-dir", str(tmp_path), *SMALL, "--method"]
-        + ["itd-bio", "--inner-steps", "3", "--out", str(tmp_path / "run")]
+        ["--dataset", "fc100", "--data-dir", str(tmp_path / "tfds"), *SMALL]
+        + ["--method", "itd-bio", "--inner-steps", "3", "--out", str(tmp_path / "run")]
     )
     assert summary["network"] == "norm-relu-pool"
+    assert 0 <= summary["test_accuracy"] <= 100
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["settings"]["split"] is None  # Omniglot's
 
 
-def test_the_large_networks_make_a_step():
-    """ResNet12 with a linear head and the residual encoder with a cosine head."""
-    for method, network, head in (
-        ("iaptt-gm", "resnet12", "linear"),
-        ("penalty", "residual", "cosine"),
-    ):
-        flags = ["--network", network, "--head", head, "--inner-steps", "1"]
-        args = small(method, *flags, "--ways", "2")
-        encoder, net = few_shot.build_networks(args, (84, 84, 3))
-        made = net(encoder(np.zeros([2, 84, 84, 3], "float32")))
-        assert made.shape == (2, 2)
+@pytest.mark.usefixtures("_float64")
+@pytest.mark.parametrize(
+    ("method", "network"), [("iaptt-gm", "resnet12"), ("penalty", "residual")]
+)
+def test_meta_gradients_of_the_large_networks(method, network):
+    flags = ["--network", network, "--head", "cosine", "--inner-steps", "1"]
+    args = parse("--method", method, *flags, "--tasks", "1", "--queries", "1")
+    args.ways = 2
+    model = few_shot.build_model(args, SHAPE)
+    assert central_difference(model, args, width=1e-9) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("flags", "count"),
+    [
+        # 64 features and a bias for each class: penalty.md 10.
+        (["--method", "penalty", "--dataset", "omniglot"], 325),
+        (["--method", "penalty", "--dataset", "omniglot", "--ways", "20"], 1300),
+        (["--method", "penalty", "--dataset", "mini-imagenet"], 1925),
+        (["--method", "rhg", "--dataset", "mini-imagenet", "--head", "linear"], 4005),
+        # 9 * 32 * 32 + 32 + 64 of a block, 128 * 5 + 5.
+        (["--method", "rhg", "--dataset", "mini-imagenet"], 9312 + 645),
+        (["--method", "maml", "--dataset", "fc100"], 1285),
+    ],
+)
+def test_parameter_counts_of_the_heads(flags, count):
+    args = parse(*flags)
+    shape = {"omniglot": SHAPE, "fc100": (32, 32, 3)}.get(args.dataset, (84, 84, 3))
+    assert few_shot.build_networks(args, shape)[1].count_params() == count

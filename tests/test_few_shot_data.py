@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import tensorflow as tf
-from published_files import TAXONOMY, prepare_with_tfds
+from published_files import TAXONOMY, prepare_cifar100
 
 from data_prep import (
     classes,
@@ -117,9 +117,10 @@ def test_mini_imagenet_files_that_are_not(tmp_path):
         FileNotFoundError, match="mini-imagenet-cache-train.pkl does not"
     ):
         mini_imagenet.load(tmp_path)
-    write_mini(tmp_path, class_dict={"n": [0, 1]})
-    with pytest.raises(ValueError, match="not a file of miniImageNet"):
-        mini_imagenet.load(tmp_path)
+    for foreign in ({"n": [0, 1]}, {"a": 0, "b": 1}, {"n": ["a", "b"]}, [1, 2]):
+        write_mini(tmp_path, class_dict=foreign)
+        with pytest.raises(ValueError, match="not a file of miniImageNet"):
+            mini_imagenet.load(tmp_path)
     write_mini(tmp_path)
     path = tmp_path / "mini-imagenet-cache-val.pkl"
     path.write_bytes(path.read_bytes()[:1000])
@@ -169,12 +170,30 @@ def test_tiered_imagenet(tmp_path):
         tiered_imagenet.main(out)
     again = classes.load(tmp_path / "t.npz", "tiered-imagenet")["train"]
     np.testing.assert_array_equal(again.images, made["train"].images)
-    (tmp_path / "val_images_png.pkl").write_bytes(pickle.dumps([np.zeros(9, np.uint8)]))
-    with pytest.raises(ValueError, match="a list of PNG files"):
-        tiered_imagenet.load(tmp_path)
-    (tmp_path / "val_labels.pkl").write_bytes(pickle.dumps([1, 2]))
-    with pytest.raises(ValueError, match="not a labels file"):
-        tiered_imagenet.load(tmp_path)
+    smaller = np.frombuffer(
+        tf.io.encode_png(np.zeros([2, 2, 3], np.uint8)).numpy(), np.uint8
+    )
+    files = pickle.loads((tmp_path / "val_images_png.pkl").read_bytes())
+    for foreign in (
+        [np.zeros(9, np.uint8)] * 5,
+        files[:4],
+        [*files[:4], smaller],
+        {"a": 1},
+        None,
+    ):
+        (tmp_path / "val_images_png.pkl").write_bytes(pickle.dumps(foreign))
+        with pytest.raises(ValueError, match="a list of PNG files"):
+            tiered_imagenet.load(tmp_path)
+    names = {"label_specific": np.zeros(5, int), "label_specific_str": None}
+    for foreign in ([1, 2], 7, {"label_specific": [0]}, names):
+        (tmp_path / "val_labels.pkl").write_bytes(pickle.dumps(foreign))
+        with pytest.raises(ValueError, match="not a labels file"):
+            tiered_imagenet.load(tmp_path)
+    for wrong in ([0, 1, 2, 0, 0], [0, 1, -1, 0, 0]):
+        labels = {"label_specific": wrong, "label_specific_str": ["a", "b"]}
+        (tmp_path / "val_labels.pkl").write_bytes(pickle.dumps(labels))
+        with pytest.raises(ValueError, match="a label without a name"):
+            tiered_imagenet.load(tmp_path)
 
 
 # CIFAR-100.
@@ -201,22 +220,8 @@ def test_fc100_and_cifar_fs_splits():
 
 
 def test_cifar100_from_its_published_files(tmp_path):
-    """The binary version: a byte of super-class, one of class, then the pixels."""
-    binary = tmp_path / "archive" / "cifar-100-binary"
-    binary.mkdir(parents=True)
-    coarse = sorted(TAXONOMY)
-    above = {name: group for group, some in TAXONOMY.items() for name in some.split()}
-    fine = sorted(above)
-    (binary / "coarse_label_names.txt").write_text("\n".join(coarse))
-    (binary / "fine_label_names.txt").write_text("\n".join(fine))
-    for file, copies in (("train", 2), ("test", 1)):
-        rows = np.zeros((100 * copies, 3074), np.uint8)
-        for number, row in enumerate(rows):
-            row[1] = number % 100
-            row[0] = coarse.index(above[fine[number % 100]])
-            row[2:] = number % 100  # every pixel is the class
-        (binary / f"{file}.bin").write_bytes(rows.tobytes())
-    prepare_with_tfds("cifar100", tmp_path / "archive", tmp_path / "tfds")
+    """Three images of each class, every pixel the number of its class."""
+    fine = prepare_cifar100(tmp_path)
     made = fc100.load("fc100", tmp_path / "tfds")
     for split in classes.SPLITS:
         for number, name in enumerate(made[split].names):

@@ -173,3 +173,106 @@ def test_networks_are_seeded():
     assert not np.array_equal(weights(3)[0], weights(4)[0])
     # No two layers share a seed.
     assert not np.array_equal(weights(3)[4], weights(3)[8])
+
+
+CONV, NORM, RELU, POOL = "Conv2D", "BatchStatistics", "ReLU", "MaxPooling2D"
+ORDERS = {
+    "pool_norm_relu_conv4": [[CONV, POOL, NORM, RELU]] * 4,
+    "relu_pool_norm_conv4": [[CONV, RELU, POOL, NORM]] * 4,
+    "norm_relu_pool_conv4": [[CONV, NORM, RELU, POOL]] * 4,
+    "shifted_conv4": [[CONV, NORM, RELU, POOL]] * 3 + [[CONV, NORM, POOL]],
+    "resnet12": [
+        ["Residual", RELU, POOL],
+        ["Residual", RELU, POOL],
+        ["Residual", RELU, "ZeroPadding2D", POOL],
+        ["Residual", RELU, "GlobalAveragePooling2D"],
+    ],
+    "residual_encoder": [["Residual", POOL]] * 3
+    + [["Residual", POOL, CONV, "GlobalAveragePooling2D", "Dense"]],
+}
+
+
+def names(layers: list) -> list[str]:
+    return [type(layer).__name__ for layer in layers]
+
+
+def built(name: str) -> list:
+    make = networks.Initializers(0)
+    few = name in ("resnet12", "residual_encoder")
+    return getattr(networks, name)(*([make] if few else [64, make]))
+
+
+@pytest.mark.parametrize("name", ORDERS)
+def test_layers_stand_in_the_published_order(name):
+    """specs: iaptt 4.4 to 4.6, stocbio 6, penalty 5."""
+    blocks = built(name)
+    assert [names(block) for block in blocks] == ORDERS[name]
+    for block in blocks[:3] if name in ("resnet12", "residual_encoder") else ():
+        once = [CONV, NORM, RELU if name == "resnet12" else "LeakyReLU"]
+        main = 2 * once + [CONV, NORM] if name == "resnet12" else 3 * once
+        assert names(block[0].main) == main
+        assert names(block[0].skip) == ([CONV, NORM] if name == "resnet12" else [CONV])
+        assert block[0].skip[0].kernel_size == (1, 1)
+
+
+def test_softplus_head_stands_in_the_published_order():
+    block = networks.softplus_block(32, networks.Initializers(0))
+    assert names(block) == [CONV, POOL, NORM, "Activation"]
+    np.testing.assert_allclose(block[3](tf.constant(0.0)), np.log(2.0), rtol=1e-6)
+
+
+# Of the second block's kernel, 3 x 3 x 64 -> 64: standard deviation.
+GLOROT = (2 / (9 * 64 + 9 * 64)) ** 0.5
+SPREADS = {
+    "pool_norm_relu_conv4": (2 / (9 * 64)) ** 0.5,
+    "relu_pool_norm_conv4": (2 / (9 * 64)) ** 0.5,
+    "norm_relu_pool_conv4": GLOROT,
+    "shifted_conv4": GLOROT,
+}
+
+
+@pytest.mark.parametrize("name", SPREADS)
+def test_networks_start_as_published(name):
+    blocks = built(name)
+    model = networks.sequential(blocks, CIFAR, "x")
+    kernel, *rest = blocks[1][0].get_weights()
+    assert kernel.shape == (3, 3, 64, 64)
+    np.testing.assert_allclose(kernel.std(), SPREADS[name], rtol=0.02)
+    uniform = name in ("norm_relu_pool_conv4", "shifted_conv4")
+    assert (np.abs(kernel).max() < 3**0.5 * GLOROT) == uniform
+    assert all(not bias.any() for bias in rest)
+    assert bool(rest) == (name != "shifted_conv4")
+    norms = [layer for layer in model.layers if type(layer).__name__ == NORM]
+    assert [layer.epsilon for layer in norms] == 4 * [
+        1e-3 if name == "shifted_conv4" else 1e-5
+    ]
+    for norm in norms:
+        assert not np.any(norm.shift)
+        if name == "shifted_conv4":
+            assert norm.scale is None
+        elif name == "norm_relu_pool_conv4":  # PyTorch's old default: uniform
+            assert 0 < np.min(norm.scale) and np.max(norm.scale) < 1
+            np.testing.assert_allclose(np.std(norm.scale), 12**-0.5, rtol=0.2)
+        else:
+            np.testing.assert_array_equal(norm.scale, 1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "edge", "spread", "bias"),
+    [
+        ("small", None, 0.01, 0.0),
+        ("uniform", 1 / 20, 1 / 20 / 3**0.5, 1 / 20 / 3**0.5),
+        # Glorot: the square root of 6 / (400 + 30).
+        ("glorot", (6 / 430) ** 0.5, (2 / 430) ** 0.5, 0.0),
+        ("zero", 0.0, 0.0, 0.0),
+    ],
+)
+def test_linear_heads_start_as_published(kind, edge, spread, bias):
+    block = networks.linear_head(30, 400, networks.Initializers(0), kind)
+    model = networks.sequential([block], (20, 20, 1), "x")
+    kernel, shift = model.get_weights()
+    assert kernel.shape == (400, 30)
+    np.testing.assert_allclose(kernel.std(), spread, rtol=0.02)
+    np.testing.assert_allclose(shift.std(), bias, rtol=0.3)
+    if edge is not None:
+        assert np.abs(kernel).max() <= edge

@@ -167,6 +167,9 @@ def test_cg_stops_at_negative_curvature(matrix: np.ndarray) -> None:
     np.testing.assert_array_equal(found.value, 0.0)
     assert float(found.residual) == 1.0
     assert int(found.iterations) == 1
+    assert bool(found.diverged)
+    solved = solve(tb.ConjugateGradient(20), np.diag([1.0, 2.0, 3.0]), b)
+    assert not bool(solved.diverged)
 
 
 def test_cg_keeps_the_steps_before_negative_curvature() -> None:
@@ -281,6 +284,38 @@ def test_warm_says_whether_the_solution_is_carried() -> None:
         np.testing.assert_array_equal(solver.init(b), 0.0)
         found = solver.solve(tb.LinearSystem(lambda v: 2.0 * v), b, solver.init(b))
         np.testing.assert_array_equal(found.state, found.value)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda rate, warm: tb.FixedPoint(20, rate=rate, warm_start=warm),
+        lambda rate, warm: tb.GradientSolver(
+            keras.optimizers.SGD(rate), 20, warm_start=warm
+        ),
+    ],
+    ids=["fixed-point", "gradient"],
+)
+def test_a_warm_start_far_off_is_no_divergence(build) -> None:
+    """Worse than zero after twenty steps, but nearer than it began."""
+    matrix, b = np.diag([1.0, 5.0]), np.array([1e-3, 1e-3])
+    far = np.array([100.0, 1.0])
+    for rate, ends, diverged in ((0.1, True, False), (0.5, False, True)):
+        solver = build(rate, True)
+        state = solver.init(tf.constant(b))
+        state = tf.nest.map_structure(
+            lambda leaf: tf.constant(far) if leaf.shape == (2,) else leaf, state
+        )
+        found = solver.solve(
+            tb.LinearSystem(product_with(matrix)), tf.constant(b), state
+        )
+        assert float(found.residual) > 1
+        begun = np.linalg.norm(b - matrix @ far) / np.linalg.norm(b)
+        assert (float(found.residual) < begun) == ends
+        assert bool(found.diverged) == diverged
+    cold = build(0.5, False)
+    found = cold.solve(tb.LinearSystem(product_with(matrix)), tf.constant(b), ())
+    assert bool(found.diverged)
 
 
 @QUICK

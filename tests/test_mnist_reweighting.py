@@ -68,7 +68,11 @@ def test_published_settings_are_the_defaults():
         made = reweighting.build_method(job)
         assert isinstance(made, tb.Method)
         if method in STOCHASTIC:
-            assert (made.max_steps, made.rate) == (3, job.eta)
+            eta = {"stocbio": 0.1, "bsa": 0.001, "ttsa": 0.001}[method]
+            assert (made.max_steps, made.rate) == (3, eta)
+        if method == "hoag":
+            for tolerance in (made.solver.tolerance, made.inner.tolerance):
+                assert (tolerance.start, tolerance.ratio) == (0.5, 0.9)
         if method == "reverse":
             assert made.last == 3
     assert reweighting.REGULARISATION == 0.001

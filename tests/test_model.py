@@ -1,5 +1,6 @@
 """BilevelModel: fit, callbacks, saving, resuming, and what it refuses."""
 
+import gc
 import os
 import pathlib
 import signal
@@ -247,6 +248,7 @@ def test_one_trace_over_a_thousand_steps():
 
 def test_memory_is_flat_over_a_thousand_steps():
     def resident():
+        gc.collect()
         pages = pathlib.Path("/proc/self/statm").read_text().split()[1]
         return int(pages) * os.sysconf("SC_PAGE_SIZE") / 2**20
 

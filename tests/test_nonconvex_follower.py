@@ -270,6 +270,7 @@ def test_published_settings_are_the_defaults():
     assert (sine.outer_steps, sine.inner_steps) == (500, 40)
     assert (sine.upper_lr, sine.inner_lr) == (0.1, 5e-4)
     assert SINE.starts == {"(1, 2)": (1, 2), "(5, 1)": (5, 1), "(7, -1)": (7, -1)}
+    assert (sine.settle, sine.project_inner) == (0.2, False)
     changed = follower.parse_args(["--out", "x", "--inner-steps", "7", "--alpha", "1"])
     assert {s.inner_steps for s in changed.settings.values()} == {7}
     assert changed.settings["sine"].alpha == 1

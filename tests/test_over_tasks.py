@@ -134,7 +134,10 @@ def test_every_method_does_to_a_task_what_it_does_to_it_alone(name):
     one, method = ridge(), METHODS[name]()
     tasks = tb.over_tasks(one)
     step = first_step(tasks, method, x, y, batches)
-    single = [first_step(one, method, x, y[i], alone(batches, i)) for i in range(TASKS)]
+    run = tf.function(lambda *arguments: method.step(one, *arguments), autograph=False)
+    single = [
+        run(x, y[i], alone(batches, i), method.init(one, x, y[i])) for i in range(TASKS)
+    ]
     gradient = np.mean([s.upper_gradient for s in single], axis=0)
     np.testing.assert_allclose(step.upper_gradient, gradient, rtol=1e-9)
     np.testing.assert_allclose(step.lower, np.stack([s.lower for s in single]), 1e-11)
@@ -178,13 +181,12 @@ def test_tasks_in_turn_are_the_tasks_at_once(name):
     ends = []
     for mapping in ("vectorized", "in-turn"):
         tasks = tb.over_tasks(ridge(), mapping)
-
-        def two(x: Any, y: Any, batches: tb.Batches, state: Any, tasks=tasks) -> Any:
-            first = method.step(tasks, x, y, batches, state)
-            return method.step(tasks, 0.9 * x, first.lower, batches, first.state)
-
-        run = tf.function(two, autograph=False)
-        ends.append(run(x, y, batches, method.init(tasks, x, y)))
+        run = tf.function(
+            lambda *arguments, tasks=tasks: method.step(tasks, *arguments),
+            autograph=False,
+        )
+        first = run(x, y, batches, method.init(tasks, x, y))
+        ends.append(run(0.9 * x, first.lower, batches, first.state))
     at_once, in_turn = ends
     np.testing.assert_allclose(at_once.upper_gradient, in_turn.upper_gradient, 1e-9)
     np.testing.assert_allclose(at_once.lower, in_turn.lower, rtol=1e-10)
@@ -298,8 +300,10 @@ def test_eager_is_graph_is_xla(name, dtype):
 
     arguments = (x, y, batches, method.init(tasks, x, y))
     eager = step(*arguments)
-    for xla in (False, True):
-        compiled = tf.function(step, autograph=False, jit_compile=xla)
+    graph = tf.function(step, autograph=False)
+    # Around the traced step: tracing it again would take longer than the rest.
+    xla = tf.function(lambda *a: graph(*a), autograph=False, jit_compile=True)
+    for compiled in (graph, xla):
         for got, want in zip(compiled(*arguments), eager, strict=True):
             rtol = 1e-11 if dtype == "float64" else 2e-5
             np.testing.assert_allclose(got, want, rtol=rtol, atol=rtol)

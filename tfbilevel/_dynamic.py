@@ -13,6 +13,7 @@ from tfbilevel._arguments import (
     require_number,
     share,
 )
+from tfbilevel._differentiable import configuration
 from tfbilevel._finite import NonFiniteError, first_nonfinite
 from tfbilevel._inner import InnerSolver
 from tfbilevel._model import BilevelModel
@@ -206,7 +207,8 @@ class Dynamic:
             train_data, train_target: for the lower objective.
             auxiliary_model: a second model built like the lower one, to look at the
                 result with; `None`: only in the returned `lower`.
-            auxiliary_opt: the inner optimizer where the constructor had none.
+            auxiliary_opt: the inner optimizer where the constructor had none; later
+                one of the same class and settings.
             validate_data, validate_target: for the upper objective.
             ul_opt: applies the gradients to the upper model; `None`: the caller does.
             init_opt: applies the start's gradients to the lower model.
@@ -225,16 +227,14 @@ class Dynamic:
                 "`auxiliary_opt` must be given where `ll_opt` was not: the inner steps "
                 "need an optimizer. Received: auxiliary_opt=None"
             )
-        if auxiliary_opt is not None and (
-            self.method is None or auxiliary_opt is not self._optimizer
-        ):
-            if self.method is not None:
-                raise ValueError(
-                    "`auxiliary_opt` must not differ from the optimizer chosen before: "
-                    "all inner steps are made by one. Leave it out. "
-                    f"Received: auxiliary_opt={auxiliary_opt!r}"
-                )
+        if auxiliary_opt is not None and self.method is None:
             self._use(auxiliary_opt)
+        if auxiliary_opt is not None and not _alike(auxiliary_opt, self._optimizer):
+            raise ValueError(
+                "`auxiliary_opt` must not differ from the optimizer chosen before: "
+                "all inner steps are made by one. Leave it out. "
+                f"Received: auxiliary_opt={auxiliary_opt!r}"
+            )
         needs = self.acquire_max_loss or self.aggregation is not None
         if needs and validate_data is None:
             raise ValueError(
@@ -295,6 +295,14 @@ class Dynamic:
         if init_opt is not None:
             init_opt.apply(result.start_gradients, self.ll_model.trainable_variables)
         return result
+
+
+def _alike(one: keras.optimizers.Optimizer, other: keras.optimizers.Optimizer) -> bool:
+    """Whether two optimizers make the same steps: one class, equal settings."""
+    if one is other:
+        return True
+    settings = [{**configuration(made), "name": ""} for made in (one, other)]
+    return type(one) is type(other) and settings[0] == settings[1]
 
 
 def _stated(objective: Callable[[DynamicState], tf.Tensor]) -> Callable:

@@ -1,12 +1,14 @@
 """PyTorch in the order of the published scripts.
 
-Variants: published, higher (the unroll by automatic differentiation).
+Variants: published, higher (the unroll by automatic differentiation), hypergrad
+(implicit gradients by the package of that name on PyPI).
 
 The published unroll calls `reverse` of the hypertorch repository, whose import name
-is hypergrad and which is not on the package index (PyPI's `hypergrad` is another
-project, without a reverse mode). `reverse`, `implicit`, `fixed_point` and
-`conjugate_gradient` below restate its algorithms: conjugate gradients solve for the
-fixed point of a gradient step of rate 1, the iteration for that of the inner step.
+is hypergrad, too, and which is not on the package index (PyPI's `hypergrad` is another
+project, with implicit gradients and without a reverse mode). `reverse`, `implicit`,
+`fixed_point` and `conjugate_gradient` below restate its algorithms: conjugate gradients
+solve for the fixed point of a gradient step of rate 1, the iteration for that of the
+inner step.
 stocBiO keeps its minibatches in a list, differentiates each inner product with a
 vector, and every time from a new forward pass.
 
@@ -28,6 +30,7 @@ import numpy as np
 import protocol
 import torch
 import torch.nn.functional as F
+from hypergrad import approx_hypergrad
 
 
 class PublishedTorch:
@@ -58,6 +61,8 @@ class PublishedTorch:
             ("rhg", "published"): self.reverse,
             ("rhg", "higher"): self.unroll_with_higher,
             ("aid-cg", "published"): self.implicit_by_conjugate_gradient,
+            ("aid-cg", "hypergrad"): self.pypi_conjugate_gradient,
+            ("aid-fp", "hypergrad"): self.pypi_neumann,
             ("aid-fp", "published"): self.implicit_by_fixed_point,
             ("stocbio", "published"): self.stochastic,
         }[arguments.method, arguments.variant]
@@ -140,9 +145,36 @@ class PublishedTorch:
     def implicit_by_fixed_point(self) -> None:
         self._implicit(self._inner_map, fixed_point)
 
-    def _implicit(self, step: Callable, solve: Callable) -> None:
+    def pypi_conjugate_gradient(self) -> None:
+        """As released: every direction is built on the residual before."""
+        self._implicit_by_hypergrad(
+            approx_hypergrad.conjugate_gradient, protocol.SOLVER_STEPS, 1.0
+        )
+
+    def pypi_neumann(self) -> None:
+        """The terms of that many fixed-point steps from zero."""
+        self._implicit_by_hypergrad(
+            approx_hypergrad.neumann, protocol.SOLVER_STEPS - 1, protocol.INNER_RATE
+        )
+
+    def _implicit_by_hypergrad(self, solve: Callable, most: int, rate: float) -> None:
+        def inner(y: tuple, x: tuple) -> torch.Tensor:
+            return _lower_loss(x[0], list(y), self.train, self.train_labels)
+
+        def outer(y: tuple, x: tuple) -> torch.Tensor:
+            return self._validation_loss(list(y), list(x))
+
+        self._inner_step()
+        points = tuple(self.y), (self.x.detach(),)
+        (self.x.grad,) = solve(inner, outer, *points, most, rate)
+        self.x_optimizer.step()
+
+    def _inner_step(self) -> None:
         leaves = _leaves(self.y)
         self.y = _detached(self._inner_map(leaves, [self.x], create_graph=False))
+
+    def _implicit(self, step: Callable, solve: Callable) -> None:
+        self._inner_step()
         self.x_optimizer.zero_grad()
         (self.x.grad,) = implicit(
             self.y, [self.x], step, self._validation_loss, solve, protocol.SOLVER_STEPS

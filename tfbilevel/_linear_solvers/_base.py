@@ -223,18 +223,25 @@ class IterativeSolver(LinearSolver):
         rhs: Any,
         steps: tf.Tensor,
         diverged: tf.Tensor | None = None,
+        first_norm: tf.Tensor | None = None,
     ) -> LinearSolution:
         """The solution, with the state of a solver that carries v or nothing.
 
-        Unless said otherwise it diverged if v = 0 has a smaller residual.
+        Unless said otherwise it diverged if v = 0 has a smaller residual, and, where
+        `first_norm` is given, the start had one too: a warm one may have begun far off.
         """
-        residual = structure.ratio(residual_norm, system.norm(rhs))
+        rhs_norm = system.norm(rhs)
+        residual = structure.ratio(residual_norm, rhs_norm)
+        if diverged is None:
+            diverged = residual > 1
+            if first_norm is not None:
+                diverged &= residual_norm > first_norm
         return LinearSolution(
             value,
             residual,
             steps,
             value if self._warm else (),
-            residual > 1 if diverged is None else diverged,
+            diverged,
         )
 
 

@@ -63,25 +63,26 @@ class FixedPoint(IterativeSolver):
         rhs_norm = system.norm(rhs)
         goal = self.goal(system, rhs_norm.dtype) * rhs_norm
 
-        def unfinished(step: Any, value: Any, size: Any) -> Any:
-            del step, value
+        def unfinished(step: Any, value: Any, size: Any, first: Any) -> Any:
+            del step, value, first
             return tf.reduce_any(size > goal)
 
-        def body(step: Any, value: Any, size: Any) -> tuple:
+        def body(step: Any, value: Any, size: Any, first: Any) -> tuple:
             before, going = (value, size), size > goal
             residual = structure.subtract(rhs, product(value))
             value = structure.add(value, structure.scale(rate, residual))
             after = (value, system.norm(residual))
-            return step + 1, *system.stepped(going, before, after)
+            first = tf.where(step == 0, after[1], first)
+            return step + 1, *system.stepped(going, before, after), first
 
         if is_cold(state):
             # From zero the first step goes to rate b, without a product.
             made = tf.cast(tf.reduce_any(rhs_norm > 0), tf.int32)
-            begin = (made, structure.scale(rate, rhs), rhs_norm)
+            begin = (made, structure.scale(rate, rhs), rhs_norm, rhs_norm)
         else:
             # Not known before the first product; anything above the goal.
             size = tf.where(rhs_norm > 0, structure.scalar(np.inf, rhs_norm.dtype), 0)
-            begin = (tf.constant(0), self.start(system, rhs, state), size)
+            begin = (tf.constant(0), self.start(system, rhs, state), size, rhs_norm)
         most = self.max_steps - is_cold(state)
-        steps, value, size = self.repeated(unfinished, body, begin, most)
-        return self.solution(system, value, size, rhs, steps)
+        steps, value, size, first = self.repeated(unfinished, body, begin, most)
+        return self.solution(system, value, size, rhs, steps, first_norm=first)

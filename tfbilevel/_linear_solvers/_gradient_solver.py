@@ -85,22 +85,23 @@ class GradientSolver(IterativeSolver):
             start = structure.zeros_like(rhs)
             optimizer = self.rule.init(start)
 
-        def unfinished(step: Any, v: Any, optimizer: Any, size: Any) -> Any:
-            del step, v, optimizer
+        def unfinished(step: Any, v: Any, optimizer: Any, size: Any, first: Any) -> Any:
+            del step, v, optimizer, first
             return tf.reduce_any(size > goal)
 
-        def body(step: Any, v: Any, optimizer: Any, size: Any) -> tuple:
+        def body(step: Any, v: Any, optimizer: Any, size: Any, first: Any) -> tuple:
             before, going = (v, optimizer.slots, size), size > goal
             gradient = structure.subtract(product(v), rhs)
             size = system.norm(gradient)
+            first = tf.where(step == 0, size, first)
             if self.objective == "residual":
                 gradient = structure.scale(2.0, transposed(gradient))
             v, optimizer = self.rule.update(gradient, optimizer, v)
             after = (v, optimizer.slots, size)
             v, slots, size = system.stepped(going, before, after)
-            return step + 1, v, optimizer._replace(slots=slots), size
+            return step + 1, v, optimizer._replace(slots=slots), size, first
 
-        steps, value, optimizer, size = tf.while_loop(
+        steps, value, optimizer, size, first = tf.while_loop(
             unfinished,
             body,
             (
@@ -109,12 +110,15 @@ class GradientSolver(IterativeSolver):
                 optimizer,
                 # Not known before the first product; anything above the goal.
                 tf.where(rhs_norm > 0, tf.constant(float("inf"), rhs_norm.dtype), 0),
+                rhs_norm,
             ),
             maximum_iterations=self.max_steps,
             parallel_iterations=SERIAL,
         )
         carried = {"solution": value, "optimizer": optimizer}
         residual = structure.ratio(size, rhs_norm)
+        # A warm start may have begun far off, which is no divergence.
+        diverged = (residual > 1) & (size > first)
         return LinearSolution(
-            value, residual, steps, carried if self.warm_start else (), residual > 1
+            value, residual, steps, carried if self.warm_start else (), diverged
         )

@@ -316,7 +316,7 @@ def linear_head(ways: int, features: int, make: Initializers, kind: str) -> Bloc
         make: the initializers.
         kind: "small": normal with standard deviation 0.01, bias 0. "uniform": within
             1 / sqrt(features), bias too, as PyTorch's default. "glorot": Glorot's
-            uniform, bias 0.
+            uniform, bias 0. "zero": all 0, so that the first step moves the head alone.
     """
     normal = keras.initializers.RandomNormal
     uniform = keras.initializers.RandomUniform
@@ -328,6 +328,7 @@ def linear_head(ways: int, features: int, make: Initializers, kind: str) -> Bloc
             make(uniform, minval=-edge, maxval=edge),
         ),
         "glorot": (make(keras.initializers.GlorotUniform), "zeros"),
+        "zero": ("zeros", "zeros"),
     }[kind]
     dense = keras.layers.Dense(ways, kernel_initializer=kernel, bias_initializer=bias)
     return [keras.layers.Flatten(), dense]
