@@ -55,7 +55,7 @@ def read(images_path: pathlib.Path, labels_path: pathlib.Path) -> Classes:
             name.decode() if isinstance(name, bytes) else str(name)
             for name in content["label_specific_str"]
         ]
-    except (IndexError, KeyError, TypeError, ValueError):
+    except (LookupError, TypeError, ValueError):
         raise ValueError(
             f"{labels_path} is not a labels file of tieredImageNet: it must hold "
             "label_specific, integers, and label_specific_str, their names"
@@ -74,7 +74,12 @@ def read(images_path: pathlib.Path, labels_path: pathlib.Path) -> Classes:
             if image.shape != first.shape:
                 raise ValueError(f"{image.shape} among {first.shape}")
             images[place] = image
-    except (IndexError, tf.errors.InvalidArgumentError, TypeError, ValueError) as error:
+    except (
+        LookupError,
+        tf.errors.InvalidArgumentError,
+        TypeError,
+        ValueError,
+    ) as error:
         raise ValueError(
             f"{images_path} is not an images file of tieredImageNet: it must hold a "
             "list of PNG files of one size, one for every label "

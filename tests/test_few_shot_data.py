@@ -178,7 +178,7 @@ def test_tiered_imagenet(tmp_path):
         [np.zeros(9, np.uint8)] * 5,
         files[:4],
         [*files[:4], smaller],
-        {"a": 1},
+        dict.fromkeys("abcde"),
         None,
     ):
         (tmp_path / "val_images_png.pkl").write_bytes(pickle.dumps(foreign))
