@@ -14,6 +14,7 @@ import contextlib
 import pathlib
 import sys
 import zipfile
+import zlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -240,6 +241,7 @@ def prepare(
         "bytes": data.stat().st_size,
         "checksums": bundle.checksums(),
         "weights": weights if model is None else model.name,
+        "network": _checksum(model or pathlib.Path(weights)),
         **({"seed": seed} if model is None and weights == "none" else {}),
     }
     writer = hdf5.Writer(out, KIND, made_from, shapes)
@@ -262,6 +264,11 @@ def prepare(
         writer.close()
         raise
     return {part: (count, width) for part, count in counts.items()}
+
+
+def _checksum(path: pathlib.Path) -> int | None:
+    """Of a file of weights or of a model; `None`: there is none by that name."""
+    return zlib.crc32(path.read_bytes()) if path.is_file() else None
 
 
 class Features(NamedTuple):

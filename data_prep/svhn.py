@@ -12,6 +12,7 @@ started again.
 import argparse
 import pathlib
 import sys
+import zlib
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -82,6 +83,12 @@ def read_mat(path: pathlib.Path, count: int | None) -> Digits:
     return Digits(images, (labels.ravel() % 10).astype(np.int64))
 
 
+def checksum(digits: Digits) -> int:
+    """Of all pixels and labels."""
+    images = np.ascontiguousarray(digits.images.T)  # no copy: MATLAB's order
+    return zlib.crc32(digits.labels.tobytes(), zlib.crc32(images.data))
+
+
 def draw_validation(labels: np.ndarray, per_class: int, seed: int) -> np.ndarray:
     """The numbers of the validation digits, `per_class` of each, in order."""
     generator = np.random.default_rng(seed)
@@ -121,7 +128,12 @@ def prepare(
     for part, count in counts.items():
         shapes[f"{part}_images"] = (count, 32, 32, 3), np.uint8
         shapes[f"{part}_labels"] = (count,), np.int64
-    made_from = {"seed": seed, "validation_per_class": validation_per_class, **counts}
+    made_from = {
+        "seed": seed,
+        "validation_per_class": validation_per_class,
+        **counts,
+        "checksums": [checksum(part) for part in (train, test)],
+    }
     writer = hdf5.Writer(out, KIND, made_from, shapes)
     try:
         for part, ((images, labels), order) in sources.items():

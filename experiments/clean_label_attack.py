@@ -50,7 +50,7 @@ import tfbilevel as tb
 from tfbilevel import experiment
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
-from data_prep import dogfish_features, images
+from data_prep import dogfish_features, hdf5, images
 
 METHODS = ("penalty", "feature-collision")
 PARTS = dogfish_features.PARTS
@@ -297,6 +297,11 @@ def extractor_of(args: argparse.Namespace) -> keras.Model:
         require_targets(args, part, bundle.array(f"Y_{part}").ravel())
     if args.features is not None:
         dogfish_features.load(args.features)
+        return extractor
+    for part in PARTS:
+        where = hdf5.slices(0, bundle.header(f"X_{part}").shape[0], 100)
+        for some in bundle.pieces(f"X_{part}", where):
+            dogfish_features.in_range(some, -1.0, 1.0)
     return extractor
 
 

@@ -87,10 +87,12 @@ def penalty(epochs: int, multiplier: float, lower_lr: float = 1e-4) -> Settings:
     )
 
 
-def approxgrad(epochs: int, lower_lr: float, solver_lr: float) -> Settings:
+def approxgrad(
+    epochs: int, lower_lr: float, solver_lr: float, steps: int = 20
+) -> Settings:
     return Settings(
         epochs=epochs,
-        inner_steps=20,
+        inner_steps=steps,
         upper_lr=1.0,
         lower_lr=lower_lr,
         solver_lr=solver_lr,
@@ -107,7 +109,7 @@ DEFAULTS = {
     ("penalty", "digits"): penalty(100, 1e-4),
     ("approxgrad", "mnist-small"): approxgrad(100, 1e-6, 1e-5),
     ("approxgrad", "mnist"): approxgrad(100, 1e-6, 1e-5),
-    ("approxgrad", "cifar10"): approxgrad(201, 1e-5, 1e-4),
+    ("approxgrad", "cifar10"): approxgrad(201, 1e-5, 1e-4, steps=1),
     ("approxgrad", "svhn"): approxgrad(101, 1e-6, 1e-5),
     ("approxgrad", "digits"): approxgrad(100, 1e-6, 1e-5),
 }

@@ -224,6 +224,27 @@ def test_the_schedule_moves_at_an_active_bound():
     assert float(result.state[0]["weight"]) > 100
 
 
+def test_the_schedule_moves_at_an_active_lower_bound():
+    """y <= 0.3 is active: d_y never vanishes there, the projected gradient does."""
+    problem = tb.Problem(
+        line().upper_loss,
+        line().lower_loss,
+        project_lower=lambda y: tf.minimum(y, 0.3),
+    )
+    method = tb.AugmentedLagrangian(
+        SGD(0.05), 5, weight=1.0, growth=1.001, tolerance=0.05, rate_decay=1.0
+    )
+    start = tf.constant(2.0, tf.float64), tf.constant(0.0, tf.float64)
+    result = tb.minimize(problem, method, *start, SGD(0.05), NOTHING, 600)
+    assert float(result.lower) == 0.3
+    state = result.state[0]
+    x, rho, nu = float(result.upper), float(state["weight"]), float(state["multiplier"])
+    # d_y = y - 1 + lambda (y - x) + nu + rho (y - x) is not small.
+    factor = float(state["lower_weight"]) + rho
+    assert abs(0.3 - 1 + factor * (0.3 - x) + nu) > 0.2
+    assert rho > 1.05
+
+
 @pytest.mark.parametrize("kind", [SGD, keras.optimizers.Adam])
 def test_boxes_hold_at_every_step(kind):
     box = {"project_upper": 0.4, "project_lower": 0.3}

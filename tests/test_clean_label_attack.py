@@ -158,6 +158,17 @@ def test_all_targets_are_attacked_by_one_compiled_loop():
     assert not np.array_equal(first, second)
 
 
+def test_published_settings_are_the_defaults():
+    """specs: penalty 7."""
+    args = attack.parse_args(["--out", "x"])
+    assert (args.outer_steps, args.upper_lr, args.beta) == (201, 0.01, 0.01)
+    assert (args.head_steps, args.head_lr, args.poisons) == (2001, 0.001, 1)
+    assert (args.inner_steps, args.lower_lr) == (10, 0.001)
+    assert (args.weight, args.lower_weight, args.tolerance) == (1, 1, 1)
+    sizes = attack.parse_args(["--out", "x", "--dataset", "mnist"])
+    assert (sizes.train_size, sizes.test_size) == (900, 300)
+
+
 @pytest.mark.parametrize("method", attack.METHODS)
 def test_the_whole_pipeline(method, tmp_path):
     summary = attack.main([*SMALL, "--method", method, "--out", str(tmp_path)])
@@ -236,6 +247,13 @@ def test_a_bundle_with_a_feature_model(tmp_path, capsys):
         attack.main(wrong)
     assert "Y_test of --data must hold the classes" in capsys.readouterr().err
     assert not (tmp_path / "e").exists()
+    # Pixels of another range: likewise.
+    np.savez(tmp_path / "r.npz", **arrays | {"X_test": arrays["X_test"] * 127.5})
+    wrong = [*flags, "--data", str(tmp_path / "r.npz"), "--out", str(tmp_path / "r")]
+    with pytest.raises(SystemExit):
+        attack.main(wrong)
+    assert "images must lie in [-1, 1]" in capsys.readouterr().err
+    assert not (tmp_path / "r").exists()
     # The features of another network, though as wide.
     keras.Sequential(
         [keras.Input((6, 6, 3)), keras.layers.Flatten(), keras.layers.Dense(16, "relu")]

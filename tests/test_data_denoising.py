@@ -59,6 +59,22 @@ def test_published_settings_are_the_defaults():
     assert parse("--dataset", "cifar10").augment
     small = parse("--dataset", "mnist-small")
     assert (small.retrain_threshold, small.net, small.noise) == (0.9, "logistic", 0.5)
+    assert (small.train_size, small.validation_size) == (5000, 5000)
+    svhn = ["--dataset", "svhn", "--data-file", "x"]
+    # specs: penalty 2.1, 2.2 and 4.2. Epochs, rates of both levels, nu or p's rate.
+    for flags, method, epochs, upper_lr, lower_lr, own, steps in (
+        (["--dataset", "mnist-small"], "penalty", 100, 3, 1e-4, 1e-4, 20),
+        (["--dataset", "cifar10"], "penalty", 200, 3, 1e-4, 1e-4, 20),
+        (["--dataset", "cifar10"], "approxgrad", 201, 1, 1e-5, 1e-4, 1),
+        (svhn, "penalty", 101, 3, 1e-5, 0, 20),
+        (svhn, "approxgrad", 101, 1, 1e-6, 1e-5, 20),
+    ):
+        made = parse(*flags, "--method", method)
+        assert (made.epochs, made.inner_steps) == (epochs, steps), flags
+        assert (made.upper_lr, made.lower_lr) == (upper_lr, lower_lr), flags
+        assert own == (made.multiplier if method == "penalty" else made.solver_lr)
+    assert (made.noise, made.batch_size) == (0.5, 200)
+    assert parse("--dataset", "cifar10").noise == 0.25
     other = parse("--dataset", "mnist", "--method", "approxgrad")
     assert (other.upper_lr, other.lower_lr, other.solver_lr) == (1, 1e-6, 1e-5)
     solver = denoising.Settings.method(other, 295).solver

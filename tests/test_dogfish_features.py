@@ -5,6 +5,7 @@ from unittest import mock
 import keras
 import numpy as np
 import pytest
+from experiment_scripts import load_experiment
 
 from data_prep import dogfish_features, hdf5
 
@@ -71,14 +72,20 @@ def test_other_images_of_the_same_name_and_size_are_not_gone_on_with(
             dogfish_features.prepare(first, out, **options)
     with pytest.raises(ValueError, match="unfinished work of another run"):
         dogfish_features.prepare(second, out, **options)
+    kept = options["model"].read_bytes()
+    model.set_weights([2 * w for w in model.get_weights()])  # trained on
+    model.save(options["model"])
+    with pytest.raises(ValueError, match="unfinished work of another run"):
+        dogfish_features.prepare(first, out, **options)
+    options["model"].write_bytes(kept)
     dogfish_features.prepare(first, out, **options)
 
 
 def test_inception_itself(tmp_path):
     data, out = tmp_path / "d.npz", tmp_path / "f.h5"
-    write_bundle(data, sizes=(2, 1), shape=(299, 299, 3))
+    write_bundle(data, sizes=(2, 2), shape=(299, 299, 3))
     flags = ["--data", str(data), "--out", str(out), "--weights", "none"]
-    assert dogfish_features.main(flags) == {"train": (2, 2048), "test": (1, 2048)}
+    assert dogfish_features.main(flags) == {"train": (2, 2048), "test": (2, 2048)}
     features = dogfish_features.load(out)["train"].features
     assert np.ptp(features, axis=0).max() > 0  # of two different images
     # Random, and the same network again: a poison's features are compared with these.
@@ -86,6 +93,13 @@ def test_inception_itself(tmp_path):
     with np.load(data) as bundle:
         made = again(bundle["X_train"].astype(np.float32), training=False)
     np.testing.assert_allclose(made, features, rtol=1e-3, atol=1e-6)
+    # The attack differentiates through it.
+    attack = load_experiment("clean_label_attack")
+    flags = ["--data", str(data), "--features", str(out), "--weights", "none"]
+    flags += ["--max-targets", "1", "--outer-steps", "1", "--inner-steps", "1"]
+    flags += ["--head-steps", "20", "--retrain-seeds", "1"]
+    summary = attack.main([*flags, "--out", str(tmp_path / "attack")])
+    assert summary["targets"] == 1 and summary["distortion"] > 0
 
 
 def test_a_killed_extraction_resumes(model, tmp_path, monkeypatch):

@@ -175,10 +175,23 @@ def test_nothing_but_test_scores_depends_on_test_labels(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("baseline", cleaning.BASELINES)
-def test_cleaning_baselines(baseline, tmp_path):
+def test_cleaning_baselines(baseline, tmp_path, monkeypatch):
+    seen, fit = [], cleaning.train_plainly
+
+    def train_plainly(args, network, parts, *others):
+        seen.append(parts)
+        return fit(args, network, parts, *others)
+
+    monkeypatch.setattr(cleaning, "train_plainly", train_plainly)
     flags = [*SIZES, "--baseline-epochs", "2", "--out", str(tmp_path)]
     summary = cleaning.main(["--method", baseline, *flags])
     kept = np.load(tmp_path / "predictions.npz")
+    (parts,) = seen
+    sizes = [len(labels) for _, labels in parts]
+    if baseline == "oracle":  # some labels drawn anew are right by chance
+        assert kept["clean"].sum() <= sizes[0] < 40 and sizes[1:] == [30]
+    else:
+        assert sizes == {"val-only": [30], "train+val": [40, 30]}[baseline]
     keep = kept["probabilities"].argmax(axis=1) == kept["labels"]
     precision = 100 * (keep & kept["clean"]).sum() / keep.sum()
     assert summary["precision"] == pytest.approx(precision)
@@ -283,6 +296,18 @@ def test_published_settings_are_the_defaults():
         "pollution": "published", "eval_every": 10, "upper_optimizer": "sgd",
     }  # fmt: skip
     assert {k: v[k] for k in expected} == expected
+    w = parse("--method", "g-pbgd", "--net", "linear", "--dataset", "mnist")
+    assert (w["upper_lr"], w["lower_lr"], w["gamma_max"]) == (0.3, 0.5, 37)
+    assert (w["gamma_steps"], w["outer_steps"]) == (5000, 40_000)
+    for method, net, rate, last in (
+        ("rhg", "linear", 0.1, None),
+        ("rhg", "mlp", 0.4, None),
+        ("t-rhg", "linear", 0.1, 100),
+    ):
+        r = parse("--method", method, "--net", net, "--dataset", "mnist")
+        assert (r["inner_lr"], r["inner_steps"], r["last"]) == (rate, 500, last)
+        assert (r["outer_steps"], r["upper_lr"]) == (100, 0.001)
+        assert r["upper_optimizer"] == "sgd"
     g = parse("--method", "g-pbgd", "--net", "mlp", "--dataset", "mnist")
     assert (g["upper_lr"], g["lower_lr"], g["gamma_max"]) == (0.5, 0.5, 37)
     assert (g["gamma_steps"], g["outer_steps"]) == (30_000, 50_000)

@@ -323,6 +323,28 @@ def test_compiled_once() -> None:
     assert calls(2) == calls(200) <= 2
 
 
+def test_going_on_counts_on() -> None:
+    """For batches by the step number, what is traced, and what stops."""
+    problem = tb.Problem(
+        lambda x, y, batch: 0.5 * (y - batch) ** 2, lambda x, y, b: 0.5 * (y - x) ** 2
+    )
+    method, rate = tb.Unroll(inner(1, 1.0)), SGD(1.0)  # x becomes the batch
+    options = {
+        "batches": lambda k: tb.Batches(tf.cast(k, tf.float32) ** 2, None),
+        "trace": lambda point: (point.step, point.upper),
+        "stop": lambda before, after: after.step >= 7,
+    }
+    first = tb.minimize(problem, method, 0.0, 0.0, rate, steps=4, **options)
+    then = tb.minimize(
+        problem, method, first.upper, first.lower, rate, steps=9, state=first.state,
+        **options,
+    )  # fmt: skip
+    assert first.trace[0].numpy().tolist() == [1, 2, 3, 4]
+    assert then.trace[0].numpy().tolist() == [5, 6, 7]
+    assert then.trace[1].numpy().tolist() == [16.0, 25.0, 36.0]
+    assert bool(then.stopped) and int(then.steps) == 3
+
+
 @pytest.mark.parametrize("fixed", [True, False])
 def test_going_on_is_not_traced_again(fixed: bool) -> None:
     """Four calls of 5 steps are one of 20, on other data too. A new run is traced: a
@@ -414,11 +436,26 @@ def test_nonfinite_names_the_quantity_and_the_step(what: str) -> None:
     assert caught.value.quantity == what
     assert caught.value.step == 3
     assert what in str(caught.value) and "Received: " in str(caught.value)
-    # One step fewer is fine.
-    result = tb.minimize(
-        problem, tb.Unroll(inner(1)), one, one, SGD(0.01), batches, steps=3
-    )
+    # One step fewer is fine, and ends where the error's point is.
+    method, rate = tb.Unroll(inner(1)), SGD(0.01)
+    result = tb.minimize(problem, method, one, one, rate, batches, steps=3)
     assert np.isfinite(result.upper)
+    point = caught.value.point
+    assert (point.step, point.upper) == (3, result.upper)
+    assert point.lower == result.lower
+    # Steps are counted on where a run goes on.
+    first = tb.minimize(problem, method, one, one, rate, batches, steps=2)
+    with pytest.raises(tb.NonFiniteError, match="outer step 3"):
+        tb.minimize(
+            problem,
+            method,
+            first.upper,
+            first.lower,
+            rate,
+            batches,
+            2,
+            state=first.state,
+        )
 
 
 def test_nonfinite_lower_variables() -> None:

@@ -15,6 +15,7 @@ import pytest
 import tensorflow as tf
 
 import tfbilevel as tb
+from tfbilevel import experiment
 
 TRAIN, VALIDATION, FEATURES, CLASSES = 7, 6, 4, 3
 
@@ -448,6 +449,17 @@ def test_a_fit_killed_and_resumed_equals_one_that_ran_through(tmp_path):
     assert through.outer_step == 5 * epochs
     for index, value in enumerate(weights(through)):
         np.testing.assert_array_equal(value, resumed[f"arr_{index}"])
+
+
+def test_a_fit_after_a_resumed_one_trains(tmp_path):
+    """Keras's own callback leaves the model believing that it has begun already."""
+    for _ in range(2):  # the second one resumes
+        model = make()
+        backup = experiment.Backup(tmp_path, 2)
+        model.fit(full_batch(2), epochs=3, verbose=0, callbacks=[backup])
+    assert model.outer_step == 6
+    model.fit(full_batch(2), epochs=2, verbose=0)
+    assert model.outer_step == 10
 
 
 def test_batch_normalization_statistics_move_once_per_outer_step():

@@ -198,6 +198,29 @@ def test_random_layers_resume_where_they_were(tmp_path: Any) -> None:
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize("kind", [tf.Variable, np.array])
+def test_a_cold_start_stays_where_it_was(kind) -> None:
+    """The caller moves its own variables, or arrays, after every step."""
+    problem = tb.Problem(
+        lambda x, y, b: tf.reduce_sum(y * y),
+        lambda x, y, b: 0.5 * tf.reduce_sum((y - x) ** 2),
+    )
+    half = keras.optimizers.SGD(0.5)
+    x = tf.zeros([2])
+    for method in (
+        tb.Unroll(tb.InnerSolver(half, 1, start="cold")),
+        tb.ValueGap(tb.InnerSolver(half, 1), keras.optimizers.SGD(0.1), 1.0),
+    ):
+        y: Any = kind([4.0, 8.0])
+        state = method.init(problem, x, y)
+        if kind is tf.Variable:
+            y.assign([100.0, 100.0])
+        else:
+            y[:] = 100.0
+        kept = state["start"] if "start" in state else state["auxiliary"]
+        np.testing.assert_array_equal(kept, [4.0, 8.0])
+
+
 def test_a_second_compile_saves_its_own_state(tmp_path: Any) -> None:
     model = make(method=value_gap())
     model.fit(full_batch().repeat(3), verbose=0)

@@ -1,5 +1,7 @@
 """SVHN's .mat files, written here in the published format, to HDF5."""
 
+import shutil
+
 import h5py
 import numpy as np
 import pytest
@@ -127,6 +129,11 @@ def test_a_killed_preparation_resumes(folder, tmp_path, monkeypatch):
     assert not broken.exists() and slices == [0, 1, 2]
     with pytest.raises(ValueError, match="unfinished work of another run"):
         svhn.prepare(folder, broken, 2, seed=1, any_size=True)
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    write_mat(other / "test_32x32.mat", 40, 2)  # as many, not the same
+    with pytest.raises(ValueError, match="unfinished work of another run"):
+        svhn.prepare(other, broken, 2, any_size=True)
     starts = []
     monkeypatch.setattr(
         hdf5, "slices", lambda *a, f=hdf5.slices: starts.append(a[0]) or f(*a)

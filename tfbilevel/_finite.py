@@ -19,16 +19,27 @@ UPPER_VARIABLES = 4
 
 
 class NonFiniteError(FloatingPointError):
-    """A quantity of an outer step was NaN or infinite."""
+    """A quantity of an outer step was NaN or infinite.
 
-    def __init__(self, code: int, step: int):
-        self.quantity, self.step = QUANTITIES[code], step
+    Attributes:
+        quantity: what it was.
+        step: at which outer step, from 0.
+        point: of `tb.minimize`: step, upper and lower variables before it; else
+            `None`, and the models keep their variables from before it.
+    """
+
+    def __init__(self, code: int, step: int, point: Any = None):
+        self.quantity, self.step, self.point = QUANTITIES[code], step, point
+        kept, skip = "All variables keep their values", ""
+        if point is not None:
+            kept = "The error's `point` has the variables"
+        else:
+            skip = ', or let fit pass over such steps with compile(on_nonfinite="skip")'
         super().__init__(
-            f"{self.quantity} became NaN or infinite at outer step {step}. All "
-            "variables keep their values from before that step. Usual causes: (a) a "
-            "learning rate too large for the curvature, (b) log or division of zero "
-            "in a loss, (c) NaN in the data. Lower the rates, guard the loss, or let "
-            'fit pass over such steps with compile(on_nonfinite="skip"). '
+            f"{self.quantity} became NaN or infinite at outer step {step}. {kept} from "
+            "before that step. Usual causes: (a) a learning rate too large for the "
+            "curvature, (b) log or division of zero in a loss, (c) NaN in the data. "
+            f"Lower the rates, guard the loss{skip}. "
             f"Received: {self.quantity}, step={step}"
         )
 

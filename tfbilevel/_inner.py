@@ -136,7 +136,7 @@ class InnerSolver:
         if callable(self.start) or any(isinstance(one, Schedule) for one in followed):
             state["step"] = tf.constant(0, tf.int64)
         if self.start == "cold" and problem.lower_start is None:
-            state["start"] = lower
+            state["start"] = structure.copied(lower)
         if self.optimizer_state == "carry":
             state["optimizer"] = fresh
         return state

@@ -19,7 +19,8 @@ class Point(NamedTuple):
     """Where the outer loop is, as `stop` and `trace` see it.
 
     Attributes:
-        step: how many outer steps led here, int32 scalar.
+        step: how many outer steps led here, those of a continued run too, int32
+            scalar.
         upper: the upper variables.
         lower: the lower variables.
         metrics: the metrics of the step that led here; `{}` before the first.
@@ -93,7 +94,8 @@ def minimize(
         upper_optimizer: a Keras optimizer that `tb.differentiable` supports; it is
             read, never changed.
         batches: the same `tb.Batches` for every step, a dataset of them, or a
-            function of the step number (int32 scalar).
+            function of the step number (int32 scalar, from 0; a run that goes on
+            counts on).
         steps: most outer steps, at least 1.
         stop: (point before, point after) -> bool, scalar or one per start.
         trace: point after -> nest of tensors to record at every step.
@@ -107,7 +109,8 @@ def minimize(
         ValueError: for variables, batches or optimizers of the wrong kind, or a
             dataset that is known to have fewer elements than `steps` (of one that
             does not know it, `tf.errors.OutOfRangeError` when it ends).
-        tb.NonFiniteError: if a loss, gradient or variable stops being finite.
+        tb.NonFiniteError: if a loss, gradient or variable stops being finite; its
+            `point` holds the variables from before that step.
 
     Example:
         >>> problem = tb.Problem(
@@ -147,11 +150,12 @@ def minimize(
     elif not rule.scheduled:  # as it is now, not as it was when the state was made
         rate = tf.constant(rule.learning_rate, state[1].learning_rate.dtype)
         state = (state[0], state[1]._replace(learning_rate=rate))
-    k, upper, lower, state, bad, diverged, stopped, taken, metrics, record = run(
+    k, begun, upper, lower, state, bad, diverged, stopped, taken, metrics, record = run(
         upper, lower, state, data
     )
     if int(bad) >= 0:
-        raise NonFiniteError(int(bad), int(k) - 1)
+        point = Point(begun + k - 1, upper, lower, {})
+        raise NonFiniteError(int(bad), int(point.step), point)
     if int(diverged) >= 0:
         warn_diverged(method, int(diverged))
     made = int(k)
@@ -199,6 +203,7 @@ def _compile(
         return () if trace is None else trace(point)
 
     def loop(x: Any, y: Any, carried: Any, data: Any) -> tuple:
+        begun = tf.cast(carried[1].iteration, tf.int32)  # 0 but where a run goes on
         # Traced once, here, so that the loop knows what a step returns.
         first = source.first(data)
         compiled = tf.function(outer_step, autograph=False).get_concrete_function(
@@ -231,16 +236,17 @@ def _compile(
             m: Any,
             a: Any,
         ) -> tuple:
-            after, s, bad, now = compiled(k, x, y, s, source.at(k, data))
+            number = begun + k
+            after, s, bad, now = compiled(number, x, y, s, source.at(number, data))
             diverged = after.metrics.get("diverged", tf.constant(0.0))
             diverged = tf.reduce_any(diverged > 0)
-            diverged = tf.where(diverged & (seen[1] < 0), k, seen[1])
+            diverged = tf.where(diverged & (seen[1] < 0), number, seen[1])
             taken = taken + tf.cast(~done, tf.int32)
             frozen = done if done.shape.rank else tf.constant(False)
             frozen = frozen | (bad >= 0)
             x = structure.where(frozen, x, after.upper)
             y = structure.where(frozen, y, after.lower)
-            kept = recorded(Point(k + 1, x, y, after.metrics))
+            kept = recorded(Point(number + 1, x, y, after.metrics))
             return (
                 k + 1,
                 x,
@@ -274,7 +280,7 @@ def _compile(
         )
         rows = [array.stack() for array in arrays]
         rows = tf.nest.pack_sequence_as(record.structured_outputs, rows)
-        return k, x, y, carried, *seen, done, taken, metrics, rows
+        return k, begun, x, y, carried, *seen, done, taken, metrics, rows
 
     return rule, tf.function(loop, autograph=False, jit_compile=jit_compile)
 

@@ -7,6 +7,7 @@ coefficient is cast to each leaf's dtype, so float32 and float64 leaves mix.
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 
@@ -158,6 +159,15 @@ def to_tensors(a: Any) -> Any:
             leaf.value if isinstance(leaf, keras.Variable) else leaf
         ),
         a,
+    )
+
+
+def copied(a: Any) -> Any:
+    """Tensors that keep their values when the variables or arrays given change."""
+    return to_tensors(
+        tf.nest.map_structure(
+            lambda leaf: leaf.copy() if isinstance(leaf, np.ndarray) else leaf, a
+        )
     )
 
 

@@ -96,7 +96,7 @@ class ValueGap(Method):
         }
         if self.inner is not None:
             state["inner"] = self.inner.init(problem, upper, lower)
-            state["auxiliary"] = lower
+            state["auxiliary"] = structure.copied(lower)
         return state
 
     @task_by_task

@@ -250,6 +250,10 @@ class Backup(keras.callbacks.BackupAndRestore):
         self.model.save_weights(str(partial))
         os.replace(partial, self._file)
 
+    def on_train_end(self, logs: Any = None) -> None:
+        super().on_train_end(logs)
+        self.model._initial_epoch = None  # of this fit, not of the next one
+
     def restore(self) -> None:
         """Load the weights into the model if there are any."""
         self._load_model()
