@@ -48,7 +48,7 @@ def test_toy_gradients_are_those_of_the_formulas():
 
 
 def test_toy_ends_where_the_penalised_problem_has_its_solutions(tmp_path):
-    summary = toy.main(["--out", str(tmp_path), "--starts", "200"])
+    summary = toy.main(["--out", str(tmp_path)])
     with (tmp_path / "end_points.csv").open() as file:
         ends = [(float(r["x"]), float(r["y"])) for r in csv.DictReader(file)]
     expected = np.array([(0.37, -0.33), (1.19, -1.21), (2.82, -2.83)])
