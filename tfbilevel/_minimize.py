@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from tfbilevel import _structure as structure
 from tfbilevel._arguments import require_callable, require_count
+from tfbilevel._call_options import without_memory_rewrites
 from tfbilevel._differentiable import UpdateRule, configuration, differentiable
 from tfbilevel._finite import NonFiniteError, first_nonfinite, warn_diverged
 from tfbilevel._method import Method, require_method
@@ -150,9 +151,9 @@ def minimize(
     elif not rule.scheduled:  # as it is now, not as it was when the state was made
         rate = tf.constant(rule.learning_rate, state[1].learning_rate.dtype)
         state = (state[0], state[1]._replace(learning_rate=rate))
-    k, begun, upper, lower, state, bad, diverged, stopped, taken, metrics, record = run(
-        upper, lower, state, data
-    )
+    with without_memory_rewrites():
+        made = run(upper, lower, state, data)
+    k, begun, upper, lower, state, bad, diverged, stopped, taken, metrics, record = made
     if int(bad) >= 0:
         point = Point(begun + k - 1, upper, lower, {})
         raise NonFiniteError(int(bad), int(point.step), point)

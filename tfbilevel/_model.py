@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from tfbilevel import _structure as structure
 from tfbilevel._arguments import require_callable, require_choice, require_count
+from tfbilevel._call_options import without_memory_rewrites
 from tfbilevel._derivatives import UnconnectedGradientError
 from tfbilevel._finite import UPPER_VARIABLES, first_nonfinite, warn_diverged
 from tfbilevel._functional import require_built
@@ -461,7 +462,8 @@ class BilevelModel(keras.Model):
         compiled = self.train_function
 
         def checked(iterator: Any) -> Any:
-            logs = compiled(iterator)
+            with without_memory_rewrites():
+                logs = compiled(iterator)
             if self.on_nonfinite == "raise":
                 self._progress.raise_if_nonfinite()
             if not self._warned and float(logs.get("diverged", 0.0)) > 0:
