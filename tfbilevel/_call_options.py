@@ -16,8 +16,8 @@ def without_memory_rewrites() -> Iterator[None]:
     Where it believes that more than some 200 MB are alive, it makes of a sum of three
     and more tensors a temporary variable, to which they are added one after the other.
     In a loop the variable is made once more than it is used if one of them does not
-    change in the loop, and a second run of that loop, in the next outer step of the
-    same call, ends with AlreadyExistsError (tensorflow/tensorflow#23780).
+    change in the loop, and the next run of that loop, in another outer step or call,
+    ends with AlreadyExistsError (tensorflow/tensorflow#23780).
     """
     eager = context.context()
     before = eager.function_call_options

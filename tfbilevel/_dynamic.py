@@ -13,6 +13,7 @@ from tfbilevel._arguments import (
     require_number,
     share,
 )
+from tfbilevel._call_options import without_memory_rewrites
 from tfbilevel._differentiable import configuration
 from tfbilevel._finite import NonFiniteError, first_nonfinite
 from tfbilevel._inner import InnerSolver
@@ -264,12 +265,13 @@ class Dynamic:
             upper=_tensors((validate_data, validate_target)),
             lower=_tensors((train_data, train_target)),
         )
-        step = self._step(
-            [*upper, *lower] if self.init_auxiliary else upper,
-            lower,
-            batches,
-            self.method.init(self.problem, upper, lower),
-        )
+        with without_memory_rewrites():
+            step = self._step(
+                [*upper, *lower] if self.init_auxiliary else upper,
+                lower,
+                batches,
+                self.method.init(self.problem, upper, lower),
+            )
         code = int(first_nonfinite(step))
         if code >= 0:
             raise NonFiniteError(code, self._calls)
