@@ -611,10 +611,10 @@ def draw_attacks(run: experiment.Run) -> None:
     rows = sorted(run.rows(), key=lambda row: -int(row["success"]))[:8]
     pixels, captions, red = [], [], []
     for row in rows:
-        kept = np.load(run.out / "poisons" / f"target-{row['target']}.npz")
-        base, poison = kept["base"][0], kept["poison"][0]
+        with np.load(run.out / "poisons" / f"target-{row['target']}.npz") as kept:
+            base, poison, target = kept["base"][0], kept["poison"][0], kept["target"]
         change = (poison - base) / 2
-        four = [kept["target"], base, poison, change]
+        four = [target, base, poison, change]
         pixels += [np.clip((image + 1) / 2, 0, 1) for image in four]
         outcome = "flipped" if int(row["success"]) else "not flipped"
         captions += [f"target: {outcome}", "base", "poison", "its change"]

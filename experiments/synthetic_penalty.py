@@ -380,7 +380,10 @@ def main(argv: list[str] | None = None) -> dict:
                 solve(args, job, path)
         if sys.stdout.isatty():
             bar.update(number)
-    found = {job: np.load(folder / f"{job.name}.npz") for job in jobs}
+    found = {}
+    for job in jobs:
+        with np.load(folder / f"{job.name}.npz") as file:
+            found[job] = dict(file)
     log(run, found)
     for problem in args.problem:
         draw_curves(run.out, problem, found)

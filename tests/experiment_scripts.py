@@ -4,6 +4,9 @@ import importlib.util
 import pathlib
 import sys
 from types import ModuleType
+from typing import Any
+
+import numpy as np
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -18,3 +21,9 @@ def load_experiment(name: str) -> ModuleType:
         sys.modules[name] = module
         spec.loader.exec_module(module)
     return sys.modules[name]
+
+
+def arrays_of(path: pathlib.Path) -> dict[str, Any]:
+    """Everything in an .npz file, which is closed again."""
+    with np.load(path) as file:
+        return dict(file)

@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from experiment_scripts import load_experiment
+from experiment_scripts import arrays_of, load_experiment
 
 import tfbilevel as tb
 
@@ -177,7 +177,7 @@ def test_the_whole_pipeline(method, tmp_path):
         rows = list(csv.DictReader(file))
     assert len(rows) == summary["targets"] == 2
     for row in rows:
-        kept = np.load(tmp_path / "poisons" / f"target-{row['target']}.npz")
+        kept = arrays_of(tmp_path / "poisons" / f"target-{row['target']}.npz")
         change = (kept["poison"] - kept["base"]).ravel()
         assert float(row["distortion"]) == pytest.approx(
             np.linalg.norm(change), rel=1e-4

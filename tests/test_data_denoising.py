@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import scipy.io
 import tensorflow as tf
-from experiment_scripts import load_experiment
+from experiment_scripts import arrays_of, load_experiment
 from published_files import prepare_with_tfds
 
 import tfbilevel as tb
@@ -191,7 +191,7 @@ def test_methods_write_their_files(method, tmp_path):
     # Before training: the importances say whether the network agrees.
     agreed = 0.4 + 0.2 * float(rows[0]["train_accuracy"]) / 100
     assert float(rows[0]["mean_importance"]) == pytest.approx(agreed, rel=1e-5)
-    kept = np.load(tmp_path / "importances.npz")
+    kept = arrays_of(tmp_path / "importances.npz")
     believed = (kept["importance"] > 0.9).sum()
     assert summary["retrained_on"] == believed + 40
     scores = (kept["importance"] > 0.5) & kept["clean"]
@@ -312,7 +312,7 @@ def test_a_run_that_ends_within_an_epoch_is_renormalised_too(tmp_path):
     with (tmp_path / "metrics.csv").open() as file:
         last = list(csv.DictReader(file))[-1]
     assert last["step"] == "1" and abs(float(last["mean_importance"]) - 0.5) > 1e-4
-    found = np.load(tmp_path / "importances.npz")["importance"]
+    found = arrays_of(tmp_path / "importances.npz")["importance"]
     assert found.mean() == pytest.approx(0.5, abs=1e-6)
     assert summary["mean_importance"] == pytest.approx(0.5, abs=1e-6)
 

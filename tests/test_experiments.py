@@ -15,7 +15,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from experiment_scripts import ROOT, load_experiment
+from experiment_scripts import ROOT, arrays_of, load_experiment
 
 import tfbilevel as tb
 from tfbilevel import experiment
@@ -185,7 +185,7 @@ def test_cleaning_baselines(baseline, tmp_path, monkeypatch):
     monkeypatch.setattr(cleaning, "train_plainly", train_plainly)
     flags = [*SIZES, "--baseline-epochs", "2", "--out", str(tmp_path)]
     summary = cleaning.main(["--method", baseline, *flags])
-    kept = np.load(tmp_path / "predictions.npz")
+    kept = arrays_of(tmp_path / "predictions.npz")
     (parts,) = seen
     sizes = [len(labels) for _, labels in parts]
     if baseline == "oracle":  # some labels drawn anew are right by chance

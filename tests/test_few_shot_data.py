@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import tensorflow as tf
+from experiment_scripts import arrays_of
 from published_files import TAXONOMY, prepare_cifar100
 
 from data_prep import (
@@ -69,7 +70,7 @@ def test_saving_and_a_class_in_two_splits(tmp_path):
     ):
         classes.save(tmp_path / "y.npz", leaking, "drawn")
     assert not (tmp_path / "y.npz").exists()
-    arrays = dict(np.load(tmp_path / "x.npz"))
+    arrays = arrays_of(tmp_path / "x.npz")
     arrays["test_names"] = arrays["train_names"][: len(arrays["test_names"])]
     np.savez(tmp_path / "leaks.npz", **arrays)
     with pytest.raises(ValueError, match="share no class, but 0a is in train and in"):

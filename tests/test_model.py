@@ -13,6 +13,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from experiment_scripts import arrays_of
 
 import tfbilevel as tb
 from tfbilevel import experiment
@@ -441,7 +442,7 @@ def test_a_fit_killed_and_resumed_equals_one_that_ran_through(tmp_path):
     assert victim.wait() == -signal.SIGKILL
     assert not (tmp_path / "done.npz").exists()
     assert start(tmp_path).wait() == 0
-    resumed = np.load(tmp_path / "done.npz")
+    resumed = arrays_of(tmp_path / "done.npz")
     assert resumed["begun"] >= 5  # not from the start, which would end the same
     # The compilation that the first sitting chose holds for the second one.
     through = make(value_gap(), jit_compile=bool(resumed["jit"]))

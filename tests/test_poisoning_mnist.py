@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import tensorflow as tf
-from experiment_scripts import load_experiment
+from experiment_scripts import arrays_of, load_experiment
 
 import tfbilevel as tb
 from data_prep import images
@@ -142,7 +142,7 @@ def test_every_attack_and_method_runs(attack, method, tmp_path):
         assert [float(row["test_accuracy"]) for row in rows] == [accuracy]
         return
     assert [int(row["step"]) for row in rows] == [0, 2, 4]
-    made = np.load(tmp_path / "poisons.npz")
+    made = arrays_of(tmp_path / "poisons.npz")
     assert made["images"].shape == (4, 784)
     assert made["images"].min() >= 0 and made["images"].max() <= 1
     assert summary["distance"] > 0
