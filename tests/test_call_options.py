@@ -44,7 +44,7 @@ def by_minimize() -> Any:
     return tb.minimize(problem, METHOD, ones, zeros, SGD(1e-9), nothing, steps=4).lower
 
 
-def by_fit() -> Any:
+def by_fit(jit_compile: bool | str = False) -> Any:
     levels = []
     for value in (1.0, 0.0):
         layer = keras.layers.Dense(1, use_bias=False)
@@ -56,13 +56,18 @@ def by_fit() -> Any:
         lambda upper, lower, batch: upper_loss(upper.kernel, lower.kernel.value),
         lambda upper, lower, batch: lower_loss(upper.kernel.value, lower.kernel.value),
     )
-    model.compile(METHOD, SGD(1e-9), jit_compile=False, steps_per_execution=4)
+    model.compile(METHOD, SGD(1e-9), jit_compile=jit_compile, steps_per_execution=4)
     one = tf.data.Dataset.from_tensors(0.0)
     model.fit(tb.pair(one, one).repeat(4), verbose=0)
     return levels[1].kernel.value
 
 
-@pytest.mark.parametrize("run", [by_minimize, by_fit])
+def by_fit_that_chooses() -> Any:
+    """Which times the compiled step by itself."""
+    return by_fit("auto")
+
+
+@pytest.mark.parametrize("run", [by_minimize, by_fit, by_fit_that_chooses])
 def test_large_sums_in_a_loop_within_a_loop(run):
     """Without `without_memory_rewrites`: AlreadyExistsError in the second run, which
     finds what the first one has left."""

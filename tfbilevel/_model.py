@@ -674,6 +674,7 @@ class BilevelModel(keras.Model):
             x, y, _ = self._read(state=False)
             self._carried = Carried(self.method.init(self.problem, x, y))
 
+    @without_memory_rewrites()
     def _choose_compilation(self, data: Batches) -> None:
         """Time one outer step with and without XLA; variables are not touched."""
 
