@@ -476,10 +476,12 @@ def build_networks(
         end: networks.Block = [networks.CosineHead(args.ways, seed=args.seed)]
     else:
         width = networks.sequential([*own, [keras.layers.Flatten()]], between, "width")
-        kind = "zero" if args.method == "imaml" else "uniform"
-        if args.method in FOLLOWERS:
+        kind = "uniform"
+        if args.method == "imaml":
+            kind = "zero"
+        elif args.method in FOLLOWERS:
             kind = "glorot" if args.network == "resnet12" else "small"
-        elif kind != "zero" and args.method in WHOLE and "imagenet" in args.dataset:
+        elif args.method in WHOLE and args.dataset.endswith("imagenet"):
             kind = "glorot"
         features = width.output_shape[-1]
         end = networks.linear_head(args.ways, features, make, kind)

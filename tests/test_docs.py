@@ -64,6 +64,20 @@ def test_code_runs(
         # Blank lines make a traceback show the page's own line numbers.
         source = "\n" * block.before + block.code
         exec(compile(source, str(page), "exec"), namespace)
+    if page.name == "README.md":
+        require_trained(namespace)
+    else:  # the code looks at its own results
+        assert any("assert" in block.code for block in blocks(page))
+
+
+def require_trained(namespace: dict[str, Any]) -> None:
+    """README's network reads digits it has not seen like scikit-learn's does."""
+    from sklearn.linear_model import LogisticRegression
+
+    x, y = namespace["x"][5::20] / 255, namespace["y"][5::20]
+    read = namespace["model"].predict(x, verbose=0).argmax(axis=1)
+    other = LogisticRegression(max_iter=300).fit(*namespace["training"])
+    assert (read == y).mean() > other.score(x, y) - 0.05 > 0.7
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

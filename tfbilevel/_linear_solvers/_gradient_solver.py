@@ -116,9 +116,5 @@ class GradientSolver(IterativeSolver):
             parallel_iterations=SERIAL,
         )
         carried = {"solution": value, "optimizer": optimizer}
-        residual = structure.ratio(size, rhs_norm)
-        # A warm start may have begun far off, which is no divergence.
-        diverged = (residual > 1) & (size > first)
-        return LinearSolution(
-            value, residual, steps, carried if self.warm_start else (), diverged
-        )
+        made = self.solution(system, value, size, rhs, steps, first_norm=first)
+        return made._replace(state=carried if self.warm_start else ())
