@@ -1,5 +1,6 @@
 """Bilevel training as a Keras model."""
 
+import gc
 import time
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +12,12 @@ from tfbilevel import _structure as structure
 from tfbilevel._arguments import require_callable, require_choice, require_count
 from tfbilevel._call_options import without_memory_rewrites
 from tfbilevel._derivatives import UnconnectedGradientError
-from tfbilevel._finite import UPPER_VARIABLES, first_nonfinite, warn_diverged
+from tfbilevel._finite import (
+    UPPER_VARIABLES,
+    NonFiniteError,
+    first_nonfinite,
+    warn_diverged,
+)
 from tfbilevel._functional import require_built
 from tfbilevel._inner import InnerSolver, require_inner
 from tfbilevel._method import Method
@@ -369,7 +375,15 @@ class BilevelModel(keras.Model):
                 raise empty
             self._choose_compilation(first)
         keywords.setdefault("shuffle", False)
-        return super().fit(x, *arguments, **keywords)
+        try:
+            return super().fit(x, *arguments, **keywords)
+        except (NonFiniteError, KeyboardInterrupt) as error:
+            # The frames it came through, and a cycle of Keras's, hold the dataset's
+            # iterator. Deleting one that waits for a Python generator never ends once
+            # Python shuts down: the generator's thread can enter Python no more.
+            error = error.with_traceback(None)
+            gc.collect()
+            raise error from None
 
     @property
     def _undecided(self) -> bool:
