@@ -173,27 +173,6 @@ def test_eager_mode_equals_compiled_mode():
     assert_close(weights(eager), weights(compiled))
 
 
-def test_automatic_compilation_leaves_what_xla_compiles_for_every_value():
-    """A shape out of the batch: XLA's program is for that shape alone."""
-
-    def loss(upper, lower, batch):
-        weights = tf.reshape(lower.trainable_variables[0], batch)
-        return tf.reduce_sum(tf.square(weights - upper.trainable_variables[0]))
-
-    layer = keras.layers.Dense(2, use_bias=False)
-    layer.build((None, 3))
-    model = tb.BilevelModel(tb.ExampleWeights(1), layer, loss, loss)
-    model.compile(
-        tb.Unroll(tb.InnerSolver(keras.optimizers.SGD(0.1), 50)),
-        keras.optimizers.SGD(0.1),
-        jit_compile="auto",
-    )
-    shape = tf.constant([6, 1, 1, 1, 1, 1, 1])  # turned, another one every time
-    model._ensure_carried()
-    model._choose_compilation(tb.Batches(shape, shape))
-    assert not model.jit_compile
-
-
 @pytest.mark.parametrize(
     "batch",
     [
@@ -218,6 +197,15 @@ def test_automatic_compilation_takes_batches_that_cannot_be_turned(batch):
     one = tf.data.Dataset.from_tensors(batch)
     model.fit(tb.pair(one, one), verbose=0)
     np.testing.assert_allclose(layer.kernel, 0.8**3 * before, rtol=1e-5)
+
+
+@pytest.mark.parametrize("xla", [True, False])
+def test_automatic_compilation_takes_what_was_faster(xla, monkeypatch):
+    monkeypatch.setattr(tb._model, "faster_with_xla", lambda *arguments: xla)
+    model = make(jit_compile="auto")
+    model._ensure_carried()
+    model._choose_compilation(next(iter(full_batch())))
+    assert model.jit_compile is xla
 
 
 def test_automatic_compilation_decides_without_touching_variables():

@@ -1,7 +1,7 @@
 """Bilevel training as a Keras model."""
 
+import contextlib
 import gc
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +11,7 @@ import tensorflow as tf
 from tfbilevel import _structure as structure
 from tfbilevel._arguments import require_callable, require_choice, require_count
 from tfbilevel._call_options import without_memory_rewrites
+from tfbilevel._compilation import faster_with_xla
 from tfbilevel._derivatives import UnconnectedGradientError
 from tfbilevel._finite import (
     UPPER_VARIABLES,
@@ -24,10 +25,12 @@ from tfbilevel._method import Method
 from tfbilevel._model_arguments import (
     losses_are_minimised,
     require_apart,
+    require_dataset_of_batches,
     require_jit,
     require_method_for,
     require_no_average,
     require_no_constraints,
+    require_no_weights,
     require_one_replica,
     require_start_optimizer,
     require_upper_optimizer,
@@ -335,26 +338,13 @@ class BilevelModel(keras.Model):
                 metrics to measure `validation_data` by.
             tb.NonFiniteError: at the first NaN or infinity, unless they are skipped.
         """
-        if not isinstance(x, tf.data.Dataset) or not isinstance(
-            x.element_spec, Batches
-        ):
-            spec = getattr(x, "element_spec", type(x))
-            raise ValueError(
-                "`x` must be a tf.data.Dataset of tb.Batches, so that the levels "
-                "cannot be swapped. Make it with tb.pair(upper_dataset, "
-                f"lower_dataset). Received: x={spec}"
-            )
+        require_dataset_of_batches(x)
         self._assert_compile_called("fit")
+        require_no_weights(keywords)
         if on_nonfinite is not None and on_nonfinite != self.on_nonfinite:
             require_choice(on_nonfinite, "on_nonfinite", ON_NONFINITE)
             self.on_nonfinite = on_nonfinite
             self.make_train_function(force=True)
-        for name in ("class_weight", "sample_weight"):
-            if keywords.get(name) is not None:
-                raise ValueError(
-                    f"`{name}` means nothing to fit: the losses are yours. Weigh the "
-                    f"examples in them. Received: {name}={keywords[name]!r}"
-                )
         measured = keywords.get("validation_data")
         if measured is not None:  # else an epoch would be lost before this is said
             self._require_measurable(getattr(measured, "element_spec", measured))
@@ -688,40 +678,15 @@ class BilevelModel(keras.Model):
             x, y, _ = self._read(state=False)
             self._carried = Carried(self.method.init(self.problem, x, y))
 
-    @without_memory_rewrites()
     def _choose_compilation(self, data: Batches) -> None:
         """Time one outer step with and without XLA; variables are not touched."""
 
         def trial(x: list, y: list, state: Any, batches: Batches) -> Any:
             return self.method.step(self.problem, x, y, batches, state)
 
-        arguments = self._read()
-        trials = {}
-        for xla in (False, True):
-            compiled = tf.function(trial, jit_compile=xla, autograph=False)
-            try:
-                _wait(compiled(*arguments, data))
-            except UnconnectedGradientError:
-                return  # train_step names the variable
-            except (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError):
-                if not xla:
-                    raise
-                continue  # XLA has no such operation
-            trials[xla] = compiled
-        # In turns, so that a busy moment of the machine hits both; on values not seen
-        # before, so that the compilation shows which XLA repeats for every new value
-        # where an operation needs it beforehand (a shape, say).
-        best = dict.fromkeys(trials, float("inf"))
-        start = time.perf_counter()
-        for _ in range(5):
-            data = tf.nest.map_structure(_turned, data)
-            for xla, compiled in trials.items():
-                before = time.perf_counter()
-                _wait(compiled(*arguments, data))
-                best[xla] = min(best[xla], time.perf_counter() - before)
-            if time.perf_counter() - start > 1.0:
-                break
-        self._use_compilation(min(best, key=lambda xla: best[xla]))
+        # Without a gradient nothing is decided: train_step names the variable.
+        with contextlib.suppress(UnconnectedGradientError):
+            self._use_compilation(faster_with_xla(trial, self._read(), data))
 
     def _use_saved_compilation(self) -> None:
         """What an earlier training decided."""
@@ -734,17 +699,3 @@ class BilevelModel(keras.Model):
             self.jit_compile = xla  # Keras refuses XLA for some layers
             self.make_train_function(force=True)
         self._progress.compilation.assign(XLA if self.jit_compile else GRAPH)
-
-
-def _turned(leaf: Any) -> Any:
-    """The same entries, the last first."""
-    # Sparse and ragged batches stay: they cannot be rolled.
-    if not isinstance(leaf, tf.Tensor) or not leaf.shape.rank:
-        return leaf
-    return tf.roll(leaf, 1, axis=0)
-
-
-def _wait(result: Any) -> None:
-    for leaf in tf.nest.flatten(result):
-        leaf.numpy()
-        break

@@ -1,4 +1,4 @@
-"""What a BilevelModel and its `compile` refuse."""
+"""What a BilevelModel, its `compile` and its `fit` refuse."""
 
 from typing import Any
 
@@ -6,6 +6,7 @@ import keras
 import tensorflow as tf
 
 from tfbilevel._method import require_method
+from tfbilevel._problem import Batches
 
 
 def require_apart(upper: Any, lower: Any) -> None:
@@ -120,6 +121,26 @@ def require_one_replica() -> None:
             "replica's inner solve of its own part of the data. Compile it outside "
             f"the strategy's scope. Received: {replicas} replicas"
         )
+
+
+def require_dataset_of_batches(x: Any) -> None:
+    if not isinstance(x, tf.data.Dataset) or not isinstance(x.element_spec, Batches):
+        spec = getattr(x, "element_spec", type(x))
+        raise ValueError(
+            "`x` must be a tf.data.Dataset of tb.Batches, so that the levels cannot be "
+            "swapped. Make it with tb.pair(upper_dataset, lower_dataset). "
+            f"Received: x={spec}"
+        )
+
+
+def require_no_weights(keywords: dict[str, Any]) -> None:
+    """Raise if `fit` is given weights of examples or classes, as Keras's is."""
+    for name in ("class_weight", "sample_weight"):
+        if keywords.get(name) is not None:
+            raise ValueError(
+                f"`{name}` means nothing to fit: the losses are yours. Weigh the "
+                f"examples in them. Received: {name}={keywords[name]!r}"
+            )
 
 
 def losses_are_minimised(callbacks: Any) -> None:
