@@ -1,5 +1,7 @@
 """Bad input: one clear error that names the argument, the rule and what it got."""
 
+import gc
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -420,6 +422,27 @@ def test_functional_wants_all_variables() -> None:
 def test_inner_must_be_an_inner_solver(build, wrong):
     with pytest.raises(ValueError, match="`inner` must be a tb.InnerSolver.*Received"):
         build(wrong)
+
+
+@pytest.mark.parametrize("memory", ["replay", "checkpoint", "tape"])
+def test_an_error_in_a_loss_is_all_that_is_said(memory, caplog):
+    """TensorFlow logs one of its own for what the error left half-made in a loop."""
+
+    def broken(x, y, batch):
+        raise KeyError("labels")
+
+    problem, method = tb.Problem(square, broken), tb.Unroll(inner(), memory=memory)
+    x = tf.ones([2])
+    state = method.init(problem, x, x)
+    logger = tf.get_logger()
+    logger.addHandler(caplog.handler)
+    try:
+        with caplog.at_level(logging.ERROR), pytest.raises(KeyError, match="labels"):
+            method.step(problem, x, x, NO_DATA, state)
+        gc.collect()
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert not caplog.records
 
 
 def minimise(upper_loss, **options):

@@ -156,9 +156,8 @@ def checkpoint(span: Span, here: Prepared, iterate: Iterate) -> Loop:
         return begin, tf.minimum(begin + length, stop)
 
     def forward(segment: tf.Tensor, made: Run, kept: list) -> tuple:
-        kept = _write(kept, segment, made.end)
-        made, _ = _make(span, here, made, [], *ends(segment, last), length)
-        return segment + 1, made, kept
+        after, _ = _make(span, here, made, [], *ends(segment, last), length)
+        return segment + 1, after, _write(kept, segment, made.end)
 
     begun = _begun(span, here, iterate)
     _, made, kept = tf.while_loop(
@@ -234,14 +233,14 @@ def _make(
     arrays are given."""
 
     def body(t: tf.Tensor, now: Run, kept: list) -> tuple:
-        if kept:
-            kept = _write(kept, t - first, now.end)
         after, value = span.inner.advance(
             here.problem, here.upper, here.batches, now.end, t
         )
         worst = now.worst
         if isinstance(worst, Worst):
             worst = worst.against(here, t + 1, after.lower)
+        if kept:  # last: TensorFlow complains of a write that an error left unused
+            kept = _write(kept, t - first, now.end)
         return t + 1, Run(after, tf.cast(value, now.lower_loss.dtype), worst), kept
 
     _, made, kept = tf.while_loop(
