@@ -1,5 +1,7 @@
 """Label noise with the mask returned; labels are never changed in place."""
 
+import pathlib
+
 import numpy as np
 
 RULES = ("published", "strict")
@@ -54,3 +56,35 @@ def cleaning_scores(keep: np.ndarray, clean: np.ndarray) -> dict[str, float]:
     recall = hits / max(float(np.sum(clean)), 1e-8)
     f1 = 2 * precision * recall / max(precision + recall, 1e-8)
     return {"precision": 100 * precision, "recall": 100 * recall, "f1": 100 * f1}
+
+
+def load_kept(path: pathlib.Path, labels: np.ndarray) -> np.ndarray:
+    """Which examples a file keeps.
+
+    Args:
+        path: an .npz with `labels` and `kept`, one entry per example, as cleaning runs
+            and `benchmarks/cleanlab_baseline.py` write it.
+        labels: the given labels of the examples meant, [n].
+
+    Returns:
+        A boolean mask, [n].
+
+    Raises:
+        FileNotFoundError: if the file is not there.
+        ValueError: if it is another file, or of examples with other labels.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist")
+    try:
+        with path.open("rb") as opened, np.load(opened) as file:
+            of, kept = file["labels"], file["kept"]
+    except Exception as error:  # noqa: BLE001  (NumPy raises what zip and zlib find)
+        raise ValueError(
+            f"{path} is damaged, or has no arrays `labels` and `kept` ({error})"
+        ) from None
+    if not np.array_equal(of, labels) or kept.shape != labels.shape:
+        raise ValueError(
+            f"{path} is of other examples: its labels are not those of this run. Give "
+            "the seed, the data set, its sizes and the pollution of the run it is from"
+        )
+    return kept.astype(bool)

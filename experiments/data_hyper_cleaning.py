@@ -186,7 +186,7 @@ for _net in NETS:
 for _method in ("v-pbgd", "g-pbgd", "rhg", "t-rhg", "aid-cg", "aid-fp", "neumann"):
     DEFAULTS[_method, "mlp-linear"] = DEFAULTS[_method, "mlp"]
 METHODS = tuple(dict.fromkeys(method for method, _ in DEFAULTS))
-BASELINES = ("oracle", "val-only", "train+val")
+BASELINES = ("oracle", "val-only", "train+val", "kept+val")
 _fields = [field.name for field in dataclasses.fields(Settings)]
 for _method, _net in itertools.product(BASELINES, NETS):
     DEFAULTS[_method, _net] = Settings(**dict.fromkeys(_fields))
@@ -235,6 +235,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         default=30,
         help="of plain training: baselines, and the network before cleaning",
     )
+    add("--kept", type=pathlib.Path, help="kept+val: .npz of labels and what to keep")
     add("--trials", type=above(int), default=1, help="runs at successive seeds")
     add("--memory", choices=("replay", "checkpoint", "tape"), help="of unrolled steps")
     add("--jit", choices=experiment.JIT)
@@ -259,7 +260,15 @@ def fill_defaults(
         )
     parser.refuse_meaningless(args, [published], f"--method {args.method}")
     files = args.dataset != "digits", "a --dataset with files"
-    parser.refuse_idle(args, {"data_dir": files})
+    of_file = args.method == "kept+val"
+    parser.refuse_idle(
+        args, {"data_dir": files, "kept": (of_file, "--method kept+val")}
+    )
+    if of_file and (args.kept is None or args.trials > 1):
+        parser.error(
+            "--method kept+val needs --kept FILE, which is of one seed: give it, and "
+            "no --trials"
+        )
     given, args = args, experiment.filled(args, published)
     if given.last is None and args.last is not None:
         args.last = min(args.last, args.inner_steps)
@@ -405,21 +414,28 @@ def train_plainly(
 def train_baseline(
     args: argparse.Namespace, run: experiment.Run, data: dict, network: keras.Model
 ) -> dict:
-    """A classifier trained on what the baseline may see, and what it would keep: the
-    training examples whose given label it predicts."""
+    """A classifier trained on what the baseline may see, and what it would keep: what
+    it was told to, or the training examples whose given label it predicts."""
     pixels, labels = (tensor.numpy() for tensor in data["train"])
-    right = data["true_labels"] == labels
-    parts = {
-        "oracle": [(pixels[right], labels[right]), data["validation"]],
-        "val-only": [data["validation"]],
-        "train+val": [(pixels, labels), data["validation"]],
+    used = {
+        "oracle": data["true_labels"] == labels,
+        "val-only": np.zeros(len(labels), bool),
+        "train+val": np.ones(len(labels), bool),
+        "kept+val": data["kept"],
     }[args.method]
+    parts = [data["validation"]]
+    if used.any():
+        parts.insert(0, (pixels[used], labels[used]))
+
+    def kept() -> np.ndarray:
+        if args.method == "kept+val":
+            return used
+        return network(pixels).numpy().argmax(axis=1) == labels
 
     def evaluate() -> dict[str, float]:
-        kept = network(pixels).numpy().argmax(axis=1) == labels
         return {
             **{f"{p}_accuracy": float(accuracy(network, data[p])) for p in PARTS[1:]},
-            **label_noise.cleaning_scores(kept, data["clean"]),
+            **label_noise.cleaning_scores(kept(), data["clean"]),
         }
 
     epochs = experiment.EvaluateEpochs(run, evaluate)
@@ -428,6 +444,7 @@ def train_baseline(
     np.savez_compressed(
         run.out / "predictions.npz",
         labels=labels,
+        kept=kept(),
         probabilities=probabilities,
         clean=data["clean"],
     )
@@ -561,6 +578,7 @@ def load_data(args: argparse.Namespace) -> dict:
     return {
         **dict(zip(PARTS, map(tensors, [polluted_train, *others]), strict=True)),
         "clean": clean,
+        "kept": args.kept and label_noise.load_kept(args.kept, polluted),
         "true_labels": train.labels,
         "train_images": train.images,
     }
@@ -678,6 +696,13 @@ def clean(
     rows = [{k: float(v) for k, v in row.items()} for row in run.rows()]
     draw_curves(run, args)
     draw_distrusted(run, data, weights.logits.numpy(), network)
+    np.savez_compressed(
+        run.out / "weights.npz",
+        labels=data["train"][1].numpy(),
+        kept=weights.logits.numpy() >= 0,
+        weights=weights(None).numpy(),
+        clean=data["clean"],
+    )
     made = summarise(args, rows)
     if unrolled:
         made |= draw_inner_curve(run, curve())

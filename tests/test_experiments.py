@@ -174,7 +174,7 @@ def test_nothing_but_test_scores_depends_on_test_labels(tmp_path, monkeypatch):
     assert accuracy != other_accuracy
 
 
-@pytest.mark.parametrize("baseline", cleaning.BASELINES)
+@pytest.mark.parametrize("baseline", ["oracle", "val-only", "train+val"])
 def test_cleaning_baselines(baseline, tmp_path, monkeypatch):
     seen, fit = [], cleaning.train_plainly
 
@@ -202,6 +202,50 @@ def test_cleaning_baselines(baseline, tmp_path, monkeypatch):
     assert 0 < float(rows[0]["seconds"]) < summary["seconds"]
     for picture in ("curves.png", "distrusted.png"):
         assert (tmp_path / picture).stat().st_size > 10_000
+
+
+def test_training_on_what_a_run_kept(tmp_path, monkeypatch, capsys):
+    """Of cleaning runs, of cleanlab and of other baselines: one format."""
+    cleaned = tmp_path / "v-pbgd"
+    flags = ["--upper-lr", "30", "--outer-steps", "4", "--out", str(cleaned)]
+    summary = cleaning.main([*SMALL, *flags])
+    made = arrays_of(cleaned / "weights.npz")
+    np.testing.assert_array_equal(made["kept"], made["weights"] >= 0.5)
+    assert 0 < made["kept"].sum() < 40 and not made["clean"].all()
+    right = (made["kept"] & made["clean"]).sum()
+    assert summary["final"]["recall"] == pytest.approx(100 * right / 20)
+
+    seen, fit = [], cleaning.train_plainly
+    monkeypatch.setattr(
+        cleaning,
+        "train_plainly",
+        lambda args, network, parts, *b: (
+            seen.append(parts) or fit(args, network, parts, *b)
+        ),
+    )
+    baseline = [*SIZES, "--method", "kept+val", "--kept", str(cleaned / "weights.npz")]
+    retrained = cleaning.main([*baseline, "--out", str(tmp_path / "kept")])
+    assert [retrained[k] for k in ("precision", "recall", "f1")] == [
+        summary["final"][k] for k in ("precision", "recall", "f1")
+    ]
+    ((pixels, labels), (_, validation)) = seen[0]
+    np.testing.assert_array_equal(labels, made["labels"][made["kept"]])
+    assert len(pixels) == len(labels) and len(validation) == 30
+    predictions = arrays_of(tmp_path / "kept" / "predictions.npz")
+    np.testing.assert_array_equal(predictions["kept"], made["kept"])
+
+    def refused(*flags) -> str:
+        with pytest.raises(SystemExit) as stop:
+            cleaning.main([*baseline, *flags, "--out", str(tmp_path / "no")])
+        assert stop.value.code == 2 and not (tmp_path / "no").exists()
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        return error
+
+    assert "is of other examples" in refused("--seed", "1")
+    (tmp_path / "x.npz").write_text("no")
+    assert "is damaged, or has no" in refused("--kept", str(tmp_path / "x.npz"))
+    assert "does not exist" in refused("--kept", str(tmp_path / "nothing.npz"))
 
 
 @pytest.mark.parametrize(
@@ -525,6 +569,9 @@ def test_no_clock_runs_before_the_first_evaluation_is_whole(tmp_path):
         (["--method", "aid-fp", "--memory", "tape"], "--memory means nothing"),
         (["--method", "oracle", "--outer-steps", "7"], "--outer-steps means nothing"),
         (["--method", "val-only", "--jit", "off"], "--jit means nothing"),
+        (["--method", "val-only", "--kept", "x"], "--kept needs --method kept+val"),
+        (["--method", "kept+val"], "needs --kept FILE"),
+        (["--method", "kept+val", "--kept", "x", "--trials", "2"], "no --trials"),
         (["--method", "train+val", "--dynamics", "nesterov-t"], "--dynamics means"),
         (["--method", "bda", "--alpha", "2"], "--alpha: must be above 0 and at"),
         (["--method", "bda", "--alpha-decay", "1.1"], "--alpha-decay: must be"),
