@@ -41,6 +41,14 @@ def test_normal_cg_solves_any_invertible_system(seed: int, size: int) -> None:
     assert float(found.residual) == pytest.approx(want, rel=1e-3, abs=1e-12)
 
 
+def test_normal_cg_damps_the_system_and_its_transpose() -> None:
+    matrix, b = general(3, 5), np.arange(1.0, 6.0)
+    solver = tb.NormalConjugateGradient(12, tolerance=1e-12, damping=0.3)
+    found = solver.solve(system(matrix), tf.constant(b))
+    want = np.linalg.solve(matrix + 0.3 * np.eye(5), b)
+    np.testing.assert_allclose(found.value, want, rtol=1e-7)
+
+
 def test_normal_cg_gives_least_squares_for_a_singular_matrix() -> None:
     matrix, b = np.diag([2.0, -1.0, 0.0]), np.array([2.0, 4.0, 5.0])
     found = tb.NormalConjugateGradient(10).solve(system(matrix), tf.constant(b))
@@ -79,8 +87,9 @@ def test_direct_on_a_nest() -> None:
 
 @pytest.mark.parametrize("objective", ["quadratic", "residual"])
 def test_gradient_solver_is_the_optimizer_on_the_named_objective(objective) -> None:
-    """Momentum by hand on v'Av/2 - b'v or |(A + d) v - b|^2."""
-    matrix, b = spd(2, 4, 3.0), np.array([1.0, -2.0, 0.5, 3.0])
+    """Momentum by hand on v'Av/2 - b'v or |(A + d) v - b|^2, of any A."""
+    matrix = general(2, 4) / 4 if objective == "residual" else spd(2, 4, 3.0)
+    b = np.array([1.0, -2.0, 0.5, 3.0])
     damped = matrix + 0.1 * np.eye(4)
     v, velocity = np.zeros(4), np.zeros(4)
     for _ in range(5):
@@ -249,6 +258,23 @@ def test_through_a_plain_step_is_through_the_gradient() -> None:
         gradients.append(tf.nest.flatten(step.upper_gradient))
     for a, b in zip(*gradients, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-9)
+
+
+def test_the_residual_of_an_unsymmetric_map() -> None:
+    """Momentum's: its products are with the transpose too."""
+    oracle = quadratic()
+    x, y, batches = oracle.at("float64")
+    inner = tb.InnerSolver(SGD(0.3, momentum=0.4), 80)
+    solver = tb.GradientSolver(
+        SGD(0.1, momentum=0.8), 1500, "residual", tolerance=1e-10
+    )
+    method = tb.Implicit(inner, solver, through="optimizer")
+    state = method.init(oracle.problem, x, y)
+    run = tf.function(method.step, autograph=False)
+    found = run(oracle.problem, x, y, batches, state)
+    np.testing.assert_allclose(
+        found.upper_gradient, oracle.hypergradient(oracle.x), rtol=1e-6
+    )
 
 
 def test_wrong_tolerances() -> None:

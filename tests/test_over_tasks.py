@@ -631,16 +631,24 @@ def test_learned_rates_per_entry_are_meta_sgd():
     )
 
 
-@pytest.mark.parametrize("optimizer", [SGD(1.0), SGD(1.0, 0.9), ADAM(1.0)])
-def test_equal_rates_per_entry_are_one_rate(optimizer):
+@pytest.mark.parametrize(
+    "optimizer, accelerated",
+    [(SGD(1.0), False), (SGD(1.0), True), (SGD(1.0, 0.9), False), (ADAM(1.0), False)],
+)
+def test_equal_rates_per_entry_are_one_rate(optimizer, accelerated):
     x, y, batches = data()
     like = type(optimizer).from_config(
         {**optimizer.get_config(), "learning_rate": 0.07}
     )
     ends = []
     for solver in (
-        tb.InnerSolver(like, 4),
-        tb.InnerSolver(optimizer, 4, learning_rate=lambda x: tf.fill([FEATURES], 0.07)),
+        tb.InnerSolver(like, 4, accelerated=accelerated),
+        tb.InnerSolver(
+            optimizer,
+            4,
+            learning_rate=lambda x: tf.fill([FEATURES], 0.07),
+            accelerated=accelerated,
+        ),
     ):
         method = tb.Unroll(solver)
         step = method.step(

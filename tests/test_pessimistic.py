@@ -67,14 +67,18 @@ def test_the_start_itself_is_never_the_end() -> None:
 
 
 def test_a_nan_on_the_way_is_seen() -> None:
+    """At y_2 = 0.75 alone."""
     problem = tb.Problem(
-        upper_loss=lambda x, y, batch: tf.where(y > 0.6, float("nan"), y) + 0 * x,
+        upper_loss=lambda x, y, batch: (
+            tf.where(tf.abs(y - 0.75) < 0.01, float("nan"), y) + 0 * x
+        ),
         lower_loss=lambda x, y, batch: 0.5 * (y - x) ** 2,
     )
     method = tb.Unroll(tb.InnerSolver(SGD(0.5), steps=4), end="pessimistic")
     x, y = tf.constant(1.0), tf.constant(0.0)
     found = method.step(problem, x, y, NONE, method.init(problem, x, y))
     assert np.isnan(float(found.metrics["upper_loss"]))
+    assert int(found.metrics["truncation"]) == 2
 
 
 def test_first_order_maml_is_the_gradient_at_the_end() -> None:

@@ -17,6 +17,11 @@ import tfbilevel as tb
         (tb.Constant(0.3), lambda k: 0.3),
         (tb.LinearRamp(0.1, 0.7, 30), lambda k: 0.1 + 0.6 * min(k / 30, 1)),
         (tb.LinearRamp(2.0, -1.0, 4), lambda k: 2 - 3 * min(k / 4, 1)),
+        (
+            tb.CosineDecay(0.3, 0.1, 30),
+            lambda k: 0.2 + 0.1 * math.cos(math.pi * min(k / 30, 1)),
+        ),
+        (tb.InversePower(0.5, 0.3), lambda k: 0.5 * (k + 1) ** -0.3),
         (tb.Geometric(3.0, 0.9), lambda k: 3 * 0.9**k),
         (tb.Geometric(1e-3, 1.5), lambda k: 1e-3 * 1.5**k),
     ],
