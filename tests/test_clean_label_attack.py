@@ -184,7 +184,15 @@ def test_the_whole_pipeline(method, tmp_path):
         )
         assert float(row["largest_change"]) == pytest.approx(np.abs(change).max())
         assert float(row["probability_before"]) > 0.5
-        assert (int(row["flipped_heads"]) >= 2) == bool(int(row["success"]))
+        flipped, after = int(row["flipped_heads"]), float(row["probability_after"])
+        assert (flipped >= 2) == bool(int(row["success"]))
+        if flipped in (0, 3):  # of the target's own class, in all heads alike
+            assert (after < 0.5) == (flipped == 3)
+        distances = (
+            float(row["feature_distance"]),
+            float(row["feature_distance_before"]),
+        )
+        assert distances[0] < 0.999 * distances[1]  # of the poison, not of its base
     rate = np.mean([int(row["success"]) for row in rows])
     assert summary["success_rate"] == pytest.approx(100 * rate)
     for picture in ("attacks.png", "distortion.png"):
@@ -193,6 +201,15 @@ def test_the_whole_pipeline(method, tmp_path):
         assert bundle["X_train"].shape == (60, 28, 28, 1)
         assert bundle["X_train"].min() == -1 and bundle["X_train"].max() == 1
         assert np.bincount(bundle["Y_test"]).tolist() == [10, 10]
+
+
+def test_the_files_share_no_image(monkeypatch):
+    numbers = np.arange(5000, dtype=np.float32)
+    file = attack.images.Part(numbers, numbers.astype(int) % 10)
+    monkeypatch.setattr(attack.images, "load_digits", lambda: file)
+    parts = attack.load_files(attack.parse_args(["--out", "x"]))
+    held = [set(part.images.tolist()) for part in parts]
+    assert sum(map(len, held)) == len(set.union(*held)) == 5000
 
 
 def test_a_killed_run_resumes(tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ from published_files import prepare_with_tfds
 
 import tfbilevel as tb
 from data_prep import images, svhn
+from tfbilevel import experiment
 from tfbilevel.experiment import _callbacks as callbacks
 
 denoising = load_experiment("data_denoising")
@@ -83,6 +84,51 @@ def test_published_settings_are_the_defaults():
         1e-3,
         "residual",
     )
+
+
+def test_approxgrad_halves_both_rates_by_epochs_and_goes_on_with_adam():
+    """specs: penalty 2.2. 20 updates of y in each of x, 295 of x in an epoch."""
+    args = parse("--dataset", "mnist", "--method", "approxgrad", "--halve-every", "20")
+    inner = denoising.Settings.method(args, 295).inner
+    assert inner.optimizer_state == "carry"
+    upper, lower = denoising.Settings.upper_rate(args, 295), inner.optimizer
+    for rate, first, unit in (
+        (upper, 1.0, 295 * 20),
+        (lower._learning_rate, 1e-6, 295 * 20 * 20),
+    ):
+        assert float(rate(unit - 1)) == pytest.approx(first)
+        assert float(rate(unit)) == pytest.approx(first / 2)
+
+
+@pytest.mark.parametrize("dataset", ["digits", "mnist", "mnist-small"])
+def test_the_parts_share_no_image(dataset, monkeypatch):
+    """Numbered ones."""
+
+    def file(count, first):
+        numbers = np.arange(first, first + count, dtype=np.float32)
+        return images.Part(numbers, numbers.astype(np.int32) % 10)
+
+    monkeypatch.setattr(images, "load_digits", lambda: file(5000, 0))
+    files = {"train": file(8000, 0), "test": file(50, 8000)}
+    monkeypatch.setattr(images, "load_file", lambda name, split, folder: files[split])
+    monkeypatch.setattr(images, "in_published_order", lambda part, split: part)
+    monkeypatch.setattr(denoising, "scaled", lambda part: part)
+    sizes = ["--train-size", "2000", "--validation-size", "1000", "--test-size", "50"]
+    parts = denoising.load_parts(parse("--dataset", dataset, *sizes))
+    assert [len(part.labels) for part in parts] == [2000, 1000, 50]
+    held = [set(part.images.tolist()) for part in parts]
+    assert len(set.union(*held)) == 3050
+
+
+def test_the_best_row_is_that_of_validation_data(tmp_path):
+    run = experiment.Run(tmp_path / "run", {}, False)
+    for step, validation, test in ((1, 50.0, 90.0), (2, 80.0, 60.0), (3, 70.0, 70.0)):
+        row = {"step": step, "seconds": step, "validation_accuracy": validation}
+        run.log(row | {"test_accuracy": test, "f1_at_0.5": 1.0})
+    summary = denoising.summarise(parse(*SMALL), run)
+    assert summary["best_validation_step"] == 2
+    assert summary["test_accuracy_at_best_validation"] == 60.0
+    assert summary["best_test_accuracy"] == 90.0 and summary["test_accuracy"] == 70.0
 
 
 def part_of(count, seed, shape=(4, 4, 1)):
@@ -274,10 +320,11 @@ def test_accuracy_counts_every_image_once():
 
 
 def test_a_killed_run_resumes_to_the_same_numbers(tmp_path, monkeypatch):
-    """From a backup between two rows: 3 updates are an epoch of the data."""
-    monkeypatch.setattr(denoising, "SAVED", 2)
+    """From a backup between two rows: 3 updates are an epoch of the data. The rows are
+    means over parts of 2 and 1 updates then, and those of a run without them."""
     flags = [*SMALL, "--inner-steps", "2", "--epochs", "4", "--retrain-threshold", "0"]
     denoising.main([*flags, "--out", str(tmp_path / "whole")])
+    monkeypatch.setattr(denoising, "SAVED", 2)
 
     class Dying(callbacks.Backup):
         def on_epoch_end(self, epoch, logs=None):
@@ -301,7 +348,11 @@ def test_a_killed_run_resumes_to_the_same_numbers(tmp_path, monkeypatch):
         assert seconds == sorted(set(seconds))
         return made
 
-    assert rows("whole") == rows("broken")
+    for whole, broken in zip(rows("whole"), rows("broken"), strict=True):
+        assert set(whole) == set(broken)
+        for name, value in whole.items():
+            expected = pytest.approx(float(value), rel=1e-5, nan_ok=True)
+            assert float(broken[name]) == expected, name
     assert [row["step"] for row in rows("whole")] == ["0", "3", "6", "9", "12"]
 
 

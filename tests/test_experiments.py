@@ -19,6 +19,7 @@ from experiment_scripts import ROOT, arrays_of, load_experiment
 
 import tfbilevel as tb
 from tfbilevel import experiment
+from tfbilevel.experiment import _callbacks
 
 toy = load_experiment("toy_pbgd")
 cleaning = load_experiment("data_hyper_cleaning")
@@ -172,6 +173,48 @@ def test_nothing_but_test_scores_depends_on_test_labels(tmp_path, monkeypatch):
     other_rows, other_chosen, other_accuracy = without_test_scores("wrong")
     assert (rows, chosen) == (other_rows, other_chosen)
     assert accuracy != other_accuracy
+
+
+def test_the_step_to_report_is_chosen_by_selection_images():
+    def row(step, selection, test):
+        scores = {"precision": 1.0 * step, "recall": 2.0 * step, "f1": 3.0 * step}
+        accuracies = {"selection_accuracy": selection, "test_accuracy": test}
+        return {"step": step, "seconds": step / 10, **accuracies, **scores}
+
+    rows = [row(0, 10.0, 11.0), row(2, 90.0, 80.0), row(4, 85.0, 95.0), row(6, 9.0, 8)]
+    summary = cleaning.summarise(cleaning.parse_args(["--out", "x"]), rows)
+    assert summary["best_validation_step"] == 2
+    assert [summary[name] for name in cleaning.SCORES] == [80.0, 2.0, 4.0, 6.0]
+    assert summary["final"]["test_accuracy"] == 8
+    assert summary["best_test_accuracy"] == 95.0
+    assert summary["f1_at_best_test_accuracy"] == 12.0 and summary["best_f1"] == 18.0
+
+
+def test_methods_are_what_they_are_called():
+    def built(*flags):
+        args = cleaning.parse_args(["--out", "x", *flags])
+        return cleaning.build_method(args, cleaning.build_net(args.net, 4, seed=1))
+
+    assert built("--method", "t-rhg").last == 100
+    assert built("--method", "rhg").last is None
+    for method in ("rhg", "iaptt-gm"):
+        found = built("--method", method, "--memory", "tape")
+        assert found.end == ("pessimistic" if method == "iaptt-gm" else "final")
+        assert found.memory == "tape" and found.aggregate is None
+        assert callable(found.inner.start) == (method == "rhg")
+    for auxiliary in ("persistent", "copy"):
+        assert built("--auxiliary", auxiliary).auxiliary == auxiliary
+    bda = built("--method", "bda", "--inner-steps", "7")
+    assert bda.inner.start == "cold" and bda.inner.steps == 7
+    for dynamics, accelerated, momentum in (
+        ("gd", False, 0.0),
+        ("nesterov-t", True, 0.0),
+        ("nesterov-m", False, 0.9),
+    ):
+        inner = built("--method", "iaptt-gm", "--dynamics", dynamics).inner
+        assert inner.accelerated is accelerated
+        assert inner.optimizer.momentum == momentum
+        assert inner.optimizer.nesterov == (momentum > 0)
 
 
 @pytest.mark.parametrize("baseline", ["oracle", "val-only", "train+val"])
@@ -543,6 +586,16 @@ def test_seconds_are_those_of_outer_steps_alone(tmp_path, monkeypatch):
     model.outer_step, model.stop_training = 0, False
     assert fit([1, 2])[1:] == [(2, 1, 20)]
     assert fit([])[1:] == [(2, 1, 20)]
+
+
+def test_a_row_holds_means_over_all_steps_since_the_last_one():
+    """Parts of unlike length; a part whose steps were all skipped has no loss."""
+    parts = [
+        (2, {"loss": 1.0, "skipped": 0.0}),
+        (1, {"loss": float("nan"), "skipped": 1.0}),
+        (6, {"loss": 5.0, "skipped": 2.0}),
+    ]
+    assert _callbacks._means(parts) == {"loss": 4.0, "skipped": 3.0}
 
 
 def test_no_clock_runs_before_the_first_evaluation_is_whole(tmp_path):

@@ -434,6 +434,84 @@ def test_fresh_heads_differ_between_tasks_and_steps_and_are_seeded():
         np.testing.assert_allclose(np.std(first[0]), spread, rtol=0.1)
 
 
+def test_methods_are_what_they_are_called():
+    """Two flags and an argument are all that tells many of them apart."""
+    built = {}
+    for method in few_shot.METHODS:
+        args = small(method, "--filters", "3", "--outer-steps", "10")
+        built[method] = few_shot.build_model(args, SHAPE).method
+    unrolled = {n: m for n, m in built.items() if isinstance(m, tb.Unroll)}
+    assert set(built) - set(unrolled) == {"imaml", "approxgrad", "penalty"}
+    for name, method in unrolled.items():
+        assert method.first_order == (name in ("fomaml", "fo-itd-bio"))
+        assert method.last == (5 if name == "t-rhg" else None)
+        assert method.end == ("pessimistic" if name == "iaptt-gm" else "final")
+        assert (method.aggregate is not None) == (name == "bda")
+        rate: Any = method.inner.learning_rate
+        if name in ("rhg", "t-rhg", "bda", "iaptt-gm"):  # cosine, 0.4 to 0.04
+            assert float(rate(tf.constant(0))) == pytest.approx(0.4)
+            assert float(rate(tf.constant(5))) == pytest.approx(0.22)
+            assert float(rate(tf.constant(10))) == pytest.approx(0.04)
+        else:
+            assert callable(rate) == (name == "meta-sgd")
+    for name, method in built.items():
+        inner = method.inner
+        assert callable(inner.start) == (name in few_shot.FRESH), name
+    assert isinstance(built["imaml"].solver, tb.ConjugateGradient)
+    assert isinstance(built["approxgrad"].solver, tb.GradientSolver)
+    assert built["penalty"].optimizer_state == built["penalty"].multipliers == "reset"
+
+
+def test_features_of_both_sets_share_statistics_only_where_published():
+    for method, shared in (("anil", True), ("iaptt-gm", False)):
+        args = small(method, "--filters", "3")
+        model, batch = few_shot.build_model(args, SHAPE), batch_of(args)
+        (queries, _), (supports, _) = task = tf.nest.map_structure(
+            lambda leaf: leaf[0], batch
+        )
+        made = model._prepare(model.upper, task).lower[0]
+        alone = model.upper(supports)
+        both = model.upper(tf.concat([queries, supports], axis=0))[len(queries) :]
+        assert np.abs(alone - both).max() > 1e-3
+        np.testing.assert_allclose(made, both if shared else alone, atol=1e-5)
+
+
+def test_every_part_has_its_own_classes_and_the_best_weights_are_tested(
+    tmp_path, monkeypatch
+):
+    drawn, measured, models = {}, [], []
+    draw, build = few_shot.draw, few_shot.build_model
+
+    def recorded(args, some, seed, *first):
+        (drawn[seed],) = (name for name, part in GLYPHS.items() if part is some)
+        return draw(args, some, seed, *first)
+
+    def accuracies(self):
+        """Of validation tasks 50, 70, 60; of test tasks 10 and 20."""
+        (model,) = models
+        measured.append([np.array(v) for v in model.upper_variables])
+        return np.full(4, [50.0, 70.0, 60.0, 10.0, 20.0][len(measured) - 1])
+
+    monkeypatch.setattr(few_shot, "load_splits", lambda args: GLYPHS)
+    monkeypatch.setattr(few_shot, "draw", recorded)
+    monkeypatch.setattr(
+        few_shot,
+        "build_model",
+        lambda *arguments: models.append(build(*arguments)) or models[0],
+    )
+    monkeypatch.setattr(few_shot.Judge, "accuracies", accuracies)
+    summary = few_shot.main(["--out", str(tmp_path / "run"), *SMALL])
+    del drawn[0]  # looked at for its size
+    assert drawn == {1: "validation", 1000: "train", 2: "test"}
+    assert summary["best_validation_step"] == 2
+    assert summary["last_test_accuracy"] == 10 and summary["test_accuracy"] == 20
+    start, best, end, last, tested = measured
+    for index, value in enumerate(tested):
+        np.testing.assert_array_equal(value, best[index])
+        np.testing.assert_array_equal(last[index], end[index])
+    assert np.abs(best[0] - start[0]).max() > 0 < np.abs(best[0] - end[0]).max()
+
+
 ONE_RUN = pytest.mark.xdist_group("one run")
 
 

@@ -418,7 +418,7 @@ def test_a_comparison_runs_each_method_and_collects_the_rows(
         """Stands for training: three rows and a summary."""
         rows = [
             {"step": k, "seconds": k / 10, "method": args.method, "test_loss": 0.5 - k,
-             "test_accuracy": 70.0, "validation_loss": 1.0}
+             "test_accuracy": 70.0, "validation_loss": abs(k - 1)}
             | ({"growth": 0.1 * k} if args.method == "stocbio" else {"residual": k})
             for k in range(3)
         ]  # fmt: skip
@@ -437,6 +437,8 @@ def test_a_comparison_runs_each_method_and_collects_the_rows(
     summary = news.main(flags)
     assert list(summary["methods"]) == ["stocbio", "reverse"]
     assert summary["methods"]["reverse"]["test_loss"] == -1.5
+    assert summary["methods"]["reverse"]["best_validation_step"] == 1
+    assert summary["methods"]["reverse"]["test_loss_at_best_validation"] == -0.5
     assert summary["methods"]["reverse"]["seconds_per_outer_step"] == 0.1
     assert "--batch-size" in calls[0] and "--batch-size" not in calls[1]
     assert all(call[call.index("--seconds") + 1] == "60.0" for call in calls)

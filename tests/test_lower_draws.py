@@ -164,10 +164,13 @@ def test_draws_of_random_products(name: str) -> None:
     ids=["accelerated", "learned-rate", "rate-per-entry", "one-step"],
 )
 def test_finite_differences_of_any_last_step(inner: tb.InnerSolver) -> None:
-    """The derivative of the last step, its rate's part and a start's included."""
+    """The derivative of the last step, its rate's part and a start's included; of a
+    loss whose second derivatives depend on where they are taken."""
     problem = tb.Problem(
         PROBLEM.upper_loss,
-        PROBLEM.lower_loss,
+        lambda x, y, batch: (
+            PROBLEM.lower_loss(x, y, batch) + x[0] ** 2 * tf.reduce_sum(y**4)
+        ),
         lower_start=lambda x: tf.stack([x[0], x[1] ** 2, x[0] * x[1]]),
     )
     report = tb.check_hypergradient(
@@ -177,4 +180,4 @@ def test_finite_differences_of_any_last_step(inner: tb.InnerSolver) -> None:
         tf.constant(Y),
         BATCHES,
     )
-    assert report.error < 1e-6
+    assert report.error < 1e-4

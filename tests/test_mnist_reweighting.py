@@ -116,6 +116,39 @@ def test_every_method_runs_and_writes_its_files(compared):
         assert [row["test_loss"] for row in mine] == [row["test_loss"] for row in rows]
 
 
+def test_the_best_row_is_that_of_validation_data():
+    names = ("train_loss", *reweighting.SCORES, "f1", "test_accuracy")
+
+    def row(step, validation, test):
+        values = dict.fromkeys(names, float(step)) | {"test_loss": test}
+        made = {"step": step, "seconds": step, "validation_loss": validation} | values
+        return {k: str(v) for k, v in made.items()} | {"method": "stocbio"}
+
+    rows = [row(0, 0.1, 0.1), row(1, 2.0, 0.2), row(2, 0.5, 3.0), row(3, 0.9, 1.0)]
+    summary = reweighting.summarise(parse("--method", "stocbio").jobs[0], rows)
+    assert summary["best_validation_step"] == 2
+    assert summary["best_by_validation"]["test_loss"] == 3.0
+    assert summary["best_test_loss"] == 0.2 and summary["test_loss"] == 1.0
+
+
+@ONE_COMPARISON
+def test_the_table_is_of_each_method_s_own_runs(compared):
+    for method, run in compared[1]["methods"].items():
+        (own,) = (one for one in compared[1]["runs"] if one["method"] == method)
+        for name in reweighting.SCORES:
+            assert (run[name], run[f"{name}_std"]) == (own[name], 0)
+
+
+def test_the_parts_share_no_image(monkeypatch):
+    """Numbered ones."""
+    numbers = np.arange(5000, dtype=np.int64)
+    file = images.Part(numbers, numbers % 10)
+    monkeypatch.setattr(images, "load_digits", lambda: file)
+    args = parse("--dataset", "digits", "--train-size", "2000")
+    parts = [set(part.images.tolist()) for part in reweighting.load_parts(args)]
+    assert sum(map(len, parts)) == len(set.union(*parts))
+
+
 @ONE_COMPARISON
 def test_all_methods_start_from_the_same_network(compared):
     starts = [row["test_loss"] for row in read(compared[0]) if row["step"] == "0"]

@@ -318,6 +318,39 @@ def test_evaluate_and_predict_are_of_the_lower_model():
     assert_close([model.predict(inputs, verbose=0)], [model.lower(inputs).numpy()])
 
 
+def test_evaluate_is_of_the_model_at_rest_and_weighted():
+    """No dropout, moving statistics that are read only, a weight per example."""
+    layers = [keras.Input((FEATURES,)), keras.layers.BatchNormalization()]
+    layers += [keras.layers.Dropout(0.5), keras.layers.Dense(CLASSES)]
+    lower = keras.Sequential(layers)
+    lower.layers[0].set_weights([np.full(FEATURES, v) for v in (2.0, 0.5, 0.3, 4.0)])
+    model = tb.BilevelModel(tb.ExampleWeights(TRAIN), lower, upper_loss, lower_loss)
+    metrics = [
+        keras.metrics.SparseCategoricalCrossentropy(name, from_logits=True)
+        for name in ("plain", "weighted")
+    ]
+    model.compile(
+        unroll(),
+        keras.optimizers.Adam(0.1),
+        metrics=metrics[:1],
+        weighted_metrics=metrics[1:],
+        jit_compile=False,
+    )
+    (inputs, labels), _ = arrays()
+    by = np.linspace(0.1, 3.0, len(labels)).astype("float32")
+    before = weights(model)
+    data = tf.data.Dataset.from_tensors((inputs, labels, by))
+    found = model.evaluate(data, verbose=0, return_dict=True)
+    assert_same(before, weights(model))
+    gamma, beta, mean, variance = (np.float64(v) for v in (2.0, 0.5, 0.3, 4.0))
+    kernel, bias = (np.float64(v) for v in lower.layers[-1].get_weights())
+    scaled = gamma * (inputs - mean) / np.sqrt(variance + 1e-3) + beta
+    logits = scaled @ kernel + bias
+    losses = np.log(np.exp(logits).sum(1)) - logits[np.arange(len(labels)), labels]
+    assert found["plain"] == pytest.approx(losses.mean(), rel=1e-5)
+    assert found["weighted"] == pytest.approx((by * losses).sum() / by.sum(), rel=1e-5)
+
+
 def test_callbacks_work(tmp_path):
     model = make()
     callbacks = [
@@ -581,8 +614,12 @@ def test_several_replicas_are_refused(monkeypatch):
 def test_train_on_batch_is_a_step_of_fit():
     fitted, mine = make(), make()
     history = fitted.fit(full_batch(3), verbose=0).history
+    alone = make()
     for batch in full_batch(3):
         logs = mine.train_on_batch(batch, return_dict=True)
+        one = alone.fit(tf.data.Dataset.from_tensors(batch), verbose=0).history
+        for name, value in logs.items():  # of this step, not a mean over all so far
+            assert value == pytest.approx(one[name][0], rel=1e-5)
     assert_close(weights(fitted), weights(mine), rtol=1e-5)
     assert mine.outer_step == 3 and set(logs) == set(history)
     with pytest.raises(ValueError, match="`x` must be tb.Batches"):
@@ -718,6 +755,33 @@ def test_a_saved_choice_of_compilation_holds_after_loading(tmp_path):
     other._choose_compilation = lambda data: pytest.fail("timed again")
     other.fit(full_batch(), verbose=0)
     assert other.jit_compile is False
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_saved_xla_is_used_without_timing(whole, tmp_path, monkeypatch):
+    """By load_weights at once, by load_model from its first fit on; within a fit."""
+    path = str(tmp_path / ("a.keras" if whole else "a.weights.h5"))
+    model = make(jit_compile="auto")
+    model._ensure_carried()
+    model._progress.compilation.assign(2)
+    (model.save if whole else model.save_weights)(path)
+    monkeypatch.setattr(tb._model, "faster_with_xla", lambda *arguments: False)
+    if whole:
+        objects = {"upper_loss": upper_loss, "lower_loss": lower_loss}
+        objects["method"] = model.method
+        other = keras.saving.load_model(path, custom_objects=objects)
+        other.fit(full_batch(), verbose=0)
+        assert other.jit_compile is True
+        return
+    other = make(jit_compile="auto")
+    other.load_weights(path)
+    assert other.jit_compile is True
+    restored = make(jit_compile="auto")
+    load = keras.callbacks.LambdaCallback(
+        on_train_begin=lambda logs: restored.load_weights(path)
+    )
+    restored.fit(full_batch(), callbacks=[load], verbose=0)
+    assert restored.jit_compile is True
 
 
 def test_fit_before_compile_says_so():

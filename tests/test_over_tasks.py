@@ -468,11 +468,12 @@ def test_prepare_sees_one_task_and_is_differentiated_through():
     np.testing.assert_allclose(results[0].upper_gradient, mean, rtol=1e-11)
 
 
+@pytest.mark.parametrize("mapping", ["vectorized", "in-turn"])
 @pytest.mark.parametrize("prepared", [False, True])
-def test_every_inner_step_takes_its_slice_of_stacked_lower_batches(prepared):
+def test_every_inner_step_takes_its_slice_of_stacked_lower_batches(prepared, mapping):
     x, y, batches = data()
-    slices = tf.nest.map_structure(
-        lambda leaf: tf.stack([leaf, 2 * leaf, leaf[:, ::-1]]), batches.lower
+    slices = tf.nest.map_structure(  # four draws of three tasks
+        lambda leaf: tf.stack([leaf, 2 * leaf, leaf[:, ::-1], 3 * leaf]), batches.lower
     )
     one = ridge()
     if prepared:
@@ -481,8 +482,8 @@ def test_every_inner_step_takes_its_slice_of_stacked_lower_batches(prepared):
             one.lower_loss,
             prepare=lambda x, b: b._replace(lower=(b.lower[0] * tf.exp(x), b.lower[1])),
         )
-    method = tb.Unroll(inner(3))
-    tasks = tb.over_tasks(one)
+    method = tb.Unroll(inner(4))
+    tasks = tb.over_tasks(one, mapping)
     stacked = tb.StackedBatches(batches.upper, slices)
     step = first_step(tasks, method, x, y, stacked)
     gradients = []

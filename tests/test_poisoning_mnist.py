@@ -162,6 +162,13 @@ def test_several_counts_and_trials_resume(tmp_path):
     flags += ["--poisons", "2", "4", "--trials", "2", "--out", str(tmp_path)]
     summary = poisoning.main(flags)
     assert set(summary["by_poisons"]) == {"2", "4"}
+    for count, row in summary["by_poisons"].items():
+        runs = [run for run in summary["runs"] if run["poisons"] == int(count)]
+        assert len(runs) == 2
+        for state in poisoning.SCORES:
+            found = [run[state]["test_accuracy"] for run in runs]
+            assert row[f"{state}_test_accuracy"] == pytest.approx(np.mean(found))
+            assert row[f"{state}_test_accuracy_std"] == pytest.approx(np.std(found))
     folder = tmp_path / "poisons-4-seed-1"
     stamps = (tmp_path / "poisons-2-seed-0" / "summary.json").stat().st_mtime_ns
     (folder / "summary.json").unlink()

@@ -401,6 +401,7 @@ def test_callbacks_that_keep_the_best_need_no_mode(tmp_path: Any) -> None:
     model = build_whole()
     model.fit(full_batch(repeat=2), epochs=3, callbacks=[best, stop], verbose=0)
     assert model.outer_step == 4  # no epoch is better by 1e9 than the first
+    assert best.mode == stop.mode == "min"
     loaded = keras.saving.load_model(
         path, custom_objects=OBJECTS | {"method": value_gap()}
     )

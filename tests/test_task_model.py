@@ -41,36 +41,53 @@ def inner(steps: int = 2) -> tb.InnerSolver:
     return tb.InnerSolver(keras.optimizers.SGD(0.3), steps)
 
 
-def maml() -> tb.BilevelModel:
+def loss(upper: Any, lower: Any, batch: Any) -> Any:
+    return cross_entropy(lower, batch)
+
+
+def encoded(encoder: Any, batches: tb.Batches) -> tb.Batches:
+    (query, answers), (support, labels) = batches
+    return batches._replace(
+        upper=(encoder(query), answers), lower=(encoder(support), labels)
+    )
+
+
+def maml(mapping: str = "auto") -> tb.BilevelModel:
     """The upper model is the start of the lower one."""
     return tb.BilevelModel(
         network(WAYS, 1),
         network(WAYS, 2),
-        lambda upper, lower, batch: cross_entropy(lower, batch),
-        lambda upper, lower, batch: cross_entropy(lower, batch),
+        loss,
+        loss,
         lower_start=lambda upper: upper.trainable_variables,
         tasks=TASKS,
+        mapping=mapping,
     )
 
 
-def anil() -> tb.BilevelModel:
+def anil(mapping: str = "auto") -> tb.BilevelModel:
     """A shared encoder, heads that start where the upper level says."""
-
-    def prepare(encoder: Any, batches: tb.Batches) -> tb.Batches:
-        (query, answers), (support, labels) = batches
-        return batches._replace(
-            upper=(encoder(query), answers), lower=(encoder(support), labels)
-        )
-
     return tb.BilevelModel(
         network(SIZE, 3, "tanh"),
         network(WAYS, 4),
-        lambda upper, lower, batch: cross_entropy(lower, batch),
-        lambda upper, lower, batch: cross_entropy(lower, batch),
+        loss,
+        loss,
         lower_start="learned",
-        prepare=prepare,
+        prepare=encoded,
         tasks=TASKS,
+        mapping=mapping,
     )
+
+
+# What a file of them does not hold.
+FUNCTIONS: dict[Any, dict[str, Any]] = {
+    maml: {
+        "upper_loss": loss,
+        "lower_loss": loss,
+        "lower_start": lambda upper: upper.trainable_variables,
+    },
+    anil: {"upper_loss": loss, "lower_loss": loss, "prepare": encoded},
+}
 
 
 @pytest.mark.parametrize("build", [maml, anil])
@@ -225,6 +242,25 @@ def test_a_killed_run_over_tasks_resumes_bit_identically(tmp_path):
     resumed = run(1, tmp_path, load=True)
     for a, b in zip(run(2, tmp_path), resumed, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("build", [maml, anil])
+def test_a_saved_model_keeps_its_tasks_and_functions(build, tmp_path):
+    model = build("in-turn")
+    model.compile(tb.Unroll(inner()), keras.optimizers.SGD(0.5), jit_compile=False)
+    model.save(tmp_path / "model.keras")
+    objects = FUNCTIONS[build] | {"method": tb.Unroll(inner())}
+    path = tmp_path / "model.keras"
+    loaded = keras.saving.load_model(path, custom_objects=objects)
+    assert (loaded.tasks, loaded.mapping) == (TASKS, "in-turn")
+    for one in (model, loaded):
+        one.fit(meta_batches(2), verbose=0)
+    for a, b in zip(model.upper_variables, loaded.upper_variables, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+    gone = "prepare" if build is anil else "lower_start"
+    del objects[gone]
+    with pytest.raises(ValueError, match=f"Received: no {gone}"):
+        keras.saving.load_model(path, custom_objects=objects)
 
 
 def test_dropout_over_tasks_draws_anew_at_every_outer_step():

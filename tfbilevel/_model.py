@@ -59,6 +59,7 @@ from tfbilevel._training_state import (
 )
 
 ON_NONFINITE = ("raise", "skip")
+SAVED_SETTINGS = ("metrics", "weighted_metrics", "steps_per_execution", "run_eagerly")
 
 
 @keras.saving.register_keras_serializable("tfbilevel")
@@ -234,6 +235,7 @@ class BilevelModel(keras.Model):
         on_nonfinite: str = "raise",
         run_eagerly: bool = False,
         start_optimizer: keras.optimizers.Optimizer | None = None,
+        weighted_metrics: list | None = None,
     ) -> None:
         """Choose how to train.
 
@@ -252,6 +254,8 @@ class BilevelModel(keras.Model):
             run_eagerly: run without compilation, for debugging.
             start_optimizer: a Keras optimizer for a learned start; `None`: the upper
                 optimizer moves it too.
+            weighted_metrics: like `metrics`, which are of all examples alike; these
+                take the weights that the data of `evaluate` may have for a third part.
         """
         require_choice(on_nonfinite, "on_nonfinite", ON_NONFINITE)
         require_jit(jit_compile)
@@ -268,6 +272,7 @@ class BilevelModel(keras.Model):
         super().compile(
             optimizer=upper_optimizer,
             metrics=metrics,
+            weighted_metrics=weighted_metrics,
             auto_scale_loss=False,
             jit_compile=False,
             steps_per_execution=steps_per_execution,
@@ -447,7 +452,7 @@ class BilevelModel(keras.Model):
         serialize = keras.saving.serialize_keras_object
         return {
             "upper_optimizer": serialize(self.optimizer),
-            **{k: known[k] for k in ("metrics", "steps_per_execution", "run_eagerly")},
+            **{name: known[name] for name in SAVED_SETTINGS},
             "jit_compile": "auto" if self._auto_jit else self.jit_compile,
             "on_nonfinite": self.on_nonfinite,
             "start_optimizer": serialize(self.start_optimizer),
