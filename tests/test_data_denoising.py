@@ -56,6 +56,7 @@ def test_published_settings_are_the_defaults():
     method = denoising.Settings.method(args, 295)
     assert method.tolerance_decay == pytest.approx(0.9**0.5)
     assert (method.growth, method.decay, method.rate_decay) == (1.1, 0.9, 0.9)
+    assert method.multiplier == 1e-6
     assert not args.augment and args.retrain_threshold == 0
     assert parse("--dataset", "cifar10").augment
     small = parse("--dataset", "mnist-small")
@@ -79,6 +80,7 @@ def test_published_settings_are_the_defaults():
     other = parse("--dataset", "mnist", "--method", "approxgrad")
     assert (other.upper_lr, other.lower_lr, other.solver_lr) == (1, 1e-6, 1e-5)
     solver = denoising.Settings.method(other, 295).solver
+    assert float(solver.optimizer.learning_rate) == pytest.approx(1e-5)
     assert (solver.max_steps, solver.damping, solver.objective) == (
         20,
         1e-3,

@@ -31,6 +31,7 @@ def decoded(part):
 @pytest.mark.parametrize("tasks", [3, 5])
 def test_support_and_query_are_disjoint_and_labels_mean_classes(tasks):
     dataset = episodes(collection(), ways=3, shots=2, queries=4, tasks=tasks, seed=1)
+    repeated = []
     for batch in dataset.take(6):
         (of, place), (query_of, query_place) = map(decoded, (batch.lower, batch.upper))
         labels, query_labels = batch.lower[1].numpy(), batch.upper[1].numpy()
@@ -48,6 +49,8 @@ def test_support_and_query_are_disjoint_and_labels_mean_classes(tasks):
         # Three tasks of three classes are apart; of five, the first three.
         seen = [set(of[task]) for task in range(3)]
         assert len(set.union(*seen)) == 9
+        repeated += [of[t].tolist() == of[t - 3].tolist() for t in range(3, tasks)]
+    assert not any(repeated)  # the next three are drawn anew
 
 
 def test_meta_batches_depend_on_seed_and_number_alone():

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -156,6 +157,32 @@ def test_resnet12_halves_as_published():
         networks.sequential(blocks[:n], MINI, "part").output_shape[1] for n in (1, 2, 3)
     ]
     assert sides == [42, 21, 11]
+
+
+def test_the_residual_encoder_is_the_penalty_paper_s():
+    """specs: penalty 5. 84, 42, 21, 11 and 6."""
+    blocks = networks.residual_encoder(networks.Initializers(0))
+    sides = [
+        networks.sequential([*blocks[:n], blocks[n][:2]], MINI, "part").output_shape[1]
+        for n in range(4)
+    ]
+    assert sides == [42, 21, 11, 6]
+    for block in blocks:
+        norms, slopes = block[0].main[1::3], block[0].main[2::3]
+        assert [layer.epsilon for layer in norms] == [1e-3] * 3
+        assert [layer.negative_slope for layer in slopes] == [pytest.approx(0.1)] * 3
+    assert blocks[-1][2].activation is keras.activations.relu
+    assert blocks[-1][4].activation is keras.activations.linear
+
+
+def test_a_residual_is_a_sum():
+    first, second = keras.layers.Dense(2), keras.layers.Dense(2)
+    layer = networks.Residual([first, keras.layers.ReLU()], [second])
+    inputs = np.random.default_rng(0).normal(size=(4, 3)).astype("float32")
+    found = layer(inputs)
+    (a, b), (c, d) = first.get_weights(), second.get_weights()
+    want = np.maximum(inputs @ a + b, 0) + inputs @ c + d
+    np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-6)
 
 
 def test_softplus_head_is_2_by_2_by_32():

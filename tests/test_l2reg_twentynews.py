@@ -329,7 +329,7 @@ def test_training_follows_the_formulas(tmp_path: Any, monkeypatch: pytest.Monkey
         p = scipy.special.softmax(dense @ y, axis=1)
         return dense, p, p - np.eye(CLASSES)[part.labels[chosen]]
 
-    losses = []
+    expected = []
     for step in range(2):
         numbers = iter(range(6 * step, 6 * step + 6))  # T = 3, Q = 2 and one more
         for _ in range(3):
@@ -348,10 +348,29 @@ def test_training_follows_the_formulas(tmp_path: Any, monkeypatch: pytest.Monkey
             term = term - 0.5 * product
             total = total + term
         x = x + 30 * 0.5 * np.exp(x) * np.sum(y * total, axis=1) / y.size
-        losses.append((x.max(), x.min()))
-    for row, (largest, smallest) in zip(rows_of(tmp_path)[1:], losses, strict=True):
-        assert float(row["largest_x"]) == pytest.approx(largest, rel=1e-3)
-        assert float(row["smallest_x"]) == pytest.approx(smallest, rel=1e-3)
+        made = {"largest_x": x.max(), "smallest_x": x.min()}
+        for name in ("train", "validation", "test"):
+            part = getattr(data, name)
+            logs = scipy.special.log_softmax(part.features @ y, axis=1)
+            made[f"{name}_loss"] = -logs[np.arange(len(logs)), part.labels].mean()
+            right = logs.argmax(axis=1) == part.labels
+            made[f"{name}_accuracy"] = 100 * right.mean()
+        expected.append(made)
+    for row, made in zip(rows_of(tmp_path)[1:], expected, strict=True):
+        for name, value in made.items():
+            assert float(row[name]) == pytest.approx(value, rel=1e-3), name
+
+
+def test_losses_after_so_many_seconds():
+    times = ((0, 0.0, 3.0), (1, 0.9, 2.0), (2, 1.5, 0.8), (3, 3.0, 0.5))
+    rows = [
+        {"step": step, "seconds": seconds, "test_loss": loss, "validation_loss": loss,
+         "test_accuracy": 1.0, "method": "stocbio"}
+        for step, seconds, loss in times
+    ]  # fmt: skip
+    summary = news.summarise(news.parse_args(["--out", "x"]), rows)
+    assert summary["seconds_to_test_loss_1"] == 1.5
+    assert summary["test_loss_after"] == {"1": 2.0, "2": 0.8}
 
 
 def test_an_interrupted_run_resumes_to_the_same_numbers(

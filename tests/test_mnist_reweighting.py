@@ -66,7 +66,12 @@ def test_published_settings_are_the_defaults():
         size = {"stocbio": 50, "bsa": 1, "ttsa": 1}.get(method)
         assert job.batch_size == size
         made = reweighting.build_method(job)
-        assert isinstance(made, tb.Method)
+        named = {"stocbio": tb.StocBiO, "bsa": tb.BSA, "ttsa": tb.TTSA}
+        named["reverse"] = tb.Unroll
+        assert type(made) is named.get(method, tb.Implicit)
+        solvers = {"aid-fp": tb.FixedPoint, "aid-cg": tb.ConjugateGradient}
+        solvers["hoag"] = tb.ConjugateGradient
+        assert method not in solvers or type(made.solver) is solvers[method]
         if method in STOCHASTIC:
             eta = {"stocbio": 0.1, "bsa": 0.001, "ttsa": 0.001}[method]
             assert (made.max_steps, made.rate) == (3, eta)
@@ -147,6 +152,55 @@ def test_the_parts_share_no_image(monkeypatch):
     args = parse("--dataset", "digits", "--train-size", "2000")
     parts = [set(part.images.tolist()) for part in reweighting.load_parts(args)]
     assert sum(map(len, parts)) == len(set.union(*parts))
+
+
+def test_mnist_is_read_from_both_of_its_files(monkeypatch):
+    """Numbered images: the first ones train, the last ones validate."""
+    orders = []
+
+    def load(name, split, folder):
+        first = {"train": 0, "test": 1000}[split]
+        numbers = np.arange(first, first + 500)
+        return images.Part(numbers, numbers % 10)
+
+    monkeypatch.setattr(images, "load_file", load)
+    monkeypatch.setattr(
+        images, "in_published_order", lambda part, split: orders.append(split) or part
+    )
+    sizes = ["--train-size", "300", "--validation-size", "100", "--test-size", "400"]
+    parts = reweighting.load_parts(parse("--dataset", "mnist", *sizes))
+    for part, begin, end in zip(parts, (0, 400, 1000), (300, 500, 1400), strict=True):
+        np.testing.assert_array_equal(part.images, np.arange(begin, end))
+    assert orders == ["train", "test"]
+
+
+def test_measures_are_the_formulas(digits):
+    (job,) = parse(*SMALL, *DRAWS, "--noise-rate", "0.3").jobs
+    data = reweighting.add_noise(digits, job)
+    model = reweighting.build_model(job, data)
+    generator = np.random.default_rng(0)
+    logits = generator.normal(size=len(data.clean)).astype("float32")
+    model.upper.logits.assign(logits)
+    kernel, bias = (v.astype("float64") for v in model.lower.get_weights())
+
+    def loss(part):
+        scores = part.pixels.numpy() @ kernel + bias
+        right = (scores * part.targets.numpy()).sum(1)
+        return (np.log(np.exp(scores).sum(1)) - right).mean()
+
+    found = reweighting.measure(model, data)()
+    for name, part in (
+        ("train_loss", data.true_train),
+        ("validation_loss", data.validation),
+        ("test_loss", data.test),
+    ):
+        assert found[name] == pytest.approx(loss(part), rel=1e-4)
+    scores = data.test.pixels.numpy() @ kernel + bias
+    right = scores.argmax(1) == data.test.targets.numpy().argmax(1)
+    assert found["test_accuracy"] == pytest.approx(100 * right.mean(), rel=1e-5)
+    kept = logits >= 0
+    precision = (kept & data.clean).sum() / kept.sum()
+    assert found["precision"] == pytest.approx(100 * precision)
 
 
 @ONE_COMPARISON

@@ -62,6 +62,51 @@ def test_targeted_parts():
     assert data.poisons.labels.tolist() == [swapped[y] for y in true]
 
 
+def test_mnist_is_read_from_both_of_its_files(monkeypatch):
+    orders = []
+
+    def load(name, split, folder):
+        value = {"train": 51, "test": 102}[split]
+        return images.Part(np.full((3, 2, 2, 1), value), np.arange(3))
+
+    monkeypatch.setattr(images, "load_file", load)
+    monkeypatch.setattr(
+        images, "in_published_order", lambda part, split: orders.append(split) or part
+    )
+    files = poisoning.load_files(parse("--dataset", "mnist"))
+    for file, value in zip(files, (0.2, 0.4), strict=True):
+        np.testing.assert_allclose(file.images, np.full((3, 4), value), rtol=1e-6)
+    assert orders == ["train", "test"]
+
+
+def test_wrong_labels_are_any_of_the_nine():
+    args = parse("--poisons", "900")
+    files = [file_of(12_000, 0), file_of(500, 1)]
+    data = poisoning.draw_data(args, files, 900, seed=3)
+    shifts = (data.poisons.labels - data.train.labels[:900]) % 10
+    assert np.bincount(shifts, minlength=10)[1:].min() > 50
+
+
+def test_f_sees_validation_data_and_g_training_data(monkeypatch, tmp_path):
+    """Targeted: the parts have other sizes, and validation labels are wrong."""
+    args = parse("--attack", "targeted", "--poisons", "4", "--jit", "off")
+    data = poisoning.draw_data(args, [file_of(12_000, 0), file_of(6000, 1)], 4, seed=3)
+    seen = []
+
+    def train(model, batches, *others, **keywords):
+        seen.append(next(iter(batches(0))))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(poisoning.experiment, "train", train)
+    clean = poisoning.build_model(args, data, seed=1).lower
+    run = experiment.Run(tmp_path / "run", {}, False)
+    with pytest.raises(KeyboardInterrupt):
+        poisoning.optimise(args, run, data, clean, 0)
+    for level, part in (("upper", data.validation), ("lower", data.train)):
+        for found, wanted in zip(getattr(seen[0], level), part, strict=True):
+            np.testing.assert_array_equal(found, wanted)
+
+
 @pytest.mark.parametrize("attack", ["untargeted", "targeted"])
 def test_losses_are_the_formulas(attack):
     args = parse("--attack", attack, "--poisons", "4", "--stay-close", "0.5")

@@ -50,12 +50,23 @@ def test_parts_are_the_files_images(folder, tmp_path, monkeypatch):
         np.testing.assert_allclose(
             parts[part].images, np.moveaxis(images, 3, 0)[numbers] / 255, rtol=1e-6
         )
+    images, labels = write_mat(tmp_path / "again.mat", 40, 1)
+    np.testing.assert_array_equal(parts["test"].labels, labels)
+    pixels = np.moveaxis(images, 3, 0) / 255
+    np.testing.assert_allclose(parts["test"].images, pixels, rtol=1e-6)
     assert np.bincount(parts["validation"].labels).tolist() == [2] * 10
     grey = svhn.load(out)["test"].images
     red, green, blue = np.moveaxis(svhn.load(out, grey=False)["test"].images, 3, 0)
     np.testing.assert_allclose(
         grey[..., 0], 0.2989 * red + 0.5870 * green + 0.1140 * blue, rtol=1e-5
     )
+
+
+def test_validation_digits_are_random():
+    labels = np.arange(200) % 10
+    first, second = (svhn.draw_validation(labels, 5, seed) for seed in (0, 1))
+    assert np.bincount(labels[first]).tolist() == [5] * 10
+    assert set(first) != set(second) and max(first) > 100
 
 
 def test_the_published_counts_are_asked_for(folder, tmp_path, capsys):

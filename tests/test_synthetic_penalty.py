@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import tensorflow as tf
-from experiment_scripts import load_experiment
+from experiment_scripts import arrays_of, load_experiment
 
 import tfbilevel as tb
 
@@ -109,12 +109,34 @@ def test_gd_is_blind_to_the_lower_problem():
     np.testing.assert_allclose(step.upper_gradient, 2 * u)
 
 
+def test_rmd_goes_back_through_all_steps():
+    """v_T = 1 - u - r^3 (1 - u - v), inside the box."""
+    args, matrix, u, v = setting()
+    args.lower_lr = 0.05
+    u, v = 0.1 * u, 0.1 * v
+    example = synthetic.build_example("ex1", matrix)
+    method, _ = synthetic.build_method(args, synthetic.Job("ex1", "rmd", 3))
+    x, y = tf.constant(u), tf.constant(v)
+    state = method.init(example.problem, x, y)
+    step = method.step(example.problem, x, y, tb.Batches(None, None), state)
+    left = (1 - 2 * 0.05) ** 3
+    end = 1 - u - left * (1 - u - v)
+    np.testing.assert_allclose(step.lower, end, rtol=1e-7)
+    want = 2 * u - 2 * (1 - left) * end
+    np.testing.assert_allclose(step.upper_gradient, want, rtol=1e-7, atol=1e-9)
+
+
 def test_files_and_resuming(tmp_path):
     flags = [*SMALL, "--problem", "ex4", "--out"]
     summary = synthetic.main([*flags, str(tmp_path / "a")])
     assert len(summary["runs"]) == 4
     with (tmp_path / "a" / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
+    for run in summary["runs"]:
+        name = f"ex4-{run['method']}-T{run['inner_steps']}.npz"
+        last = arrays_of(tmp_path / "a" / "curves" / name)["error"][-1]
+        assert run["error"] == pytest.approx(last.mean())
+        assert run["error_std"] == pytest.approx(last.std())
     starts = {row["error"] for row in rows if row["step"] == "0"}
     assert len(starts) == 1  # all methods from the same points
     assert (tmp_path / "a" / "ex4.png").stat().st_size > 10_000
