@@ -6,6 +6,8 @@ import os
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # Most programs run a few times on a few numbers: optimising them takes longer.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# More test processes than cores already.
+os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
 
 import keras  # noqa: E402
 import pytest  # noqa: E402
