@@ -22,6 +22,9 @@ import zipfile
 
 import numpy as np
 
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+from data_prep import label_noise  # noqa: E402
+
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -47,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.out is not None:
         np.savez_compressed(arguments.out, labels=labels, kept=kept)
     summary = {"kept": int(kept.sum()), "seconds": seconds, "cleanlab": version}
-    print(json.dumps(score(kept, clean) | summary))
+    print(json.dumps(label_noise.cleaning_scores(kept, clean) | summary))
     return 0
 
 
@@ -69,16 +72,6 @@ def find(
     flagged = find_label_issues(labels=labels, pred_probs=probabilities)
     seconds = time.perf_counter() - start
     return ~np.asarray(flagged, bool), seconds, cleanlab.__version__
-
-
-def score(kept: np.ndarray, clean: np.ndarray) -> dict[str, float]:
-    """Precision, recall and F1 of `kept` as a guess of `clean`, in percent."""
-    right = float((kept & clean).sum())
-    precision = right / max(float(kept.sum()), 1.0)
-    recall = right / max(float(clean.sum()), 1.0)
-    total = precision + recall
-    f1 = 2.0 * precision * recall / total if total else 0.0
-    return {"precision": 100 * precision, "recall": 100 * recall, "f1": 100 * f1}
 
 
 if __name__ == "__main__":
