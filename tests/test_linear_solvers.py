@@ -318,6 +318,15 @@ def test_a_warm_start_far_off_is_no_divergence(build) -> None:
     assert bool(found.diverged)
 
 
+def test_normal_conjugate_gradients_from_far_off_do_not_diverge() -> None:
+    """Their residual never grows: what is left of it is the start's."""
+    matrix, b = np.diag([1.0, 5.0]), np.array([1e-3, 1e-3])
+    solver = tb.NormalConjugateGradient(1, warm_start=True)
+    system = tb.LinearSystem(product_with(matrix), product_with(matrix))
+    found = solver.solve(system, tf.constant(b), tf.constant([100.0, 1.0], tf.float64))
+    assert float(found.residual) > 1 and not bool(found.diverged)
+
+
 @QUICK
 @given(seed=st.integers(0, 10**6), size=st.integers(1, 8), terms=st.integers(1, 9))
 def test_neumann_is_one_more_fixed_point_step(seed: int, size: int, terms: int) -> None:

@@ -68,9 +68,13 @@ def jvp(function: Callable, *primals: Any) -> tuple[Any, Any, Pullback, list]:
                 value, auxiliary = function(*primals)
         seeds = [tf.zeros_like(leaf) for leaf in tf.nest.flatten(value)]
         outer.watch(seeds)
-        cotangents = inner.gradient(
-            tf.nest.flatten(value), tf.nest.flatten(primals), output_gradients=seeds
-        )
+        cotangents = [
+            # Of a gather: slices, which cannot be differentiated as they are.
+            None if entry is None else tf.convert_to_tensor(entry)
+            for entry in inner.gradient(
+                tf.nest.flatten(value), tf.nest.flatten(primals), output_gradients=seeds
+            )
+        ]
     connected = [entry is not None for entry in cotangents]
 
     def pushforward(tangents: Any) -> Any:

@@ -29,7 +29,7 @@ class ForwardUnroll(Method):
     with T: one tangent of y (and of the optimizer's slots) for each of the n entries
     of x. A step costs about n Hessian-vector products: for few upper variables (one
     learning rate, a handful of coefficients) and long loops. Prefer `Unroll` for
-    more than about ten.
+    more than about ten, and with `prepare`: all entries that it makes count too.
 
     Args:
         inner: the inner solver whose steps are differentiated.

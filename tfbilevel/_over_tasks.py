@@ -9,7 +9,14 @@ import tensorflow as tf
 from tfbilevel import _structure as structure
 from tfbilevel._arguments import require_choice
 from tfbilevel._problem import Batches, Problem, StackedBatches, require_problem
-from tfbilevel._task_loss import TaskLoss, map_tasks, map_written_out, mapped_loss
+from tfbilevel._task_loss import (
+    TaskLoss,
+    map_tasks,
+    map_written_out,
+    mapped_loss,
+    of_same_tasks,
+    require_dense,
+)
 
 WRITTEN_OUT = 32  # tasks at most: every one is traced, in 0.1 seconds
 
@@ -117,6 +124,7 @@ class OverTasks(Problem):
 
 def apart(batches: Batches) -> tuple[Any, Any]:
     """The upper and the lower batches with the tasks along the first axis."""
+    require_dense(batches)
     stacked = isinstance(batches, StackedBatches)
     return batches.upper, _swapped(batches.lower) if stacked else batches.lower
 
@@ -141,10 +149,7 @@ def of_few_images(tasks: Any) -> bool:
     normalisation by the statistics of each task's images takes transposed copies of all
     activations, and a loop keeps lists of them: a quarter and two fifths more time.
     """
-    leaves = [leaf for leaf in tf.nest.flatten(tasks) if leaf is not None]
-    if any(isinstance(leaf, tf.SparseTensor) for leaf in leaves):
-        return False
-    shapes: list[Any] = [tf.convert_to_tensor(leaf).shape for leaf in leaves]
+    shapes = [leaf.shape for leaf in tf.nest.flatten(tasks) if leaf is not None]
     images = any(shape.rank is not None and shape.rank > 4 for shape in shapes)
     counts = [shape[0] if shape.rank else None for shape in shapes]
     return images and all(n is not None and n <= WRITTEN_OUT for n in counts)
@@ -165,7 +170,8 @@ def _prepared_tasks(prepare: Callable, mapping: str) -> Callable:
             upper, lower = prepare(x, type(batches)(*task))
             return upper, lower
 
-        tasks = apart(batches)
+        named = dict(zip(("upper", "lower"), apart(batches), strict=True))
+        tasks = tuple(of_same_tasks(named).values())
         written_out = mapping != "vectorized" and of_few_images(tasks)
         made = map_written_out if written_out else map_tasks
         return together(*made(one, tasks), like=batches)

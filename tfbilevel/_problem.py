@@ -17,7 +17,14 @@ from tfbilevel._derivatives import (
     value_and_partials,
     vjp,
 )
-from tfbilevel._task_loss import Loss, TaskLoss, losses, one_like, rewired
+from tfbilevel._task_loss import (
+    Loss,
+    TaskLoss,
+    losses,
+    one_like,
+    require_dense,
+    rewired,
+)
 
 
 class Batches(NamedTuple):
@@ -199,7 +206,8 @@ class Problem:
                     "lower batches stay stacked). Return batches._replace(upper=..., "
                     f"lower=...). Received: {type(made)} for {type(batches)}"
                 )
-            return [leaf for leaf in _leaves(made) if _is_floating(leaf)], made
+            floating = filter(_is_floating, _leaves(made))
+            return [tf.convert_to_tensor(leaf) for leaf in floating], made
 
         floating, template, pullback = vjp(floating_part, upper)
 
@@ -321,6 +329,7 @@ class _Draws(Batches):
 
 def count_tasks(batches: Batches) -> Any:
     """How many tasks the batches carry: a number, or a tensor where it may vary."""
+    require_dense(batches)
     axis = int(isinstance(batches, StackedBatches))
     for part, where in ((batches.upper, 0), (batches.lower, axis)):
         for leaf in tf.nest.flatten(part):

@@ -11,7 +11,7 @@ from tfbilevel import _structure as structure
 from tfbilevel._method import Step
 from tfbilevel._over_tasks import apart
 from tfbilevel._problem import Batches, Problem
-from tfbilevel._task_loss import map_tasks, outcome
+from tfbilevel._task_loss import map_tasks, of_same_tasks, outcome
 
 # Of these a user sees the mean; of the others one entry per task.
 MEANS = ("upper_loss", "lower_loss", "gap", "weight")
@@ -61,7 +61,10 @@ def task_by_task(step: Callable[..., Step]) -> Callable[..., Step]:
             return step(method, one, upper, y, type(batches)(*batch), carried)
 
         mine = [leaf for leaf, is_own in zip(kept, own, strict=True) if is_own]
-        tasks = (lower, apart(batches), mine, drawn)
+        upper_batch, lower_batch = apart(batches)
+        named = {"lower variables": lower, "upper": upper_batch, "lower": lower_batch}
+        lower, *parts = of_same_tasks(named).values()
+        tasks = (lower, tuple(parts), mine, drawn)
         traced, results = outcome(alone, tasks)
         made = map_tasks(traced, tasks, results)
         after = [

@@ -60,7 +60,7 @@ def mapped_loss(loss: Loss, in_turn: Callable[[Any], bool]) -> Loss:
     """
 
     def each(x: Any, y: Any, batch: Any) -> tf.Tensor:
-        batch = _of_same_tasks(y, batch)
+        batch = of_same_tasks({"lower variables": y, "batch": batch})["batch"]
         dtype = tf.nest.flatten(y)[0].dtype
 
         def one(task: tuple) -> tf.Tensor:
@@ -82,33 +82,60 @@ def mapped_loss(loss: Loss, in_turn: Callable[[Any], bool]) -> Loss:
     return mapped
 
 
-def _of_same_tasks(y: Any, batch: Any) -> Any:
-    """The batch, with the number of tasks of y: checked now, or when it is known."""
-    known = {
-        name: [
-            leaf.shape[0]
-            for leaf in tf.nest.flatten(nest)
-            if tf.is_tensor(leaf) and leaf.shape.rank and leaf.shape[0] is not None
-        ]
-        for name, nest in (("lower variables", y), ("batch", batch))
+def of_same_tasks(named: dict[str, Any]) -> dict[str, Any]:
+    """The nests, all with one number of tasks: checked now, or when it is known.
+
+    TensorFlow's mappings would repeat a single entry, or leave entries over out.
+
+    Args:
+        named: nests with the tasks along the leading axis, under the names of errors.
+    """
+    require_dense(named)
+    named = tf.nest.map_structure(
+        lambda leaf: None if leaf is None else tf.convert_to_tensor(leaf), named
+    )
+    leaves = {
+        name: [v for v in tf.nest.flatten(nest) if v is not None and v.shape.rank]
+        for name, nest in named.items()
     }
-    counts = {count for counts in known.values() for count in counts}
+    known = {
+        name: [leaf.shape[0] for leaf in some if leaf.shape[0] is not None]
+        for name, some in leaves.items()
+    }
+    counts = {count for some in known.values() for count in some}
     if len(counts) > 1:
         raise ValueError(
             "The lower variables and the batches of `tb.over_tasks` must carry the "
             "same tasks along the leading axis of every tensor. Stack one entry per "
             f"task. Received: {known}"
         )
-    if not counts:
-        return batch
-    (tasks,) = counts
+    every = [leaf for some in leaves.values() for leaf in some]
+    if not every:
+        return named
+    tasks = counts.pop() if counts else tf.shape(every[0])[0]
 
     def checked(leaf: Any) -> Any:
-        if not tf.is_tensor(leaf) or not leaf.shape.rank or leaf.shape[0] is not None:
+        if leaf is None or not leaf.shape.rank or leaf.shape[0] is not None:
             return leaf
-        return tf.ensure_shape(leaf, [tasks, *leaf.shape[1:]])
+        if isinstance(tasks, int):
+            return tf.ensure_shape(leaf, [tasks, *leaf.shape[1:]])
+        # XLA leaves assertions out, TensorFlow's graphs a reshape to one's own rank.
+        count, *rest = tf.unstack(tf.shape(leaf))
+        error = "The batches of `tb.over_tasks` must carry the same tasks."
+        tf.debugging.assert_equal(count, tasks, error)
+        return tf.ensure_shape(tf.reshape(leaf, [tasks, *rest]), leaf.shape)
 
-    return tf.nest.map_structure(checked, batch)
+    return tf.nest.map_structure(checked, named)
+
+
+def require_dense(tasks: Any) -> None:
+    """Raise if a leaf is sparse: it cannot be taken apart."""
+    if any(isinstance(leaf, tf.SparseTensor) for leaf in tf.nest.flatten(tasks)):
+        raise ValueError(
+            "The batches of `tb.over_tasks` must be dense: tasks are taken apart along "
+            "the leading axis. Convert them with tf.sparse.to_dense. "
+            f"Received: {tasks!r}"
+        )
 
 
 def map_tasks(function: Callable, tasks: Any, in_turn: Any = None) -> Any:
@@ -120,13 +147,8 @@ def map_tasks(function: Callable, tasks: Any, in_turn: Any = None) -> Any:
         in_turn: what the function returns, a nest of `tf.TensorSpec`, to take one
             entry after the other; `None`: all at once.
     """
+    require_dense(tasks)
     leaves = tf.nest.flatten(tasks)
-    if any(isinstance(leaf, tf.SparseTensor) for leaf in leaves):
-        raise ValueError(
-            "The batches of `tb.over_tasks` must be dense: tasks are taken apart along "
-            "the leading axis. Convert them with tf.sparse.to_dense. "
-            f"Received: {tasks!r}"
-        )
     present = [index for index, leaf in enumerate(leaves) if leaf is not None]
 
     def entry(parts: list) -> Any:

@@ -57,6 +57,7 @@ class NormalConjugateGradient(IterativeSolver):
     def solve(self, system: LinearSystem, rhs: Any, state: Any = ()) -> LinearSolution:
         product, transposed = self.damped(system)
         start, residual = self.start_and_residual(system, product, rhs, state)
+        first_norm = system.norm(residual)
         gradient = transposed(residual)
         rhs_square = system.dot(rhs, rhs)
         goal = tf.square(self.goal(system, rhs_square.dtype)) * rhs_square
@@ -91,4 +92,5 @@ class NormalConjugateGradient(IterativeSolver):
             maximum_iterations=self.max_steps,
             parallel_iterations=SERIAL,
         )
-        return self.solution(system, value, system.norm(residual), rhs, steps)
+        norm = system.norm(residual)
+        return self.solution(system, value, norm, rhs, steps, first_norm=first_norm)
