@@ -1,15 +1,13 @@
-"""The experiment scripts: their numbers on small settings, files and errors."""
+"""Hyper-cleaning: settings, losses, runs on small data, files and errors."""
 
 import csv
 import itertools
 import json
 import os
-import pathlib
 import signal
 import subprocess
 import sys
 import time
-import types
 
 import keras
 import numpy as np
@@ -18,57 +16,17 @@ import tensorflow as tf
 from experiment_scripts import ROOT, arrays_of, load_experiment
 
 import tfbilevel as tb
-from tfbilevel import experiment
-from tfbilevel.experiment import _callbacks
 
-toy = load_experiment("toy_pbgd")
 cleaning = load_experiment("data_hyper_cleaning")
 
 
-def test_toy_gradients_are_those_of_the_formulas():
-    """The published script's f_x fails this: its square is on the wrong term."""
-    x, y = np.array([0.6, 1.7, 2.9]), np.array([2.0, -1.1, 0.3])
-    e = np.exp(2 - 4 * x)
-    f_x = 4 * e * np.cos(4 * y + 2) / (1 + e) ** 2
-    f_x += (16 * x - 8) / ((4 * x - 2) ** 2 + 1)
-    f_y = -4 * np.sin(4 * y + 2) / (1 + e)
-    s = x + y
-    g_x = 2 * s + np.sin(s) ** 2 + 2 * x * np.sin(s) * np.cos(s)
-    g_y = 2 * s + 2 * x * np.sin(s) * np.cos(s)
-    tx, ty = tf.constant(x), tf.constant(y)
-    method = toy.build_method("v-pbgd", 10.0, 0.1)
-    step = method.step(
-        toy.PROBLEM, tx, ty, tb.Batches(None, None), method.init(toy.PROBLEM, tx, ty)
-    )
-    np.testing.assert_allclose(step.upper_gradient, (f_x + 10 * g_x) / 10, rtol=1e-8)
-    moved = y - 0.1 * (f_y + 10 * g_y) / 10
-    np.testing.assert_allclose(step.lower, moved, rtol=1e-8)
-    published = 4 * e * np.cos(4 * y + 2) / (1 + e**2)
-    published += (16 * x - 8) / ((4 * x - 2) ** 2 + 1)
-    assert abs(published - f_x).max() > 0.1
+SIZES = [
+    *("--train-size", "40", "--validation-size", "30", "--test-size", "50"),
+    *("--selection-size", "20", "--baseline-epochs", "1"),
+]
 
 
-def test_toy_ends_where_the_penalised_problem_has_its_solutions(tmp_path):
-    summary = toy.main(["--out", str(tmp_path)])
-    with (tmp_path / "end_points.csv").open() as file:
-        ends = [(float(r["x"]), float(r["y"])) for r in csv.DictReader(file)]
-    expected = np.array([(0.37, -0.33), (1.19, -1.21), (2.82, -2.83)])
-    distance = np.linalg.norm(np.array(ends)[:, None] - expected, axis=2)
-    assert distance.min(axis=1).max() < 0.02
-    assert set(distance.argmin(axis=1)) == {0, 1, 2}
-    assert summary["converged"] == 1.0
-    # An independent replica of the corrected script took 329 steps on average and
-    # ended at a mean distance of 0.0261.
-    assert summary["mean_steps"] == pytest.approx(329, rel=0.15)
-    assert summary["mean_residual"] == pytest.approx(0.0261, abs=0.003)
-    assert (tmp_path / "end_points.png").stat().st_size > 10_000
-
-
-def test_toy_gradient_norm_variant(tmp_path):
-    argv = ["--out", str(tmp_path), "--starts", "20", "--method", "g-pbgd"]
-    summary = toy.main(argv)
-    points = summary["end_points"]
-    assert min(abs(p["x"] - 0.3765) + abs(p["y"] + 0.3663) for p in points) < 1e-3
+SMALL = [*SIZES, "--eval-every", "2", "--jit", "off"]
 
 
 @pytest.mark.parametrize("method", ["rhg", "bda", "iaptt-gm"])
@@ -93,13 +51,6 @@ def test_the_inner_curve_is_that_of_the_next_outer_step(method, tmp_path, monkey
     for name, curve in (("selection", selection), ("test", test)):
         now = float(cleaning.accuracy(model.lower, data[name]))
         assert now == pytest.approx(curve[-1])
-
-
-SIZES = [
-    *("--train-size", "40", "--validation-size", "30", "--test-size", "50"),
-    *("--selection-size", "20", "--baseline-epochs", "1"),
-]
-SMALL = [*SIZES, "--eval-every", "2", "--jit", "off"]
 
 
 # Four steps from a random network: its Hessian is not definite.
@@ -483,132 +434,6 @@ def test_cleaning_losses_are_the_formulas():
     assert g[1] == pytest.approx((share * losses).mean() + penalty, rel=1e-5)
 
 
-def test_rows_go_under_their_own_columns(tmp_path):
-    run = experiment.Run(tmp_path / "run", {}, resume=False)
-    run.log({"step": 0, "a": 1, "b": 2})
-    run.log({"step": 1, "b": 4, "a": 3})
-    assert run.column("a") == [1, 3] and run.column("b") == [2, 4]
-    with pytest.raises(ValueError, match="not in fieldnames"):
-        run.log({"step": 2, "c": 5})
-    assert len(run.rows()) == 2
-
-
-def test_a_row_that_a_kill_has_cut_short_is_not_there(tmp_path):
-    run = experiment.Run(tmp_path / "run", {}, resume=False)
-    run.log({"step": 0, "seconds": 0, "a": 1})
-    run.log({"step": 2, "seconds": 3, "a": 2})
-    path = tmp_path / "run" / "metrics.csv"
-    path.write_text(path.read_text() + "4,5")
-    assert [row["step"] for row in run.rows()] == ["0", "2"]
-    assert run.rewind(4) == 3.0
-    run.log({"step": 4, "seconds": 6, "a": 3})
-    assert run.column("a") == [1, 2, 3]
-
-
-def test_a_row_that_was_glued_to_one_cut_short_is_not_there(tmp_path):
-    run = experiment.Run(tmp_path / "run", {}, resume=False)
-    run.log({"step": 0, "seconds": 0, "a": 1})
-    path = tmp_path / "run" / "metrics.csv"
-    path.write_text(path.read_text() + "2,1.")
-    run.log({"step": 4, "seconds": 6, "a": 3})
-    assert run.column("a") == [1]
-
-
-def test_a_table_that_a_kill_has_left_empty_is_begun_anew(tmp_path):
-    run = experiment.Run(tmp_path / "run", {}, resume=False)
-    (tmp_path / "run" / "metrics.csv").touch()
-    run.log({"step": 0, "a": 1})
-    assert run.column("a") == [1]
-
-
-def test_a_folder_has_one_writer(tmp_path):
-    code = (
-        "import pathlib, sys; from tfbilevel import experiment\n"
-        f"experiment.Run(pathlib.Path({str(tmp_path)!r}), {{}}, False)\n"
-        "print('there', flush=True); sys.stdin.read()"
-    )
-    pipe = subprocess.PIPE
-    other = subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe)
-    assert other.stdout.readline() == b"there\n"
-    with pytest.raises(ValueError, match="--out must not be in use"):
-        experiment.Run(tmp_path, {}, resume=True)
-    other.communicate(b"")
-    experiment.Run(tmp_path, {}, resume=True)
-    experiment.Run(tmp_path, {}, resume=True)  # one process may come back
-
-
-def test_a_folder_in_which_a_kill_left_no_settings_can_be_used(tmp_path):
-    (tmp_path / "config.json.partial").write_text("{")
-    with pytest.raises(ValueError, match="--resume needs a folder with a run"):
-        experiment.Run(tmp_path, {"a": 1}, resume=True)
-    experiment.Run(tmp_path, {"a": 1}, resume=False)
-    experiment.Run(tmp_path, {"a": 1}, resume=True)
-
-
-def test_seconds_are_those_of_outer_steps_alone(tmp_path, monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-
-    def measure():
-        now[0] += 100
-        return {"test_loss": 1.0}
-
-    model = types.SimpleNamespace(
-        outer_step=0, stop_training=False, reset_metrics=lambda: None
-    )
-    run = experiment.Run(tmp_path / "run", {}, False)
-
-    def fit(made, **limits):
-        clock = experiment.Evaluate(run, measure, every=2, **limits)
-        clock.set_model(model)
-        clock.on_train_begin()
-        for step in made:
-            assert not model.stop_training
-            clock.on_train_batch_begin(step)
-            now[0] += 0.5
-            model.outer_step = step
-            clock.on_train_batch_end(step, {"upper_loss": 10.0 * step})
-            now[0] += 7  # a backup
-        return [
-            (int(row["step"]), float(row["seconds"]), float(row["upper_loss"]))
-            for row in run.rows()
-        ]
-
-    rows = fit([1, 2, 3, 4, 5], limit=2.5)
-    np.testing.assert_equal(
-        rows, [(0, 0, np.nan), (2, 1, 20), (4, 2, 40), (5, 2.5, 50)]
-    )
-    assert model.stop_training
-    # From a backup after step 2, and from the start for want of one.
-    model.outer_step, model.stop_training = 2, False
-    assert fit([3], limit=9, steps=3)[1:] == [(2, 1, 20), (3, 1.5, 30)]
-    assert model.stop_training
-    model.outer_step, model.stop_training = 0, False
-    assert fit([1, 2])[1:] == [(2, 1, 20)]
-    assert fit([])[1:] == [(2, 1, 20)]
-
-
-def test_a_row_holds_means_over_all_steps_since_the_last_one():
-    """Parts of unlike length; a part whose steps were all skipped has no loss."""
-    parts = [
-        (2, {"loss": 1.0, "skipped": 0.0}),
-        (1, {"loss": float("nan"), "skipped": 1.0}),
-        (6, {"loss": 5.0, "skipped": 2.0}),
-    ]
-    assert _callbacks._means(parts) == {"loss": 4.0, "skipped": 3.0}
-
-
-def test_no_clock_runs_before_the_first_evaluation_is_whole(tmp_path):
-    """A run killed before its first row starts over with the right columns."""
-    run = experiment.Run(tmp_path / "run", {}, False)
-    model = types.SimpleNamespace(outer_step=0, reset_metrics=lambda: None)
-    for _ in range(2):
-        clock = experiment.Evaluate(run, lambda: {"a": 1}, every=2)
-        clock.set_model(model)
-        clock.on_train_batch_begin(0)
-        assert run.rows() == []
-
-
 @pytest.mark.parametrize(
     "flags, message",
     [
@@ -653,18 +478,6 @@ def test_bad_flags_are_one_line_and_leave_nothing(flags, message, tmp_path, caps
     error = capsys.readouterr().err.strip()
     assert message in error and "\n" not in error
     assert not out.exists()
-
-
-def test_training_that_diverges_is_one_line(tmp_path, capsys) -> None:
-    for rate, flags in (("1e200", []), ("1e300", ["--method", "g-pbgd"])):
-        out = tmp_path / rate
-        with pytest.raises(SystemExit) as stop:
-            toy.main(["--upper-lr", rate, "--starts", "3", *flags, "--out", str(out)])
-        assert stop.value.code == 1
-        message = capsys.readouterr().err
-        assert "became NaN or infinite at outer step" in message
-        assert len(message.splitlines()) == 1
-        assert not (out / "summary.json").exists()
 
 
 def test_a_folder_in_use_or_other_settings_are_refused(tmp_path, capsys):
@@ -717,19 +530,3 @@ def test_a_killed_cleaning_run_resumes_to_the_same_numbers(tmp_path):
 
     # Training metrics are means over the sitting's epochs: the same too.
     assert numbers(killed) == numbers(whole)
-
-
-def test_backup_never_leaves_a_partial_file(tmp_path):
-    class Model(keras.Model):
-        outer_step = 10
-
-        def save_weights(self, path):
-            pathlib.Path(path).write_text("new")
-            raise OSError("disk full")
-
-    backup = experiment.Backup(tmp_path, 5)
-    (tmp_path / "latest.weights.h5").write_text("old")
-    backup.set_model(Model())
-    with pytest.raises(OSError):
-        backup._save_model()
-    assert (tmp_path / "latest.weights.h5").read_text() == "old"

@@ -1,0 +1,190 @@
+"""What would be computed wrongly is refused instead, by name."""
+
+from typing import Any
+
+import keras
+import pytest
+import tensorflow as tf
+from small_models import (
+    EXAMPLES,
+    FEATURES,
+    full_batch,
+    lower_loss,
+    make,
+    mean_square,
+    network,
+    quadratic,
+    simplex,
+    unroll,
+    upper_loss,
+    value_gap,
+)
+
+import tfbilevel as tb
+
+SGD = keras.optimizers.SGD
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        lambda: SGD(0.1, loss_scale_factor=1024.0),
+        lambda: keras.optimizers.LossScaleOptimizer(SGD(0.1)),
+    ],
+)
+def test_loss_scaling_is_refused(optimizer: Any) -> None:
+    with pytest.raises(ValueError, match="`upper_optimizer` must not scale losses"):
+        make().compile(unroll(), optimizer())
+
+
+@pytest.mark.parametrize("which", ["upper_optimizer", "start_optimizer"])
+def test_averages_with_a_learned_start_are_refused(which: str) -> None:
+    model = tb.BilevelModel(
+        tb.ExampleWeights(EXAMPLES),
+        network(),
+        upper_loss,
+        lower_loss,
+        lower_start="learned",
+    )
+    optimizers = {"upper_optimizer": SGD(0.1), "start_optimizer": SGD(0.1)}
+    optimizers[which] = SGD(0.1, use_ema=True)
+    with pytest.raises(ValueError, match=f"`{which}` must not average weights"):
+        model.compile(unroll(), **optimizers)
+
+
+def test_averages_that_would_leave_the_set_are_refused() -> None:
+    averaging = SGD(0.1, use_ema=True)
+    model = tb.BilevelModel(
+        tb.ExampleWeights(EXAMPLES),
+        network(),
+        upper_loss,
+        lower_loss,
+        project_upper=simplex,
+    )
+    with pytest.raises(ValueError, match="use_ema.* with `project_upper`"):
+        model.compile(unroll(), averaging)
+    held = keras.layers.Dense(1, kernel_constraint="non_neg")
+    held.build((None, FEATURES))
+    constrained = tb.BilevelModel(held, network(), upper_loss, lower_loss)
+    with pytest.raises(ValueError, match="use_ema.* with constraints of upper"):
+        constrained.compile(unroll(), averaging)
+    free = make()
+    scaled = tb.AugmentedLagrangian(SGD(0.1), 2, weight=1.0, rate_decay=0.5)
+    free.compile(scaled, SGD(0.1, use_ema=True), jit_compile=False)
+    with pytest.raises(ValueError, match="use_ema.* scales the upper step"):
+        free.fit(full_batch(), verbose=0)
+    assert free.outer_step == 0
+
+
+def test_a_network_at_both_levels_is_refused() -> None:
+    """The lower step would overwrite what the upper optimizer has moved."""
+    shared = network()
+
+    def loss(upper: Any, lower: keras.Model, batch: tuple) -> tf.Tensor:
+        return mean_square(lower, batch)
+
+    with pytest.raises(ValueError, match="must not share trainable variables.*last"):
+        tb.BilevelModel(shared, shared, loss, loss)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        value_gap,
+        lambda: tb.GradientNorm(SGD(0.1), 1.0),
+        lambda: tb.TTSA(SGD(0.1), 1, 0.1),
+        lambda: tb.BAMM(SGD(0.1)),
+    ],
+)
+def test_methods_that_move_y_are_refused_where_y_is_not_kept(method: Any) -> None:
+    model = tb.BilevelModel(network(), network(seed=2), upper_loss, upper_loss, tasks=2)
+    with pytest.raises(ValueError, match="`method` must solve every task anew"):
+        model.compile(method(), SGD(0.1))
+
+
+def test_constraints_of_lower_variables_are_refused() -> None:
+    held = keras.layers.Dense(4, kernel_constraint="non_neg")
+    with pytest.raises(ValueError, match="constraints on .*kernel"):
+        make(held)
+
+
+@pytest.mark.parametrize("name", ["class_weight", "sample_weight"])
+def test_weights_of_examples_belong_to_the_losses(name: str) -> None:
+    with pytest.raises(ValueError, match=f"`{name}` means nothing to fit"):
+        make().fit(full_batch(), **{name: {0: 1.0}})
+
+
+def test_a_dataset_that_turns_out_to_be_empty() -> None:
+    model = make()
+    model.compile(unroll(), SGD(0.1))  # "auto" looks at the first element
+    with pytest.raises(ValueError, match="`x` must not be empty"):
+        model.fit(full_batch().filter(lambda batches: tf.constant(False)), verbose=0)
+
+
+def test_conjugate_gradients_are_refused_for_unsymmetric_maps() -> None:
+    solver = tb.ConjugateGradient(5)
+    rates = tb.InnerSolver(SGD(1.0), 3, learning_rate=lambda x: tf.nn.sigmoid(x))
+    with pytest.raises(ValueError, match="symmetric system"):
+        tb.Implicit(rates, solver, through="optimizer")
+    plain = tb.Implicit(tb.InnerSolver(SGD(0.5), 3), solver, through="optimizer")
+    x = y = tf.zeros([2])
+    plain.init(quadratic(), x, y)
+    with pytest.raises(ValueError, match="symmetric system"):
+        plain.init(quadratic(project_lower=tf.nn.relu), x, y)
+    helped = tb.ConjugateGradient(5, preconditioner=lambda x, y, v: v)
+    with pytest.raises(ValueError, match="must not have a preconditioner"):
+        tb.Implicit(tb.InnerSolver(SGD(0.5), 3), helped, through="optimizer")
+
+
+def test_an_accelerated_map_over_tasks_is_refused() -> None:
+    inner = tb.InnerSolver(SGD(0.5), 3, accelerated=True)
+    method = tb.Implicit(inner, tb.FixedPoint(3), through="optimizer")
+    x, y = tf.constant(0.0), tf.zeros([2])
+    method.init(quadratic(), x, y)
+    with pytest.raises(ValueError, match="must not be accelerated"):
+        method.init(tb.over_tasks(quadratic()), x, y)
+
+
+@pytest.mark.parametrize("xla", [False, True])
+@pytest.mark.parametrize("mapping", ["vectorized", "in-turn"])
+@pytest.mark.parametrize("prepared", [False, True])
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize(("upper", "lower"), [(1, 1), (2, 2), (1, 4), (4, 1), (6, 6)])
+def test_batches_of_other_tasks_are_an_error(
+    upper: int, lower: int, known: bool, prepared: bool, mapping: str, xla: bool
+) -> None:
+    """They were taken for the mean over all tasks, repeated, or left out."""
+
+    def prepare(x: Any, batches: tb.Batches) -> tb.Batches:
+        return tb.Batches(*((1.0 + 0.0 * x) * part for part in batches))
+
+    problem = tb.over_tasks(
+        tb.Problem(
+            lambda x, y, batch: 0.5 * (y - batch) ** 2,
+            lambda x, y, batch: 0.5 * (y - x * batch) ** 2,
+            prepare=prepare if prepared else None,
+        ),
+        mapping,
+    )
+    method = unroll()
+    x, y = tf.constant(0.0), tf.zeros([4])
+
+    def compiled(upper: int | None, lower: int | None) -> Any:
+        specs = (tf.TensorSpec([count], tf.float32) for count in (upper, lower))
+
+        @tf.function(
+            input_signature=[tb.Batches(*specs)], jit_compile=xla, autograph=False
+        )
+        def gradient(batches: tb.Batches) -> tf.Tensor:
+            state = method.init(problem, x, y)
+            return method.step(problem, x, y, batches, state).upper_gradient
+
+        return gradient
+
+    whole = compiled(None, None)(tb.Batches(tf.ones([4]), tf.ones([4])))
+    assert float(whole) == pytest.approx(-(1 - 0.8**3))  # y_3 = 0, dy_3/dx = 1 - 0.8^3
+    gradient = (upper, lower) if known else (None, None)
+    with pytest.raises((tf.errors.InvalidArgumentError, ValueError)) as refusal:
+        compiled(*gradient)(tb.Batches(tf.ones([upper]), tf.ones([lower])))
+    if known:
+        assert "must carry the same tasks" in str(refusal.value)
