@@ -60,6 +60,7 @@ def test_a_second_compile_saves_its_own_state(tmp_path: Any) -> None:
     )
 
 
+# Functions and the method come back as custom objects.
 OBJECTS = {"upper_loss": upper_loss, "lower_loss": lower_loss}
 
 
