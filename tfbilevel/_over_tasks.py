@@ -170,8 +170,9 @@ def _prepared_tasks(prepare: Callable, mapping: str) -> Callable:
             upper, lower = prepare(x, type(batches)(*task))
             return upper, lower
 
-        named = dict(zip(("upper", "lower"), apart(batches), strict=True))
-        tasks = tuple(of_same_tasks(named).values())
+        upper_tasks, lower_tasks = apart(batches)
+        named = of_same_tasks({"upper": upper_tasks, "lower": lower_tasks})
+        tasks = named["upper"], named["lower"]
         written_out = mapping != "vectorized" and of_few_images(tasks)
         made = map_written_out if written_out else map_tasks
         return together(*made(one, tasks), like=batches)
