@@ -25,8 +25,8 @@ to 0.03, so stocbio's eta of 0.5 sums eleven almost equal terms, far from an inv
 Hessian, and its x stays within 0.01 of zero; at an inner rate of 100 aid-fp's solve
 diverges for the first few outer steps, as it says. Conjugate gradients do learn
 coefficients, large ones for words such as "in" and "the", and overtake stocbio after
-some 140 outer steps: more than the published seconds held, not more than a minute now.
-With --eta 20 --upper-lr 3000 stocbio learns them too, and stays ahead.
+some 130 outer steps: more than the published seconds held, not more than a minute now.
+With --eta 20 --upper-lr 2000 stocbio learns them too, and stays ahead.
 """
 
 import argparse
