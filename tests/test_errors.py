@@ -1,5 +1,6 @@
 """Bad input: one clear error that names the argument, the rule and what it got."""
 
+import functools
 import gc
 import logging
 from collections.abc import Callable
@@ -106,6 +107,10 @@ BAD: dict[str, tuple[Callable[[], Any], list[str]]] = {
         lambda: tb.ConjugateGradient(3, tolerance=-1.0),
         ["`tolerance`", "not negative"],
     ),
+    "tolerance that falls below 0": (
+        lambda: tb.ConjugateGradient(3, tolerance=tb.LinearRamp(0.5, -1.0, 3)),
+        ["`tolerance`", "not be negative: it is compared", "from 0.5 to -1"],
+    ),
     "tolerance nan": (
         lambda: tb.Neumann(3, tolerance=float("nan")),
         ["`tolerance`", "finite"],
@@ -132,7 +137,7 @@ BAD: dict[str, tuple[Callable[[], Any], list[str]]] = {
         ["`weight`", "-0.5"],
     ),
     "weight nan": (lambda: tb.GradientNorm(SGD(0.1), float("nan")), ["finite"]),
-    "lower optimizer": (lambda: tb.GradientNorm(0.1, 1.0), ["`optimizer`", "0.1"]),
+    "lower optimizer": (lambda: tb.GradientNorm(0.1, 1.0), ["`lower_optimizer`", "0.1"]),
     "constant": (lambda: tb.Constant(float("inf")), ["`value`", "finite"]),
     "ramp": (lambda: tb.LinearRamp(0.0, 1.0, 0), ["`steps`", "at least 1"]),
     "ramp stop": (lambda: tb.LinearRamp(0.0, float("nan"), 3), ["`stop`", "finite"]),
@@ -196,8 +201,25 @@ BAD: dict[str, tuple[Callable[[], Any], list[str]]] = {
     "no upper": (lambda: minimize(upper=[]), ["`upper`", "at least one"]),
     "upper optimizer": (
         lambda: minimize(upper_optimizer=keras.optimizers.Nadam(0.1)),
-        ["Nadam"],
+        ["Nadam", "Received: upper_optimizer="],
     ),
+    "upper optimizer of words": (
+        lambda: minimize(upper_optimizer="sgd"),
+        ["`upper_optimizer`", "'sgd'"],
+    ),
+    **{
+        f"lower optimizer of {make.__name__}": (
+            functools.partial(make, lower_optimizer="sgd", **options),
+            ["`lower_optimizer`", "'sgd'"],
+        )
+        for make, options in (
+            (tb.ValueGap, {"inner": inner(), "weight": 1.0}),
+            (tb.GradientNorm, {"weight": 1.0}),
+            (tb.TTSA, {}),
+            (tb.BAMM, {}),
+            (tb.AugmentedLagrangian, {"steps": 2}),
+        )
+    },
     "batches tuple": (
         lambda: minimize(batches=(1.0, 2.0)),
         ["`batches`", "tb.Batches", "tuple"],

@@ -262,6 +262,20 @@ def test_a_batch_for_every_step(kind: str) -> None:
     np.testing.assert_allclose(result.trace, half_way(TARGETS), rtol=1e-13)
 
 
+def test_numbers_in_batches_are_of_the_variables_dtype() -> None:
+    problem = tb.Problem(
+        upper_loss=lambda x, y, batch: batch * (y - batch) ** 2,
+        lower_loss=lambda x, y, batch: (y - batch * x) ** 2,
+    )
+    zero = tf.constant(0.0, tf.float64)
+    once = tb.Unroll(tb.InnerSolver(SGD(0.5), 1))  # y = batch x, exactly
+    batches = tb.Batches(upper=0.1, lower=0.3)
+    result = tb.minimize(problem, once, zero, zero, SGD(1.0), batches, steps=1)
+    # f = 0.1 (0.3 x - 0.1)^2, so f' = 0.06 (0.3 x - 0.1) = -0.006 at 0.
+    assert result.upper.dtype == tf.float64
+    assert float(result.upper) == pytest.approx(0.006, rel=1e-12)
+
+
 def test_a_fixed_batch_with_ragged_rows() -> None:
     """x moves to the mean of what the rows sum to."""
     problem = tb.Problem(

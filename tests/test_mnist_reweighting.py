@@ -254,6 +254,8 @@ def test_index_batches_go_through_whole_permutations():
     assert not np.array_equal(whole[:3], whole[3:6])
     for first in (2, 3, 7):
         np.testing.assert_array_equal(take(first, 5), whole[first : first + 5])
+    with pytest.raises(ValueError, match="`size` must be .* size=12, count=11"):
+        experiment.index_batches(11, 12, seed=4)
 
 
 def step_of(model, batches):

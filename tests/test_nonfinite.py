@@ -24,7 +24,7 @@ SGD = keras.optimizers.SGD
 def test_fit_too_can_choose_to_skip() -> None:
     model = make()
     data = full_batch(bad=1, repeat=3)
-    with pytest.raises(tb.NonFiniteError):
+    with pytest.raises(tb.NonFiniteError, match="compile.on_nonfinite=.skip"):
         model.fit(data, verbose=0)
     history = model.fit(data, on_nonfinite="skip", verbose=0).history
     assert history["skipped"] == [1.0]
@@ -60,6 +60,7 @@ def test_a_projection_that_ends_at_nan(on_nonfinite: str) -> None:
     else:
         history = model.fit(full_batch(), verbose=0).history
         assert history["skipped"] == [1.0] and model.outer_step == 1
+        assert np.isnan(history["upper_loss"]) and np.isnan(history["lower_loss"])
     after = [v.numpy() for v in (model.upper.logits, *model.lower.variables)]
     for a, b in zip(after, before, strict=True):
         np.testing.assert_array_equal(a, b)

@@ -18,6 +18,7 @@ from tfbilevel._arguments import (
     require_number,
     share,
 )
+from tfbilevel._differentiable import UpdateRule
 from tfbilevel._inner import SERIAL, InnerSolver
 from tfbilevel._method import Method, Step
 from tfbilevel._problem import Batches, Prepared, Problem
@@ -122,6 +123,7 @@ class AugmentedLagrangian(Method):
     multipliers: str = "carry"
 
     def __post_init__(self) -> None:
+        UpdateRule(self.lower_optimizer, "lower_optimizer")  # or an error
         inner = InnerSolver(
             self.lower_optimizer,
             self.steps,

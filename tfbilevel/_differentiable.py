@@ -63,9 +63,10 @@ class UpdateRule:
     """
 
     optimizer: keras.optimizers.Optimizer
+    argument: dataclasses.InitVar[str] = "optimizer"  # what the user knows it by
 
-    def __post_init__(self) -> None:
-        _require_supported(self.optimizer)
+    def __post_init__(self, argument: str) -> None:
+        _require_supported(self.optimizer, argument)
         rate = self.optimizer._learning_rate
         scheduled = not isinstance(rate, keras.Variable)
         object.__setattr__(self, "scheduled", scheduled)
@@ -86,7 +87,7 @@ class UpdateRule:
         leaves = [tf.convert_to_tensor(leaf) for leaf in tf.nest.flatten(variables)]
         rate: Any = ()
         if not self.scheduled:
-            rate = tf.constant(self.learning_rate, _widest(leaves))
+            rate = tf.constant(self.learning_rate, widest(leaves))
         slots = [make() for make in built.initial_slots]
         return OptimizerState(tf.constant(0, tf.int64), rate, slots)
 
@@ -188,7 +189,7 @@ class _Pure:
             # Keras stores the rate in float32; the state holds it in the
             # variables' own precision.
             wide = keras.Variable(
-                rate.numpy(), dtype=_widest(leaves).name, trainable=False
+                rate.numpy(), dtype=widest(leaves).name, trainable=False
             )
             optimizer._variables[1] = wide
             # Past Keras's tracker, which would list it a second time, after the
@@ -249,22 +250,23 @@ def _away_from_zero(gradient: tf.Tensor, memory: float) -> tf.Tensor:
     return gradient + tf.stop_gradient(correction)
 
 
-def _widest(leaves: list) -> tf.DType:
+def widest(leaves: list) -> tf.DType:
+    """The dtype of the most bits among tensors."""
     return max((leaf.dtype for leaf in leaves), key=lambda dtype: dtype.size)
 
 
-def _require_supported(optimizer: Any) -> None:
+def _require_supported(optimizer: Any, argument: str) -> None:
     names = ", ".join(kind.__name__ for kind in SUPPORTED)
     if not isinstance(optimizer, keras.optimizers.Optimizer):
         raise ValueError(
-            "`optimizer` must be a Keras optimizer, such as "
-            f"keras.optimizers.SGD(0.1). Received: optimizer={optimizer!r}"
+            f"`{argument}` must be a Keras optimizer, such as "
+            f"keras.optimizers.SGD(0.1). Received: {argument}={optimizer!r}"
         )
     if type(optimizer) not in SUPPORTED:
         raise ValueError(
             f"{type(optimizer).__name__} is not a differentiable optimizer: its "
             "derivatives are not known to be right (hidden state, matrix roots or a "
-            f"custom update). Use one of {names}. Received: optimizer={optimizer!r}"
+            f"custom update). Use one of {names}. Received: {argument}={optimizer!r}"
         )
     options = {
         "use_ema": optimizer.use_ema,

@@ -28,12 +28,12 @@ class NonFiniteError(FloatingPointError):
             `None`, and the models keep their variables from before it.
     """
 
-    def __init__(self, code: int, step: int, point: Any = None):
+    def __init__(self, code: int, step: int, point: Any = None, in_fit: bool = False):
         self.quantity, self.step, self.point = QUANTITIES[code], step, point
         kept, skip = "All variables keep their values", ""
         if point is not None:
             kept = "The error's `point` has the variables"
-        else:
+        if in_fit:
             skip = ', or let fit pass over such steps with compile(on_nonfinite="skip")'
         super().__init__(
             f"{self.quantity} became NaN or infinite at outer step {step}. {kept} from "

@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from tfbilevel import _derivatives as derivatives
 from tfbilevel import _structure as structure
-from tfbilevel._differentiable import differentiable
+from tfbilevel._differentiable import UpdateRule
 from tfbilevel._method import Method, Step
 from tfbilevel._problem import Batches, Problem
 from tfbilevel._schedules import Schedule, as_weight
@@ -61,7 +61,8 @@ class GradientNorm(Method):
     weight: float | Schedule
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "rule", differentiable(self.lower_optimizer))
+        rule = UpdateRule(self.lower_optimizer, "lower_optimizer")
+        object.__setattr__(self, "rule", rule)
         object.__setattr__(self, "schedule", as_weight(self.weight, "weight"))
 
     @property

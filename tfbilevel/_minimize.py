@@ -10,7 +10,7 @@ import tensorflow as tf
 from tfbilevel import _structure as structure
 from tfbilevel._arguments import require_callable, require_count
 from tfbilevel._call_options import without_memory_rewrites
-from tfbilevel._differentiable import UpdateRule, configuration, differentiable
+from tfbilevel._differentiable import UpdateRule, configuration, widest
 from tfbilevel._finite import NonFiniteError, first_nonfinite, warn_diverged
 from tfbilevel._method import Method, require_method
 from tfbilevel._problem import Batches, Problem, require_batches, require_problem
@@ -135,14 +135,15 @@ def minimize(
     upper, lower = structure.to_tensors(upper), structure.to_tensors(lower)
     structure.require_floating(upper, "upper")
     structure.require_floating(lower, "lower")
-    differentiable(upper_optimizer)  # or an error
+    UpdateRule(upper_optimizer, "upper_optimizer")  # or an error
     if jit_compile and isinstance(batches, tf.data.Dataset):
         raise ValueError(
             "`jit_compile` cannot compile the reading of a dataset. Pass fixed batches "
             "or a function of the step number, or leave it False. "
             f"Received: jit_compile=True, batches={batches!r}"
         )
-    source, data = _batch_source(batches, steps)
+    leaves = tf.nest.flatten((upper, lower))
+    source, data = _batch_source(batches, steps, widest(leaves))
     options = repr(configuration(upper_optimizer))
     parts = (problem, method, upper_optimizer, options, source, steps)
     rule, run = _loop_of((*parts, stop, trace, jit_compile), going_on=state is not None)
@@ -179,7 +180,7 @@ def _compile(
 ) -> tuple[UpdateRule, Callable]:
     """The loop as a compiled function of (x, y, state, batches), and its upper rule."""
     del options  # they only tell one loop from another
-    rule = differentiable(upper_optimizer)
+    rule = UpdateRule(upper_optimizer)
     if not isinstance(source, _Source):
         function = source
         source = _Source(lambda k, _: function(k), lambda _: function(tf.constant(0)))
@@ -321,7 +322,7 @@ class _Source(NamedTuple):
 _FIXED = _Source(at=lambda k, data: data, first=lambda data: data)
 
 
-def _batch_source(batches: Any, steps: int) -> tuple[Any, Any]:
+def _batch_source(batches: Any, steps: int, dtype: tf.DType) -> tuple[Any, Any]:
     """A source, or the user's function of the step number, and the loop's data."""
     if isinstance(batches, tf.data.Dataset):
         require_batches(batches.element_spec, "every element of the dataset `batches`")
@@ -337,14 +338,16 @@ def _batch_source(batches: Any, steps: int) -> tuple[Any, Any]:
     if callable(batches):
         return batches, ()
     require_batches(batches)
-    return _FIXED, _to_tensors(batches)
+    return _FIXED, _to_tensors(batches, dtype)
 
 
-def _to_tensors(batches: Batches) -> Batches:
+def _to_tensors(batches: Batches, dtype: tf.DType) -> Batches:
+    """Batches of tensors, Python's floats of the variables' dtype."""
+
     def convert(leaf: Any) -> Any:
         if leaf is None or isinstance(leaf, (tf.SparseTensor, tf.RaggedTensor)):
             return leaf
-        return tf.convert_to_tensor(leaf)
+        return tf.convert_to_tensor(leaf, dtype if type(leaf) is float else None)
 
     return tf.nest.map_structure(convert, batches)
 

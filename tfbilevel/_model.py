@@ -30,8 +30,8 @@ from tfbilevel._model_arguments import (
     require_method_for,
     require_no_average,
     require_no_constraints,
+    require_no_strategy,
     require_no_weights,
-    require_one_replica,
     require_start_optimizer,
     require_upper_optimizer,
 )
@@ -260,7 +260,7 @@ class BilevelModel(keras.Model):
         require_choice(on_nonfinite, "on_nonfinite", ON_NONFINITE)
         require_jit(jit_compile)
         require_method_for(method, self.tasks)
-        require_one_replica()
+        require_no_strategy()
         learned = self.start is not None
         require_upper_optimizer(upper_optimizer, learned)
         if self.problem.project_upper is not None:
@@ -508,7 +508,7 @@ class BilevelModel(keras.Model):
         if self.on_nonfinite == "skip":
             logs[SKIPPED] = tf.cast(~committed, tf.float32)
         for name, tracker in self._trackers.named(logs).items():
-            kept = name == SKIPPED or code < 0
+            kept = name == SKIPPED or committed
             value = tf.reduce_mean(tf.cast(logs[name], tf.float32))
             weight = tf.cast(kept, tf.float32)
             tracker.update_state(tf.where(kept, value, 0.0), sample_weight=weight)

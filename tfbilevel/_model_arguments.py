@@ -112,14 +112,16 @@ def _require_plain(name: str, optimizer: Any, learned: bool) -> None:
         )
 
 
-def require_one_replica() -> None:
-    """Raise within the scope of a strategy of several replicas."""
-    replicas = tf.distribute.get_strategy().num_replicas_in_sync
-    if replicas > 1:
+def require_no_strategy() -> None:
+    """Raise within the scope of a tf.distribute strategy, of one replica too: Keras
+    then builds the model on symbolic inputs, which a bilevel problem has none of."""
+    if tf.distribute.has_strategy():
+        strategy = tf.distribute.get_strategy()
         raise ValueError(
             "A tb.BilevelModel trains on one device: a strategy would make every "
             "replica's inner solve of its own part of the data. Compile it outside "
-            f"the strategy's scope. Received: {replicas} replicas"
+            "the strategy's scope; tf.device chooses the device. Received: "
+            f"{type(strategy).__name__}, {strategy.num_replicas_in_sync} replica(s)"
         )
 
 

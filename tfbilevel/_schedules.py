@@ -189,12 +189,18 @@ def at_ends(schedule: Schedule) -> tuple[float, float]:
 
 
 def as_weight(value: Any, name: str) -> Schedule:
-    """A schedule whose values are not negative at its start and its end."""
-    schedule = as_schedule(value, name)
-    if min(at_ends(schedule)) < 0:
+    """A schedule of a penalty's weight."""
+    why = "a penalty weight pulls towards the lower solution"
+    return _not_negative(as_schedule(value, name), name, why)
+
+
+def _not_negative(schedule: Schedule, name: str, why: str) -> Schedule:
+    """The schedule, if its values are not negative at its start and its end."""
+    ends = at_ends(schedule)
+    if min(ends) < 0:
         raise ValueError(
-            f"`{name}` must not be negative: a penalty weight pulls towards the lower "
-            f"solution. Received: {name}={value!r}"
+            f"`{name}` must not be negative: {why}. "
+            f"Received: {name}={schedule!r}, from {ends[0]:g} to {ends[1]:g}"
         )
     return schedule
 
@@ -202,7 +208,7 @@ def as_weight(value: Any, name: str) -> Schedule:
 def require_tolerance(tolerance: Any) -> None:
     """Raise unless it is a finite number, not negative, or such a schedule."""
     if isinstance(tolerance, Schedule):
-        as_weight(tolerance, "tolerance")
+        _not_negative(tolerance, "tolerance", "it is compared with a norm")
     else:
         require_number(
             tolerance,

@@ -49,7 +49,7 @@ class Progress(keras.layers.Layer):
         code = int(self.bad_code.numpy())
         if code >= 0:
             self.bad_code.assign(-1)
-            raise NonFiniteError(code, int(self.step.numpy()))
+            raise NonFiniteError(code, int(self.step.numpy()), in_fit=True)
 
 
 class Start(keras.layers.Layer):

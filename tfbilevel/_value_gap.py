@@ -10,7 +10,7 @@ import tensorflow as tf
 from tfbilevel import _derivatives as derivatives
 from tfbilevel import _structure as structure
 from tfbilevel._arguments import require_choice
-from tfbilevel._differentiable import differentiable
+from tfbilevel._differentiable import UpdateRule
 from tfbilevel._inner import InnerSolver, require_inner
 from tfbilevel._method import Method, Step
 from tfbilevel._problem import Batches, Prepared, Problem
@@ -73,7 +73,8 @@ class ValueGap(Method):
     auxiliary: str = "persistent"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "rule", differentiable(self.lower_optimizer))
+        rule = UpdateRule(self.lower_optimizer, "lower_optimizer")
+        object.__setattr__(self, "rule", rule)
         object.__setattr__(self, "schedule", as_weight(self.weight, "weight"))
         require_choice(self.auxiliary, "auxiliary", ("persistent", "copy"))
         if self.inner is not None:

@@ -17,7 +17,7 @@ from tfbilevel._arguments import (
     require_choice,
     require_number,
 )
-from tfbilevel._differentiable import differentiable
+from tfbilevel._differentiable import UpdateRule
 from tfbilevel._method import Method, Step
 from tfbilevel._problem import Batches, Prepared, Problem
 
@@ -97,7 +97,8 @@ class BAMM(Method):
     multiplier_step: str = "scheduled"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "rule", differentiable(self.lower_optimizer))
+        rule = UpdateRule(self.lower_optimizer, "lower_optimizer")
+        object.__setattr__(self, "rule", rule)
         require_number(self.multiplier_rate, "multiplier_rate", positive, "above 0")
         require_number(self.decay, "decay", not_negative, "not negative")
         require_aggregation(self.aggregate)

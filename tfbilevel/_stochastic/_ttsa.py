@@ -9,7 +9,7 @@ import tensorflow as tf
 from tfbilevel import _derivatives as derivatives
 from tfbilevel import _structure as structure
 from tfbilevel._arguments import not_negative, require_count, require_number
-from tfbilevel._differentiable import differentiable
+from tfbilevel._differentiable import UpdateRule
 from tfbilevel._method import Method, Step
 from tfbilevel._problem import Batches, Problem
 from tfbilevel._stochastic._bsa import random_product
@@ -67,7 +67,8 @@ class TTSA(Method):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "rule", differentiable(self.lower_optimizer))
+        rule = UpdateRule(self.lower_optimizer, "lower_optimizer")
+        object.__setattr__(self, "rule", rule)
         require_series(self.max_steps, self.rate)
         require_count(self.seed, "seed", least=0)
         for name in ("lower_power", "upper_power"):

@@ -10,6 +10,11 @@ def index_batches(count: int, size: int, seed: int, first: int = 0) -> tf.data.D
     is dropped. Batch n depends on the arguments and n alone, so that a resumed run goes
     on where it was.
     """
+    if not 0 < size <= count:
+        raise ValueError(
+            "`size` must be from 1 to `count`. Use smaller batches or more examples. "
+            f"Received: size={size}, count={count}"
+        )
     per_permutation = count // size
     permutations, rest = divmod(first, per_permutation)
 
