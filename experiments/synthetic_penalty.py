@@ -343,7 +343,7 @@ def print_table(summaries: list[dict], name: str, unit: str) -> None:
 
 
 def log(run: experiment.Run, found: dict[Job, Any]) -> None:
-    """Forty rows of every run: mean and standard deviation over its starts."""
+    """About forty rows of every run: mean and standard deviation over its starts."""
     run.rewind(-1)
     for job, curves in found.items():
         last = len(curves["step"]) - 1

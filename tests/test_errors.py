@@ -137,7 +137,10 @@ BAD: dict[str, tuple[Callable[[], Any], list[str]]] = {
         ["`weight`", "-0.5"],
     ),
     "weight nan": (lambda: tb.GradientNorm(SGD(0.1), float("nan")), ["finite"]),
-    "lower optimizer": (lambda: tb.GradientNorm(0.1, 1.0), ["`lower_optimizer`", "0.1"]),
+    "lower optimizer": (
+        lambda: tb.GradientNorm(0.1, 1.0),
+        ["`lower_optimizer`", "0.1"],
+    ),
     "constant": (lambda: tb.Constant(float("inf")), ["`value`", "finite"]),
     "ramp": (lambda: tb.LinearRamp(0.0, 1.0, 0), ["`steps`", "at least 1"]),
     "ramp stop": (lambda: tb.LinearRamp(0.0, float("nan"), 3), ["`stop`", "finite"]),
