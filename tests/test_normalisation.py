@@ -97,7 +97,7 @@ def test_forward_mode_sees_them_too():
 
 
 def test_tensorflow_s_own_function_is_what_is_wrong():
-    """If this fails, TensorFlow was mended and `_moments.py` can go."""
+    """If this fails, TensorFlow was mended and `_workarounds/moments.py` can go."""
     x = tf.constant([[0.3], [-1.2], [0.8]], tf.float64)
 
     def second(moments: Any) -> np.ndarray:
@@ -112,7 +112,7 @@ def test_tensorflow_s_own_function_is_what_is_wrong():
     # d^2 var / dx_i dx_j = 2 / n (delta_ij - 1 / n)
     exact = 2 / 3 * (np.eye(3) - 1 / 3)
     assert not np.allclose(second(tf.nn.moments), exact)
-    from tfbilevel._moments import moments
+    from tfbilevel._workarounds.moments import moments
 
     np.testing.assert_allclose(second(moments), exact, rtol=1e-12)
 
@@ -120,7 +120,7 @@ def test_tensorflow_s_own_function_is_what_is_wrong():
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 @pytest.mark.parametrize("keepdims", [False, True])
 def test_values_are_tensorflow_s_to_the_last_bit(dtype, keepdims):
-    from tfbilevel._moments import moments
+    from tfbilevel._workarounds.moments import moments
 
     values = np.random.default_rng(0).normal(size=(4, 5, 6))
     x = tf.constant(values.astype(dtype))

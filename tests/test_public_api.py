@@ -154,7 +154,7 @@ def test_methods_are_frozen_and_compare_by_identity() -> None:
 
 
 def test_another_backend_of_keras_is_refused(monkeypatch) -> None:
-    module = importlib.import_module("tfbilevel._backend")
+    module = importlib.import_module("tfbilevel._workarounds.backend")
     importlib.reload(module)
     monkeypatch.setattr(keras.backend, "backend", lambda: "jax")
     with pytest.raises(ImportError, match="needs Keras on TensorFlow.*'jax'"):

@@ -1,6 +1,5 @@
 """Gradient-based bilevel optimization for TensorFlow 2 and Keras 3."""
 
-from tfbilevel import _backend as _backend  # first: an error before all others
 from tfbilevel._aggregation import Aggregation as Aggregation
 from tfbilevel._augmented_lagrangian import (
     AugmentedLagrangian as AugmentedLagrangian,

@@ -11,7 +11,7 @@ from typing import Any
 import tensorflow as tf
 
 from tfbilevel import _structure as structure
-from tfbilevel._moments import differentiable_moments
+from tfbilevel._workarounds.moments import differentiable_moments
 
 Pullback = Callable[[Any], Any]
 

@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfbilevel._tracing import outside_traces
+from tfbilevel._workarounds.tracing import outside_traces
 
 SUPPORTED = (
     keras.optimizers.SGD,

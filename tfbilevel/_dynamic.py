@@ -13,13 +13,13 @@ from tfbilevel._arguments import (
     require_number,
     share,
 )
-from tfbilevel._call_options import without_memory_rewrites
 from tfbilevel._differentiable import configuration
 from tfbilevel._finite import NonFiniteError, first_nonfinite
 from tfbilevel._inner import InnerSolver
 from tfbilevel._model import BilevelModel
 from tfbilevel._problem import Batches
 from tfbilevel._unroll import Unroll
+from tfbilevel._workarounds.memory_optimizer import without_memory_rewrites
 
 
 class DynamicState(NamedTuple):

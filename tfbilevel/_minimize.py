@@ -9,11 +9,11 @@ import tensorflow as tf
 
 from tfbilevel import _structure as structure
 from tfbilevel._arguments import require_callable, require_count
-from tfbilevel._call_options import without_memory_rewrites
 from tfbilevel._differentiable import UpdateRule, configuration, widest
 from tfbilevel._finite import NonFiniteError, first_nonfinite, warn_diverged
 from tfbilevel._method import Method, require_method
 from tfbilevel._problem import Batches, Problem, require_batches, require_problem
+from tfbilevel._workarounds.memory_optimizer import without_memory_rewrites
 
 
 class Point(NamedTuple):

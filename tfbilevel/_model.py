@@ -10,7 +10,6 @@ import tensorflow as tf
 
 from tfbilevel import _structure as structure
 from tfbilevel._arguments import require_callable, require_choice, require_count
-from tfbilevel._call_options import without_memory_rewrites
 from tfbilevel._compilation import faster_with_xla
 from tfbilevel._derivatives import UnconnectedGradientError
 from tfbilevel._finite import (
@@ -57,6 +56,7 @@ from tfbilevel._training_state import (
     Trackers,
     random_states,
 )
+from tfbilevel._workarounds.memory_optimizer import without_memory_rewrites
 
 ON_NONFINITE = ("raise", "skip")
 SAVED_SETTINGS = ("metrics", "weighted_metrics", "steps_per_execution", "run_eagerly")

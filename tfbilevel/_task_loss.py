@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from tfbilevel import _structure as structure
 from tfbilevel._derivatives import require_scalar
-from tfbilevel._moments import differentiable_moments
+from tfbilevel._workarounds.moments import differentiable_moments
 
 Loss = Callable[[Any, Any, Any], tf.Tensor]
 

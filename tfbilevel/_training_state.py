@@ -6,7 +6,7 @@ import keras
 import tensorflow as tf
 
 from tfbilevel._finite import NonFiniteError
-from tfbilevel._tracing import outside_traces
+from tfbilevel._workarounds.tracing import outside_traces
 
 # How the outer step is compiled: not decided yet, as a graph, with XLA.
 UNDECIDED, GRAPH, XLA = 0, 1, 2
