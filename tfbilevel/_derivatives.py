@@ -11,7 +11,7 @@ from typing import Any
 import tensorflow as tf
 
 from tfbilevel import _structure as structure
-from tfbilevel._workarounds.moments import differentiable_moments
+from tfbilevel._workarounds import right_derivatives
 
 Pullback = Callable[[Any], Any]
 
@@ -32,15 +32,16 @@ def vjp(function: Callable, *primals: Any) -> tuple[Any, Any, Pullback]:
     primals = structure.distinct(primals)
     with tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
         tape.watch(tf.nest.flatten(primals))
-        with differentiable_moments():
+        with right_derivatives():
             value, auxiliary = function(*primals)
 
     def pullback(cotangent: Any) -> Any:
-        return tape.gradient(
-            tf.nest.flatten(value),
-            primals,
-            output_gradients=tf.nest.flatten(cotangent),
-        )
+        with right_derivatives():
+            return tape.gradient(
+                tf.nest.flatten(value),
+                primals,
+                output_gradients=tf.nest.flatten(cotangent),
+            )
 
     return value, auxiliary, pullback
 
@@ -64,16 +65,17 @@ def jvp(function: Callable, *primals: Any) -> tuple[Any, Any, Pullback, list]:
     with tf.GradientTape(persistent=True, watch_accessed_variables=False) as outer:
         with tf.GradientTape(persistent=True, watch_accessed_variables=False) as inner:
             inner.watch(tf.nest.flatten(primals))
-            with differentiable_moments():
+            with right_derivatives():
                 value, auxiliary = function(*primals)
         seeds = [tf.zeros_like(leaf) for leaf in tf.nest.flatten(value)]
         outer.watch(seeds)
-        cotangents = [
-            # Of a gather: slices, which cannot be differentiated as they are.
-            None if entry is None else tf.convert_to_tensor(entry)
-            for entry in inner.gradient(
+        with right_derivatives():
+            entries = inner.gradient(
                 tf.nest.flatten(value), tf.nest.flatten(primals), output_gradients=seeds
             )
+        # Of a gather: slices, which cannot be differentiated as they are.
+        cotangents = [
+            None if entry is None else tf.convert_to_tensor(entry) for entry in entries
         ]
     connected = [entry is not None for entry in cotangents]
 
@@ -85,7 +87,10 @@ def jvp(function: Callable, *primals: Any) -> tuple[Any, Any, Pullback, list]:
         made = [None] * len(seeds)
         if pairs:
             targets, along = zip(*pairs, strict=True)
-            made = outer.gradient(list(targets), seeds, output_gradients=list(along))
+            with right_derivatives():
+                made = outer.gradient(
+                    list(targets), seeds, output_gradients=list(along)
+                )
         return fill_zeros(tf.nest.pack_sequence_as(value, made), value)
 
     return value, auxiliary, pushforward, tf.nest.pack_sequence_as(primals, connected)
@@ -99,9 +104,10 @@ def value_and_partials(function: Callable, *primals: Any) -> tuple[tf.Tensor, An
     primals = structure.distinct(primals)
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch(tf.nest.flatten(primals))
-        with differentiable_moments():
+        with right_derivatives():
             value = require_scalar(function(*primals))
-    return value, tape.gradient(value, primals)
+    with right_derivatives():
+        return value, tape.gradient(value, primals)
 
 
 def lower_gradient(
@@ -129,18 +135,19 @@ def lower_gradient_pullback(
         outer.watch(tf.nest.flatten((upper, lower)))
         with tf.GradientTape(watch_accessed_variables=False) as inner:
             inner.watch(tf.nest.flatten(lower))
-            with differentiable_moments():
+            with right_derivatives():
                 value = require_scalar(lower_loss(upper, lower, batch))
-        gradient = require_connected(
-            inner.gradient(value, lower), lower, "lower", "the lower loss"
-        )
+        with right_derivatives():
+            entries = inner.gradient(value, lower)
+        gradient = require_connected(entries, lower, "lower", "the lower loss")
 
     def pullback(vector: Any) -> tuple[Any, Any]:
-        mixed, curvature = outer.gradient(
-            tf.nest.flatten(gradient),
-            (upper, lower),
-            output_gradients=tf.nest.flatten(vector),
-        )
+        with right_derivatives():
+            mixed, curvature = outer.gradient(
+                tf.nest.flatten(gradient),
+                (upper, lower),
+                output_gradients=tf.nest.flatten(vector),
+            )
         return mixed, fill_zeros(curvature, lower)
 
     return value, gradient, pullback

@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from tfbilevel import _structure as structure
 from tfbilevel._derivatives import require_scalar
-from tfbilevel._workarounds.moments import differentiable_moments
+from tfbilevel._workarounds import right_derivatives
 
 Loss = Callable[[Any, Any, Any], tf.Tensor]
 
@@ -65,7 +65,7 @@ def mapped_loss(loss: Loss, in_turn: Callable[[Any], bool]) -> Loss:
 
         def one(task: tuple) -> tf.Tensor:
             # Here too: the trace below is kept, whoever is the first to need it.
-            with differentiable_moments():
+            with right_derivatives():
                 value = require_scalar(loss(x, task[0], task[1]))
             return tf.cast(value, dtype)
 

@@ -6,37 +6,11 @@ wrong, and with it every hypergradient through Keras's BatchNormalization,
 LayerNormalization and GroupNormalization.
 """
 
-import contextlib
-import threading
-from collections.abc import Iterator
 from typing import Any
 
 import tensorflow as tf
 
-_lock = threading.Lock()
-_users = 0
-_original: Any = None
-
-
-@contextlib.contextmanager
-def differentiable_moments() -> Iterator[None]:
-    """While it is open, `tf.nn.moments` is differentiable as often as one likes.
-
-    Same values, to the last bit. Everything that the library differentiates is
-    evaluated in here; the last one to leave puts TensorFlow's function back.
-    """
-    global _users, _original
-    with _lock:
-        if _users == 0:
-            _original, tf.nn.moments = tf.nn.moments, moments
-        _users += 1
-    try:
-        yield
-    finally:
-        with _lock:
-            _users -= 1
-            if _users == 0:
-                tf.nn.moments = _original
+from tfbilevel._workarounds.swap import function
 
 
 def moments(
@@ -57,3 +31,6 @@ def moments(
         if not keepdims:
             mean, variance = (tf.squeeze(value, axes) for value in (mean, variance))
         return tf.cast(mean, x.dtype), tf.cast(variance, x.dtype)
+
+
+REPLACEMENTS = [function(tf.nn, "moments", moments)]
