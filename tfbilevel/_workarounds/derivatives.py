@@ -3,10 +3,22 @@
 import contextlib
 from collections.abc import Iterator
 
-from tfbilevel._workarounds import moments
+from tfbilevel._workarounds import (
+    moments,
+    resizes,
+    softmax_cross_entropy,
+    softsign,
+)
 from tfbilevel._workarounds.swap import Swap
 
-_right = Swap([*moments.REPLACEMENTS])
+_right = Swap(
+    [
+        *moments.REPLACEMENTS,
+        *resizes.REPLACEMENTS,
+        *softmax_cross_entropy.REPLACEMENTS,
+        *softsign.REPLACEMENTS,
+    ]
+)
 
 
 @contextlib.contextmanager
