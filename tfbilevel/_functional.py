@@ -6,6 +6,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from tfbilevel._workarounds import functions_inline
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Functional:
@@ -36,7 +38,8 @@ class Functional:
                 f"Received: {len(values)} tensors for {len(own)} variables"
             )
         keywords = {} if training is None else {"training": training}
-        with keras.StatelessScope(list(zip(own, values, strict=True))):
+        scope = keras.StatelessScope(list(zip(own, values, strict=True)))
+        with functions_inline(own), scope:
             return self.model(inputs, **keywords)
 
 

@@ -56,6 +56,7 @@ from tfbilevel._training_state import (
     Trackers,
     random_states,
 )
+from tfbilevel._workarounds import functions_inline
 from tfbilevel._workarounds.memory_optimizer import without_memory_rewrites
 
 ON_NONFINITE = ("raise", "skip")
@@ -200,7 +201,8 @@ class BilevelModel(keras.Model):
                 *zip(upper, x, strict=True),
                 *zip(self.lower.trainable_variables, y, strict=True),
             ]
-            with keras.StatelessScope(values, collect_losses=True):
+            scope = keras.StatelessScope(values, collect_losses=True)
+            with functions_inline([v for v, _ in values]), scope:
                 return loss(self.upper, self.lower, batch)
 
         return at
@@ -208,8 +210,9 @@ class BilevelModel(keras.Model):
     def _at_upper_variables(self, function: Callable) -> Callable:
         def at(x: list, *arguments: Any) -> Any:
             own, _ = self._split(x)
-            values = zip(self.upper.trainable_variables, own, strict=True)
-            with keras.StatelessScope(list(values)):
+            variables = self.upper.trainable_variables
+            scope = keras.StatelessScope(list(zip(variables, own, strict=True)))
+            with functions_inline(variables), scope:
                 made = function(self.upper, *arguments)
                 return made if arguments else structure.to_tensors(list(made))
 

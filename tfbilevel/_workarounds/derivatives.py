@@ -9,6 +9,7 @@ from tfbilevel._workarounds import (
     softmax_cross_entropy,
     softsign,
 )
+from tfbilevel._workarounds.inline_functions import functions_inline
 from tfbilevel._workarounds.swap import Swap
 
 _right = Swap(
@@ -27,7 +28,9 @@ def right_derivatives() -> Iterator[None]:
 
     Same values, to the last bit. What the library differentiates is evaluated in here,
     and differentiated in here: the gradient of an operation is looked up when the tape
-    is asked for it. The last one to leave puts back what TensorFlow had.
+    is asked for it. The last one to leave puts back what TensorFlow had. The user's
+    `tf.function`s run as Python code, since they keep the derivatives they were first
+    differentiated with.
     """
-    with _right.in_use():
+    with _right.in_use(), functions_inline():
         yield

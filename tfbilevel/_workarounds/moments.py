@@ -10,7 +10,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from tfbilevel._workarounds.swap import function
+from tfbilevel._workarounds.swap import Replacement
 
 
 def moments(
@@ -33,4 +33,4 @@ def moments(
         return tf.cast(mean, x.dtype), tf.cast(variance, x.dtype)
 
 
-REPLACEMENTS = [function(tf.nn, "moments", moments)]
+REPLACEMENTS = [Replacement(tf.nn, "moments", moments)]

@@ -1,35 +1,36 @@
-"""Putting something of one's own in the place of something of TensorFlow's."""
+"""Putting something of one's own in the place of something of TensorFlow's or Keras's."""
 
 import contextlib
 import threading
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from tensorflow.python.framework import ops
 
-ABSENT: Any = object()
+_ABSENT: Any = object()
 
 
 class Replacement(NamedTuple):
-    """One entry of a mapping, and what stands there while the swap is in use."""
+    """What stands under a name while the swap is in use.
 
-    where: MutableMapping
-    key: str
+    Attributes:
+        owner: a module, a class or a dictionary.
+        name: an attribute of it, or a key.
+        value: what replaces it.
+    """
+
+    owner: Any
+    name: str
     value: Any
 
 
-def function(module: Any, name: str, value: Any) -> Replacement:
-    """Another function under a module's name."""
-    return Replacement(vars(module), name, value)
-
-
-def gradient(operation: str, value: Any) -> Replacement:
+def gradient(operation: str, function: Any) -> Replacement:
     """Another gradient of an operation: (operation, *upstream) -> one per input.
 
     Eager tapes look it up when their gradient is asked for, graphs when the gradient
     is built, loops and functions in graphs when they are differentiated.
     """
-    entry = {"type": value, "location": None}
+    entry = {"type": function, "location": None}
     return Replacement(ops.gradient_registry._registry, operation, entry)
 
 
@@ -51,10 +52,11 @@ class Swap:
         with self._lock:
             if self._users == 0:
                 self._before = [
-                    where.get(key, ABSENT) for where, key, _ in self._replacements
+                    _entries(owner).get(name, _ABSENT)
+                    for owner, name, _ in self._replacements
                 ]
-                for where, key, value in self._replacements:
-                    where[key] = value
+                for replacement in self._replacements:
+                    _put(*replacement)
             self._users += 1
         try:
             yield
@@ -62,10 +64,23 @@ class Swap:
             with self._lock:
                 self._users -= 1
                 if self._users == 0:
-                    for (where, key, _), value in zip(
+                    for (owner, name, _), value in zip(
                         self._replacements, self._before, strict=True
                     ):
-                        if value is ABSENT:
-                            del where[key]
-                        else:
-                            where[key] = value
+                        _put(owner, name, value)
+
+
+def _entries(owner: Any) -> Mapping[str, Any]:
+    return owner if isinstance(owner, dict) else vars(owner)
+
+
+def _put(owner: Any, name: str, value: Any) -> None:
+    if not isinstance(owner, dict):
+        if value is _ABSENT:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, value)
+    elif value is _ABSENT:
+        del owner[name]
+    else:
+        owner[name] = value

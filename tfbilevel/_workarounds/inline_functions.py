@@ -1,0 +1,100 @@
+"""`tf.function` around code that the library evaluates.
+
+Such a function keeps what it was traced with: weights of models, derivatives and
+whatever else it did not get as an argument. Called where models stand for other values
+of their weights, it would return another trace's numbers. Here its Python code runs in
+its place, converted by AutoGraph where a graph is built and it was to be.
+"""
+
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+from tensorflow.python.eager.polymorphic_function import (
+    autograph_util,
+    function_type_utils,
+    polymorphic_function,
+)
+from tensorflow.python.eager.polymorphic_function.concrete_function import (
+    ConcreteFunction,
+)
+
+from tfbilevel._workarounds.swap import Replacement, Swap
+
+# Theirs read no model, and some cannot do without: Keras compiles grouped convolutions.
+COMPILED_STILL = {"tfbilevel", "tensorflow", "keras"}
+
+_Function: Any = polymorphic_function.Function
+_call = _Function.__call__
+_call_traced = ConcreteFunction._call_flat
+
+
+class _Here(threading.local):
+    """What this thread is within: one entry per scope, of swapped variables' handles."""
+
+    def __init__(self) -> None:
+        self.scopes: list[dict[int, str]] = []
+
+
+_here = _Here()
+
+
+@contextlib.contextmanager
+def functions_inline(variables: Sequence[keras.Variable] = ()) -> Iterator[None]:
+    """While it is open, this thread runs the user's `tf.function`s as Python code.
+
+    Args:
+        variables: those that stand for other values within. A function that was traced
+            for good (`get_concrete_function`, a loaded one) and reads one is refused.
+
+    Raises:
+        ValueError: at the call of such a function.
+    """
+    handles = {id(v._value.handle): v.path for v in variables}
+    with _functions.in_use():
+        _here.scopes.append(handles)
+        try:
+            yield
+        finally:
+            _here.scopes.pop()
+
+
+def _call_inline(self: Any, *arguments: Any, **keywords: Any) -> Any:
+    function = self.python_function
+    module = getattr(function, "__module__", None) or ""
+    if not _here.scopes or module.split(".")[0] in COMPILED_STILL:
+        return _call(self, *arguments, **keywords)
+    # As the function would: defaults, arrays to tensors, an input signature.
+    bound = function_type_utils.canonicalize_function_inputs(
+        arguments, keywords, self._function_type, self._default_values, self._is_pure
+    )
+    if self._autograph and not tf.executing_eagerly():
+        function = autograph_util.py_func_from_autograph(
+            function, self._experimental_autograph_options
+        )
+    return function(*bound.args, **bound.kwargs)
+
+
+def _call_traced_checked(self: Any, tensors: Any, captured_inputs: Any) -> Any:
+    for handle in captured_inputs:
+        for scope in _here.scopes:
+            if id(handle) in scope:
+                raise ValueError(
+                    "A loss called code that is decorated with tf.function and was "
+                    "traced for good: it would read the stored weights, not those "
+                    "that the loss is evaluated at. Call the Python function, or the "
+                    "tf.function instead of its concrete function. Received: "
+                    f"{self.name!r}, which reads {scope[id(handle)]!r}"
+                )
+    return _call_traced(self, tensors, captured_inputs)
+
+
+_functions = Swap(
+    [
+        Replacement(_Function, "__call__", _call_inline),
+        Replacement(ConcreteFunction, "_call_flat", _call_traced_checked),
+    ]
+)
