@@ -33,7 +33,7 @@ _call_traced = ConcreteFunction._call_flat
 
 
 class _Here(threading.local):
-    """What this thread is within: one entry per scope, of swapped variables' handles."""
+    """What this thread is within: one entry per scope, of the variables swapped."""
 
     def __init__(self) -> None:
         self.scopes: list[dict[int, str]] = []
