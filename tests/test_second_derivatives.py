@@ -228,7 +228,9 @@ class Differences:
         return (high - low).numpy() / (2 * self.step)
 
     def require(self, mixed: Any, curvature: Any) -> None:
-        weighted = lambda x, y: tf.reduce_sum(self.v * self.gradient(x, y))  # noqa: E731
+        def weighted(x: Any, y: Any) -> Any:
+            return tf.reduce_sum(self.v * self.gradient(x, y))
+
         direction = tf.constant(np.random.default_rng(8).normal(size=self.x.shape))
         found = tf.reduce_sum(direction * mixed).numpy()
         want = self.along(weighted, "x", direction)
