@@ -8,15 +8,14 @@ class name -> numbers of its images. 64, 16 and 20 classes of 600 images.
 
 import functools
 import pathlib
-import pickle
 import sys
-from typing import Any
 
 import numpy as np
 
 if __name__ == "__main__":
     sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
+from data_prep import pickles
 from data_prep.classes import (
     Classes,
     parser,
@@ -45,7 +44,7 @@ def load(folder: pathlib.Path) -> dict[str, Classes]:
 
 def read(path: pathlib.Path) -> Classes:
     """One file: its classes by name."""
-    content = unpickled(path)
+    content = pickles.load(path)
     images = content.get("image_data") if isinstance(content, dict) else None
     members = content.get("class_dict") if isinstance(content, dict) else None
     if (
@@ -73,21 +72,6 @@ def _each_once(members: dict, count: int) -> bool:
     except (TypeError, ValueError):  # no lists, or of other things
         return False
     return found == list(range(count))
-
-
-def unpickled(path: pathlib.Path) -> Any:
-    """A pickle of Python 2 or 3, or a clear error."""
-    if not path.exists():
-        raise FileNotFoundError(
-            f"{path} does not exist. Point --data-dir at its folder"
-        )
-    try:
-        with path.open("rb") as file:
-            return pickle.load(file, encoding="latin1")
-    except Exception as error:  # noqa: BLE001  (pickle raises whatever it meets)
-        raise ValueError(
-            f"{path} cannot be read: it is cut short or not a pickle ({error})"
-        ) from None
 
 
 def main(argv: list[str] | None = None) -> dict[str, int]:

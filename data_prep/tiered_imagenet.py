@@ -17,6 +17,7 @@ import tensorflow as tf
 if __name__ == "__main__":
     sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
+from data_prep import pickles
 from data_prep.classes import (
     Classes,
     grouped,
@@ -25,7 +26,7 @@ from data_prep.classes import (
     require_apart,
     warn_unless_published,
 )
-from data_prep.mini_imagenet import FILES, unpickled
+from data_prep.mini_imagenet import FILES
 
 CLASSES = {"train": 351, "validation": 97, "test": 160}
 
@@ -48,7 +49,7 @@ def load(folder: pathlib.Path) -> dict[str, Classes]:
 
 def read(images_path: pathlib.Path, labels_path: pathlib.Path) -> Classes:
     """One split."""
-    files, content = unpickled(images_path), unpickled(labels_path)
+    files, content = pickles.load(images_path), pickles.load(labels_path)
     try:
         labels = np.asarray(content["label_specific"]).astype(int).ravel()
         names = [
