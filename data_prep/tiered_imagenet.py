@@ -4,7 +4,8 @@
 
 An images file is a pickled list of PNG files, uint8 vectors, 84 x 84 x 3 each; a labels
 file is a dictionary with `label_specific`, the class of every image, and
-`label_specific_str`, the classes' names. 351, 97 and 160 classes.
+`label_specific_str`, the classes' names. 351, 97 and 160 classes. MetaOptNet's layout,
+`{train,val,test}_images.npz` and `..._labels.pkl`, is read too.
 """
 
 import functools
@@ -17,7 +18,7 @@ import tensorflow as tf
 if __name__ == "__main__":
     sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from data_prep import pickles
+from data_prep import layouts, pickles
 from data_prep.classes import (
     Classes,
     grouped,
@@ -26,8 +27,15 @@ from data_prep.classes import (
     require_apart,
     warn_unless_published,
 )
-from data_prep.mini_imagenet import FILES
+from data_prep.layouts import splits
 
+LAYOUTS = (
+    splits("{}_images_png.pkl", "{}_labels.pkl"),
+    splits("{}_images.npz", "{}_labels.pkl"),
+    splits("{}_images.npz", "{}_labels.npz"),
+    splits("{}.npz"),
+    splits("{}.pkl"),
+)
 CLASSES = {"train": 351, "validation": 97, "test": 160}
 
 
@@ -38,13 +46,15 @@ def load(folder: pathlib.Path) -> dict[str, Classes]:
         FileNotFoundError: if a file is not there.
         ValueError: if one is not tieredImageNet's, or two share a class.
     """
-    splits = {}
-    for split, name in FILES.items():
-        folder = pathlib.Path(folder)
-        files = folder / f"{name}_images_png.pkl", folder / f"{name}_labels.pkl"
-        splits[split] = read(*files)
-    warn_unless_published(splits, CLASSES, "tieredImageNet")
-    return require_apart(splits)
+    files = layouts.find(pathlib.Path(folder), LAYOUTS, "tieredImageNet")
+    found = {}
+    for split, paths in files.items():
+        published = paths[0].name.endswith("_images_png.pkl")
+        found[split] = (
+            read(*paths) if published else layouts.read(paths, split, "tieredImageNet")
+        )
+    warn_unless_published(found, CLASSES, "tieredImageNet")
+    return require_apart(found)
 
 
 def read(images_path: pathlib.Path, labels_path: pathlib.Path) -> Classes:
