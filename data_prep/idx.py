@@ -6,6 +6,8 @@ import zlib
 
 import numpy as np
 
+from data_prep.errors import one_line
+
 NAMES = {"train": "train", "test": "t10k"}
 PLACES = ("", "raw", "MNIST/raw", "FashionMNIST/raw")  # torchvision makes folders
 
@@ -54,7 +56,8 @@ def read(path: pathlib.Path, axes: int) -> np.ndarray:
             packed = plain.read(2) == b"\x1f\x8b"
         with gzip.open(path) if packed else path.open("rb") as file:
             head = file.read(4 * (1 + axes))
-            magic, *shape = np.frombuffer(head, ">i4").tolist() if head else [0]
+            whole = head[: len(head) // 4 * 4]
+            magic, *shape = np.frombuffer(whole, ">i4").tolist() or [0]
             if magic != 0x0800 + axes or len(shape) != axes or min(shape) < 0:
                 raise ValueError(
                     f"it must begin with {0x0800 + axes}, an IDX file of bytes with "
@@ -65,7 +68,7 @@ def read(path: pathlib.Path, axes: int) -> np.ndarray:
             content = file.read(min(count, 2**31) + 1)
     except (OSError, EOFError, zlib.error, ValueError) as error:
         raise ValueError(
-            f"{path} is damaged, or not a file of MNIST ({error})"
+            f"{path} is damaged, or not a file of MNIST ({one_line(error)})"
         ) from None
     if len(content) != count:
         more = "more" if len(content) > count else f"{len(content):,}"

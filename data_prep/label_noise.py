@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.errors import one_line
+
 RULES = ("published", "strict")
 
 
@@ -193,7 +195,8 @@ def load_kept(path: pathlib.Path, labels: np.ndarray) -> np.ndarray:
             of, kept = file["labels"], file["kept"]
     except Exception as error:  # noqa: BLE001  (NumPy raises what zip and zlib find)
         raise ValueError(
-            f"{path} is damaged, or has no arrays `labels` and `kept` ({error})"
+            f"{path} is damaged, or has no arrays `labels` and `kept` "
+            f"({one_line(error)})"
         ) from None
     if not np.array_equal(of, labels) or kept.shape != labels.shape:
         raise ValueError(

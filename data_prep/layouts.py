@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from data_prep import pickles
 from data_prep.classes import Classes, grouped
+from data_prep.errors import one_line
 
 # What each name is written under, in the order in which they are looked for.
 IMAGES = ("image_data", "images", "data", "features")
@@ -95,10 +96,9 @@ def as_images(found: Any, where: str, source: str) -> np.ndarray:
         try:
             found = np.stack([decoded(one) for one in found])
         except (TypeError, ValueError, tf.errors.InvalidArgumentError) as error:
-            reason = (str(error).splitlines() or [""])[0]
             raise ValueError(
                 f"{where}: not a file of {source}: its images must be image files of "
-                f"one size ({reason})"
+                f"one size ({one_line(error)})"
             ) from None
     shape = getattr(found, "shape", None)
     if not isinstance(found, np.ndarray) or found.ndim != 4 or found.dtype != np.uint8:
@@ -132,9 +132,8 @@ def _content(path: pathlib.Path) -> dict[str, Any]:
             with path.open("rb") as opened, np.load(opened) as file:
                 return {name: file[name] for name in file.files}
         except Exception as error:  # noqa: BLE001  (NumPy raises what zip and zlib find)
-            reason = (str(error).splitlines() or [""])[0]
             raise ValueError(
-                f"{path} is damaged, or not an .npz of plain arrays ({reason})"
+                f"{path} is damaged, or not an .npz of plain arrays ({one_line(error)})"
             ) from None
     found = pickles.load(path)
     if isinstance(found, dict):

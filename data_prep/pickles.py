@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.errors import one_line
+
 _NUMPY = ("numpy.core.multiarray", "numpy._core.multiarray")
 _BUFFERS = ("numpy.core.numeric", "numpy._core.numeric")
 
@@ -77,7 +79,7 @@ _REFUSED = (
 # Python's own, in which each instruction can be replaced. The one in C also makes a
 # list as long as the largest number that a damaged file gives an object.
 class _Reader(pickle._Unpickler):  # type: ignore[name-defined]
-    dispatch = dict(pickle._Unpickler.dispatch)  # type: ignore[attr-defined]
+    dispatch: dict[int, Any] = dict(pickle._Unpickler.dispatch)  # type: ignore
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in ADMITTED:
@@ -141,16 +143,11 @@ def load(path: pathlib.Path) -> Any:
     except Foreign as error:
         raise ValueError(
             f"{path} was not read: a pickle runs what it names, and this one names "
-            f"more than arrays and plain Python values ({_one_line(error)}). Save its "
+            f"more than arrays and plain Python values ({one_line(error)}). Save its "
             "arrays again with np.savez, in an environment that trusts it"
         ) from None
     except Exception as error:  # noqa: BLE001  (a damaged pickle raises whatever it met)
         raise ValueError(
             f"{path} cannot be read: it is cut short or not a pickle "
-            f"({_one_line(error)})"
+            f"({one_line(error)})"
         ) from None
-
-
-def _one_line(error: BaseException) -> str:
-    lines = str(error).split("\n") or [""]
-    return repr(lines[0])[1:-1][:200] or type(error).__name__

@@ -21,6 +21,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from data_prep import hdf5
+from data_prep.errors import one_line
 from data_prep.images import Part
 from tfbilevel import experiment
 
@@ -60,8 +61,8 @@ def read_mat(path: pathlib.Path, count: int | None) -> Digits:
         )
     except Exception as error:  # noqa: BLE001  (SciPy raises what zlib and it find)
         raise ValueError(
-            f"{path} cannot be read: it is cut short or not a MATLAB file ({error}). "
-            "Download it again"
+            f"{path} cannot be read: it is cut short or not a MATLAB file "
+            f"({one_line(error)}). Download it again"
         ) from None
     images, labels = content.get("X"), content.get("y")
     if (

@@ -27,6 +27,7 @@ from data_prep.classes import (
     require_apart,
     warn_unless_published,
 )
+from data_prep.errors import one_line
 from data_prep.layouts import splits
 
 LAYOUTS = (
@@ -94,7 +95,7 @@ def read(images_path: pathlib.Path, labels_path: pathlib.Path) -> Classes:
         raise ValueError(
             f"{images_path} is not an images file of tieredImageNet: it must hold a "
             "list of PNG files of one size, one for every label "
-            f"({str(error).splitlines()[0]})"
+            f"({one_line(error)})"
         ) from None
     return grouped(images, labels[order], names)
 
