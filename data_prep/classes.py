@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from data_prep.errors import one_line
 from tfbilevel import experiment
 
 SPLITS = ("train", "validation", "test")
@@ -161,7 +162,7 @@ def load(path: pathlib.Path, source: str) -> dict[str, Classes]:
     except Exception as error:  # noqa: BLE001  (NumPy raises what zip and zlib find)
         raise ValueError(
             f"{path} is damaged, or not a file of classes that data_prep made "
-            f"({error}). Make it again"
+            f"({one_line(error)}). Make it again"
         ) from None
     if found != source:
         raise ValueError(f"{path} must hold {source}. Received: {found}")

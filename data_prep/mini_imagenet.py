@@ -3,20 +3,19 @@
     python data_prep/mini_imagenet.py --data-dir FOLDER --out mini.npz
 
 Each file is a pickled dictionary: `image_data`, uint8 [n, 84, 84, 3], and `class_dict`,
-class name -> numbers of its images. 64, 16 and 20 classes of 600 images.
+class name -> numbers of its images. 64, 16 and 20 classes of 600 images. Other layouts
+that circulate are read too: MetaOptNet's pickles, `{train,val,test}.pkl` and `.npz`,
+and Ravi and Larochelle's `{train,val,test}.csv` beside a folder `images`.
 """
 
 import functools
 import pathlib
-import pickle
 import sys
-from typing import Any
-
-import numpy as np
 
 if __name__ == "__main__":
     sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
+from data_prep import layouts
 from data_prep.classes import (
     Classes,
     parser,
@@ -24,9 +23,20 @@ from data_prep.classes import (
     require_apart,
     warn_unless_published,
 )
+from data_prep.layouts import splits
 
-FILES = {"train": "train", "validation": "val", "test": "test"}
 CLASSES = {"train": 64, "validation": 16, "test": 20}
+LAYOUTS = (
+    splits("mini-imagenet-cache-{}.pkl"),
+    splits("miniImageNet_category_split_{}.pickle")
+    | {"train": ["miniImageNet_category_split_train_phase_train.pickle"]},
+    *(
+        splits(prefix + "{}" + suffix)
+        for prefix in ("", "mini_imagenet_", "mini-imagenet-")
+        for suffix in (".pkl", ".pickle", ".npz")
+    ),
+    splits("{}.csv", "images"),
+)
 
 
 def load(folder: pathlib.Path) -> dict[str, Classes]:
@@ -36,58 +46,13 @@ def load(folder: pathlib.Path) -> dict[str, Classes]:
         FileNotFoundError: if a file is not there.
         ValueError: if one is not miniImageNet's, or two share a class.
     """
-    splits = {}
-    for split, name in FILES.items():
-        splits[split] = read(pathlib.Path(folder) / f"mini-imagenet-cache-{name}.pkl")
-    warn_unless_published(splits, CLASSES, "miniImageNet")
-    return require_apart(splits)
-
-
-def read(path: pathlib.Path) -> Classes:
-    """One file: its classes by name."""
-    content = unpickled(path)
-    images = content.get("image_data") if isinstance(content, dict) else None
-    members = content.get("class_dict") if isinstance(content, dict) else None
-    if (
-        not isinstance(images, np.ndarray)
-        or images.ndim != 4
-        or images.dtype != np.uint8
-        or not isinstance(members, dict)
-        or not _each_once(members, len(images))
-    ):
-        raise ValueError(
-            f"{path} is not a file of miniImageNet: it must hold image_data, uint8 "
-            "[n, height, width, 3], and class_dict, which has every image in a class"
-        )
-    # Not by position: the published loader takes image // 600 for the class.
-    names = sorted(members)
-    order = np.concatenate([np.asarray(members[name], int) for name in names])
-    starts = np.concatenate([[0], np.cumsum([len(members[name]) for name in names])])
-    return Classes(images[order], starts.astype(np.int64), tuple(map(str, names)))
-
-
-def _each_once(members: dict, count: int) -> bool:
-    """Whether the classes' numbers are 0, ..., count - 1, each in one class."""
-    try:
-        found = sorted(int(i) for some in members.values() for i in some)
-    except (TypeError, ValueError):  # no lists, or of other things
-        return False
-    return found == list(range(count))
-
-
-def unpickled(path: pathlib.Path) -> Any:
-    """A pickle of Python 2 or 3, or a clear error."""
-    if not path.exists():
-        raise FileNotFoundError(
-            f"{path} does not exist. Point --data-dir at its folder"
-        )
-    try:
-        with path.open("rb") as file:
-            return pickle.load(file, encoding="latin1")
-    except Exception as error:  # noqa: BLE001  (pickle raises whatever it meets)
-        raise ValueError(
-            f"{path} cannot be read: it is cut short or not a pickle ({error})"
-        ) from None
+    files = layouts.find(pathlib.Path(folder), LAYOUTS, "miniImageNet")
+    found = {
+        split: layouts.read(paths, split, "miniImageNet")
+        for split, paths in files.items()
+    }
+    warn_unless_published(found, CLASSES, "miniImageNet")
+    return require_apart(found)
 
 
 def main(argv: list[str] | None = None) -> dict[str, int]:

@@ -7,7 +7,8 @@ one, 1,028 / 172 / 423 characters: five alphabets of the background set for vali
 the last 423 characters of the evaluation set for testing. `--split sorted`: all
 characters sorted by name, the first 1,200 for training (the last 100 of them for
 validation) and 423 for testing. Rotations become classes of their own when tasks are
-drawn.
+drawn. A folder with `images_background` and `images_evaluation`, unpacked, is read as
+it is.
 """
 
 import functools
@@ -32,6 +33,7 @@ from data_prep.classes import (
 from data_prep.images import load_named
 
 SIDE = 28
+FOLDERS = {"train": "images_background", "test": "images_evaluation"}
 RULES = ("vinyals", "sorted")
 VALIDATION = ("Armenian", "Bengali", "Early_Aramaic", "Hebrew", "Mkhedruli_(Georgian)")
 TEST_COUNT, SORTED_VALIDATION = 423, 100
@@ -54,6 +56,8 @@ def load(
 
 def characters(file: str, data_dir: pathlib.Path | None) -> Classes:
     """One of the two published sets: names are alphabet/number, sorted."""
+    if data_dir is not None and (data_dir / FOLDERS["train"]).is_dir():
+        return drawings(data_dir / FOLDERS[file])
     data, names = load_named("omniglot", file, data_dir)
     numbers = data["alphabet"].astype(int) * 1000 + data["alphabet_char_id"]
     labels = {
@@ -62,6 +66,28 @@ def characters(file: str, data_dir: pathlib.Path | None) -> Classes:
     }
     made = grouped(shrunk(data["image"]), numbers, labels)
     return select(made, np.argsort(made.names).tolist())
+
+
+def drawings(folder: pathlib.Path) -> Classes:
+    """A published folder of `alphabet/character01/0001_01.png`, unpacked."""
+    files = sorted(folder.glob("*/character*/*.png"))
+    if not files:
+        raise FileNotFoundError(
+            f"{folder} has no alphabet/character01/0001_01.png. Unpack the published "
+            "images_background.zip and images_evaluation.zip beside each other"
+        )
+    names = [f"{p.parts[-3]}/{p.parts[-2].removeprefix('character')}" for p in files]
+    known, labels = np.unique(names, return_inverse=True)
+    images = []
+    for path in files:
+        try:
+            image = tf.io.decode_png(path.read_bytes(), channels=1).numpy()
+        except tf.errors.InvalidArgumentError:
+            raise ValueError(f"{path} is not a PNG file, or damaged") from None
+        if image.shape != (105, 105, 1):
+            raise ValueError(f"{path} must be 105 x 105. Received: {image.shape[:2]}")
+        images.append(image)
+    return grouped(shrunk(np.stack(images)), labels, known.tolist())
 
 
 def shrunk(images: np.ndarray) -> np.ndarray:

@@ -2,11 +2,11 @@
 
     python data_prep/svhn.py --mat-dir DIR --out svhn.h5
 
-DIR holds `train_32x32.mat` and `test_32x32.mat` (format 2). 100 training digits of each
-class become validation data, drawn by --seed: 72,257 / 1,000 / 26,032 images, uint8,
-32 x 32 x 3, with integer labels (the files' 10 is the digit 0). The file stores the
-seed and which training digits are validation data. A killed run goes on when it is
-started again.
+DIR holds `train_32x32.mat` and `test_32x32.mat` (format 2), as published or saved again
+as MATLAB 7.3. 100 training digits of each class become validation data, chosen by
+--seed: 72,257 / 1,000 / 26,032 images, uint8, 32 x 32 x 3, with integer labels (the
+files' 10 is the digit 0). The file stores the seed and which training digits are
+validation data. A killed run goes on when it is started again.
 """
 
 import argparse
@@ -21,6 +21,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from data_prep import hdf5
+from data_prep.errors import one_line
 from data_prep.images import Part
 from tfbilevel import experiment
 
@@ -46,6 +47,7 @@ def read_mat(path: pathlib.Path, count: int | None) -> Digits:
         FileNotFoundError: if it is not there.
         ValueError: if it is not SVHN's, is cut short or has another count of digits.
     """
+    import h5py
     import scipy.io
 
     if not path.exists():
@@ -54,11 +56,13 @@ def read_mat(path: pathlib.Path, count: int | None) -> Digits:
             "http://ufldl.stanford.edu/housenumbers and point --mat-dir at them"
         )
     try:
-        content: dict[str, Any] = scipy.io.loadmat(path)
+        content: dict[str, Any] = (
+            _read_mat_73(path) if h5py.is_hdf5(path) else scipy.io.loadmat(path)
+        )
     except Exception as error:  # noqa: BLE001  (SciPy raises what zlib and it find)
         raise ValueError(
-            f"{path} cannot be read: it is cut short or not a MATLAB file ({error}). "
-            "Download it again"
+            f"{path} cannot be read: it is cut short or not a MATLAB file "
+            f"({one_line(error)}). Download it again"
         ) from None
     images, labels = content.get("X"), content.get("y")
     if (
@@ -81,6 +85,19 @@ def read_mat(path: pathlib.Path, count: int | None) -> Digits:
             f"for a sample. Received: {labels.size}"
         )
     return Digits(images, (labels.ravel() % 10).astype(np.int64))
+
+
+def _read_mat_73(path: pathlib.Path) -> dict[str, Any]:
+    """A file saved again by MATLAB as version 7.3: HDF5, its axes in reverse order."""
+    import h5py
+
+    with h5py.File(path) as file:
+        found = {name: file[name] for name in ("X", "y") if name in file}
+        return {
+            name: entry[()].T
+            for name, entry in found.items()
+            if isinstance(entry, h5py.Dataset)
+        }
 
 
 def checksum(digits: Digits) -> int:

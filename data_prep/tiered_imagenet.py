@@ -4,7 +4,8 @@
 
 An images file is a pickled list of PNG files, uint8 vectors, 84 x 84 x 3 each; a labels
 file is a dictionary with `label_specific`, the class of every image, and
-`label_specific_str`, the classes' names. 351, 97 and 160 classes.
+`label_specific_str`, the classes' names. 351, 97 and 160 classes. MetaOptNet's layout,
+`{train,val,test}_images.npz` and `..._labels.pkl`, is read too.
 """
 
 import functools
@@ -17,6 +18,7 @@ import tensorflow as tf
 if __name__ == "__main__":
     sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
+from data_prep import layouts, pickles
 from data_prep.classes import (
     Classes,
     grouped,
@@ -25,8 +27,16 @@ from data_prep.classes import (
     require_apart,
     warn_unless_published,
 )
-from data_prep.mini_imagenet import FILES, unpickled
+from data_prep.errors import one_line
+from data_prep.layouts import splits
 
+LAYOUTS = (
+    splits("{}_images_png.pkl", "{}_labels.pkl"),
+    splits("{}_images.npz", "{}_labels.pkl"),
+    splits("{}_images.npz", "{}_labels.npz"),
+    splits("{}.npz"),
+    splits("{}.pkl"),
+)
 CLASSES = {"train": 351, "validation": 97, "test": 160}
 
 
@@ -37,18 +47,20 @@ def load(folder: pathlib.Path) -> dict[str, Classes]:
         FileNotFoundError: if a file is not there.
         ValueError: if one is not tieredImageNet's, or two share a class.
     """
-    splits = {}
-    for split, name in FILES.items():
-        folder = pathlib.Path(folder)
-        files = folder / f"{name}_images_png.pkl", folder / f"{name}_labels.pkl"
-        splits[split] = read(*files)
-    warn_unless_published(splits, CLASSES, "tieredImageNet")
-    return require_apart(splits)
+    files = layouts.find(pathlib.Path(folder), LAYOUTS, "tieredImageNet")
+    found = {}
+    for split, paths in files.items():
+        published = paths[0].name.endswith("_images_png.pkl")
+        found[split] = (
+            read(*paths) if published else layouts.read(paths, split, "tieredImageNet")
+        )
+    warn_unless_published(found, CLASSES, "tieredImageNet")
+    return require_apart(found)
 
 
 def read(images_path: pathlib.Path, labels_path: pathlib.Path) -> Classes:
     """One split."""
-    files, content = unpickled(images_path), unpickled(labels_path)
+    files, content = pickles.load(images_path), pickles.load(labels_path)
     try:
         labels = np.asarray(content["label_specific"]).astype(int).ravel()
         names = [
@@ -83,7 +95,7 @@ def read(images_path: pathlib.Path, labels_path: pathlib.Path) -> Classes:
         raise ValueError(
             f"{images_path} is not an images file of tieredImageNet: it must hold a "
             "list of PNG files of one size, one for every label "
-            f"({str(error).splitlines()[0]})"
+            f"({one_line(error)})"
         ) from None
     return grouped(images, labels[order], names)
 
