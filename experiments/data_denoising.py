@@ -237,6 +237,8 @@ def complete(parser: experiment.Parser, args: argparse.Namespace) -> argparse.Na
     published = DEFAULTS.get((args.method, args.dataset), Settings())
     parser.refuse_meaningless(args, [published], f"--method {args.method}")
     refuse_idle(parser, args)
+    if args.noise is not None and args.method == "val-only":
+        parser.warn("--noise changes nothing: --method val-only sees no training label")
     args = experiment.filled(args, published)
     defaults = {
         "pretrain_lr": 1e-3,
@@ -473,10 +475,8 @@ def fit_plainly(
         experiment.adam(rate),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
     )
-    verbose = 2 if sys.stdout.isatty() else 0
-    trained.fit(
-        pixels, labels, args.batch_size, epochs, callbacks=callbacks, verbose=verbose
-    )
+    callbacks = [*callbacks, experiment.FitProgress(f"{args.out}, plain training")]
+    trained.fit(pixels, labels, args.batch_size, epochs, callbacks=callbacks, verbose=0)
 
 
 def without_dropout(net: keras.Model) -> list:
@@ -702,7 +702,7 @@ def draw_distrusted(
     pixels, given = data.train.images[worst], data.train.labels[worst]
     looks = predict(net, pixels)
     captions = [f"given {a}, looks {b}" for a, b in zip(given, looks, strict=True)]
-    title = "Most distrusted labels (red: the label is wrong indeed)"
+    title = "Most distrusted labels (red: the label is wrong)"
     red = (~data.clean[worst]).tolist()
     experiment.draw_images(path, pixels, captions, title, red)
 
@@ -726,7 +726,8 @@ def draw_curves(run: experiment.Run) -> None:
     )
     for axes, (title, names) in zip(grid[0], known.items(), strict=True):
         for name in names:
-            axes.plot(seconds, run.column(name), label=name.rpartition("_a")[0])
+            label = name.rpartition("_a")[0].replace("_", " ")
+            experiment.draw_line(axes, seconds, run.column(name), label=label)
         axes.set(xlabel="seconds of training", ylabel="percent", title=title)
         axes.grid(alpha=0.3)
         axes.legend()
