@@ -486,7 +486,7 @@ def draw_convex(out: pathlib.Path, example: Example, paths: Paths) -> None:
         grid[1].plot(away["y_distance"], label=label)
     for axes, name in zip(grid, "xy", strict=True):
         axes.set(xlabel="outer step", ylabel=f"|{name} - {name}*|", yscale="log")
-    title = f"A convex follower, {example.dimension} dimensions: distances"
+    title = f"A convex follower in {example.dimension} dimensions"
     finish(figure, grid, out / "convex.png", title)
 
 

@@ -486,7 +486,7 @@ def draw_poisons(path: pathlib.Path, start: images.Part, pixels: np.ndarray) -> 
 
 def draw_curves(run: experiment.Run, args: argparse.Namespace) -> None:
     steps = run.column("step")
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), sharex=True)
     experiment.draw_line(left, steps, run.column("upper_loss"))
     left.set(xlabel="outer step", title="f of the classifier that follows")
     for name in ATTACKS[args.attack]:
