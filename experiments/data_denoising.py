@@ -618,7 +618,7 @@ def denoise(args: argparse.Namespace, run: experiment.Run, data: Data) -> dict:
     np.savez_compressed(run.out / "importances.npz", importance=s, clean=data.clean)
     draw_importances(run.out / "importances.png", s, data.clean)
     draw_distrusted(run.out / "distrusted.png", s, data, net)
-    draw_curves(run)
+    draw_curves(run, args)
     summary = summarise(args, run) | after | {"pretrained_test_accuracy": pretrained}
     if args.retrain_threshold:
         believed = s > args.retrain_threshold
@@ -651,7 +651,7 @@ def train_baseline(args: argparse.Namespace, run: experiment.Run, data: Data) ->
 
     log = experiment.EvaluateEpochs(run, evaluate)
     fit_plainly(args, net, parts, rate, epochs, args.augment, [log])
-    draw_curves(run)
+    draw_curves(run, args)
     final = {name: run.column(name)[-1] for name in evaluate()}
     return {**about(args), "epochs": epochs, "seconds": log.seconds, **final}
 
@@ -707,7 +707,7 @@ def draw_distrusted(
     experiment.draw_images(path, pixels, captions, title, red)
 
 
-def draw_curves(run: experiment.Run) -> None:
+def draw_curves(run: experiment.Run, args: argparse.Namespace) -> None:
     measured = ("test", "validation", "clean_train", "train")
     scores = ("precision", "recall", "f1")
     panels = {
@@ -731,6 +731,7 @@ def draw_curves(run: experiment.Run) -> None:
         axes.set(xlabel="seconds of training", ylabel="percent", title=title)
         axes.grid(alpha=0.3)
         axes.legend()
+    figure.suptitle(f"{args.method}, {args.net}, {args.dataset}")
     figure.tight_layout()
     figure.savefig(run.out / "curves.png", dpi=110)
     plt.close(figure)

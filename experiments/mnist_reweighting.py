@@ -584,7 +584,8 @@ def main(argv: list[str] | None = None) -> dict:
         summary = run.summary() or train(args.jobs[0], run, data)
         print_table([summary])
     else:
-        summary = compare(args, run, parts)
+        with experiment.many_runs():
+            summary = compare(args, run, parts)
     run.summarise(summary)
     print(f"Files in {run.out}: {', '.join(sorted(p.name for p in run.out.iterdir()))}")
     return summary

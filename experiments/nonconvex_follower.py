@@ -557,10 +557,9 @@ def main(argv: list[str] | None = None) -> dict:
     with experiment.one_line_errors(__file__):
         run = experiment.Run(args.out, config, args.resume)
     run.rewind(-1)  # a resumed run starts again: it takes seconds
-    # TensorFlow would warn that a function is traced anew for every method and start.
-    tf.get_logger().setLevel("ERROR")
     begun = time.perf_counter()
-    found = solve_all(args, run)
+    with experiment.many_runs():
+        found = solve_all(args, run)
     draw(run.out, args.examples, found)
     ends = {
         name: {

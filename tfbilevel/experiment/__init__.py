@@ -35,5 +35,6 @@ from tfbilevel.experiment._progress import Progress as Progress
 from tfbilevel.experiment._run import Run as Run
 from tfbilevel.experiment._run import write_json as write_json
 from tfbilevel.experiment._trials import concluded as concluded
+from tfbilevel.experiment._trials import many_runs as many_runs
 from tfbilevel.experiment._trials import sweep as sweep
 from tfbilevel.experiment._trials import trials as trials
