@@ -594,8 +594,9 @@ def draw_curve(run: experiment.Run, method: str) -> None:
     success, distortion = map(np.array, map(run.column, ("success", "distortion")))
     order = np.argsort(distortion)
     figure, axes = plt.subplots(figsize=(5.5, 4))
-    share = 100 * np.cumsum(success[order]) / len(success)
-    axes.step(distortion[order], share, where="post")
+    # From nothing at no distortion on: one target alone would have no line.
+    share = 100 * np.cumsum([0, *success[order]]) / len(success)
+    axes.step([0, *distortion[order]], share, where="post")
     axes.set(
         xlabel="|u - b|, Euclidean", ylabel="percent of all targets", ylim=(0, 100)
     )

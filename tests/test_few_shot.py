@@ -538,7 +538,7 @@ def test_every_part_has_its_own_classes_and_the_best_weights_are_tested(
         (drawn[seed],) = (name for name, part in GLYPHS.items() if part is some)
         return draw(args, some, seed, *first)
 
-    def accuracies(self):
+    def accuracies(self, name=None):
         """Of validation tasks 50, 70, 60; of test tasks 10 and 20."""
         (model,) = models
         measured.append([np.array(v) for v in model.upper_variables])
