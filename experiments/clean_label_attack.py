@@ -210,7 +210,8 @@ def train_feature_model(
         keras.optimizers.Adam(1e-3),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
     )
-    network.fit(pixels, labels, batch_size=128, epochs=args.feature_epochs, verbose=0)
+    shown = experiment.FitProgress(f"{path.parent}, training of the feature network")
+    network.fit(pixels, labels, 128, args.feature_epochs, callbacks=[shown], verbose=0)
     partial = path.with_name("partial.keras")
     keras.Model(inputs, features).save(partial)
     os.replace(partial, path)
@@ -498,7 +499,7 @@ def run_attack(
     folder.mkdir(exist_ok=True)
     seconds = run.rewind(len(test.labels))  # drops a row that a kill has cut short
     done = {int(row["target"]) for row in run.rows()}
-    bar = keras.utils.Progbar(len(targets))
+    progress = experiment.Progress(run.out, len(targets), "targets")
     for number, target in enumerate(targets):
         if int(target) not in done:
             begun = time.perf_counter()
@@ -507,8 +508,7 @@ def run_attack(
             confidence = float(before[:, target].mean())
             place = {"step": number, "seconds": seconds}
             run.log({**place, "probability_before": confidence, **row})
-        if sys.stdout.isatty():
-            bar.update(number + 1)
+        progress.update(number + 1)
     return summarise(args, run, before)
 
 
@@ -594,8 +594,9 @@ def draw_curve(run: experiment.Run, method: str) -> None:
     success, distortion = map(np.array, map(run.column, ("success", "distortion")))
     order = np.argsort(distortion)
     figure, axes = plt.subplots(figsize=(5.5, 4))
-    share = 100 * np.cumsum(success[order]) / len(success)
-    axes.step(distortion[order], share, where="post")
+    # From nothing at no distortion on: one target alone would have no line.
+    share = 100 * np.cumsum([0, *success[order]]) / len(success)
+    axes.step([0, *distortion[order]], share, where="post")
     axes.set(
         xlabel="|u - b|, Euclidean", ylabel="percent of all targets", ylim=(0, 100)
     )

@@ -237,6 +237,8 @@ def complete(parser: experiment.Parser, args: argparse.Namespace) -> argparse.Na
     published = DEFAULTS.get((args.method, args.dataset), Settings())
     parser.refuse_meaningless(args, [published], f"--method {args.method}")
     refuse_idle(parser, args)
+    if args.noise is not None and args.method == "val-only":
+        parser.warn("--noise changes nothing: --method val-only sees no training label")
     args = experiment.filled(args, published)
     defaults = {
         "pretrain_lr": 1e-3,
@@ -473,10 +475,8 @@ def fit_plainly(
         experiment.adam(rate),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
     )
-    verbose = 2 if sys.stdout.isatty() else 0
-    trained.fit(
-        pixels, labels, args.batch_size, epochs, callbacks=callbacks, verbose=verbose
-    )
+    callbacks = [*callbacks, experiment.FitProgress(f"{args.out}, plain training")]
+    trained.fit(pixels, labels, args.batch_size, epochs, callbacks=callbacks, verbose=0)
 
 
 def without_dropout(net: keras.Model) -> list:
@@ -618,7 +618,7 @@ def denoise(args: argparse.Namespace, run: experiment.Run, data: Data) -> dict:
     np.savez_compressed(run.out / "importances.npz", importance=s, clean=data.clean)
     draw_importances(run.out / "importances.png", s, data.clean)
     draw_distrusted(run.out / "distrusted.png", s, data, net)
-    draw_curves(run)
+    draw_curves(run, args)
     summary = summarise(args, run) | after | {"pretrained_test_accuracy": pretrained}
     if args.retrain_threshold:
         believed = s > args.retrain_threshold
@@ -651,7 +651,7 @@ def train_baseline(args: argparse.Namespace, run: experiment.Run, data: Data) ->
 
     log = experiment.EvaluateEpochs(run, evaluate)
     fit_plainly(args, net, parts, rate, epochs, args.augment, [log])
-    draw_curves(run)
+    draw_curves(run, args)
     final = {name: run.column(name)[-1] for name in evaluate()}
     return {**about(args), "epochs": epochs, "seconds": log.seconds, **final}
 
@@ -702,12 +702,12 @@ def draw_distrusted(
     pixels, given = data.train.images[worst], data.train.labels[worst]
     looks = predict(net, pixels)
     captions = [f"given {a}, looks {b}" for a, b in zip(given, looks, strict=True)]
-    title = "Most distrusted labels (red: the label is wrong indeed)"
+    title = "Most distrusted labels (red: the label is wrong)"
     red = (~data.clean[worst]).tolist()
     experiment.draw_images(path, pixels, captions, title, red)
 
 
-def draw_curves(run: experiment.Run) -> None:
+def draw_curves(run: experiment.Run, args: argparse.Namespace) -> None:
     measured = ("test", "validation", "clean_train", "train")
     scores = ("precision", "recall", "f1")
     panels = {
@@ -726,10 +726,12 @@ def draw_curves(run: experiment.Run) -> None:
     )
     for axes, (title, names) in zip(grid[0], known.items(), strict=True):
         for name in names:
-            axes.plot(seconds, run.column(name), label=name.rpartition("_a")[0])
+            label = name.rpartition("_a")[0].replace("_", " ")
+            experiment.draw_line(axes, seconds, run.column(name), label=label)
         axes.set(xlabel="seconds of training", ylabel="percent", title=title)
         axes.grid(alpha=0.3)
         axes.legend()
+    figure.suptitle(f"{args.method}, {args.net}, {args.dataset}")
     figure.tight_layout()
     figure.savefig(run.out / "curves.png", dpi=110)
     plt.close(figure)

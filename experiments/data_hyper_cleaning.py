@@ -223,6 +223,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="bda: weight of g; 1 - that of f, or constant as in BDA's own code",
     )
     add("--dynamics", choices=("gd", "nesterov-t", "nesterov-m"), default="gd")
+    add("--momentum", type=experiment.fraction, help="nesterov-m; default 0.9")
     add("--gamma-init", type=experiment.at_least(float, 0))
     add("--gamma-max", type=above(float))
     add("--gamma-steps", type=above(int), help="length of gamma's ramp")
@@ -292,6 +293,11 @@ def fill_defaults(
             "--dynamics nesterov-t means nothing to a single inner step, from which on "
             "it differs: raise --inner-steps"
         )
+    with_momentum = args.dynamics == "nesterov-m"
+    needs = {"momentum": (with_momentum, "--dynamics nesterov-m")}
+    parser.refuse_idle(args, needs)
+    if with_momentum and args.momentum is None:
+        args.momentum = 0.9
     return args
 
 
@@ -354,7 +360,7 @@ def build_method(args: argparse.Namespace, network: keras.Model) -> tb.Method:
     sgd = keras.optimizers.SGD
 
     def inner_steps(**options: Any) -> tb.InnerSolver:
-        momentum = 0.9 if args.dynamics == "nesterov-m" else 0.0
+        momentum = args.momentum or 0.0
         return tb.InnerSolver(
             sgd(args.inner_lr, momentum, nesterov=momentum > 0),
             args.inner_steps,
@@ -406,6 +412,7 @@ def train_plainly(
         keras.optimizers.Adam(1e-3),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
     )
+    callbacks = (*callbacks, experiment.FitProgress(f"{args.out}, plain training"))
     network.fit(
         pixels, labels, 100, args.baseline_epochs, callbacks=callbacks, verbose=0
     )
@@ -476,9 +483,9 @@ def draw_curves(run: experiment.Run, args: argparse.Namespace) -> None:
     unit = "epoch" if args.method in BASELINES else "outer step"
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
     for part in PARTS[1:]:
-        left.plot(steps, run.column(f"{part}_accuracy"), label=part)
+        experiment.draw_line(left, steps, run.column(f"{part}_accuracy"), label=part)
     for name in ("f1", "precision", "recall"):
-        right.plot(steps, run.column(name), label=name)
+        experiment.draw_line(right, steps, run.column(name), label=name)
     for axes, title in ((left, "accuracy"), (right, "clean examples kept")):
         axes.set(xlabel=unit, ylabel="percent", title=title)
         axes.grid(alpha=0.3)
@@ -501,7 +508,7 @@ def draw_distrusted(
         run.out / "distrusted.png",
         data["train_images"][worst] / data["train_images"].max(),
         [f"given {a}, looks {b}" for a, b in zip(given, predicted, strict=True)],
-        "Most distrusted labels (red: the label is wrong indeed)",
+        "Most distrusted labels (red: the label is wrong)",
         red=data["true_labels"][worst] != given,
     )
 
@@ -546,7 +553,8 @@ def draw_inner_curve(run: experiment.Run, curve: np.ndarray) -> dict[str, float]
     selection, test = curve
     figure, axes = plt.subplots(figsize=(5.5, 4))
     for part, values in (("selection", selection), ("test", test)):
-        axes.plot(np.arange(1, len(values) + 1), values, label=part)
+        steps = np.arange(1, len(values) + 1)
+        experiment.draw_line(axes, steps, values, label=part)
     axes.set(xlabel="inner step", ylabel="percent", title="accuracy at the end")
     axes.grid(alpha=0.3)
     axes.legend()

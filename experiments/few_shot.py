@@ -324,6 +324,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="added to g: to the start, or the sum of |p|^q over all tensors, or the "
         "published script's form of it",
     )
+    add("--quasi-norm-power", type=experiment.share, help="q; default 0.5")
+    add("--quasi-norm-epsilon", type=above(float), help="smooths it at 0; default 0.1")
     add("--regularisation", type=above(float), help="its weight; default 0.25")
     add("--test-steps", type=above(int), help="inner steps on a new task; by method")
     add("--test-lr", type=above(float), help="their rate; by method")
@@ -371,6 +373,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def refuse_idle(
     parser: experiment.Parser, args: argparse.Namespace, network: str
 ) -> None:
+    quasi = args.regulariser.startswith("quasi-norm")
     omniglot_itself = args.dataset == "omniglot" and args.data_file is None
     needs = {
         "data_file": (args.dataset != "glyphs", "a --dataset with files"),
@@ -382,6 +385,8 @@ def refuse_idle(
         "filters": (network not in VECTORS, "a four-block --network"),
         "head_blocks": (args.head == "blocks", "--head blocks"),
         "regularisation": (args.regulariser != "none", "--regulariser"),
+        "quasi_norm_power": (quasi, "--regulariser quasi-norm"),
+        "quasi_norm_epsilon": (quasi, "--regulariser quasi-norm"),
     }
     parser.refuse_idle(args, needs)
 
@@ -393,6 +398,9 @@ def with_defaults(args: argparse.Namespace, own: Settings) -> argparse.Namespace
     if args.dataset == "omniglot" and args.data_file is None:
         made.split = args.split or "vinyals"
     made.regularisation = args.regularisation or 0.25
+    if args.regulariser.startswith("quasi-norm"):
+        made.quasi_norm_power = args.quasi_norm_power or 0.5
+        made.quasi_norm_epsilon = args.quasi_norm_epsilon or 0.1
     if made.last is not None and args.last is None:
         made.last = min(made.last, made.inner_steps)
     if args.method in (*FOLLOWERS, "penalty"):
@@ -697,15 +705,15 @@ def regulariser(args: argparse.Namespace, network: keras.Model, start: list) -> 
         return 0.0
     if args.regulariser == "distance":
         return args.regularisation * squared_distance(network, start)
-    power, epsilon = 0.5, 0.1
     terms = []
     for y in map(tf.convert_to_tensor, network.trainable_variables):
-        size, least = tf.reduce_sum(tf.square(y)), epsilon**2 * y.shape.num_elements()
+        size = tf.reduce_sum(tf.square(y))
+        least = args.quasi_norm_epsilon**2 * y.shape.num_elements()
         if args.regulariser == "quasi-norm-published":  # of norms, not of their squares
             above = size > 0  # |0| has no derivative: here 0
             size = tf.where(above, tf.sqrt(tf.where(above, size, 1)), 0)
             least = least**0.5
-        terms.append((size + least) ** (power / 2))
+        terms.append((size + least) ** (args.quasi_norm_power / 2))
     return args.regularisation * tf.add_n(terms)
 
 
@@ -763,12 +771,16 @@ class Judge:
         self.number.assign(number)
         return self._predict(batch).numpy()
 
-    def accuracies(self) -> np.ndarray:
-        """Percent right of every task's query images."""
-        parts = [
-            100 * np.mean(self.predicted(number, batch) == batch.upper[1], axis=1)
-            for number, batch in enumerate(self.data)
-        ]
+    def accuracies(self, name: str | None = None) -> np.ndarray:
+        """Percent right of every task's query images; with a name it shows how far
+        it is."""
+        progress = name and experiment.Progress(name, self.calls, "meta-batches")
+        parts = []
+        for number, batch in enumerate(self.data):
+            right = self.predicted(number, batch) == batch.upper[1]
+            parts.append(100 * np.mean(right, axis=1))
+            if progress:
+                progress.update(number + 1)
         return np.concatenate(parts)[: self.count]
 
 
@@ -829,10 +841,10 @@ def train(args: argparse.Namespace, run: experiment.Run, splits: dict) -> dict:
         ),
     }
     test = Judge(args, model, splits["test"], args.test_tasks, 2)
-    last = test.accuracies()
+    last = test.accuracies(f"{run.out}, testing the last x")
     model.load_weights(str(best.path))
-    accuracies = test.accuracies()
-    draw_curves(run)
+    accuracies = test.accuracies(f"{run.out}, testing the best x")
+    draw_curves(run, args)
     draw_confusion(run.out / "confusion.png", args, test)
     rows = run.rows()
     return {
@@ -856,23 +868,44 @@ def about(args: argparse.Namespace) -> dict:
     return {name: getattr(args, name) for name in names}
 
 
-def draw_curves(run: experiment.Run) -> None:
+def about_tasks(args: argparse.Namespace) -> str:
+    return f"{args.method}, {args.ways}-way {args.shots}-shot {args.dataset}"
+
+
+def draw_curves(run: experiment.Run, args: argparse.Namespace) -> None:
     seconds = run.column("seconds")
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), sharex=True)
     accuracy = run.column("validation_accuracy")
     margin = np.array(run.column("validation_accuracy_ci95"))
-    left.plot(seconds, accuracy)
+    experiment.draw_line(left, seconds, accuracy)
     left.fill_between(seconds, accuracy - margin, accuracy + margin, alpha=0.2)
-    left.set(xlabel="seconds of training", title="accuracy on validation classes (%)")
-    for name, label in (("upper_loss", "query"), ("lower_loss", "support")):
-        right.plot(seconds, run.column(name), label=label)
-    right.set(xlabel="seconds of training", title="loss on training tasks")
+    left.set(title="accuracy on validation classes", ylabel="percent")
+    for name, label in (("upper_loss", "f, query"), ("lower_loss", "g, support")):
+        experiment.draw_line(right, seconds, run.column(name), label=label)
+    right.set(title="losses on training tasks", ylabel="loss")
     right.legend()
     for axes in (left, right):
+        axes.set_xlabel("seconds of training")
         axes.grid(alpha=0.3)
+    figure.suptitle(about_tasks(args))
     figure.tight_layout()
     figure.savefig(run.out / "curves.png", dpi=110)
     plt.close(figure)
+
+
+def draw_matrix(axes: Any, matrix: np.ndarray, most: int) -> None:
+    """Counts from 0 to `most` in shades of blue, the same ones in every picture."""
+    axes.imshow(matrix, cmap="Blues", vmin=0, vmax=most)
+    size = 9 if len(matrix) <= 10 else 6
+    for row, column in np.ndindex(*matrix.shape):
+        if count := int(matrix[row, column]):
+            color = "white" if count > most / 2 else "black"
+            place = {"ha": "center", "va": "center"}
+            axes.text(column, row, str(count), color=color, fontsize=size, **place)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_ticks(range(len(matrix)))
+    axes.tick_params(labelsize=size)
+    axes.set(xlabel="predicted class", ylabel="true class")
 
 
 def draw_confusion(path: pathlib.Path, args: argparse.Namespace, judge: Judge) -> None:
@@ -895,12 +928,8 @@ def draw_confusion(path: pathlib.Path, args: argparse.Namespace, judge: Judge) -
         grid[0, task].set_title(f"test task {task + 1}: its classes", fontsize=9)
         matrix = np.zeros((args.ways, args.ways), int)
         np.add.at(matrix, (batch.upper[1][task].numpy(), predicted[task]), 1)
-        grid[1, task].imshow(matrix, cmap="Blues")
-        for row, column in np.ndindex(*matrix.shape):
-            if matrix[row, column]:
-                text = str(matrix[row, column])
-                grid[1, task].text(column, row, text, ha="center", va="center")
-        grid[1, task].set(xlabel="predicted class", ylabel="true class")
+        draw_matrix(grid[1, task], matrix, args.queries)
+    figure.suptitle(f"{about_tasks(args)}: query images of each class")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -916,7 +945,7 @@ def main(argv: list[str] | None = None) -> dict:
     summary = experiment.trials(args, run, functools.partial(train, splits=splits))
     spread = "test_accuracy_ci95" if args.trials == 1 else "test_accuracy_std"
     print(
-        f"{args.method}, {args.ways}-way {args.shots}-shot {args.dataset}: "
+        f"{about_tasks(args)}: "
         f"{summary['test_accuracy']:.2f} +- {summary[spread]:.2f} "
         f"percent on {args.test_tasks} test tasks (transductive), "
         f"{summary['outer_steps']:.0f} meta-iterations, {summary['seconds']:.0f} s"

@@ -90,6 +90,8 @@ DEFAULTS = {
     "hoag": Settings(inner_steps=100, tolerance=0.01, tolerance_ratio=0.9),
 }
 METHODS = tuple(DEFAULTS)
+# Flags that the published script takes with every method, whether it uses them or not.
+IGNORED = ("batch_size", "validation_batch_size", "eta")
 OUTER_STEPS, SECONDS = 50, 60.0
 EPOCH = 20  # evaluations between backups: what a kill can cost
 TIMES = ("seconds", "step")
@@ -134,9 +136,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--inner-steps", type=above(int), help="T (hoag: at most)")
     add("--solver-steps", type=above(int), help="Q; reverse: steps differentiated")
     add("--inner-lr", type=above(float))
-    add("--inner-momentum", type=fraction, default=0.0)
+    add("--inner-momentum", type=experiment.fraction, default=0.0)
     add("--upper-lr", type=above(float))
-    add("--upper-momentum", type=fraction, default=0.0)
+    add("--upper-momentum", type=experiment.fraction, default=0.0)
     add("--eta", type=above(float), help="stocbio: rate of the series")
     add("--batch-size", type=above(int), help="stocbio: training documents")
     add("--validation-batch-size", type=above(int), help="stocbio")
@@ -149,16 +151,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         args.method = list(METHODS)
     args.method = list(dict.fromkeys(args.method))
     published = [DEFAULTS[method] for method in args.method]
-    parser.refuse_meaningless(args, published, f"--method {' '.join(args.method)}")
+    chosen = f"--method {' '.join(args.method)}"
+    parser.refuse_meaningless(args, published, chosen, IGNORED)
     return args
-
-
-def fraction(text: str) -> float:
-    """An argparse type: a momentum."""
-    value = float(text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"must be in [0, 1), got {text}")
-    return value
 
 
 def with_defaults(args: argparse.Namespace, method: str) -> argparse.Namespace:
@@ -428,7 +423,7 @@ def train(args: argparse.Namespace, run: experiment.Run, data: Data) -> dict:
     draw_curves(run.out / "curves.png", {args.method: numbers(run.rows())})
     coefficients = model.upper.coefficients.numpy()
     np.save(run.out / "coefficients.npy", coefficients)
-    draw_coefficients(run, coefficients, data.words)
+    draw_coefficients(run, model.upper.logits.numpy(), data.words)
     retrained = retrain(args, model, data) if args.final_steps else {}
     return summarise(args, numbers(run.rows())) | memory | retrained
 
@@ -493,12 +488,14 @@ def retrain(args: argparse.Namespace, model: tb.BilevelModel, data: Data) -> dic
         return weights, state
 
     test, losses, accuracies = tensors(data.test), [], []
-    for _ in range(args.final_steps // every):
+    progress = experiment.Progress(args.out, args.final_steps, "steps of retraining")
+    for part in range(args.final_steps // every):
         weights, state = advance(weights, state)
         model.lower.kernel.assign(weights[0])
         made = loss_and_accuracy(model.lower, "test", test)
         losses.append(float(made["test_loss"]))
         accuracies.append(float(made["test_accuracy"]))
+        progress.update(every * (part + 1))
     return {
         "retrained_steps": every * len(losses),
         "retrained_test_loss": losses[-1],
@@ -560,7 +557,8 @@ def draw_curves(path: pathlib.Path, curves: dict[str, list[dict]]) -> None:
     for axes, name in zip(panels, ("test_loss", "test_accuracy"), strict=True):
         for method, rows in curves.items():
             seconds = [row["seconds"] for row in rows]
-            axes.plot(seconds, [row[name] for row in rows], label=method)
+            values = [row[name] for row in rows]
+            experiment.draw_line(axes, seconds, values, label=method)
         axes.set(xlabel="seconds of training", ylabel=name.replace("_", " "))
         axes.grid(alpha=0.3)
         axes.legend()
@@ -572,19 +570,26 @@ def draw_curves(path: pathlib.Path, curves: dict[str, list[dict]]) -> None:
 
 
 def draw_coefficients(
-    run: experiment.Run, coefficients: np.ndarray, words: np.ndarray
+    run: experiment.Run, logits: np.ndarray, words: np.ndarray
 ) -> None:
-    """The words whose weights are held back least and most."""
-    order = np.argsort(coefficients, kind="stable")
+    """The words whose weights are held back less than at the start, and those held
+    back more, where x = 0: up to 20 each."""
+    order = np.argsort(logits, kind="stable")
     figure, panels = plt.subplots(1, 2, figsize=(9, 5))
-    groups = {"smallest": order[:20][::-1], "largest": order[-20:]}
+    # The logarithm: of coefficients that have just left 1 the bars would look alike.
+    groups = {
+        "smallest": [word for word in order[:20][::-1] if logits[word] < 0],
+        "largest": [word for word in order[-20:] if logits[word] > 0],
+    }
     for axes, (name, group) in zip(panels, groups.items(), strict=True):
         places = np.arange(len(group))
         # The text may hold characters that mean something to matplotlib.
         labels = [str(word).replace("$", r"\$") for word in words[group]]
-        axes.barh(places, coefficients[group])
+        axes.barh(places, logits[group])
         axes.set_yticks(places, labels, fontsize=8)
-        axes.set(title=f"{name} coefficients", xlabel="exp(x)")
+        title = f"{name} coefficients" if group else f"no {name}: none has moved there"
+        axes.set(title=title, xlabel="x, logarithm of the coefficient; 0 at the start")
+        axes.locator_params("x", nbins=4)
     figure.tight_layout()
     figure.savefig(run.out / "coefficients.png", dpi=110)
     plt.close(figure)

@@ -109,6 +109,8 @@ DEFAULTS = {
     "ttsa": Settings(10_000, None, eta=0.001, batch_size=1, eval_every=1000, jit="on"),
 }
 METHODS = tuple(DEFAULTS)
+# Flags that the published script takes with every method, whether it uses them or not.
+IGNORED = ("batch_size", "eta", "inner_steps")
 SIZES = {"digits": (2000, 1000, 1500)}
 
 
@@ -173,7 +175,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         args.seconds = 150.0
     methods = METHODS if args.method == "all" else [args.method]
     published = [DEFAULTS[method] for method in methods]
-    parser.refuse_meaningless(args, published, f"--method {args.method}")
+    parser.refuse_meaningless(args, published, f"--method {args.method}", IGNORED)
     files = args.dataset != "digits", "a --dataset with files"
     parser.refuse_idle(args, {"data_dir": files})
     try:
@@ -457,10 +459,12 @@ def draw_run(
     figure, axes = plt.subplots(1, 3, figsize=(15, 4))
     seconds = run.column("seconds")
     for part in ("train", "validation", "test"):
-        axes[0].plot(seconds, run.column(f"{part}_loss"), label=part)
+        experiment.draw_line(axes[0], seconds, run.column(f"{part}_loss"), label=part)
     axes[0].set(title="cross-entropy, true labels", yscale="log")
     for name in ("test_accuracy", "f1", "precision", "recall"):
-        axes[1].plot(seconds, run.column(name), label=name)
+        experiment.draw_line(
+            axes[1], seconds, run.column(name), label=name.replace("_", " ")
+        )
     axes[1].set(title="test accuracy and examples kept", ylabel="percent")
     bins = np.linspace(logits.min(), logits.max() + 1e-9, 60).tolist()
     for name, mask in (("true label", data.clean), ("wrong label", ~data.clean)):
@@ -487,7 +491,8 @@ def draw_comparison(args: argparse.Namespace, rows: list[dict[str, str]]) -> Non
             for plot, name in zip(axes, ("test_loss", "test_accuracy"), strict=True):
                 values = [float(row[name]) for row in chosen]
                 label = method if seed == rows[0]["seed"] else None
-                plot.plot(seconds, values, f"C{number}", label=label, alpha=0.8)
+                options = {"color": f"C{number}", "label": label, "alpha": 0.8}
+                experiment.draw_line(plot, seconds, values, **options)
     axes[0].set(xlabel="seconds", title="test loss", yscale="log")
     axes[1].set(xlabel="seconds", ylabel="percent", title="test accuracy")
     for plot in axes:
@@ -579,7 +584,8 @@ def main(argv: list[str] | None = None) -> dict:
         summary = run.summary() or train(args.jobs[0], run, data)
         print_table([summary])
     else:
-        summary = compare(args, run, parts)
+        with experiment.many_runs():
+            summary = compare(args, run, parts)
     run.summarise(summary)
     print(f"Files in {run.out}: {', '.join(sorted(p.name for p in run.out.iterdir()))}")
     return summary

@@ -39,13 +39,15 @@ The rates and steps of the last two are our choice; with 12 inner steps or more 
 ones suffice, and the acceleration overshoots. Reproduces the numerical examples of
 Liu, Liu, Zeng and Zhang (2021), arXiv:2110.00455; the counter-example is that of Liu,
 Mu, Yuan, Zeng and Zhang (2020), arXiv:2006.04045.
+
+`--start X Y` begins with x = X and y = Y in every component. `--dimension` makes sine a
+sum over so many components, all alike, and is convex's number of them.
 """
 
 import argparse
 import dataclasses
 import os
 import pathlib
-import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -93,8 +95,10 @@ class Example:
     Attributes:
         upper_objective: F.
         lower_objective: f.
-        solution: x and y.
-        starts: name -> x and y.
+        shapes: dimension -> shapes of x and y.
+        dimension: `None` where it is fixed.
+        solution: x and y, the same in every component.
+        starts: name -> x and y, the same in every component.
         upper_bounds: of every component of x.
         lower_bounds: of every component of y, if any.
         methods: those that mean something here.
@@ -103,18 +107,32 @@ class Example:
 
     upper_objective: Objective
     lower_objective: Objective
-    solution: tuple[Any, Any]
-    starts: dict[str, tuple[Any, Any]]
+    shapes: Callable[[Any], tuple[tuple, tuple]]
+    dimension: int | None
+    solution: tuple[float, float]
+    starts: dict[str, tuple[float, float]]
     upper_bounds: tuple[float, float]
     lower_bounds: tuple[float, float] | None
     methods: tuple[str, ...]
     settings: Settings
 
+    def point(self, x: float, y: float) -> tuple[tf.Tensor, tf.Tensor]:
+        """x and y with these numbers in every component."""
+        of_x, of_y = (tf.zeros(s, tf.float64) for s in self.shapes(self.dimension))
+        return of_x + x, of_y + y
+
+    def bounds(self) -> dict[str, tuple[float, float]]:
+        """Of x and y, closed."""
+        free = -np.inf, np.inf
+        return {"X": self.upper_bounds, "Y": self.lower_bounds or free}
+
 
 EXAMPLES = {
     "sine": Example(
-        upper_objective=lambda x, y: x + x * y,
-        lower_objective=lambda x, y: -tf.sin(x * y),
+        upper_objective=lambda x, y: tf.reduce_sum(x + x * y),
+        lower_objective=lambda x, y: -tf.reduce_sum(tf.sin(x * y)),
+        shapes=lambda d: ((), ()) if d == 1 else ((d,), (d,)),
+        dimension=1,
         solution=(11 * np.pi / 4, -2.0),
         starts={"(1, 2)": (1.0, 2.0), "(5, 1)": (5.0, 1.0), "(7, -1)": (7.0, -1.0)},
         upper_bounds=(1.0, 10.0),
@@ -125,8 +143,10 @@ EXAMPLES = {
     "counter": Example(
         upper_objective=lambda x, y: ((x - y[1]) ** 2 + (y[0] - 1) ** 2) / 2,
         lower_objective=lambda x, y: y[0] ** 2 / 2 - x * y[0],
-        solution=(1.0, np.ones(2)),
-        starts={"0": (0.0, np.zeros(2))},
+        shapes=lambda d: ((), (2,)),
+        dimension=None,
+        solution=(1.0, 1.0),
+        starts={"0": (0.0, 0.0)},
         upper_bounds=(-100.0, 100.0),
         lower_bounds=None,
         methods=("rhg", "bda", "ia-gm"),
@@ -139,8 +159,10 @@ EXAMPLES = {
             tf.reduce_sum((x - y[1]) ** 2) ** 2 + tf.reduce_sum((y[0] - 1) ** 2) ** 2
         ),
         lower_objective=lambda x, y: tf.reduce_sum(y[0] ** 2 / 2 - x * y[0]),
-        solution=(np.ones(50), np.ones((2, 50))),
-        starts={"0": (np.zeros(50), np.zeros((2, 50)))},
+        shapes=lambda d: ((d,), (2, d)),
+        dimension=50,
+        solution=(1.0, 1.0),
+        starts={"0": (0.0, 0.0)},
         upper_bounds=(-100.0, 100.0),
         lower_bounds=None,
         methods=("ia-gm", "ia-gm-a"),
@@ -191,6 +213,15 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         action=argparse.BooleanOptionalAction,
         help="sine: every inner iterate onto [-2, 2]",
     )
+    add(
+        "--start",
+        type=experiment.finite,
+        nargs=2,
+        action="append",
+        metavar=("X", "Y"),
+        help="x and y at the start; may be given several times; by example",
+    )
+    add("--dimension", type=above(int), help="sine: default 1; convex: 50")
     add("--tolerance", type=above(float), default=0.05, help="what counts as arrived")
     args = parser.parse_args(argv)
     check(parser, args)
@@ -229,12 +260,40 @@ def check(parser: experiment.Parser, args: argparse.Namespace) -> None:
         parser.error("--project-inner needs --example sine: only its y is bounded")
     if args.settle is not None and not 0 <= args.settle <= 1:
         parser.error(f"--settle must be between 0 and 1, got {args.settle}")
+    sizes = [EXAMPLES[name].dimension for name in args.example]
+    if args.dimension is not None and not any(sizes):
+        parser.error("--dimension needs --example sine or convex: counter's is fixed")
+    for name in args.example:
+        for start in args.start or ():
+            check_start(parser, name, start)
+    args.examples = {name: chosen(EXAMPLES[name], args) for name in args.example}
     knobs = [field.name for field in dataclasses.fields(Settings)]
     given = {k: getattr(args, k) for k in knobs if getattr(args, k) is not None}
     args.settings = {
         name: dataclasses.replace(EXAMPLES[name].settings, **given)
         for name in args.example
     }
+
+
+def check_start(parser: experiment.Parser, name: str, start: list[float]) -> None:
+    """An error for a start that the example's projections would move."""
+    bounds = EXAMPLES[name].bounds()
+    for value, (axis, (least, most)) in zip(start, bounds.items(), strict=True):
+        if not least <= value <= most:
+            parser.error(
+                f"--start X Y needs {axis} in [{least:g}, {most:g}] with --example "
+                f"{name}, got {value:g}"
+            )
+
+
+def chosen(example: Example, args: argparse.Namespace) -> Example:
+    """The example in the dimension and from the starts that were asked for."""
+    if args.dimension is not None and example.dimension is not None:
+        example = dataclasses.replace(example, dimension=args.dimension)
+    if args.start is not None:
+        starts = {f"({x:g}, {y:g})": (x, y) for x, y in args.start}
+        example = dataclasses.replace(example, starts=starts)
+    return example
 
 
 def build_problem(
@@ -277,7 +336,7 @@ def build_method(name: str, settings: Settings) -> tb.Method:
 
 def solve(example: Example, method: str, start: str, settings: Settings) -> Path:
     learned_start = method in LEARNED_START
-    x, y = (tf.constant(value, tf.float64) for value in example.starts[start])
+    x, y = example.point(*example.starts[start])
     settling = round(settings.outer_steps * (1 - settings.settle))
     rate = keras.optimizers.schedules.PiecewiseConstantDecay(
         [settling - 1],  # the last step before it
@@ -307,7 +366,10 @@ def follow(
     after, last, metrics = trace
     x, end = tf.concat([x0[None], after[:-1]], axis=0), last
     if "truncation" in metrics:
-        end = metrics["upper_loss"] / x - 1  # F = x (1 + y) gives y_{k*} back
+        # F = sum of x (1 + y), all components alike, gives y_{k*} back.
+        total = tf.reduce_sum(tf.reshape(x, [len(x), -1]), axis=1)
+        each = metrics["upper_loss"] / total - 1
+        end = tf.zeros_like(last) + tf.reshape(each, [-1] + [1] * (last.ndim - 1))
 
     def along(objective: Objective) -> np.ndarray:
         return tf.vectorized_map(lambda at: objective(*at), (x, end)).numpy()
@@ -365,29 +427,36 @@ def summarise(example: Example, path: Path, tolerance: float) -> dict[str, Any]:
     }
 
 
-def draw_sine(out: pathlib.Path, paths: Paths) -> None:
+def draw_sine(out: pathlib.Path, example: Example, paths: Paths) -> None:
     """Relative residuals of x and F against the outer step, a column per start."""
-    example = EXAMPLES["sine"]
-    best_x, best_y = example.solution
-    best = best_x + best_x * best_y
-    figure, grid = plt.subplots(2, 3, figsize=(13, 6.5), sharex=True)
+    solution = example.point(*example.solution)
+    size, best = np.linalg.norm(solution[0]), float(example.upper_objective(*solution))
+    count = len(example.starts)
+    figure, grid = plt.subplots(
+        2, count, figsize=(1 + 4 * count, 6.5), sharex=True, squeeze=False
+    )
     for (above, below), start in zip(grid.T, example.starts, strict=True):
         above.set(title=f"from (x, y) = {start}")
         below.set(xlabel="outer step")
         for thinner, (method, of_start) in enumerate(paths.items()):
             path, width = of_start[start], 4 - 0.6 * thinner  # many lines coincide
-            above.plot(np.abs(path.x - best_x) / best_x, label=method, lw=width)
+            away = distances(example, path)["x_distance"]
+            above.plot(away / size, label=method, lw=width)
             below.plot(np.abs(path.upper - best) / abs(best), label=method, lw=width)
     grid[0, 0].set(ylabel="|x - x*| / |x*|")
     grid[1, 0].set(ylabel="|F - F*| / |F*|")
-    finish(figure, grid, out / "sine.png")
+    finish(figure, grid, out / "sine.png", "A follower that is not convex")
 
 
-def draw_truncation(out: pathlib.Path, paths: Paths, window: int = 50) -> None:
+def draw_truncation(
+    out: pathlib.Path, example: Example, paths: Paths, window: int = 50
+) -> None:
     """How many inner steps lead to the iterate of largest F."""
-    starts = EXAMPLES["sine"].starts
-    figure, grid = plt.subplots(1, 3, figsize=(13, 3.6), sharey=True)
-    for axes, start in zip(grid, starts, strict=True):
+    count = len(example.starts)
+    figure, grid = plt.subplots(
+        1, count, figsize=(1 + 4 * count, 3.6), sharey=True, squeeze=False
+    )
+    for axes, start in zip(grid[0], example.starts, strict=True):
         indices = paths["iaptt-gm"][start].truncation
         means = [
             indices[max(0, k - window + 1) : k + 1].mean() for k in range(len(indices))
@@ -395,48 +464,59 @@ def draw_truncation(out: pathlib.Path, paths: Paths, window: int = 50) -> None:
         axes.plot(indices, ".", markersize=2, color="tab:gray", label="k*")
         axes.plot(means, label=f"mean of the last {window}")
         axes.set(xlabel="outer step", title=f"from (x, y) = {start}")
-    grid[0].set(ylabel="truncation index k*")
-    finish(figure, grid, out / "truncation.png")
+    grid[0, 0].set(ylabel="truncation index k*")
+    finish(figure, grid, out / "truncation.png", "Where iaptt-gm's inner steps end")
 
 
-def draw_counter(out: pathlib.Path, paths: Paths) -> None:
+def draw_counter(out: pathlib.Path, example: Example, paths: Paths) -> None:
     figure, axes = plt.subplots(figsize=(6, 4))
-    for method, of_start in paths.items():
-        axes.plot(of_start["0"].x, label=method)
+    for label, path in lines(paths):
+        axes.plot(path.x, label=label)
     axes.axhline(1, color="black", linestyle=":", label="solution")
     axes.set(xlabel="outer step", ylabel="x")
-    finish(figure, np.array(axes), out / "counter.png")
+    title = "BDA's counter-example: f leaves y2 undetermined"
+    finish(figure, np.array(axes), out / "counter.png", title)
 
 
-def draw_convex(out: pathlib.Path, paths: Paths) -> None:
+def draw_convex(out: pathlib.Path, example: Example, paths: Paths) -> None:
     figure, grid = plt.subplots(1, 2, figsize=(10, 4))
-    for method, of_start in paths.items():
-        away = distances(EXAMPLES["convex"], of_start["0"])
-        grid[0].plot(away["x_distance"], label=method)
-        grid[1].plot(away["y_distance"], label=method)
+    for label, path in lines(paths):
+        away = distances(example, path)
+        grid[0].plot(away["x_distance"], label=label)
+        grid[1].plot(away["y_distance"], label=label)
     for axes, name in zip(grid, "xy", strict=True):
         axes.set(xlabel="outer step", ylabel=f"|{name} - {name}*|", yscale="log")
-    finish(figure, grid, out / "convex.png")
+    title = f"A convex follower in {example.dimension} dimensions"
+    finish(figure, grid, out / "convex.png", title)
 
 
-def finish(figure: Any, grid: np.ndarray, file: pathlib.Path) -> None:
+def lines(paths: Paths) -> list[tuple[str, Path]]:
+    """A label and a path for every method and, if there are several, start."""
+    return [
+        (method if len(of_start) == 1 else f"{method} from {start}", path)
+        for method, of_start in paths.items()
+        for start, path in of_start.items()
+    ]
+
+
+def finish(figure: Any, grid: np.ndarray, file: pathlib.Path, title: str) -> None:
     for axes in grid.flat:
         axes.grid(alpha=0.3)
     grid.flat[0].legend(fontsize=8)
+    figure.suptitle(title)
     figure.tight_layout()
     figure.savefig(file, dpi=110)
     plt.close(figure)
 
 
-def draw(out: pathlib.Path, found: dict[str, Paths]) -> None:
-    if "sine" in found:
-        draw_sine(out, found["sine"])
-        if "iaptt-gm" in found["sine"]:
-            draw_truncation(out, found["sine"])
-    if "counter" in found:
-        draw_counter(out, found["counter"])
-    if "convex" in found:
-        draw_convex(out, found["convex"])
+def draw(
+    out: pathlib.Path, examples: dict[str, Example], found: dict[str, Paths]
+) -> None:
+    pictures = {"sine": draw_sine, "counter": draw_counter, "convex": draw_convex}
+    for name, paths in found.items():
+        pictures[name](out, examples[name], paths)
+        if name == "sine" and "iaptt-gm" in paths:
+            draw_truncation(out, examples[name], paths)
 
 
 def print_table(summary: dict) -> None:
@@ -455,16 +535,15 @@ def solve_all(args: argparse.Namespace, run: experiment.Run) -> dict[str, Paths]
         for name in args.example
         for method in args.method
         if method in EXAMPLES[name].methods
-        for start in EXAMPLES[name].starts
+        for start in args.examples[name].starts
     ]
-    verbose = 1 if sys.stdout.isatty() else 0
-    progress = keras.utils.Progbar(len(jobs), verbose=verbose, unit_name="path")
+    progress = experiment.Progress(run.out, len(jobs), "paths")
     found: dict[str, Paths] = {}
     for done, (name, method, start) in enumerate(jobs, 1):
         with experiment.one_line_nonfinite():
-            path = solve(EXAMPLES[name], method, start, args.settings[name])
+            path = solve(args.examples[name], method, start, args.settings[name])
         labels = {"example": name, "method": method, "start": start}
-        log(run, labels, EXAMPLES[name], path)
+        log(run, labels, args.examples[name], path)
         found.setdefault(name, {}).setdefault(method, {})[start] = path
         progress.update(done)
     return found
@@ -472,20 +551,20 @@ def solve_all(args: argparse.Namespace, run: experiment.Run) -> dict[str, Paths]
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
-    config = {k: getattr(args, k) for k in ("example", "method", "tolerance", "seed")}
+    kept = ("example", "method", "start", "dimension", "tolerance", "seed")
+    config = {name: getattr(args, name) for name in kept}
     config |= {name: dataclasses.asdict(s) for name, s in args.settings.items()}
     with experiment.one_line_errors(__file__):
         run = experiment.Run(args.out, config, args.resume)
     run.rewind(-1)  # a resumed run starts again: it takes seconds
-    # TensorFlow would warn that a function is traced anew for every method and start.
-    tf.get_logger().setLevel("ERROR")
     begun = time.perf_counter()
-    found = solve_all(args, run)
-    draw(run.out, found)
+    with experiment.many_runs():
+        found = solve_all(args, run)
+    draw(run.out, args.examples, found)
     ends = {
         name: {
             method: {
-                start: summarise(EXAMPLES[name], path, args.tolerance)
+                start: summarise(args.examples[name], path, args.tolerance)
                 for start, path in of_start.items()
             }
             for method, of_start in paths.items()

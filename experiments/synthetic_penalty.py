@@ -35,7 +35,6 @@ The starts of a run are one vectorised problem, so its seconds are those of all 
 import argparse
 import os
 import pathlib
-import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -372,14 +371,13 @@ def main(argv: list[str] | None = None) -> dict:
         for steps in args.inner_steps
         for method in args.method
     ]
-    bar = keras.utils.Progbar(len(jobs))
+    progress = experiment.Progress(run.out, len(jobs), "runs")
     for number, job in enumerate(jobs, 1):
         path = folder / f"{job.name}.npz"
         if not path.exists():
             with experiment.one_line_nonfinite():
                 solve(args, job, path)
-        if sys.stdout.isatty():
-            bar.update(number)
+        progress.update(number)
     found = {}
     for job in jobs:
         with np.load(folder / f"{job.name}.npz") as file:

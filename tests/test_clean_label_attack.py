@@ -8,9 +8,10 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from experiment_scripts import arrays_of, load_experiment
+from experiment_scripts import arrays_of, drawn, load_experiment
 
 import tfbilevel as tb
+from tfbilevel import experiment
 
 attack = load_experiment("clean_label_attack")
 SMALL = ["--train-size", "30", "--test-size", "10", "--feature-epochs", "1"]
@@ -35,6 +36,25 @@ def tiny(method="penalty", poisons=1):
         ["--out", "x", "--method", method, "--poisons", str(poisons), "--beta", "0.3"]
     )
     return attack.Attack(args, clean, extractor), clean, extractor
+
+
+@pytest.mark.parametrize(
+    ("distortions", "successes", "points"),
+    [
+        ([0.5], [1], [(0, 0), (0.5, 100)]),
+        ([0.5, 0.2, 0.3, 0.4], [1, 0, 1, 0],
+         [(0, 0), (0.2, 0), (0.3, 25), (0.4, 25), (0.5, 50)]),
+    ],
+)  # fmt: skip
+def test_the_curve_of_distortions_begins_at_nothing(
+    distortions, successes, points, tmp_path, monkeypatch
+):
+    run = experiment.Run(tmp_path / "run", {}, False)
+    for step, (far, won) in enumerate(zip(distortions, successes, strict=True)):
+        run.log({"step": step, "success": won, "distortion": far})
+    figure = drawn(monkeypatch, lambda: attack.draw_curve(run, "penalty"))
+    (line,) = figure.axes[0].lines
+    np.testing.assert_allclose(line.get_xydata(), points)
 
 
 def batches_of(made, clean, target):

@@ -470,6 +470,15 @@ def test_bad_flags_are_one_line_and_leave_nothing(flags, message, tmp_path, caps
     assert not out.exists()
 
 
+def test_noise_that_a_baseline_does_not_see_is_a_warning(capsys):
+    args = parse("--method", "val-only", "--noise", "0.25")
+    assert args.noise == 0.25
+    assert "warning: --noise changes nothing" in capsys.readouterr().err
+    parse("--method", "oracle", "--noise", "0.25")
+    parse("--method", "val-only")
+    assert capsys.readouterr().err == ""
+
+
 def test_svhn_sizes_must_fit_in_the_file(svhn_file, tmp_path, capsys):
     flags = ["--dataset", "svhn", "--data-file", str(svhn_file), *SMALL]
     held = len(svhn.load(svhn_file)["validation"].labels)

@@ -166,6 +166,8 @@ def test_methods_are_what_they_are_called():
         assert inner.accelerated is accelerated
         assert inner.optimizer.momentum == momentum
         assert inner.optimizer.nesterov == (momentum > 0)
+    flags = ["--method", "iaptt-gm", "--dynamics", "nesterov-m", "--momentum", "0.5"]
+    assert built(*flags).inner.optimizer.momentum == 0.5
 
 
 @pytest.mark.parametrize("baseline", ["oracle", "val-only", "train+val"])
@@ -462,6 +464,11 @@ def test_cleaning_losses_are_the_formulas():
         (["--gamma-init", "1"], "--gamma-max must not be below"),
         (["--dynamics", "nesterov-t"], "a single inner step"),
         (["--dataset", "mnist", "--data-dir", "/nowhere"], "not prepared"),
+        (["--momentum", "0.5"], "--momentum needs --dynamics nesterov-m"),
+        (
+            ["--dynamics", "nesterov-m", "--momentum", "1"],
+            "--momentum: must be in [0, 1)",
+        ),
         (["--train-size", "9999"], "fit in 5000"),
         (["--pollution-rate", "1.5"], "pollution rate"),
         (["--gamma-init", "-1"], "at least 0"),

@@ -1,5 +1,6 @@
 """What every experiment shares: its folder, its rows, its clock, its backup."""
 
+import logging
 import pathlib
 import subprocess
 import sys
@@ -154,3 +155,33 @@ def test_backup_never_leaves_a_partial_file(tmp_path):
     with pytest.raises(OSError):
         backup._save_model()
     assert (tmp_path / "latest.weights.h5").read_text() == "old"
+
+
+def test_many_runs_trace_without_warnings_and_warnings_come_back(capsys):
+    import tensorflow as tf
+
+    logger, written = tf.get_logger(), []
+    before = logger.level
+
+    class Keep(logging.Handler):
+        def emit(self, record):
+            written.append(record.getMessage())
+
+    def trace_often(name):
+        """TensorFlow counts by the place in the code."""
+        namespace = {"tf": tf}
+        exec(f"def {name}(): return tf.function(lambda: tf.constant(1.0))", namespace)
+        for _ in range(12):
+            namespace[name]()()
+
+    keep = Keep()
+    logger.addHandler(keep)
+    try:
+        with pytest.raises(SystemExit), experiment.many_runs():
+            trace_often("first")
+            raise SystemExit
+        assert written == [] and logger.level == before
+        trace_often("second")
+        assert any("triggered tf.function retracing" in line for line in written)
+    finally:
+        logger.removeHandler(keep)

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import itertools
 import json
 import pickle
 import subprocess
@@ -9,14 +10,16 @@ import sys
 from typing import Any
 
 import keras
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import tensorflow as tf
-from experiment_scripts import ROOT, load_experiment
+from experiment_scripts import ROOT, drawn, load_experiment
 from published_files import prepare_cifar100
 
 import tfbilevel as tb
 from data_prep import glyphs
+from tfbilevel import experiment
 
 few_shot = load_experiment("few_shot")
 SMALL = ["--filters", "4", "--outer-steps", "4", "--eval-every", "2", "--tasks", "2"]
@@ -197,6 +200,19 @@ def test_new_tasks_are_learned_as_in_training_unless_asked():
         (["--data-dir", "x"], "--data-dir needs a --dataset with files"),
         (["--split", "sorted"], "--split needs --dataset omniglot"),
         (["--regularisation", "1"], "--regularisation needs --regulariser"),
+        (["--quasi-norm-power", "1"], "needs --regulariser quasi-norm"),
+        (
+            ["--regulariser", "distance", "--quasi-norm-epsilon", "1"],
+            "--quasi-norm-epsilon needs --regulariser quasi-norm",
+        ),
+        (
+            ["--regulariser", "quasi-norm", "--quasi-norm-power", "1.5"],
+            "--quasi-norm-power: must be above 0 and at most 1",
+        ),
+        (
+            ["--regulariser", "quasi-norm-published", "--quasi-norm-epsilon", "0"],
+            "--quasi-norm-epsilon: must be above zero",
+        ),
         (["--head-blocks", "2"], "--head-blocks needs --head blocks"),
         (["--network", "resnet12", "--filters", "9"], "--filters needs a four-block"),
         (["--method", "rhg", "--head", "conv"], "feature map of at least 2 x 2"),
@@ -314,21 +330,57 @@ def test_the_quasi_norms_are_their_formulas():
     network = keras.Sequential([keras.Input((2,)), keras.layers.Dense(3)])
     kernel, bias = (np.array(v, "float64") for v in network.get_weights())
     assert not bias.any()  # where a norm has no derivative
-    sums = {
-        "quasi-norm": sum(
-            ((p**2).sum() + 0.01 * p.size) ** 0.25 for p in (kernel, bias)
-        ),
-        "quasi-norm-published": sum(
-            ((p**2).sum() ** 0.5 + 0.1 * p.size**0.5) ** 0.25 for p in (kernel, bias)
-        ),
+    forms = {
+        "quasi-norm": lambda p, e: (p**2).sum() + e**2 * p.size,
+        "quasi-norm-published": lambda p, e: (p**2).sum() ** 0.5 + e * p.size**0.5,
     }
-    for name, want in sums.items():
-        args = parse("--method", "rhg", "--regulariser", name)
+    given = ["--quasi-norm-power", "0.9", "--quasi-norm-epsilon", "0.03"]
+    cases = itertools.product(forms, (([], 0.5, 0.1), (given, 0.9, 0.03)))
+    for name, (flags, q, epsilon) in cases:
+        want = sum(forms[name](p, epsilon) ** (q / 2) for p in (kernel, bias))
+        args = parse("--method", "rhg", "--regulariser", name, *flags)
         with tf.GradientTape() as tape:
             value = few_shot.regulariser(args, network, [])
         assert float(value) == pytest.approx(0.25 * want, rel=1e-5)
         for gradient in tape.gradient(value, network.trainable_variables):
             assert np.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("ways", [2, 5, 20])
+def test_every_class_of_a_confusion_matrix_can_be_read(ways):
+    matrix = 15 * np.eye(ways, dtype=int)
+    matrix[0, 1] = matrix[1, 0] = 2
+    figure, axes = plt.subplots()
+    few_shot.draw_matrix(axes, matrix, 15)
+    assert axes.get_xticks().tolist() == list(range(ways))
+    assert axes.get_yticks().tolist() == list(range(ways))
+    # The same blue for the same count in every task, whatever the largest one is.
+    assert axes.images[0].get_clim() == (0, 15)
+    shades = axes.images[0].cmap(np.array([15, 2]) / 15)[:, :3].mean(axis=1)
+    for text in axes.texts:
+        row, column = text.get_position()[::-1]
+        assert text.get_text() == str(matrix[row, column])
+        shade = shades[0] if matrix[row, column] == 15 else shades[1]
+        letters = {"black": 0.0, "white": 1.0}[text.get_color()]
+        assert abs(shade - letters) > 0.35
+    assert len(axes.texts) == ways + 2
+    plt.close(figure)
+
+
+def test_curves_name_the_run_and_share_their_seconds(tmp_path, monkeypatch):
+    run = experiment.Run(tmp_path / "run", {}, False)
+    for step, loss in ((0, float("nan")), (2, 1.5)):
+        accuracy = {"validation_accuracy": 40.0, "validation_accuracy_ci95": 2.0}
+        losses = {"upper_loss": loss, "lower_loss": loss}
+        run.log({"step": step, "seconds": step, **accuracy, **losses})
+    args = small("anil", "--ways", "3")
+    figure = drawn(monkeypatch, lambda: few_shot.draw_curves(run, args))
+    assert figure.get_suptitle() == "anil, 3-way 1-shot glyphs"
+    left, right = figure.axes
+    assert left.get_title() and right.get_title()
+    assert left.get_ylabel() == "percent" and right.get_ylabel() == "loss"
+    assert left.get_xlim() == right.get_xlim()
+    assert all(line.get_marker() != "None" for line in right.lines)
 
 
 def test_bda_has_the_rule_of_its_own_code_too():
@@ -486,7 +538,7 @@ def test_every_part_has_its_own_classes_and_the_best_weights_are_tested(
         (drawn[seed],) = (name for name, part in GLYPHS.items() if part is some)
         return draw(args, some, seed, *first)
 
-    def accuracies(self):
+    def accuracies(self, name=None):
         """Of validation tasks 50, 70, 60; of test tasks 10 and 20."""
         (model,) = models
         measured.append([np.array(v) for v in model.upper_variables])

@@ -14,7 +14,7 @@ import pytest
 import scipy.special
 import sklearn.utils
 import tensorflow as tf
-from experiment_scripts import load_experiment
+from experiment_scripts import drawn, load_experiment
 
 import tfbilevel as tb
 from tfbilevel import experiment
@@ -312,6 +312,47 @@ def test_every_method_runs_and_writes_its_files(method: str, tmp_path: Any):
         assert (tmp_path / picture).stat().st_size > 10_000
 
 
+@pytest.mark.parametrize("size", [1e-6, 1e-3, 2.0])
+def test_bars_are_of_coefficients_that_have_moved(
+    size: float, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+):
+    """After a step they are 1 within rounding: it is their logarithms that differ."""
+    run = experiment.Run(tmp_path / "run", {}, False)
+    words = np.array([f"word {number}" for number in range(60)])
+    logits = np.zeros(60, np.float32)
+    logits[[7, 9, 11]] = -size, -3 * size, 2 * size
+    logits[20:50] = size * np.arange(3, 33)
+    figure = drawn(monkeypatch, lambda: news.draw_coefficients(run, logits, words))
+    small, large = figure.axes
+    widths = {
+        axes.get_title(): dict(
+            zip(
+                [text.get_text() for text in axes.get_yticklabels()],
+                [bar.get_width() for bar in axes.patches],
+                strict=True,
+            )
+        )
+        for axes in (small, large)
+    }
+    want = {f"word {number}": logits[number] for number in range(30, 50)}
+    assert widths["largest coefficients"] == pytest.approx(want, rel=1e-6)
+    want = {"word 7": -size, "word 9": -3 * size}
+    assert widths["smallest coefficients"] == pytest.approx(want, rel=1e-6)
+    # The picture is as wide as the bars: they fill most of it.
+    least, most = small.get_xlim()
+    assert most - least < 6 * size
+
+
+def test_no_bars_before_a_coefficient_has_moved(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+):
+    run = experiment.Run(tmp_path / "run", {}, False)
+    words, logits = np.array(["a", "b"]), np.zeros(2)
+    figure = drawn(monkeypatch, lambda: news.draw_coefficients(run, logits, words))
+    assert [len(axes.patches) for axes in figure.axes] == [0, 0]
+    assert all("none has moved" in axes.get_title() for axes in figure.axes)
+
+
 def test_training_follows_the_formulas(tmp_path: Any, monkeypatch: pytest.MonkeyPatch):
     """Two outer steps of stocBiO, written in NumPy. The second is in Keras's second
     epoch: draws go on there."""
@@ -512,8 +553,8 @@ def test_the_others_go_on_past_a_failed_method(
         (["--outer-steps", "0"], "above zero"),
         (["--seconds", "nan"], "above zero"),
         (["--inner-momentum", "1"], "in [0, 1)"),
-        (["--method", "reverse", "--eta", "1"], "--eta means nothing"),
-        (["--method", "aid-cg", "--batch-size", "9"], "--batch-size means nothing"),
+        (["--method", "reverse", "--tolerance", "1"], "--tolerance means nothing"),
+        (["--method", "aid-cg", "--tolerance-ratio", "0.5"], "means nothing"),
         (["--batch-size", "22"], "got 22 of 21"),
         (["--method", "reverse", "--solver-steps", "20"], "got 20 of 10"),
         (["--method", "all", *BATCHES[:2]], "got 100 of 21"),
@@ -531,6 +572,19 @@ def test_bad_flags_are_one_line_and_leave_nothing(
     error = capsys.readouterr().err.strip()
     assert message in error and "\n" not in error
     assert not out.exists()
+
+
+def test_flags_that_the_published_script_ignores_are_warnings(capsys: Any):
+    """`l2reg_on_twentynews.py --alg AID-FP --batch_size 100` works as it is."""
+    flags = ["--batch-size", "9", "--validation-batch-size", "9", "--eta", "1"]
+    args = news.parse_args(["--out", "x", "--method", "aid-fp", *flags])
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == 3
+    assert all("means nothing to --method aid-fp" in line for line in warnings)
+    plan = news.with_defaults(args, "aid-fp")
+    assert plan.batch_size is plan.validation_batch_size is plan.eta is None
+    news.parse_args(["--out", "x", "--method", "all", *flags])  # one of them uses them
+    assert capsys.readouterr().err == ""
 
 
 def test_missing_data_names_the_remedy(tmp_path: Any, capsys: Any):

@@ -378,8 +378,8 @@ def test_a_budget_of_time_ends_a_run(tmp_path):
         (["--metod", "stocbio"], "unrecognized arguments"),
         (["--method", "nope"], "invalid choice"),
         (["--seconds", "0"], "above zero"),
-        (["--method", "aid-cg", "--eta", "0.1"], "--eta means nothing"),
-        (["--method", "ttsa", "--inner-steps", "3"], "--inner-steps means nothing"),
+        (["--method", "aid-cg", "--tolerance", "0.1"], "--tolerance means nothing"),
+        (["--method", "ttsa", "--tolerance-decay", "0.5"], "means nothing"),
         (
             ["--method", "reverse", "--inner-steps", "2", "--hessian-q", "3"],
             "--hessian-q must not exceed",
@@ -400,6 +400,26 @@ def test_bad_flags_are_one_line_and_leave_nothing(flags, message, tmp_path, caps
     error = capsys.readouterr().err.strip()
     assert message in error and "\n" not in error
     assert not out.exists()
+
+
+def test_flags_that_the_published_script_ignores_are_warnings(tmp_path, capsys):
+    """`mnist_exp.py --alg AID-FP --batch_size 50` works as it is, on full batches."""
+    flags = [*SMALL, "--method", "aid-fp", "--outer-steps", "1"]
+    summaries = []
+    for name, given in (("a", []), ("b", ["--batch-size", "50", "--eta", "0.5"])):
+        capsys.readouterr()
+        summaries.append(
+            reweighting.main([*flags, *given, "--out", str(tmp_path / name)])
+        )
+    assert summaries[0]["test_loss"] == summaries[1]["test_loss"]
+    written = capsys.readouterr().err
+    for name in ("--batch-size", "--eta"):
+        assert f"warning: {name} means nothing to --method aid-fp" in written
+    (job,) = reweighting.parse_args(
+        ["--out", "x", "--method", "ttsa", "--inner-steps", "3"]
+    ).jobs
+    assert job.inner_steps is None
+    assert "--inner-steps means nothing to --method ttsa" in capsys.readouterr().err
 
 
 def test_published_order_undoes_the_hash_that_tensorflow_datasets_sorts_by():

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 import tensorflow as tf
-from experiment_scripts import load_experiment
+from experiment_scripts import drawn, load_experiment
 
 import tfbilevel as tb
 
@@ -276,6 +276,72 @@ def test_published_settings_are_the_defaults():
     assert changed.settings["sine"].alpha == 1
 
 
+@pytest.mark.parametrize("method", ["ls", "rhg", "iaptt-gm"])
+def test_dimensions_of_the_sine_are_so_many_copies_of_one(method):
+    """F and f are sums: every component follows the problem of one dimension."""
+    flags = ["--out", "x", "--example", "sine", "--start", "7", "-1"]
+    args = follower.parse_args([*flags, "--dimension", "3", "--outer-steps", "30"])
+    (start,) = args.examples["sine"].starts
+    one = follower.solve(SINE, method, "(7, -1)", args.settings["sine"])
+    assert start == "(7, -1)" and one.x.shape == (31,)
+    three = follower.solve(args.examples["sine"], method, start, args.settings["sine"])
+    copies = {"x": one.x, "y": one.y, "y_last": one.y_last}
+    for name, values in copies.items():
+        found = getattr(three, name)
+        assert found.shape == (31, 3)
+        np.testing.assert_allclose(found, np.stack([values] * 3, 1), rtol=1e-9)
+    np.testing.assert_allclose(three.upper, 3 * one.upper, rtol=1e-9)
+    np.testing.assert_allclose(three.lower, 3 * one.lower, rtol=1e-9)
+    np.testing.assert_array_equal(three.truncation, one.truncation)
+    away = follower.distances(args.examples["sine"], three)["x_distance"]
+    np.testing.assert_allclose(away, 3**0.5 * abs(one.x - SOLUTION[0]), rtol=1e-9)
+
+
+def test_convex_in_any_dimension_from_any_start():
+    """Of NumPy's loop with d for 50, x and y from 0.5 and -1."""
+    flags = ["--out", "x", "--example", "convex", "--dimension", "4"]
+    args = follower.parse_args([*flags, "--start", "0.5", "-1", "--outer-steps", "3"])
+    example, settings = args.examples["convex"], args.settings["convex"]
+    path = follower.solve(example, "ia-gm", "(0.5, -1)", settings)
+    x, z1, z2, a = 0.5, -1.0, -1.0, settings.inner_lr
+    kept = (1 - a) ** settings.inner_steps
+    for step in range(4):
+        y1 = kept * z1 + (1 - kept) * x
+        np.testing.assert_allclose(path.x[step], [x] * 4, rtol=1e-6)
+        np.testing.assert_allclose(path.y[step], [[y1] * 4, [z2] * 4], rtol=1e-6)
+        g1, g2 = 4 * 4 * (y1 - 1) ** 3, 4 * 4 * (x - z2) ** 3
+        x -= settings.upper_lr * ((1 - kept) * g1 + g2)
+        z1 -= settings.upper_lr * kept * g1
+        z2 += settings.upper_lr * g2
+
+
+def test_pictures_say_what_they_show(tmp_path, monkeypatch):
+    flags = ["--out", "x", "--outer-steps", "2", "--inner-steps", "2"]
+    starts = ["--start", "5", "1", "--start", "7", "-1", "--dimension", "3"]
+    args = follower.parse_args([*flags, "--method", "ia-gm", *starts])
+    titles = {"sine": "not convex", "counter": "counter-example", "convex": "convex"}
+    for name, title in titles.items():
+        example = args.examples[name]
+        found = {
+            start: follower.solve(example, "ia-gm", start, args.settings[name])
+            for start in example.starts
+        }
+        paths = {name: {"ia-gm": found}}
+        figure = drawn(
+            monkeypatch, lambda p=paths: follower.draw(tmp_path, args.examples, p)
+        )
+        assert title in figure.get_suptitle()
+        if name == "convex":
+            assert "3 dimensions" in figure.get_suptitle()
+        panels = {"sine": 4, "counter": 1, "convex": 2}[name]
+        assert len(figure.axes) == panels
+        lines = [line for axes in figure.axes for line in axes.lines]
+        assert len(lines) == {"sine": 4, "counter": 3, "convex": 4}[name]
+        if name != "sine":
+            labels = {line.get_label() for line in lines}
+            assert {"ia-gm from (5, 1)", "ia-gm from (7, -1)"} <= labels
+
+
 SHORT = ["--example", "counter", "--method", "rhg", "--outer-steps", "3"]
 
 
@@ -311,6 +377,13 @@ def test_a_run_is_resumed_to_the_same_rows_and_never_overwritten(tmp_path, capsy
         (["--example", "sine", "convex", "--method", "rhg"], "--example convex has no"),
         (["--method", "ns", "--example", "sine", "--alpha", "1"], "--alpha means"),
         (["--example", "convex", "--project-inner"], "--project-inner needs"),
+        (["--start", "0.5", "2"], "needs X in [1, 10] with --example sine, got 0.5"),
+        (["--start", "1", "-3"], "needs Y in [-2, 2] with --example sine, got -3"),
+        (["--example", "counter", "--start", "-101", "0"], "X in [-100, 100]"),
+        (["--start", "nan", "0"], "--start: must be finite"),
+        (["--start", "1"], "--start: expected 2 arguments"),
+        (["--example", "counter", "--dimension", "2"], "--dimension needs"),
+        (["--dimension", "0"], "above zero"),
         (["--resume"], "folder with a run"),
     ],
 )

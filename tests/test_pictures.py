@@ -1,5 +1,6 @@
 """Pages of images."""
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from matplotlib import image
@@ -35,3 +36,22 @@ def test_captions_in_red(tmp_path):
         page = image.imread(path)[..., :3]
         reddish = (page[..., 0] > 0.7) & (page[..., 1] < 0.4)
         assert reddish.any() == (name == "one")
+
+
+@pytest.mark.parametrize(
+    ("y", "known", "marked"),
+    [
+        ([np.nan, 3.0], [(1, 3)], True),  # a point that no line leads to
+        ([2.0, np.nan, 4.0], [(0, 2), (2, 4)], True),
+        ([np.nan], [], True),
+        (list(range(30)), [(n, n) for n in range(30)], False),
+    ],
+)
+def test_a_curve_of_few_points_shows_them(y, known, marked):
+    figure, axes = plt.subplots()
+    experiment.draw_line(axes, range(len(y)), y, label="x", color="C3")
+    (line,) = axes.lines
+    assert [tuple(point) for point in line.get_xydata()] == known
+    assert (line.get_marker() != "None") == marked
+    assert (line.get_label(), line.get_color()) == ("x", "C3")
+    plt.close(figure)

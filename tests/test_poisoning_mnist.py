@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import tensorflow as tf
-from experiment_scripts import arrays_of, load_experiment
+from experiment_scripts import arrays_of, drawn, load_experiment
 
 import tfbilevel as tb
 from data_prep import images
@@ -145,10 +145,31 @@ def test_scores_count_eights_read_as_threes():
         table[8] = table[3]
         return tf.constant(np.asarray(inputs) @ table)
 
-    made = poisoning.scores(net, poisoning.Data(part, part, part, part, part))
+    data = poisoning.Data(part, part, part, part, part)
+    made = poisoning.scores(parse("--attack", "targeted"), net, data)
     assert made["test_accuracy"] == made["official_test_accuracy"] == 90
     assert made["attack_success"] == 100
     assert made["accuracy_of_8"] == 0 and made["accuracy_of_3"] == 100
+    # What an untargeted attack is not after is no success of it.
+    assert made.keys() - poisoning.scores(parse(), net, data) == {"attack_success"}
+
+
+@pytest.mark.parametrize("attack", poisoning.ATTACKS)
+def test_curves_of_one_evaluation(attack, tmp_path, monkeypatch):
+    """f is not known before training: what is left of it is one point."""
+    run = experiment.Run(tmp_path / "run", {}, False)
+    for step in (0, 3):
+        numbers = {"test_accuracy": 80 + step, "attack_success": step}
+        known = {"step": step, "upper_loss": step or float("nan")}
+        run.log(known | {name: numbers[name] for name in poisoning.ATTACKS[attack]})
+    args = parse("--attack", attack)
+    figure = drawn(monkeypatch, lambda: poisoning.draw_curves(run, args))
+    left, right = figure.axes
+    (line,) = left.lines
+    assert line.get_xydata().tolist() == [[3, 3]] and line.get_marker() != "None"
+    assert left.get_xlim() == right.get_xlim()
+    want = ["test accuracy", "attack success"][: 1 + (attack == "targeted")]
+    assert [line.get_label() for line in right.lines] == want
 
 
 def test_published_settings_are_the_defaults():
@@ -180,6 +201,8 @@ def test_every_attack_and_method_runs(attack, method, tmp_path):
     assert summary["clean"]["test_accuracy"] > 50
     with (tmp_path / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
+    targeted = attack == "targeted"
+    assert ("attack_success" in summary) == targeted == ("attack_success" in rows[0])
     assert (tmp_path / "poisons.png").stat().st_size > 10_000
     if method == "label-flip":
         assert summary["poisoned"] == summary["label_flip"]

@@ -17,6 +17,7 @@ from tfbilevel.experiment._flags import at_least as at_least
 from tfbilevel.experiment._flags import filled as filled
 from tfbilevel.experiment._flags import finite as finite
 from tfbilevel.experiment._flags import flag as flag
+from tfbilevel.experiment._flags import fraction as fraction
 from tfbilevel.experiment._flags import one_line_errors as one_line_errors
 from tfbilevel.experiment._flags import (
     one_line_nonfinite as one_line_nonfinite,
@@ -28,8 +29,12 @@ from tfbilevel.experiment._flags import share as share
 from tfbilevel.experiment._inversion_free import InversionFree as InversionFree
 from tfbilevel.experiment._optimizers import adam as adam
 from tfbilevel.experiment._pictures import draw_images as draw_images
+from tfbilevel.experiment._pictures import draw_line as draw_line
+from tfbilevel.experiment._progress import FitProgress as FitProgress
+from tfbilevel.experiment._progress import Progress as Progress
 from tfbilevel.experiment._run import Run as Run
 from tfbilevel.experiment._run import write_json as write_json
 from tfbilevel.experiment._trials import concluded as concluded
+from tfbilevel.experiment._trials import many_runs as many_runs
 from tfbilevel.experiment._trials import sweep as sweep
 from tfbilevel.experiment._trials import trials as trials

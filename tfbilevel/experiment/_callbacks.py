@@ -4,7 +4,6 @@ import json
 import math
 import os
 import pathlib
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -14,6 +13,7 @@ import tensorflow as tf
 
 from tfbilevel._training_state import SKIPPED
 from tfbilevel.experiment._flags import one_line_nonfinite
+from tfbilevel.experiment._progress import Progress
 from tfbilevel.experiment._run import Run, write_json
 
 
@@ -69,7 +69,7 @@ class Evaluate(keras.callbacks.Callback):
     steps since the last row; not known at step 0) and what the function returns.
     `seconds` are those of outer steps over all sittings, with their data and with
     TensorFlow's tracing in each sitting; evaluations and backups take none.
-    On a terminal a bar shows how far training is.
+    On a terminal a bar shows how far training is, elsewhere a line every half minute.
 
     What a resumed run needs between two rows is kept in `clock.json` at every end of an
     epoch, of the last two of them: a kill may come before the backup's weights.
@@ -102,7 +102,10 @@ class Evaluate(keras.callbacks.Callback):
         # The steps and the mean metrics of what Keras's epochs left of a row.
         self._parts: list[tuple[int, dict]] = []
         self._logs: dict = {}
-        self._bar = keras.utils.Progbar(steps or math.ceil(limit or 1))
+        total, unit = steps, "outer steps"
+        if total is None:
+            total, unit = math.ceil(limit or 1), "seconds of training"
+        self._progress = Progress(run.out, total, unit)
 
     def is_over(self, step: int) -> bool:
         """Whether training ended at this step in an earlier sitting."""
@@ -169,9 +172,7 @@ class Evaluate(keras.callbacks.Callback):
             self.model.stop_training = True
         if over or step // self.every > self._logged // self.every:
             self._log(step)
-        if sys.stdout.isatty():
-            done = int(self.seconds) if self.steps is None else step
-            self._bar.update(min(done, self._bar.target))
+        self._progress.update(int(self.seconds) if self.steps is None else step)
 
     def _log(self, step: int) -> None:
         self._put_aside()

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import pathlib
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 from tfbilevel._finite import NonFiniteError
@@ -38,8 +38,16 @@ class Parser(argparse.ArgumentParser):
         print(f"{self.prog}: {message} (see --help)", file=sys.stderr)
         raise SystemExit(2)
 
+    def warn(self, message: str) -> None:
+        """One line on standard error; the run goes on."""
+        print(f"{self.prog}: warning: {message}", file=sys.stderr)
+
     def refuse_meaningless(
-        self, args: argparse.Namespace, published: Sequence[Any], chosen: str
+        self,
+        args: argparse.Namespace,
+        published: Sequence[Any],
+        chosen: str,
+        ignored: Container[str] = (),
     ) -> None:
         """An error for a flag that was given and that none of the settings knows.
 
@@ -47,13 +55,17 @@ class Parser(argparse.ArgumentParser):
             args: the parsed flags, `None` where not given.
             published: dataclasses of settings, `None` where they have no such knob.
             chosen: what chose them, such as "--method rhg".
+            ignored: names of flags that the published script takes and ignores there:
+                a warning is enough.
         """
         for field in dataclasses.fields(published[0]):
             unknown = all(getattr(one, field.name) is None for one in published)
-            if getattr(args, field.name) is not None and unknown:
-                self.error(
-                    f"{flag(field.name)} means nothing to {chosen}: leave it out"
-                )
+            if getattr(args, field.name) is None or not unknown:
+                continue
+            meaningless = f"{flag(field.name)} means nothing to {chosen}"
+            if field.name not in ignored:
+                self.error(f"{meaningless}: leave it out")
+            self.warn(f"{meaningless}, which goes on without it")
 
     def refuse_idle(
         self, args: argparse.Namespace, needs: Mapping[str, tuple[bool, str]]
@@ -147,6 +159,14 @@ def share(text: str) -> float:
     value = float(text)
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, got {text}")
+    return value
+
+
+def fraction(text: str) -> float:
+    """An argparse type: a number from 0 to below 1, such as a momentum."""
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"must be in [0, 1), got {text}")
     return value
 
 

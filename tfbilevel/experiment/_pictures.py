@@ -1,10 +1,28 @@
-"""Pages of images."""
+"""Pages of images, and curves."""
 
 import math
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+
+
+def draw_line(
+    axes: Any, x: Sequence[float], y: Sequence[float], **options: Any
+) -> None:
+    """A curve without its NaN, and its points where they are few: one alone would
+    show nothing as a line.
+
+    Args:
+        axes: matplotlib's.
+        x: of the points.
+        y: of the points.
+        **options: of `axes.plot`.
+    """
+    known = ~np.isnan(np.asarray(y, float))
+    marker = "." if known.sum() <= 20 else None
+    axes.plot(np.asarray(x)[known], np.asarray(y)[known], marker=marker, **options)
 
 
 def draw_images(

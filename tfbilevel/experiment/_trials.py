@@ -1,13 +1,15 @@
 """Runs at successive seeds."""
 
 import argparse
+import contextlib
 import math
 import statistics
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import keras
+import tensorflow as tf
 
 from tfbilevel.experiment._flags import settings
 from tfbilevel.experiment._run import Run
@@ -52,6 +54,19 @@ def trials(
     return concluded(run, {"trials": args.trials, **over_trials(summaries)}, failed)
 
 
+@contextlib.contextmanager
+def many_runs() -> Iterator[None]:
+    """A context for several runs in one process. TensorFlow would warn that their
+    functions are traced one time after the other: they are other functions."""
+    logger = tf.get_logger()
+    level = logger.level
+    logger.setLevel("ERROR")
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def sweep(
     run: Run,
     jobs: Mapping[str, argparse.Namespace],
@@ -72,7 +87,8 @@ def sweep(
         folder = run.out / name
         begun = (folder / "config.json").exists()
         try:
-            done[name] = complete(own, Run(folder, settings(own), begun), one)
+            with many_runs():
+                done[name] = complete(own, Run(folder, settings(own), begun), one)
         except SystemExit:  # said already: the others go on
             failed.append(name)
         keras.backend.clear_session()
