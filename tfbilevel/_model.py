@@ -19,6 +19,7 @@ from tfbilevel._finite import (
     warn_diverged,
 )
 from tfbilevel._functional import require_built
+from tfbilevel._indices import ExampleWeightsError, IndexWatch, explain
 from tfbilevel._inner import InnerSolver, require_inner
 from tfbilevel._method import Method
 from tfbilevel._model_arguments import (
@@ -189,6 +190,7 @@ class BilevelModel(keras.Model):
         self._progress = Progress(random_states(upper, lower), name="progress")
         self._carried: Carried | None = None
         self._trackers = Trackers()
+        self._indices = IndexWatch(upper, lower)
         self.built = True
 
     # The user's functions take models; the problem's take tensors.
@@ -372,7 +374,12 @@ class BilevelModel(keras.Model):
         keywords.setdefault("shuffle", False)
         try:
             return super().fit(x, *arguments, **keywords)
-        except (NonFiniteError, KeyboardInterrupt) as error:
+        except tf.errors.InvalidArgumentError:
+            if self._indices.layers:
+                values = structure.to_tensors(self._variables())
+                explain(self.problem, *values, x)
+            raise
+        except (NonFiniteError, ExampleWeightsError, KeyboardInterrupt) as error:
             # The frames it came through, and a cycle of Keras's, hold the dataset's
             # iterator. Deleting one that waits for a Python generator never ends once
             # Python shuts down: the generator's thread can enter Python no more.
@@ -473,8 +480,11 @@ class BilevelModel(keras.Model):
         def checked(iterator: Any) -> Any:
             with without_memory_rewrites():
                 logs = compiled(iterator)
-            if self.on_nonfinite == "raise":
-                self._progress.raise_if_nonfinite()
+            try:
+                if self.on_nonfinite == "raise":
+                    self._progress.raise_if_nonfinite()
+            finally:  # nothing that may be passed over, and nearer to the cause
+                self._indices.raise_if_noted()
             if not self._warned and float(logs.get("diverged", 0.0)) > 0:
                 self._warned = True
                 warn_diverged(self.method)
@@ -502,7 +512,7 @@ class BilevelModel(keras.Model):
         committed = tf.cond(
             proceed,
             lambda: self._commit(step, data),
-            lambda: self._refuse(tf.where(latched < 0, code, latched)),
+            lambda: self._refuse(tf.where(latched < 0, code, latched), data),
         )
         logs = dict(step.metrics)
         if self.on_nonfinite == "skip":
@@ -608,7 +618,10 @@ class BilevelModel(keras.Model):
             y = [tf.broadcast_to(v, [tasks, *v.shape]) for v in y]
         return x, y, self._carried.read() if state else ()
 
-    def _refuse(self, code: Any) -> tf.Tensor:
+    def _refuse(self, code: Any, data: Batches | None = None) -> tf.Tensor:
+        if data is not None:
+            values = structure.to_tensors(self._variables())
+            self._indices.note(self.problem, *values, data)
         if self.on_nonfinite == "raise":
             self._progress.bad_code.assign(code)
         else:
