@@ -11,8 +11,6 @@ from tfbilevel._over_tasks import OverTasks, apart
 from tfbilevel._problem import Batches, Problem, StackedBatches, count_tasks
 
 NONE = -1
-
-
 SEARCHED = 1000  # elements of a dataset at most
 
 
@@ -47,13 +45,17 @@ class IndexWatch:
 
         y are one task's lower variables, where the batches carry tasks.
         """
-        if self.layers:
+        if self._used:  # else the losses would be traced once more for nothing
             now = self._noted.read_value()
             new = first_out_of_range(problem, x, y, batches, self.layers)
             self._noted.assign(tf.where(now[0] == NONE, new, now))
 
+    @property
+    def _used(self) -> bool:
+        return any(layer.in_graphs for layer in self.layers)
+
     def raise_if_noted(self) -> None:
-        if not self.layers:
+        if not self._used:
             return
         number, index = self._noted.numpy()
         if number != NONE:

@@ -72,6 +72,7 @@ class ExampleWeights(_PositiveVector):
     def __init__(self, n: int, activation: str = "sigmoid", **keywords: Any):
         super().__init__(n, activation, **keywords)
         self._listener: Callable[[tf.Tensor], None] | None = None
+        self.in_graphs = False  # called by indices there
 
     def call(self, index: Any) -> Any:
         logits = tf.convert_to_tensor(self.logits)
@@ -84,6 +85,7 @@ class ExampleWeights(_PositiveVector):
             if beyond.size:
                 raise range_error(self, int(beyond.flat[0]))
             return self.activation(tf.gather(logits, index))
+        self.in_graphs = True
         if self._listener is not None:
             self._listener(index)
         # Out of range a gather gives zero on a GPU, the nearest entry under XLA.
