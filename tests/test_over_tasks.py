@@ -812,3 +812,96 @@ def test_what_is_prepared_of_images_is_what_each_task_would_prepare(tasks) -> No
     np.testing.assert_array_equal(made.upper[1], labels)
     alone = [features(kernel, pixels[:1] ** 2) for pixels in images]
     np.testing.assert_allclose(made.upper[0], tf.stack(alone), rtol=1e-9)
+
+
+# Tasks that stop at different steps, and go on from there at the next outer step.
+
+
+def counted_in_numpy(kind: str, rate: float, tolerance: float, most: int) -> tuple:
+    """Every task's y after two outer steps, and its numbers of inner steps."""
+    x, y, batches = data(4)
+    a, b = (leaf.numpy() for leaf in batches.lower)
+    ends, counts = [], []
+    for task in range(TASKS):
+
+        def gradient(point: Any, task: int = task) -> Any:
+            error = a[task] @ point - b[task]
+            return a[task].T @ error / EXAMPLES + np.exp(x.numpy()) * point
+
+        point, made, steps = y[task].numpy(), 0, []
+        m = v = ahead = np.zeros(FEATURES)
+        s = 1.0
+        for _ in range(2):
+            for step in range(most):
+                g = gradient(point + ahead)
+                steps_made = step + 1
+                made += 1
+                if kind == "adam":
+                    m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+                    mean, square = m / (1 - 0.9**made), v / (1 - 0.999**made)
+                    # Keras adds epsilon before the correction of v.
+                    epsilon = 1e-7 / np.sqrt(1 - 0.999**made)
+                    point = point - rate * mean / (np.sqrt(square) + epsilon)
+                else:
+                    after = point + ahead - rate * g
+                    s, before = (1 + np.sqrt(1 + 4 * s**2)) / 2, s
+                    ahead = (before - 1) / s * (after - point)
+                    point = after
+                if np.linalg.norm(g) <= tolerance:
+                    break
+            steps.append(steps_made)
+        ends.append(point)
+        counts.append(steps)
+    return np.stack(ends), np.array(counts)
+
+
+@pytest.mark.parametrize("mapping", ["vectorized", "in-turn"])
+@pytest.mark.parametrize("kind", ["adam", "accelerated"])
+def test_carried_moments_and_sequences_count_each_task_s_own_steps(kind, mapping):
+    rate, tolerance = (0.2 if kind == "adam" else 0.03), 0.1
+    ends, counts = counted_in_numpy(kind, rate, tolerance, 90)
+    assert len(set(counts[:, 0])) == TASKS and counts.max() < 90
+    method = tb.Implicit(
+        tb.InnerSolver(
+            ADAM(rate) if kind == "adam" else SGD(rate),
+            90,
+            tolerance=tolerance,
+            optimizer_state="carry",
+            accelerated=kind == "accelerated",
+        ),
+        tb.Direct(),
+    )
+    x, y, batches = data(4)
+    tasks = tb.over_tasks(ridge(), mapping)
+    run = tf.function(lambda *a: method.step(tasks, *a), autograph=False)
+    first = run(x, y, batches, method.init(tasks, x, y))
+    second = run(x, first.lower, batches, first.state)
+    # Keras rounds Adam's constants to float32: 1e-5 in its first steps.
+    np.testing.assert_allclose(second.lower, ends, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["gradient-solver", "schedule"])
+def test_two_outer_steps_over_tasks_are_each_task_s_own(name):
+    """What stops at different steps goes on from a task's own count of them."""
+    decay = keras.optimizers.schedules.ExponentialDecay(0.3, 5, 0.5)
+    method = {
+        "gradient-solver": tb.Implicit(
+            inner(), tb.GradientSolver(ADAM(0.2), 60, tolerance=0.3)
+        ),
+        "schedule": tb.Implicit(
+            tb.InnerSolver(SGD(decay), 60, tolerance=0.2, optimizer_state="carry"),
+            tb.Direct(),
+        ),
+    }[name]
+    x, y, batches = data(4)
+
+    def two(problem: tb.Problem, y: Any, batches: tb.Batches) -> tb.Step:
+        run = tf.function(lambda *a: method.step(problem, *a), autograph=False)
+        first = run(x, y, batches, method.init(problem, x, y))
+        return run(0.8 * x, first.lower, batches, first.state)
+
+    step = two(tb.over_tasks(ridge()), y, batches)
+    single = [two(ridge(), y[i], alone(batches, i)) for i in range(TASKS)]
+    want = np.mean([s.upper_gradient for s in single], axis=0)
+    np.testing.assert_allclose(step.upper_gradient, want, rtol=1e-8)
+    np.testing.assert_allclose(step.lower, np.stack([s.lower for s in single]), 1e-9)
