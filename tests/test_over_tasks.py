@@ -905,3 +905,78 @@ def test_two_outer_steps_over_tasks_are_each_task_s_own(name):
     want = np.mean([s.upper_gradient for s in single], axis=0)
     np.testing.assert_allclose(step.upper_gradient, want, rtol=1e-8)
     np.testing.assert_allclose(step.lower, np.stack([s.lower for s in single]), 1e-9)
+
+
+@pytest.mark.parametrize("kind", ["rmsprop", "adam"])
+def test_rates_per_layer_under_scaled_steps_are_the_loop_s_by_hand(kind):
+    """Keras rounds the constants to float32, and adds epsilon where it does: with 0.9
+    and 0.999 as written an independent loop is 1e-5 away."""
+    optimizer = keras.optimizers.RMSprop(0.1) if kind == "rmsprop" else ADAM(0.1)
+    generator = np.random.default_rng(7)
+    h = generator.normal(size=(7, 7))
+    h, q = h @ h.T / 7 + np.eye(7), generator.normal(size=7)
+    start, log_rates = generator.normal(size=7), np.log([0.05, 0.2])
+    one, rho, b1, b2 = 1.0, *(float(np.float32(v)) for v in (0.9, 0.9, 0.999))
+
+    def by_hand(logs):
+        rates = np.repeat(np.exp(logs), [3, 4])
+        y, m, v = start, np.zeros(7), np.zeros(7)
+        for t in range(1, 6):
+            g = h @ y - q
+            if kind == "rmsprop":
+                v = rho * v + (one - rho) * g**2
+                y = y - rates * g / np.sqrt(v + 1e-7)
+            else:
+                m, v = m + (g - m) * (1 - b1), v + (g**2 - v) * (1 - b2)
+                scale = np.sqrt(1 - b2**t) / (1 - b1**t)
+                y = y - rates * scale * m / (np.sqrt(v) + 1e-7)
+        return 0.5 * np.sum((y - 1) ** 2)
+
+    def joined(y):
+        return tf.concat([y["first"], y["second"]], axis=0)
+
+    problem = tb.Problem(
+        lambda x, y, batch: 0.5 * tf.reduce_sum((joined(y) - 1.0) ** 2),
+        lambda x, y, batch: (
+            0.5 * tf.tensordot(joined(y), tf.linalg.matvec(h, joined(y)), 1)
+            - tf.tensordot(q, joined(y), 1)
+        ),
+    )
+    rates = {"learning_rate": lambda x: dict(zip(("first", "second"), tf.exp(x)))}
+    method = tb.Unroll(tb.InnerSolver(optimizer, 5, **rates))
+    x, y = tf.constant(log_rates), {"first": start[:3], "second": start[3:]}
+    y = tf.nest.map_structure(tf.constant, y)
+    step = first_step(problem, method, x, y, tb.Batches(None, None))
+    width = 1e-5 * np.eye(2)
+    want = [(by_hand(log_rates + w) - by_hand(log_rates - w)) / 2e-5 for w in width]
+    np.testing.assert_allclose(step.metrics["upper_loss"], by_hand(log_rates), 1e-6)
+    np.testing.assert_allclose(step.upper_gradient, want, rtol=1e-6)
+
+
+def test_normal_conjugate_gradients_through_an_optimizer_are_ill_conditioned():
+    """Over tasks and alone they may differ by 1e-3 where rounding does as much: a
+    start moved by 1e-12 moves the gradient further than the tasks do."""
+    x, y, batches = data(4)
+    method = tb.Implicit(
+        tb.InnerSolver(ADAM(0.05), 10),
+        tb.NormalConjugateGradient(12, tolerance=1e-12),
+        through="optimizer",
+    )
+    exact = tb.Implicit(method.inner, tb.Direct(), through="optimizer")
+
+    def mean(method: tb.Method, move: float = 0.0) -> Any:
+        run = tf.function(lambda *a: method.step(ridge(), *a), autograph=False)
+        parts = [(y[i] * (1 + move), alone(batches, i)) for i in range(TASKS)]
+        steps = [run(x, *p, method.init(ridge(), x, p[0])) for p in parts]
+        return np.mean([step.upper_gradient for step in steps], axis=0)
+
+    def apart(a: Any, b: Any) -> float:
+        return float(np.abs(a - b).max() / np.abs(b).max())
+
+    tasks = tb.over_tasks(ridge())
+    moved = apart(mean(method, 1e-12), mean(method))
+    found = apart(first_step(tasks, method, x, y, batches).upper_gradient, mean(method))
+    assert moved > 1e-11 and found < 100 * moved
+    # The system's own solution is the same.
+    found = apart(first_step(tasks, exact, x, y, batches).upper_gradient, mean(exact))
+    assert found < 1e-9
