@@ -308,7 +308,7 @@ def test_losses_in_float32_show_as_noise_or_by_name(back: bool) -> None:
         return checked(problem, [1.0, 2.0, 0.5])
 
     report = lost(0.0)
-    assert report.error <= report.noise < 0.05
+    assert report.error < 3 * report.noise < 0.05
     assert "exactly zero" not in str(report)
     report = lost(1e9)  # whose neighbours in float32 are 64 away
     assert report.noise == np.inf

@@ -261,7 +261,7 @@ def test_losses_of_a_size_that_only_the_step_knows_are_refused_by_name(jit, one)
     with pytest.raises(ValueError, match=r"`losses` of tb.ExampleWeights.mean must be"):
         trained(data, lower_loss, jit=jit)
     whole = tf.data.Dataset.from_tensor_slices((*UPPER, np.arange(4))).batch(4)
-    trained(whole, lambda u, l, b: u.mean(cross_entropy(l, b)), jit=jit)
+    trained(whole, lambda u, low, b: u.mean(cross_entropy(low, b)), jit=jit)
 
 
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
@@ -276,8 +276,10 @@ def test_mixed_precision_trains_on_weights_of_the_variables_precision(policy):
             model = tb.BilevelModel(
                 tb.ExampleWeights(4),
                 keras.Sequential([keras.Input((3,)), dense]),
-                lambda u, l, batch: tf.reduce_mean(cross_entropy(l, batch)),
-                lambda u, l, batch: tf.reduce_mean(u(None) * cross_entropy(l, batch)),
+                lambda u, low, batch: tf.reduce_mean(cross_entropy(low, batch)),
+                lambda u, low, batch: tf.reduce_mean(
+                    u(None) * cross_entropy(low, batch)
+                ),
             )
             assert model.upper(None).dtype == tf.float32
             assert model.upper(tf.constant([0])).dtype == tf.float32

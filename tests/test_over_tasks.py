@@ -942,8 +942,11 @@ def test_rates_per_layer_under_scaled_steps_are_the_loop_s_by_hand(kind):
             - tf.tensordot(q, joined(y), 1)
         ),
     )
-    rates = {"learning_rate": lambda x: dict(zip(("first", "second"), tf.exp(x)))}
-    method = tb.Unroll(tb.InnerSolver(optimizer, 5, **rates))
+
+    def rates(x):
+        return {"first": tf.exp(x[0]), "second": tf.exp(x[1])}
+
+    method = tb.Unroll(tb.InnerSolver(optimizer, 5, learning_rate=rates))
     x, y = tf.constant(log_rates), {"first": start[:3], "second": start[3:]}
     y = tf.nest.map_structure(tf.constant, y)
     step = first_step(problem, method, x, y, tb.Batches(None, None))

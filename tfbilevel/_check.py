@@ -87,8 +87,8 @@ def check_hypergradient(
         <step.upper_gradient, p>    against    ( F(x + h p) - F(x - h p) ) / 2h
 
     along random unit directions p, in which every tensor of x moves in proportion to
-    its size (root mean square; 1 for zeros), where F is the method's own finite computation
-    (`method.objective`): f after all inner steps, the truncated loop with its start
+    its size (root mean square; 1 for zeros), where F is the method's own finite
+    computation (`method.objective`): f after all inner steps, the truncated loop with its start
     held constant, the penalised loss. For small problems also against the dense
     implicit gradient f_x - g_xy g_yy^{-1} f_y at the lower variables that the method
     reached, which unrolled and implicit methods approach as the inner solve
@@ -170,7 +170,9 @@ def _direction(like: Any, seed: int) -> tuple[Any, float]:
         like,
         [
             _size(leaf)
-            * tf.random.stateless_normal(tf.shape(leaf), (seed, index), dtype=leaf.dtype)
+            * tf.random.stateless_normal(
+                tf.shape(leaf), (seed, index), dtype=leaf.dtype
+            )
             for index, leaf in enumerate(tf.nest.flatten(like))
         ],
     )

@@ -106,7 +106,8 @@ class InnerSolver:
                 raise ValueError(
                     "`learning_rate` must be a function of the upper variables or a "
                     "schedule of the outer step. Set a constant rate on the "
-                    "optimizer instead. Received: "
+                    "optimizer instead; one rate per inner step too: "
+                    "keras.optimizers.schedules.PiecewiseConstantDecay. Received: "
                     f"learning_rate={self.learning_rate!r}"
                 )
             if isinstance(
@@ -400,7 +401,8 @@ def _rated(state: OptimizerState, made: Any, lower: Any) -> tuple[Any, Any]:
         raise ValueError(
             "`learning_rate` must return a scalar or rates that broadcast to the lower "
             "variables, in a nest like theirs. Return one rate, or one tensor for each "
-            f"lower variable. Received: {made!r} for {lower!r}"
+            "lower variable. One rate per inner step cannot be learned: every step has "
+            f"the same. Received: {made!r} for {lower!r}"
         ) from error
     return state._replace(learning_rate=tf.ones_like(rate)), rates
 

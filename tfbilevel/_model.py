@@ -120,8 +120,8 @@ class BilevelModel(keras.Model):
         ...     weights, network,
         ...     upper_loss=lambda upper, lower, batch: tf.reduce_mean(
         ...         squared(lower, batch)),
-        ...     lower_loss=lambda upper, lower, batch: tf.reduce_mean(
-        ...         upper(None) * squared(lower, batch)))
+        ...     lower_loss=lambda upper, lower, batch: upper.mean(
+        ...         squared(lower, batch)))
         >>> inner = tb.InnerSolver(keras.optimizers.SGD(0.1), steps=5)
         >>> model.compile(tb.Unroll(inner), keras.optimizers.Adam(0.1))
         >>> data = tf.data.Dataset.from_tensors((tf.ones([6, 2]), tf.zeros([6])))
@@ -432,6 +432,19 @@ class BilevelModel(keras.Model):
     def save(self, filepath: Any, *arguments: Any, **keywords: Any) -> None:
         require_saved_as(filepath)
         super().save(filepath, *arguments, **keywords)
+
+    def export(self, filepath: Any, *arguments: Any, **keywords: Any) -> None:
+        """Refused: what serves is the trained network.
+
+        Raises:
+            ValueError: always, before anything is written.
+        """
+        del arguments, keywords
+        raise ValueError(
+            "A tb.BilevelModel is trained, not served: its losses and method are "
+            "Python. Export the network it trained, model.lower.export(filepath), or "
+            f"model.upper.export(filepath). Received: filepath={filepath!r}"
+        )
 
     def get_config(self) -> dict[str, Any]:
         """What `save` keeps of the arguments: all but functions."""

@@ -149,8 +149,8 @@ def _common_size(dataset: tf.data.Dataset) -> int:
         "`lower_dataset` must have batches of one shape with `lower_batches` above 1, "
         "where they are stacked. Only their first axis, that of the examples, may be "
         "of another size (of all parts of a batch alike). Pad them to one length, or "
-        "tell the shape by .map(lambda batch: tf.ensure_shape(batch, shape)). Received: "
-        f"lower_dataset of {dataset.element_spec}"
+        "tell the shape by .map(lambda batch: tf.ensure_shape(batch, shape)). "
+        f"Received: lower_dataset of {dataset.element_spec}"
     )
 
 
