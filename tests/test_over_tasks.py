@@ -916,7 +916,10 @@ def test_rates_per_layer_under_scaled_steps_are_the_loop_s_by_hand(kind):
     h = generator.normal(size=(7, 7))
     h, q = h @ h.T / 7 + np.eye(7), generator.normal(size=7)
     start, log_rates = generator.normal(size=7), np.log([0.05, 0.2])
-    one, rho, b1, b2 = 1.0, *(float(np.float32(v)) for v in (0.9, 0.9, 0.999))
+    # As Keras computes them: 1 - beta in double, then rounded to single.
+    b1, b2, rest1, rest2 = (
+        float(np.float32(v)) for v in (0.9, 0.999, 1 - 0.9, 1 - 0.999)
+    )
 
     def by_hand(logs):
         rates = np.repeat(np.exp(logs), [3, 4])
@@ -924,10 +927,10 @@ def test_rates_per_layer_under_scaled_steps_are_the_loop_s_by_hand(kind):
         for t in range(1, 6):
             g = h @ y - q
             if kind == "rmsprop":
-                v = rho * v + (one - rho) * g**2
+                v = b1 * v + rest1 * g**2
                 y = y - rates * g / np.sqrt(v + 1e-7)
             else:
-                m, v = m + (g - m) * (1 - b1), v + (g**2 - v) * (1 - b2)
+                m, v = m + (g - m) * rest1, v + (g**2 - v) * rest2
                 scale = np.sqrt(1 - b2**t) / (1 - b1**t)
                 y = y - rates * scale * m / (np.sqrt(v) + 1e-7)
         return 0.5 * np.sum((y - 1) ** 2)

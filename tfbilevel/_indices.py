@@ -38,7 +38,7 @@ class IndexWatch:
     def __init__(self, *models: Any):
         every = {id(one): one for model in models for one in model._flatten_layers()}
         self.layers = [one for one in every.values() if hasattr(one, "heard")]
-        self._noted = tf.Variable([NONE, 0], dtype=tf.int64, trainable=False)
+        self._noted = tf.Variable(tf.constant([NONE, 0], tf.int64), trainable=False)
 
     def note(self, problem: Problem, x: Any, y: Any, batches: Batches) -> None:
         """Look for it in both losses' calls at a point, within a compiled step.

@@ -376,8 +376,8 @@ class BilevelModel(keras.Model):
             return super().fit(x, *arguments, **keywords)
         except tf.errors.InvalidArgumentError:
             if self._indices.layers:
-                values = structure.to_tensors(self._variables())
-                explain(self.problem, *values, x)
+                upper, lower = structure.to_tensors(self._variables())
+                explain(self.problem, upper, lower, x)
             raise
         except (NonFiniteError, ExampleWeightsError, KeyboardInterrupt) as error:
             # The frames it came through, and a cycle of Keras's, hold the dataset's
@@ -633,8 +633,8 @@ class BilevelModel(keras.Model):
 
     def _refuse(self, code: Any, data: Batches | None = None) -> tf.Tensor:
         if data is not None:
-            values = structure.to_tensors(self._variables())
-            self._indices.note(self.problem, *values, data)
+            upper, lower = structure.to_tensors(self._variables())
+            self._indices.note(self.problem, upper, lower, data)
         if self.on_nonfinite == "raise":
             self._progress.bad_code.assign(code)
         else:

@@ -124,8 +124,8 @@ def _groups(dataset: tf.data.Dataset, count: int, again: bool) -> tf.data.Datase
     if size:
         marks = marks.map(mark_each).rebatch(size, drop_remainder=True)
     groups = marks.batch(count, drop_remainder=True)
-    groups = groups.take_while(lambda batch, mark: tf.reduce_any(mark))
-    return groups.map(lambda batch, mark: batch)
+    groups = groups.take_while(lambda *group: tf.reduce_any(group[1]))
+    return groups.map(lambda *group: group[0])
 
 
 def _common_size(dataset: tf.data.Dataset) -> int:
@@ -158,8 +158,10 @@ def _alike(spec: Any, first: int = 0) -> bool:
     """Whether it tells the size of every axis from the `first` on."""
     if isinstance(spec, tf.RaggedTensorSpec):
         return first > 0 or spec.shape[0] is not None
-    shape = getattr(spec, "shape", tf.TensorShape(None))
-    return shape.rank is not None and shape[first:].is_fully_defined()
+    shape = getattr(spec, "shape", None)
+    if shape is None or shape.rank is None:
+        return False
+    return shape[first:].is_fully_defined()
 
 
 def _untuned(dataset: tf.data.Dataset) -> tf.data.Dataset:
