@@ -90,8 +90,8 @@ def check_hypergradient(
     its size (root mean square; 1 for zeros), where F is the method's own finite
     computation (`method.objective`): f after all inner steps, the truncated loop with
     its start held constant, the penalised loss. For small problems also against the
-    dense implicit gradient f_x - g_xy g_yy^{-1} f_y at the lower variables that the method
-    reached, which unrolled and implicit methods approach as the inner solve
+    dense implicit gradient f_x - g_xy g_yy^{-1} f_y at the lower variables that the
+    method reached, which unrolled and implicit methods approach as the inner solve
     converges. (Always of g alone and after the step: with a pessimistic end, an
     aggregation or `tb.BAMM` the method's own gradient is of another point or loss, and
     the distance says how far that is, not that it is wrong.) h follows the size of x
