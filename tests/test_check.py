@@ -177,7 +177,7 @@ def test_an_objective_too_rough_for_differences_shows_as_noise() -> None:
     class Rough(Wrong):
         def objective(self, *arguments: Any) -> Any:
             smooth = self.method.objective(*arguments)
-            return lambda x: smooth(x) + 1e-3 * tf.sin(1e9 * tf.reduce_sum(x))
+            return lambda x: smooth(x) + 0.5 * tf.sin(1e9 * tf.reduce_sum(x))
 
     oracle = quadratic()
     x, y, batches = oracle.at("float64")
@@ -229,3 +229,100 @@ def test_the_dense_gradient_is_of_the_batch_that_the_system_is_of() -> None:
     x, y = tf.constant(0.5, tf.float64), tf.constant(0.4, tf.float64)
     report = tb.check_hypergradient(problem, method, x, y, batches)
     assert report.implicit_error is not None and report.implicit_error < 1e-9
+
+
+def logarithms(size: Any, cast: Any = lambda v: v, constant: float = 0.0) -> tb.Problem:
+    """Its hypergradient depends on x / size alone; the inner solve is not the end."""
+    return tb.Problem(
+        lambda x, y, batch: constant + tf.reduce_sum((cast(y) - 1.0) ** 2),
+        lambda x, y, batch: (
+            0.5 * tf.reduce_sum((cast(y) - tf.math.log(cast(x / size))) ** 2)
+        ),
+    )
+
+
+def checked(problem: tb.Problem, x: Any) -> tb.HypergradientReport:
+    method = tb.Unroll(tb.InnerSolver(keras.optimizers.SGD(0.3), 3))
+    x = tf.constant(x, tf.float64)
+    return tb.check_hypergradient(
+        problem, method, x, tf.zeros_like(x), tb.Batches(None, None)
+    )
+
+
+def exact(x: np.ndarray, probe: np.ndarray) -> float:
+    """y_3 = r log x with r = 1 - 0.7^3, the derivative of sum (y_3 - 1)^2 along it."""
+    r = 1 - 0.7**3
+    return float(probe @ (2 * (r * np.log(x) - 1) * r / x))
+
+
+@pytest.mark.parametrize("size", [1e8, 1.0, 1e-4, 1e-8, 1e-30])
+def test_the_step_follows_the_size_of_the_variables(size: float) -> None:
+    x = np.array([1.0, 2.0, 0.5])
+    report = checked(logarithms(size), size * x)
+    assert report.error < 1e-8 and report.noise < 1e-8
+    # One unit vector is known: the differences are derivatives in x, not in x / size.
+    [one] = checked(logarithms(size), size * x[:1]).differences[:1]
+    want = exact(x[:1], np.ones(1)) / size
+    assert abs(one) == pytest.approx(abs(want), rel=1e-7)
+
+
+def test_every_tensor_moves_by_its_own_size() -> None:
+    arrays = {"small": np.array([1e-6, 2e-6]), "large": np.float64(3e4)}
+    x = {name: tf.constant(v) for name, v in (arrays | {"zero": np.zeros([2])}).items()}
+
+    def residual(x: Any, y: Any) -> Any:
+        made = tf.math.log(x["small"]) + tf.sin(x["large"] / 1e4) + tf.exp(x["zero"])
+        return y - made
+
+    problem = tb.Problem(
+        lambda x, y, batch: tf.reduce_sum((y - 1.0) ** 2),
+        lambda x, y, batch: 0.5 * tf.reduce_sum(residual(x, y) ** 2),
+    )
+    y, batches = tf.zeros([2], tf.float64), tb.Batches(None, None)
+    method = tb.Unroll(tb.InnerSolver(keras.optimizers.SGD(0.3), 3))
+    report = tb.check_hypergradient(problem, method, x, y, batches)
+    assert report.error < 1e-8 and report.noise < 1e-8
+    # And a fault shows, in the tensor of large entries and small derivatives too.
+    wrong = Wrong(method, lambda g: g if g.shape.rank else 1.1 * g)
+    assert tb.check_hypergradient(problem, wrong, x, y, batches).error > 1e-3
+
+
+@pytest.mark.parametrize("constant", [1e4, 1e7])
+def test_a_large_constant_shows_as_noise_above_the_error(constant: float) -> None:
+    report = checked(logarithms(1.0, constant=constant), [1.0, 2.0, 0.5])
+    assert report.error <= report.noise < 1e-3
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_losses_in_float32_show_as_noise_or_by_name(back: bool) -> None:
+    def cast(v: Any) -> Any:
+        return tf.cast(v, tf.float32)
+
+    def lost(constant: float) -> tb.HypergradientReport:
+        problem = made = logarithms(1.0, cast, constant)
+        if back:
+            problem = tb.Problem(
+                lambda *a: tf.cast(made.upper_loss(*a), tf.float64),
+                lambda *a: tf.cast(made.lower_loss(*a), tf.float64),
+            )
+        return checked(problem, [1.0, 2.0, 0.5])
+
+    report = lost(0.0)
+    assert report.error < 3 * report.noise < 0.05
+    assert "exactly zero" not in str(report)
+    report = lost(1e9)  # whose neighbours in float32 are 64 away
+    assert report.noise == np.inf
+    assert "every difference is exactly zero" in str(report)
+    assert "float32" in str(report)
+
+
+def test_an_index_out_of_range_is_said() -> None:
+    weights = tb.functional(tb.ExampleWeights(3))
+    problem = tb.Problem(
+        lambda x, y, batch: tf.reduce_sum((y - 1.0) ** 2),
+        lambda x, y, batch: tf.reduce_mean(weights([x], batch) * y**2),
+    )
+    method = tb.Unroll(tb.InnerSolver(keras.optimizers.SGD(0.3), 1))
+    batches = tb.Batches(None, tf.constant([0, 3]))
+    with pytest.raises(ValueError, match="index 3, out of range, n=3"):
+        tb.check_hypergradient(problem, method, tf.zeros([3]), tf.ones([2]), batches)

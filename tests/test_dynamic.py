@@ -133,6 +133,21 @@ def test_invalid_combinations(options, message) -> None:
         make(**options)
 
 
+@pytest.mark.parametrize("name", ["ll_objective", "ul_objective"])
+def test_objectives_of_four_arguments_get_one_line(name) -> None:
+    def published(data, target, ul_model, ll_model):
+        return tf.reduce_mean((ll_model(data)[:, 0] - target) ** 2)
+
+    lower = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    ours = {n: lambda s: tf.reduce_mean(errors(s)) for n in OBJECTIVES}
+    models = {"ul_model": tb.ExampleWeights(3), "ll_model": lower}
+    with pytest.raises(ValueError, match=f"`{name}` must take one argument.*published"):
+        tb.Dynamic(lower_loop=2, **models, **(ours | {name: published}))
+
+
+OBJECTIVES = ("ll_objective", "ul_objective")
+
+
 def test_an_auxiliary_model_of_another_shape_is_refused_untouched() -> None:
     other = keras.Sequential([keras.Input((7,)), keras.layers.Dense(2)])
     before = other.get_weights()

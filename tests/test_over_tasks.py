@@ -812,3 +812,177 @@ def test_what_is_prepared_of_images_is_what_each_task_would_prepare(tasks) -> No
     np.testing.assert_array_equal(made.upper[1], labels)
     alone = [features(kernel, pixels[:1] ** 2) for pixels in images]
     np.testing.assert_allclose(made.upper[0], tf.stack(alone), rtol=1e-9)
+
+
+# Tasks that stop at different steps, and go on from there at the next outer step.
+
+
+def counted_in_numpy(kind: str, rate: float, tolerance: float, most: int) -> tuple:
+    """Every task's y after two outer steps, and its numbers of inner steps."""
+    x, y, batches = data(4)
+    a, b = (leaf.numpy() for leaf in batches.lower)
+    ends, counts = [], []
+    for task in range(TASKS):
+
+        def gradient(point: Any, task: int = task) -> Any:
+            error = a[task] @ point - b[task]
+            return a[task].T @ error / EXAMPLES + np.exp(x.numpy()) * point
+
+        point, made, steps = y[task].numpy(), 0, []
+        m = v = ahead = np.zeros(FEATURES)
+        s = 1.0
+        for _ in range(2):
+            for step in range(most):
+                g = gradient(point + ahead)
+                steps_made = step + 1
+                made += 1
+                if kind == "adam":
+                    m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+                    mean, square = m / (1 - 0.9**made), v / (1 - 0.999**made)
+                    # Keras adds epsilon before the correction of v.
+                    epsilon = 1e-7 / np.sqrt(1 - 0.999**made)
+                    point = point - rate * mean / (np.sqrt(square) + epsilon)
+                else:
+                    after = point + ahead - rate * g
+                    s, before = (1 + np.sqrt(1 + 4 * s**2)) / 2, s
+                    ahead = (before - 1) / s * (after - point)
+                    point = after
+                if np.linalg.norm(g) <= tolerance:
+                    break
+            steps.append(steps_made)
+        ends.append(point)
+        counts.append(steps)
+    return np.stack(ends), np.array(counts)
+
+
+@pytest.mark.parametrize("mapping", ["vectorized", "in-turn"])
+@pytest.mark.parametrize("kind", ["adam", "accelerated"])
+def test_carried_moments_and_sequences_count_each_task_s_own_steps(kind, mapping):
+    rate, tolerance = (0.2 if kind == "adam" else 0.03), 0.1
+    ends, counts = counted_in_numpy(kind, rate, tolerance, 90)
+    assert len(set(counts[:, 0])) == TASKS and counts.max() < 90
+    method = tb.Implicit(
+        tb.InnerSolver(
+            ADAM(rate) if kind == "adam" else SGD(rate),
+            90,
+            tolerance=tolerance,
+            optimizer_state="carry",
+            accelerated=kind == "accelerated",
+        ),
+        tb.Direct(),
+    )
+    x, y, batches = data(4)
+    tasks = tb.over_tasks(ridge(), mapping)
+    run = tf.function(lambda *a: method.step(tasks, *a), autograph=False)
+    first = run(x, y, batches, method.init(tasks, x, y))
+    second = run(x, first.lower, batches, first.state)
+    # Keras rounds Adam's constants to float32: 1e-5 in its first steps.
+    np.testing.assert_allclose(second.lower, ends, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["gradient-solver", "schedule"])
+def test_two_outer_steps_over_tasks_are_each_task_s_own(name):
+    """What stops at different steps goes on from a task's own count of them."""
+    decay = keras.optimizers.schedules.ExponentialDecay(0.3, 5, 0.5)
+    method = {
+        "gradient-solver": tb.Implicit(
+            inner(), tb.GradientSolver(ADAM(0.2), 60, tolerance=0.3)
+        ),
+        "schedule": tb.Implicit(
+            tb.InnerSolver(SGD(decay), 60, tolerance=0.2, optimizer_state="carry"),
+            tb.Direct(),
+        ),
+    }[name]
+    x, y, batches = data(4)
+
+    def two(problem: tb.Problem, y: Any, batches: tb.Batches) -> tb.Step:
+        run = tf.function(lambda *a: method.step(problem, *a), autograph=False)
+        first = run(x, y, batches, method.init(problem, x, y))
+        return run(0.8 * x, first.lower, batches, first.state)
+
+    step = two(tb.over_tasks(ridge()), y, batches)
+    single = [two(ridge(), y[i], alone(batches, i)) for i in range(TASKS)]
+    want = np.mean([s.upper_gradient for s in single], axis=0)
+    np.testing.assert_allclose(step.upper_gradient, want, rtol=1e-8)
+    np.testing.assert_allclose(step.lower, np.stack([s.lower for s in single]), 1e-9)
+
+
+@pytest.mark.parametrize("kind", ["rmsprop", "adam"])
+def test_rates_per_layer_under_scaled_steps_are_the_loop_s_by_hand(kind):
+    """Keras rounds the constants to float32, and adds epsilon where it does: with 0.9
+    and 0.999 as written an independent loop is 1e-5 away."""
+    optimizer = keras.optimizers.RMSprop(0.1) if kind == "rmsprop" else ADAM(0.1)
+    generator = np.random.default_rng(7)
+    h = generator.normal(size=(7, 7))
+    h, q = h @ h.T / 7 + np.eye(7), generator.normal(size=7)
+    start, log_rates = generator.normal(size=7), np.log([0.05, 0.2])
+    # As Keras computes them: 1 - beta in double, then rounded to single.
+    b1, b2, rest1, rest2 = (
+        float(np.float32(v)) for v in (0.9, 0.999, 1 - 0.9, 1 - 0.999)
+    )
+
+    def by_hand(logs):
+        rates = np.repeat(np.exp(logs), [3, 4])
+        y, m, v = start, np.zeros(7), np.zeros(7)
+        for t in range(1, 6):
+            g = h @ y - q
+            if kind == "rmsprop":
+                v = b1 * v + rest1 * g**2
+                y = y - rates * g / np.sqrt(v + 1e-7)
+            else:
+                m, v = m + (g - m) * rest1, v + (g**2 - v) * rest2
+                scale = np.sqrt(1 - b2**t) / (1 - b1**t)
+                y = y - rates * scale * m / (np.sqrt(v) + 1e-7)
+        return 0.5 * np.sum((y - 1) ** 2)
+
+    def joined(y):
+        return tf.concat([y["first"], y["second"]], axis=0)
+
+    problem = tb.Problem(
+        lambda x, y, batch: 0.5 * tf.reduce_sum((joined(y) - 1.0) ** 2),
+        lambda x, y, batch: (
+            0.5 * tf.tensordot(joined(y), tf.linalg.matvec(h, joined(y)), 1)
+            - tf.tensordot(q, joined(y), 1)
+        ),
+    )
+
+    def rates(x):
+        return {"first": tf.exp(x[0]), "second": tf.exp(x[1])}
+
+    method = tb.Unroll(tb.InnerSolver(optimizer, 5, learning_rate=rates))
+    x, y = tf.constant(log_rates), {"first": start[:3], "second": start[3:]}
+    y = tf.nest.map_structure(tf.constant, y)
+    step = first_step(problem, method, x, y, tb.Batches(None, None))
+    width = 1e-5 * np.eye(2)
+    want = [(by_hand(log_rates + w) - by_hand(log_rates - w)) / 2e-5 for w in width]
+    np.testing.assert_allclose(step.metrics["upper_loss"], by_hand(log_rates), 1e-6)
+    np.testing.assert_allclose(step.upper_gradient, want, rtol=1e-6)
+
+
+def test_normal_conjugate_gradients_through_an_optimizer_are_ill_conditioned():
+    """Over tasks and alone they may differ by 1e-3 where rounding does as much: a
+    start moved by 1e-12 moves the gradient further than the tasks do."""
+    x, y, batches = data(4)
+    method = tb.Implicit(
+        tb.InnerSolver(ADAM(0.05), 10),
+        tb.NormalConjugateGradient(12, tolerance=1e-12),
+        through="optimizer",
+    )
+    exact = tb.Implicit(method.inner, tb.Direct(), through="optimizer")
+
+    def mean(method: tb.Method, move: float = 0.0) -> Any:
+        run = tf.function(lambda *a: method.step(ridge(), *a), autograph=False)
+        parts = [(y[i] * (1 + move), alone(batches, i)) for i in range(TASKS)]
+        steps = [run(x, *p, method.init(ridge(), x, p[0])) for p in parts]
+        return np.mean([step.upper_gradient for step in steps], axis=0)
+
+    def apart(a: Any, b: Any) -> float:
+        return float(np.abs(a - b).max() / np.abs(b).max())
+
+    tasks = tb.over_tasks(ridge())
+    moved = apart(mean(method, 1e-12), mean(method))
+    found = apart(first_step(tasks, method, x, y, batches).upper_gradient, mean(method))
+    assert moved > 1e-11 and found < 100 * moved
+    # The system's own solution is the same.
+    found = apart(first_step(tasks, exact, x, y, batches).upper_gradient, mean(exact))
+    assert found < 1e-9

@@ -62,6 +62,9 @@ def test_stacked_batches_keep_their_kind_through_nests_and_functions() -> None:
 # pair.
 
 
+RANGE = tf.data.Dataset.range(2)
+
+
 def values(dataset: tf.data.Dataset, most: int = 20) -> list:
     return [
         (int(b.upper), b.lower.numpy().tolist())
@@ -78,11 +81,81 @@ def test_pair_repeats_the_shorter_dataset() -> None:
 
 def test_pair_groups_lower_batches() -> None:
     paired = tb.pair(tf.data.Dataset.range(1), tf.data.Dataset.range(7), 3)
-    assert values(paired) == [(0, [0, 1, 2]), (0, [3, 4, 5])]  # 6 is left over
+    # What the last step misses comes from the next pass.
+    assert values(paired) == [(0, [0, 1, 2]), (0, [3, 4, 5]), (0, [6, 0, 1])]
+    assert int(paired.cardinality()) == 3
     assert issubclass(type(paired.element_spec), tb.StackedBatches)
     plain = tb.pair(tf.data.Dataset.range(1), tf.data.Dataset.range(7))
     assert not issubclass(type(plain.element_spec), tb.StackedBatches)
     assert issubclass(type(plain.element_spec), tb.Batches)
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "draws", "upper", "steps"),
+    [
+        (10, 4, 3, 1, 1),
+        (14, 4, 2, 1, 2),
+        (14, 4, 2, 2, 2),
+        (12, 4, 2, 1, 2),
+        (9, 4, 2, 5, 5),
+        (4, 4, 1, 3, 3),
+    ],
+)
+@pytest.mark.parametrize("known", [True, False])
+def test_pair_leaves_no_example_of_a_smaller_last_batch_out(
+    count, size, draws, upper, steps, known
+) -> None:
+    """Every step has batches of one size; every example is in one of the epoch."""
+    lower = tf.data.Dataset.range(count)
+    if not known:
+        lower = lower.filter(lambda i: i >= 0)
+    paired = tb.pair(tf.data.Dataset.range(upper), lower.batch(size), draws)
+    rows = [b.lower.numpy() for b in paired]
+    assert len(rows) == steps or (not known and upper > 1)
+    assert set(np.concatenate([row.ravel() for row in rows])) == set(range(count))
+    if draws > 1:
+        assert all(row.shape == (draws, size) for row in rows)
+        stream = np.concatenate([row.ravel() for row in rows])
+        np.testing.assert_array_equal(stream, np.arange(stream.size) % count)
+
+
+def test_pair_makes_batches_of_one_size_of_every_kind_of_part() -> None:
+    dense = np.arange(20.0).reshape(10, 2)
+    parts = {
+        "sparse": tf.sparse.from_dense(dense),
+        "ragged": tf.RaggedTensor.from_row_lengths(np.arange(15), [1, 2] * 5),
+        "dense": dense,
+    }
+    lower = tf.data.Dataset.from_tensor_slices(parts).batch(4)
+    lower = lower.map(lambda batch: batch | {"nothing": None})
+    [batches] = list(tb.pair(tf.data.Dataset.range(1), lower, 3))
+    assert batches.lower["dense"].shape == (3, 4, 2)
+    last = tb.StackedBatches(None, batches.lower).lower_at(2)
+    want = dense[[8, 9, 0, 1]]
+    np.testing.assert_array_equal(last["dense"], want)
+    np.testing.assert_array_equal(tf.sparse.to_dense(last["sparse"]), want)
+    assert last["ragged"].to_list() == [[12], [13, 14], [0], [1, 2]]
+
+
+@pytest.mark.parametrize(
+    "lower",
+    [
+        # Of other lengths, of an unknown shape, and what is not per example.
+        tf.data.Dataset.range(1, 8).map(lambda i: tf.ones([i])).padded_batch(3),
+        tf.data.Dataset.from_generator(lambda: iter([[1.0]] * 4), tf.float32),
+        tf.data.Dataset.zip((tf.data.Dataset.range(8).batch(4), RANGE)),
+    ],
+)
+def test_pair_refuses_batches_that_cannot_be_stacked(lower) -> None:
+    with pytest.raises(ValueError, match="`lower_dataset` must have batches of one"):
+        tb.pair(tf.data.Dataset.range(1), lower, lower_batches=2)
+    assert list(tb.pair(tf.data.Dataset.range(1), lower))  # of one batch a step
+
+
+def test_pair_says_that_a_dataset_of_unknown_length_is_empty() -> None:
+    lower = tf.data.Dataset.range(3).filter(lambda i: i < 0).batch(2)
+    with pytest.raises(ValueError, match="`lower_dataset` must not be empty"):
+        tb.pair(tf.data.Dataset.range(1), lower, lower_batches=2)
 
 
 def test_pair_of_unknown_and_infinite_lengths() -> None:

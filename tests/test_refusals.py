@@ -3,6 +3,7 @@
 from typing import Any
 
 import keras
+import numpy as np
 import pytest
 import tensorflow as tf
 from small_models import (
@@ -188,3 +189,26 @@ def test_batches_of_other_tasks_are_an_error(
         compiled(*gradient)(tb.Batches(tf.ones([upper]), tf.ones([lower])))
     if known:
         assert "must carry the same tasks" in str(refusal.value)
+
+
+def test_export_says_what_to_export(tmp_path) -> None:
+    with pytest.raises(ValueError, match=r"model\.lower\.export"):
+        make().export(tmp_path / "served")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("rates", [[0.1, 0.05], np.full(3, 0.1), tf.fill([3], 0.1)])
+def test_a_vector_of_rates_one_per_inner_step_gets_one_line(rates) -> None:
+    with pytest.raises(ValueError, match="one rate per inner step.*PiecewiseConstant"):
+        tb.InnerSolver(keras.optimizers.SGD(0.1), 3, learning_rate=rates)
+
+
+def test_learned_rates_one_per_inner_step_get_one_line() -> None:
+    inner = tb.InnerSolver(keras.optimizers.SGD(0.1), 3, learning_rate=lambda x: x)
+    problem = tb.Problem(
+        lambda x, y, batch: tf.reduce_sum(y["a"] ** 2),
+        lambda x, y, batch: tf.reduce_sum(y["a"] ** 2),
+    )
+    x, y, method = tf.fill([3], 0.1), {"a": tf.ones([4])}, tb.Unroll(inner)
+    with pytest.raises(ValueError, match="per inner step cannot be learned"):
+        method.step(problem, x, y, tb.Batches(None, None), {})

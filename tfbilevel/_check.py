@@ -1,17 +1,26 @@
 """Checking a hypergradient against finite differences and dense algebra."""
 
 import dataclasses
+import math
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from tfbilevel import _derivatives as derivatives
 from tfbilevel import _structure as structure
 from tfbilevel._arguments import require_count
+from tfbilevel._indices import explain
 from tfbilevel._method import Method, require_method
 from tfbilevel._problem import Batches, Problem, require_problem
 
 DENSE_LIMIT = 2000
+
+# Steps of the differences, as parts of the upper variables' own size: the first whose
+# noise is small enough, else the one of least noise.
+STEPS = {8: (1e-5, 1e-4, 1e-3, 1e-2, 1e-6, 1e-1), 4: (5e-3, 2e-2, 1e-1, 1e-3, 1e-4)}
+QUIET = {8: 1e-8, 4: 1e-3}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,8 +32,10 @@ class HypergradientReport:
         differences: the central difference along each probe.
         error: largest |claimed - difference| relative to the larger of the two
             norms over all probes.
-        noise: how far central differences of two step sizes disagree, relative
-            likewise; an error below it proves nothing.
+        noise: how far central differences of two step sizes disagree, and what the
+            losses' rounding makes of them, relative likewise; an error below it
+            proves nothing. Infinite if every difference is exactly zero, though the
+            method claims otherwise.
         implicit_error: relative distance of the whole gradient from the dense
             implicit gradient at the method's lower variables; `None` for problems
             with more than 2,000 lower variables or a singular lower Hessian.
@@ -45,6 +56,13 @@ class HypergradientReport:
         ):
             lines.append(f"{index:5d}   {a: .10e}   {b: .10e}")
         lines.append(f"relative error {self.error:.2e} (noise {self.noise:.2e})")
+        if math.isinf(self.noise):
+            lines.append(
+                "every difference is exactly zero: either the objective does not "
+                "depend on the upper variables, or its changes are lost to rounding (a "
+                "loss in float32, a large constant). Compute the losses in float64, "
+                "without the constant"
+            )
         if self.implicit_error is not None:
             lines.append(
                 f"relative distance from the dense implicit gradient "
@@ -68,15 +86,18 @@ def check_hypergradient(
 
         <step.upper_gradient, p>    against    ( F(x + h p) - F(x - h p) ) / 2h
 
-    along random unit directions p, where F is the method's own finite computation
-    (`method.objective`): f after all inner steps, the truncated loop with its start
-    held constant, the penalised loss. For small problems also against the dense
-    implicit gradient f_x - g_xy g_yy^{-1} f_y at the lower variables that the method
-    reached, which unrolled and implicit methods approach as the inner solve
+    along random unit directions p, in which every tensor of x moves in proportion to
+    its size (root mean square; 1 for zeros), where F is the method's own finite
+    computation (`method.objective`): f after all inner steps, the truncated loop with
+    its start held constant, the penalised loss. For small problems also against the
+    dense implicit gradient f_x - g_xy g_yy^{-1} f_y at the lower variables that the
+    method reached, which unrolled and implicit methods approach as the inner solve
     converges. (Always of g alone and after the step: with a pessimistic end, an
     aggregation or `tb.BAMM` the method's own gradient is of another point or loss, and
-    the distance says how far that is, not that it is wrong.) Use float64 variables for
-    errors below 1e-4.
+    the distance says how far that is, not that it is wrong.) h follows the size of x
+    too; where noise hides the differences (a large constant in f, a loss in float32),
+    larger and smaller steps are tried. Use float64 variables and losses for errors
+    below 1e-4.
 
     Args:
         problem: the problem.
@@ -123,41 +144,98 @@ def check_hypergradient(
     objective = tf.function(
         method.objective(problem, upper, lower, batches, state), autograph=False
     )
-    precision = min(
-        leaf.dtype.as_numpy_dtype(0).itemsize for leaf in tf.nest.flatten(upper)
-    )
-    width = 1e-5 if precision >= 8 else 5e-3
-    size = max(1.0, float(structure.norm(upper)))
-    claimed, differences, halves = [], [], []
-    for index in range(probes):
-        probe = _direction(upper, seed + index)
-        claimed.append(float(structure.dot(step.upper_gradient, probe)))
-        for values, h in ((differences, width * size), (halves, width * size / 2)):
-            ahead = objective(structure.add_scaled(upper, h, probe))
-            behind = objective(structure.add_scaled(upper, -h, probe))
-            values.append(float(ahead - behind) / (2 * h))
+    probe_list = [_direction(upper, seed + index) for index in range(probes)]
+    claimed = [float(structure.dot(step.upper_gradient, p)) for p, _ in probe_list]
+    found = _differences(objective, upper, probe_list, claimed)
+    if not np.isfinite([*claimed, *found.values]).all():
+        leading = problem.leading
+        one = tf.nest.map_structure(lambda v: v[0] if leading else v, lower)
+        explain(problem, upper, one, batches)
     # The lower batch that an implicit method's system is made of.
     draw = getattr(getattr(method, "inner", None), "steps", 0)
     dense, stationarity = _dense_implicit(problem, upper, step.lower, batches, draw)
     return HypergradientReport(
         claimed=claimed,
-        differences=differences,
-        error=_relative(claimed, differences),
-        noise=_relative(differences, halves),
+        differences=found.values,
+        error=_relative(claimed, found.values),
+        noise=found.noise,
         implicit_error=None if dense is None else _distance(step.upper_gradient, dense),
         stationarity=stationarity,
     )
 
 
-def _direction(like: Any, seed: int) -> Any:
-    probe = tf.nest.pack_sequence_as(
+def _direction(like: Any, seed: int) -> tuple[Any, float]:
+    """A unit vector, and how long it is where every entry of x moves by its size."""
+    scaled = tf.nest.pack_sequence_as(
         like,
         [
-            tf.random.stateless_normal(tf.shape(leaf), (seed, index), dtype=leaf.dtype)
+            _size(leaf)
+            * tf.random.stateless_normal(
+                tf.shape(leaf), (seed, index), dtype=leaf.dtype
+            )
             for index, leaf in enumerate(tf.nest.flatten(like))
         ],
     )
-    return structure.scale(1.0 / structure.norm(probe), probe)
+    length = structure.norm(scaled)
+    return structure.scale(1.0 / length, scaled), float(length)
+
+
+def _size(leaf: tf.Tensor) -> tf.Tensor:
+    """The root mean square of the entries, 1 if they are zero."""
+    largest = tf.reduce_max(tf.abs(leaf))  # squares of small numbers would be zero
+    if largest == 0:
+        return tf.ones([], leaf.dtype)
+    return largest * tf.sqrt(tf.reduce_mean(tf.square(leaf / largest)))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Differences:
+    """Central differences along every probe, and their relative noise."""
+
+    values: list[float]
+    noise: float
+
+
+def _differences(
+    objective: Callable, upper: Any, probes: list, claimed: list[float]
+) -> _Differences:
+    """The differences of the step that is quiet enough along the first probe, or else
+    the least noisy."""
+    precision = min(
+        leaf.dtype.as_numpy_dtype(0).itemsize for leaf in tf.nest.flatten(upper)
+    )
+    precision = 8 if precision >= 8 else 4
+    _, length = probes[0]
+    absolute = STEPS[precision][0] * max(1.0, float(structure.norm(upper))) / length
+    best, least = STEPS[precision][0], math.inf
+    for step in (*STEPS[precision], absolute):
+        noise = _at_step(objective, upper, probes[:1], claimed[:1], step).noise
+        if noise < least:
+            best, least = step, noise
+        if noise <= QUIET[precision]:
+            break
+    return _at_step(objective, upper, probes, claimed, best)
+
+
+def _at_step(
+    objective: Callable, upper: Any, probes: list, claimed: list[float], step: float
+) -> _Differences:
+    differences, halves, rounding = [], [], 0.0
+    for probe, length in probes:
+        for values, h in ((differences, step * length), (halves, step * length / 2)):
+            ahead = objective(structure.add_scaled(upper, h, probe))
+            behind = objective(structure.add_scaled(upper, -h, probe))
+            values.append((float(ahead) - float(behind)) / (2 * h))
+            precise = np.finfo(ahead.dtype.as_numpy_dtype).eps
+            rounding = max(rounding, float(precise) * abs(float(ahead)) / h)
+    largest = max(map(abs, [*claimed, *differences, *halves]))
+    if not any(differences) and any(claimed):
+        return _Differences(differences, math.inf)
+    noise = _relative(differences, halves)
+    if largest:
+        noise = max(noise, rounding / largest)
+    # Of the two the smaller step's: the noise is then three times its error.
+    return _Differences(halves, noise if math.isfinite(noise) else math.inf)
 
 
 def _relative(a: list[float], b: list[float]) -> float:

@@ -8,6 +8,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from tfbilevel._task_loss import map_tasks
 from tfbilevel._workarounds.tracing import outside_traces
 
 SUPPORTED = (
@@ -94,7 +95,12 @@ class UpdateRule:
     def update(
         self, gradients: Any, state: OptimizerState, variables: Any
     ) -> tuple[Any, OptimizerState]:
-        """One update: (variables, state) after the step along `gradients`."""
+        """One update: (variables, state) after the step along `gradients`.
+
+        With one iteration per task (`counted`) they all have a leading axis of tasks.
+        """
+        if state.iteration.shape.rank:
+            return self._update_each(gradients, state, variables)
         built = self._pure(variables)
         rate = [] if self.scheduled else [state.learning_rate]
         flat, carried = built.apply(
@@ -108,6 +114,27 @@ class UpdateRule:
             tf.nest.pack_sequence_as(variables, flat),
             OptimizerState(carried[0], new_rate, slots),
         )
+
+    def counted(self, state: OptimizerState, tasks: int) -> OptimizerState:
+        """The state with an iteration per task, for tasks that stop at different ones,
+        if an update depends on it."""
+        corrected = (keras.optimizers.Adam, keras.optimizers.Adamax)
+        if not self.scheduled and not isinstance(self.optimizer, corrected):
+            return state
+        return state._replace(iteration=tf.fill([tasks], state.iteration))
+
+    def _update_each(
+        self, gradients: Any, state: OptimizerState, variables: Any
+    ) -> tuple[Any, OptimizerState]:
+        def one(task: tuple) -> tuple:
+            own, iteration, slots, gradient = task
+            alone = state._replace(iteration=iteration, slots=slots)
+            moved, after = self.update(gradient, alone, own)
+            return moved, after.iteration, after.slots
+
+        each = (variables, state.iteration, state.slots, gradients)
+        moved, iteration, slots = map_tasks(one, each)
+        return moved, state._replace(iteration=iteration, slots=slots)
 
     def _pure(self, variables: Any) -> "_Pure":
         leaves = [tf.convert_to_tensor(leaf) for leaf in tf.nest.flatten(variables)]

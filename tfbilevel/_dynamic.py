@@ -1,5 +1,6 @@
 """The published toolbox's class, as a front over `Unroll`."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -72,7 +73,8 @@ class Dynamic:
     checkpoints.
 
     The derivative through the S skipped steps is taken to be the identity for the
-    start, as published, and zero for the upper variables.
+    start, as published, and zero for the upper variables. docs/methods/unroll.md lists
+    where the published class differs.
 
     Args:
         ll_objective: state -> scalar, the lower loss f; `state` is a
@@ -90,8 +92,9 @@ class Dynamic:
         init_auxiliary: differentiate in the start of the inner loop too.
 
     Raises:
-        ValueError: for arguments out of range and for combinations that exclude
-            each other (`acquire_max_loss` with `truncate_iters`).
+        ValueError: for arguments out of range, for combinations that exclude each
+            other (`acquire_max_loss` with `truncate_iters`), and for objectives of
+            the published class's four arguments.
 
     Example:
         >>> upper = tb.ExampleWeights(4)
@@ -100,7 +103,7 @@ class Dynamic:
         ...     predictions = state.lower_model(state.data)[:, 0]
         ...     return tf.square(predictions - state.target)
         >>> dynamic = tb.Dynamic(
-        ...     ll_objective=lambda s: tf.reduce_mean(s.upper_model(None) * errors(s)),
+        ...     ll_objective=lambda s: s.upper_model.mean(errors(s)),
         ...     lower_loop=5, ul_model=upper,
         ...     ul_objective=lambda s: tf.reduce_mean(errors(s)), ll_model=lower,
         ...     acquire_max_loss=True, init_auxiliary=True,
@@ -151,8 +154,8 @@ class Dynamic:
                 "are not differentiated. Pass a Keras optimizer. Received: ll_opt=None"
             )
         require_number(alpha, "alpha", lambda v: 0 <= v <= 1, "between 0 and 1")
-        require_callable(ul_objective, "ul_objective")
-        require_callable(ll_objective, "ll_objective")
+        _require_of_state(ul_objective, "ul_objective")
+        _require_of_state(ll_objective, "ll_objective")
         require_number(alpha_decay, "alpha_decay", share, "above 0 and at most 1")
         self.aggregation = Aggregation(alpha, alpha_decay) if alpha else None
         self.lower_loop, self.truncate_iters = lower_loop, truncate_iters
@@ -297,6 +300,23 @@ class Dynamic:
         if init_opt is not None:
             init_opt.apply(result.start_gradients, self.ll_model.trainable_variables)
         return result
+
+
+def _require_of_state(objective: Any, name: str) -> None:
+    """Raise unless it can be called with a state alone."""
+    require_callable(objective, name)
+    try:
+        signature = inspect.signature(objective)
+    except (TypeError, ValueError):  # of some built-in functions
+        return
+    try:
+        signature.bind(None)
+    except TypeError:
+        raise ValueError(
+            f"`{name}` must take one argument, a tb.DynamicState. Wrap one of the "
+            "published four: lambda s: objective(s.data, s.target, s.upper_model, "
+            f"s.lower_model). Received: {name}{signature}"
+        ) from None
 
 
 def _alike(one: keras.optimizers.Optimizer, other: keras.optimizers.Optimizer) -> bool:

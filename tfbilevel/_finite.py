@@ -38,8 +38,9 @@ class NonFiniteError(FloatingPointError):
         super().__init__(
             f"{self.quantity} became NaN or infinite at outer step {step}. {kept} from "
             "before that step. Usual causes: (a) a learning rate too large for the "
-            "curvature, (b) log or division of zero in a loss, (c) NaN in the data. "
-            f"Lower the rates, guard the loss{skip}. "
+            "curvature, (b) log or division of zero in a loss, (c) NaN in the data, or "
+            "an index out of tb.ExampleWeights' range. Lower the rates, guard the loss"
+            f"{skip}. "
             f"Received: {self.quantity}, step={step}"
         )
 

@@ -153,7 +153,8 @@ class Implicit(Method):
         if self.through == "optimizer":
             begun = self.inner.begin(problem, upper, like, inner)
             like = (like, begun.optimizer.slots)
-        state = {"inner": inner, "solver": self.solver.init(like)}
+        begin = self.solver.init_blocks if problem.leading else self.solver.init
+        state = {"inner": inner, "solver": begin(like)}
         if isinstance(getattr(self.solver, "tolerance", None), Schedule):
             state["step"] = tf.constant(0, tf.int64)
         return state

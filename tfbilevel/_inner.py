@@ -106,7 +106,8 @@ class InnerSolver:
                 raise ValueError(
                     "`learning_rate` must be a function of the upper variables or a "
                     "schedule of the outer step. Set a constant rate on the "
-                    "optimizer instead. Received: "
+                    "optimizer instead; one rate per inner step too: "
+                    "keras.optimizers.schedules.PiecewiseConstantDecay. Received: "
                     f"learning_rate={self.learning_rate!r}"
                 )
             if isinstance(
@@ -131,7 +132,7 @@ class InnerSolver:
         state: dict[str, Any] = {}
         # The rule makes its templates here: made while a function is traced, they
         # would have TensorFlow trace it a second time.
-        fresh = self._fresh(lower)
+        fresh = self._fresh(problem, lower)
         followed = (self.tolerance, self.learning_rate)
         if callable(self.start) or any(isinstance(one, Schedule) for one in followed):
             state["step"] = tf.constant(0, tf.int64)
@@ -149,7 +150,10 @@ class InnerSolver:
             start = self.drawn(state["step"], lower)
         else:
             start = structure.to_tensors(state.get("start", lower))
-        optimizer = state["optimizer"] if "optimizer" in state else self._fresh(start)
+        if "optimizer" in state:
+            optimizer = state["optimizer"]
+        else:
+            optimizer = self._fresh(problem, start)
         if isinstance(self.learning_rate, Schedule):
             rate = tf.cast(
                 self.learning_rate(state["step"]), optimizer.learning_rate.dtype
@@ -251,12 +255,17 @@ class InnerSolver:
             gradient = tf.nest.map_structure(tf.stop_gradient, gradient)
         return self.move(problem, upper, iterate, gradient), value
 
-    def _fresh(self, lower: Any) -> OptimizerState:
+    def _fresh(self, problem: Problem, lower: Any) -> OptimizerState:
         state = self.rule.init(lower)
+        ahead = tf.nest.flatten(structure.zeros_like(structure.to_tensors(lower)))
+        # Where tasks stop at different steps, each has its own count of them.
+        alone = problem.leading and self.tolerance is not None
+        tasks = ahead[0].shape[:1] if alone else []
+        if alone:
+            state = self.rule.counted(state, *tasks)
         if not self.accelerated:
             return state
-        ahead = tf.nest.flatten(structure.zeros_like(structure.to_tensors(lower)))
-        slots = [*state.slots, *ahead, tf.ones([], ahead[0].dtype)]
+        slots = [*state.slots, *ahead, tf.ones(tasks, ahead[0].dtype)]
         return state._replace(slots=slots)
 
     def _split(self, iterate: Iterate) -> tuple[OptimizerState, Any, Any]:
@@ -392,7 +401,8 @@ def _rated(state: OptimizerState, made: Any, lower: Any) -> tuple[Any, Any]:
         raise ValueError(
             "`learning_rate` must return a scalar or rates that broadcast to the lower "
             "variables, in a nest like theirs. Return one rate, or one tensor for each "
-            f"lower variable. Received: {made!r} for {lower!r}"
+            "lower variable. One rate per inner step cannot be learned: every step has "
+            f"the same. Received: {made!r} for {lower!r}"
         ) from error
     return state._replace(learning_rate=tf.ones_like(rate)), rates
 
@@ -407,9 +417,10 @@ def moved_where(going: tf.Tensor, now: Iterate, after: Iterate) -> Iterate:
     return Iterate(
         tf.nest.map_structure(chosen, after.lower, now.lower),
         after.optimizer._replace(
+            iteration=chosen(after.optimizer.iteration, now.optimizer.iteration),
             slots=tf.nest.map_structure(
                 chosen, after.optimizer.slots, now.optimizer.slots
-            )
+            ),
         ),
     )
 

@@ -1,19 +1,24 @@
 """Small Keras layers for the two commonest upper models."""
 
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
 import tensorflow as tf
 
 from tfbilevel._arguments import require_count
+from tfbilevel._indices import ExampleWeightsError, range_error
 
 
 class _PositiveVector(keras.layers.Layer):
     """activation(x) for a learned vector x that starts at zero."""
 
-    def __init__(self, n: int, activation: str, **keywords: Any):
+    def __init__(self, n: int, activation: str, dtype: Any = None, **keywords: Any):
         require_count(n, "n")
-        super().__init__(**keywords)
+        # Under a mixed policy in the variables' precision, as Keras's losses are.
+        policy = keras.dtype_policies.get(dtype or keras.config.dtype_policy())
+        super().__init__(dtype=policy.variable_dtype, autocast=False, **keywords)
         self.n = n
         self.activation = keras.activations.get(activation)
         self.logits = self.add_weight(name="logits", shape=(n,), initializer="zeros")
@@ -38,27 +43,121 @@ class ExampleWeights(_PositiveVector):
     Args:
         n: number of training examples, at least 1.
         activation: what turns x into weights, as for any Keras layer.
+        **keywords: of `keras.layers.Layer`.
 
     Call it with the examples' indices (integers of any shape), or with `None` for
-    all weights in order, which saves the gather in full-batch problems.
+    all weights in order, which saves the gather in full-batch problems. In a loss
+    prefer `mean`, which checks shapes.
+
+    Indices must be from 0 to n - 1. Where their values are known, others are an error
+    at once. Within a compiled step, where XLA and GPUs can raise none, the weight is
+    NaN: `fit`, `train_on_batch` and `tb.minimize` stop at that step and name the
+    index.
+
+    The weights are of the variables' precision, float32 under the policy
+    "mixed_float16" too.
 
     Raises:
-        ValueError: if `n` is not an integer of at least 1.
+        ValueError: if `n` is not an integer of at least 1; when called, for an index
+            out of range or that is no integer.
 
     Example:
         >>> weights = tb.ExampleWeights(4)
         >>> weights(tf.constant([0, 3])).numpy().tolist()
         [0.5, 0.5]
+        >>> float(weights.mean(tf.constant([1.0, 2.0, 3.0, 4.0])))
+        1.25
     """
 
     def __init__(self, n: int, activation: str = "sigmoid", **keywords: Any):
         super().__init__(n, activation, **keywords)
+        self._listener: Callable[[tf.Tensor], None] | None = None
+        self.in_graphs = False  # called by indices there
 
     def call(self, index: Any) -> Any:
         logits = tf.convert_to_tensor(self.logits)
-        if index is not None:
-            logits = tf.gather(logits, index)
-        return self.activation(logits)
+        if index is None:
+            return self.activation(logits)
+        index = _whole(index)
+        known = tf.get_static_value(index)
+        if known is not None:
+            beyond = known[(known < 0) | (known >= self.n)]
+            if beyond.size:
+                raise range_error(self, int(beyond.flat[0]))
+            return self.activation(tf.gather(logits, index))
+        self.in_graphs = True
+        if self._listener is not None:
+            self._listener(index)
+        # Out of range a gather gives zero on a GPU, the nearest entry under XLA.
+        inside = (index >= 0) & (index < self.n)
+        found = self.activation(tf.gather(logits, tf.where(inside, index, 0)))
+        return tf.where(inside, found, tf.constant(float("nan"), found.dtype))
+
+    def mean(self, losses: Any, index: Any = None) -> tf.Tensor:
+        """The mean of weights * losses, of the losses' dtype.
+
+        Args:
+            losses: one loss per example, [batch]; or a column of them, [batch, 1].
+            index: the examples' indices, [batch] or [batch, 1]; `None`: the batch is
+                the whole training set, in order.
+
+        Raises:
+            ValueError: for losses that are not one per index. (Multiplied as they are,
+                n weights and a column of n losses would make n times n products.)
+        """
+        losses = tf.convert_to_tensor(losses)
+        if not losses.dtype.is_floating:
+            raise ValueError(
+                "`losses` must be floating-point. "
+                f"Received: losses of dtype {losses.dtype.name}"
+            )
+        weights = self(None if index is None else tf.convert_to_tensor(index))
+        losses, weights = _without_column(losses), _without_column(weights)
+        fits = losses.shape.is_compatible_with(weights.shape)
+        if losses.shape.rank not in (1, None) or not fits:
+            what = f"the {self.n} weights" if index is None else "the indices"
+            raise ExampleWeightsError(
+                "`losses` of tb.ExampleWeights.mean must be one per example, [batch], "
+                f"like {what}. Do not reduce them (reduction=None, no tf.reduce_mean), "
+                "and pass the batch's `index` where it is a part of the training set. "
+                f"Received: losses of shape {losses.shape}, weights of shape "
+                f"{weights.shape}"
+            )
+        if not (losses.shape.is_fully_defined() and weights.shape.is_fully_defined()):
+            # One loss would be repeated for all weights. XLA leaves assertions out,
+            # TensorFlow's graphs a reshape to one's own rank.
+            rule = "`losses` of tb.ExampleWeights.mean must be one per example"
+            same = tf.debugging.assert_equal(tf.size(losses), tf.size(weights), rule)
+            with tf.control_dependencies([] if same is None else [same]):
+                losses = tf.identity(losses)
+            losses = tf.reshape(losses, tf.shape(weights), "ExampleWeights_mean_losses")
+        return tf.reduce_mean(tf.cast(weights, losses.dtype) * losses)
+
+    @contextlib.contextmanager
+    def heard(self, listener: Callable[[tf.Tensor], None]) -> Iterator[None]:
+        """Within: hand every index whose value is not known yet to a function."""
+        self._listener = listener
+        try:
+            yield
+        finally:
+            self._listener = None
+
+
+def _whole(index: Any) -> tf.Tensor:
+    """Indices as integers that TensorFlow gathers by."""
+    index = tf.convert_to_tensor(index)
+    if not index.dtype.is_integer:
+        raise ValueError(
+            "`index` must be integers, one per example of the batch. Cast it with "
+            f"tf.cast(index, tf.int32). Received: index of dtype {index.dtype.name}"
+        )
+    return index if index.dtype == tf.int32 else tf.cast(index, tf.int64)
+
+
+def _without_column(values: tf.Tensor) -> tf.Tensor:
+    """[batch, 1] as [batch]."""
+    column = values.shape.rank == 2 and values.shape[1] == 1
+    return tf.squeeze(values, axis=1) if column else values
 
 
 @keras.saving.register_keras_serializable("tfbilevel")

@@ -11,6 +11,7 @@ from tfbilevel import _structure as structure
 from tfbilevel._arguments import require_callable, require_count
 from tfbilevel._differentiable import UpdateRule, configuration, widest
 from tfbilevel._finite import NonFiniteError, first_nonfinite, warn_diverged
+from tfbilevel._indices import explain
 from tfbilevel._method import Method, require_method
 from tfbilevel._problem import Batches, Problem, require_batches, require_problem
 from tfbilevel._workarounds.memory_optimizer import without_memory_rewrites
@@ -157,6 +158,11 @@ def minimize(
     k, begun, upper, lower, state, bad, diverged, stopped, taken, metrics, record = made
     if int(bad) >= 0:
         point = Point(begun + k - 1, upper, lower, {})
+        if not isinstance(batches, tf.data.Dataset):
+            data = batches(point.step) if callable(batches) else data
+            leading = problem.leading
+            y = tf.nest.map_structure(lambda v: v[0] if leading else v, lower)
+            explain(problem, upper, y, data)
         raise NonFiniteError(int(bad), int(point.step), point)
     if int(diverged) >= 0:
         warn_diverged(method, int(diverged))

@@ -19,6 +19,7 @@ from tfbilevel._finite import (
     warn_diverged,
 )
 from tfbilevel._functional import require_built
+from tfbilevel._indices import ExampleWeightsError, IndexWatch, explain
 from tfbilevel._inner import InnerSolver, require_inner
 from tfbilevel._method import Method
 from tfbilevel._model_arguments import (
@@ -120,8 +121,8 @@ class BilevelModel(keras.Model):
         ...     weights, network,
         ...     upper_loss=lambda upper, lower, batch: tf.reduce_mean(
         ...         squared(lower, batch)),
-        ...     lower_loss=lambda upper, lower, batch: tf.reduce_mean(
-        ...         upper(None) * squared(lower, batch)))
+        ...     lower_loss=lambda upper, lower, batch: upper.mean(
+        ...         squared(lower, batch)))
         >>> inner = tb.InnerSolver(keras.optimizers.SGD(0.1), steps=5)
         >>> model.compile(tb.Unroll(inner), keras.optimizers.Adam(0.1))
         >>> data = tf.data.Dataset.from_tensors((tf.ones([6, 2]), tf.zeros([6])))
@@ -190,6 +191,7 @@ class BilevelModel(keras.Model):
         self._progress = Progress(random_states(upper, lower), name="progress")
         self._carried: Carried | None = None
         self._trackers = Trackers()
+        self._indices = IndexWatch(upper, lower)
         self.built = True
 
     # The user's functions take models; the problem's take tensors.
@@ -375,7 +377,12 @@ class BilevelModel(keras.Model):
         keywords.setdefault("shuffle", False)
         try:
             return super().fit(x, *arguments, **keywords)
-        except (NonFiniteError, KeyboardInterrupt) as error:
+        except tf.errors.InvalidArgumentError:
+            if self._indices.layers:
+                upper, lower = structure.to_tensors(self._variables())
+                explain(self.problem, upper, lower, x)
+            raise
+        except (NonFiniteError, ExampleWeightsError, KeyboardInterrupt) as error:
             # The frames it came through, and a cycle of Keras's, hold the dataset's
             # iterator. Deleting one that waits for a Python generator never ends once
             # Python shuts down: the generator's thread can enter Python no more.
@@ -429,6 +436,19 @@ class BilevelModel(keras.Model):
         require_saved_as(filepath)
         super().save(filepath, *arguments, **keywords)
 
+    def export(self, filepath: Any, *arguments: Any, **keywords: Any) -> None:
+        """Refused: what serves is the trained network.
+
+        Raises:
+            ValueError: always, before anything is written.
+        """
+        del arguments, keywords
+        raise ValueError(
+            "A tb.BilevelModel is trained, not served: its losses and method are "
+            "Python. Export the network it trained, model.lower.export(filepath), or "
+            f"model.upper.export(filepath). Received: filepath={filepath!r}"
+        )
+
     def get_config(self) -> dict[str, Any]:
         """What `save` keeps of the arguments: all but functions."""
         require_unshared(self.upper, self.lower)
@@ -476,8 +496,11 @@ class BilevelModel(keras.Model):
         def checked(iterator: Any) -> Any:
             with without_memory_rewrites():
                 logs = compiled(iterator)
-            if self.on_nonfinite == "raise":
-                self._progress.raise_if_nonfinite()
+            try:
+                if self.on_nonfinite == "raise":
+                    self._progress.raise_if_nonfinite()
+            finally:  # nothing that may be passed over, and nearer to the cause
+                self._indices.raise_if_noted()
             if not self._warned and float(logs.get("diverged", 0.0)) > 0:
                 self._warned = True
                 warn_diverged(self.method)
@@ -505,7 +528,7 @@ class BilevelModel(keras.Model):
         committed = tf.cond(
             proceed,
             lambda: self._commit(step, data),
-            lambda: self._refuse(tf.where(latched < 0, code, latched)),
+            lambda: self._refuse(tf.where(latched < 0, code, latched), data),
         )
         logs = dict(step.metrics)
         if self.on_nonfinite == "skip":
@@ -611,7 +634,10 @@ class BilevelModel(keras.Model):
             y = [tf.broadcast_to(v, [tasks, *v.shape]) for v in y]
         return x, y, self._carried.read() if state else ()
 
-    def _refuse(self, code: Any) -> tf.Tensor:
+    def _refuse(self, code: Any, data: Batches | None = None) -> tf.Tensor:
+        if data is not None:
+            upper, lower = structure.to_tensors(self._variables())
+            self._indices.note(self.problem, upper, lower, data)
         if self.on_nonfinite == "raise":
             self._progress.bad_code.assign(code)
         else:

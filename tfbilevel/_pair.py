@@ -1,5 +1,8 @@
 """Datasets of both levels' batches."""
 
+import math
+from typing import Any
+
 import tensorflow as tf
 
 from tfbilevel._arguments import require_count
@@ -23,10 +26,15 @@ def pair(
         lower_dataset: lower batches (training data).
         lower_batches: n, how many lower batches an outer step takes. With n > 1 the
             lower batch has a leading axis n: inner step t takes slice t, a
-            stochastic linear solve goes on from there; a pass over a dataset that is
-            not repeated ends with the last n. All lower batches must then have one
-            shape: .batch(size, drop_remainder=True). With n = 1 every inner step sees
-            the same batch.
+            stochastic linear solve goes on from there. With n = 1 every inner step
+            sees the same batch.
+
+    No example is left out. With n > 1 an epoch whose lower batches do not divide by n
+    takes what its last step misses from the beginning of the next pass. Batches of
+    `.batch(size)` are then all made as large as the first: the smaller one that ends a
+    pass is joined with the next pass's beginning. (`pair` reads one element to know the
+    size, and none may be larger. With `.batch(size, drop_remainder=True)` it need not,
+    and what that drops is left out.)
 
     Returns:
         A dataset of `tb.Batches`, one element prefetched. Unless one of the two says
@@ -35,8 +43,9 @@ def pair(
         not made parallel.
 
     Raises:
-        ValueError: for anything but two datasets, an empty dataset, or fewer than
-            `lower_batches` lower batches.
+        ValueError: for anything but two datasets, an empty dataset, fewer than
+            `lower_batches` lower batches, or with n > 1 lower batches that may differ
+            in another axis than the first.
 
     Example:
         >>> validation = tf.data.Dataset.range(2)
@@ -61,7 +70,6 @@ def pair(
             )
         if int(dataset.cardinality()) == 0:
             raise ValueError(f"`{name}` must not be empty. Received: 0 elements")
-    kind = Batches
     if lower_batches > 1:
         count = int(lower_dataset.cardinality())
         if 0 <= count < lower_batches:
@@ -70,17 +78,90 @@ def pair(
                 "the dataset or take fewer. Received: "
                 f"lower_batches={lower_batches} of {count}"
             )
-        kind = StackedBatches
     upper_length = _length(upper_dataset)
     lower_length = _length(lower_dataset, lower_batches)
     if upper_length < lower_length:
         upper_dataset = upper_dataset.repeat()
-    elif lower_length < upper_length:
+    again = lower_length < upper_length
+    if lower_batches > 1:
+        lower_dataset = _groups(lower_dataset, lower_batches, again)
+        if upper_length == lower_length < math.inf:  # groups may be more than counted
+            upper_dataset = upper_dataset.repeat()
+    elif again:
         lower_dataset = lower_dataset.repeat()
-    if lower_batches > 1:  # after repeating: none is left out at the end of a pass
-        lower_dataset = lower_dataset.batch(lower_batches, drop_remainder=True)
+    kind = StackedBatches if lower_batches > 1 else Batches
     zipped = tf.data.Dataset.zip(kind(upper=upper_dataset, lower=lower_dataset))
     return _untuned(zipped.prefetch(1))
+
+
+def _groups(dataset: tf.data.Dataset, count: int, again: bool) -> tf.data.Dataset:
+    """Groups of `count` batches of one size.
+
+    Args:
+        dataset: the batches of one pass.
+        count: how many make a group.
+        again: without end; or one pass, its last group filled up from the next.
+    """
+    size = _common_size(dataset)
+    length = int(dataset.cardinality())
+    endless = again or length == tf.data.INFINITE_CARDINALITY
+    if endless or (length >= 0 and not size):
+        dataset = dataset.repeat()
+        if size:
+            dataset = dataset.rebatch(size, drop_remainder=True)
+        groups = dataset.batch(count, drop_remainder=True)
+        return groups if endless else groups.take(math.ceil(length / count))
+
+    # Where a pass ends only its elements tell: they are marked.
+    def marked(dataset: tf.data.Dataset, mark: bool) -> tf.data.Dataset:
+        marks = tf.data.Dataset.from_tensors(mark).repeat()
+        return tf.data.Dataset.zip((dataset, marks))
+
+    def mark_each(batch: Any, mark: tf.Tensor) -> tuple:
+        return batch, tf.fill([tf.shape(tf.nest.flatten(batch)[0])[0]], mark)
+
+    marks = marked(dataset, True).concatenate(marked(dataset.repeat(), False))
+    if size:
+        marks = marks.map(mark_each).rebatch(size, drop_remainder=True)
+    groups = marks.batch(count, drop_remainder=True)
+    groups = groups.take_while(lambda *group: tf.reduce_any(group[1]))
+    return groups.map(lambda *group: group[0])
+
+
+def _common_size(dataset: tf.data.Dataset) -> int:
+    """How many examples the first batch has, 0 if all batches are known to be alike."""
+    specs = [
+        spec
+        for spec in tf.nest.flatten(dataset.element_spec)
+        if not isinstance(spec, tf.NoneTensorSpec)
+    ]
+    if all(_alike(spec) for spec in specs):
+        return 0
+    if all(_alike(s, first=1) and s.shape.rank and s.shape[0] is None for s in specs):
+        first = next(iter(dataset), None)
+        if first is None:
+            raise ValueError("`lower_dataset` must not be empty. Received: 0 elements")
+        leaves = [v for v in tf.nest.flatten(first) if v is not None]
+        sizes = {int(tf.shape(leaf)[0]) for leaf in leaves}
+        if len(sizes) == 1 and sizes != {0}:
+            return sizes.pop()
+    raise ValueError(
+        "`lower_dataset` must have batches of one shape with `lower_batches` above 1, "
+        "where they are stacked. Only their first axis, that of the examples, may be "
+        "of another size (of all parts of a batch alike). Pad them to one length, or "
+        "tell the shape by .map(lambda batch: tf.ensure_shape(batch, shape)). "
+        f"Received: lower_dataset of {dataset.element_spec}"
+    )
+
+
+def _alike(spec: Any, first: int = 0) -> bool:
+    """Whether it tells the size of every axis from the `first` on."""
+    if isinstance(spec, tf.RaggedTensorSpec):
+        return first > 0 or spec.shape[0] is not None
+    shape = getattr(spec, "shape", None)
+    if shape is None or shape.rank is None:
+        return False
+    return shape[first:].is_fully_defined()
 
 
 def _untuned(dataset: tf.data.Dataset) -> tf.data.Dataset:
@@ -100,4 +181,4 @@ def _untuned(dataset: tf.data.Dataset) -> tf.data.Dataset:
 
 def _length(dataset: tf.data.Dataset, group: int = 1) -> float:
     count = int(dataset.cardinality())
-    return float(count // group) if count >= 0 else float("inf")
+    return math.ceil(count / group) if count >= 0 else math.inf

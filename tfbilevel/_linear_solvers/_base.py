@@ -110,6 +110,10 @@ class LinearSolver(abc.ABC):
         del like
         return ()
 
+    def init_blocks(self, like: Any) -> Any:
+        """`init` for a block-diagonal system, its blocks along the leading axis."""
+        return self.init(like)
+
     @abc.abstractmethod
     def solve(self, system: LinearSystem, rhs: Any, state: Any = ()) -> LinearSolution:
         """Solve A v = rhs.

@@ -15,6 +15,7 @@ from tfbilevel._linear_solvers._base import (
     LinearSolution,
     LinearSystem,
 )
+from tfbilevel._schedules import Schedule
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -70,6 +71,16 @@ class GradientSolver(IterativeSolver):
         optimizer = self.rule.init(zeros)
         return {"solution": zeros, "optimizer": optimizer} if self.warm_start else ()
 
+    def init_blocks(self, like: Any) -> Any:
+        state = self.init(like)
+        if not self.warm_start or not (
+            isinstance(self.tolerance, Schedule) or self.tolerance > 0
+        ):
+            return state
+        # The blocks stop at different steps, and go on from them.
+        blocks = tf.nest.flatten(state["solution"])[0].shape[0]
+        return {**state, "optimizer": self.rule.counted(state["optimizer"], blocks)}
+
     @property
     def transposes(self) -> bool:
         return self.objective == "residual"
@@ -90,16 +101,22 @@ class GradientSolver(IterativeSolver):
             return tf.reduce_any(size > goal)
 
         def body(step: Any, v: Any, optimizer: Any, size: Any, first: Any) -> tuple:
-            before, going = (v, optimizer.slots, size), size > goal
+            going = size > goal
+            before = (v, optimizer.slots, size, optimizer.iteration)
             gradient = structure.subtract(product(v), rhs)
             size = system.norm(gradient)
             first = tf.where(step == 0, size, first)
             if self.objective == "residual":
                 gradient = structure.scale(2.0, transposed(gradient))
             v, optimizer = self.rule.update(gradient, optimizer, v)
-            after = (v, optimizer.slots, size)
-            v, slots, size = system.stepped(going, before, after)
-            return step + 1, v, optimizer._replace(slots=slots), size, first
+            after = (v, optimizer.slots, size, optimizer.iteration)
+            if not optimizer.iteration.shape.rank:  # one for all blocks
+                before, after = before[:3], after[:3]
+            v, slots, size, *own = system.stepped(going, before, after)
+            optimizer = optimizer._replace(slots=slots)
+            if own:
+                optimizer = optimizer._replace(iteration=own[0])
+            return step + 1, v, optimizer, size, first
 
         steps, value, optimizer, size, first = tf.while_loop(
             unfinished,
