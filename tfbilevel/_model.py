@@ -36,6 +36,8 @@ from tfbilevel._model_arguments import (
 )
 from tfbilevel._over_tasks import apart, first_task, over_tasks
 from tfbilevel._problem import Batches, Problem, count_tasks, require_batches
+from tfbilevel._regularizers import CHOICES as REGULARIZERS
+from tfbilevel._regularizers import with_own_losses
 from tfbilevel._saved_model import (
     arguments_of,
     config_of,
@@ -105,6 +107,10 @@ class BilevelModel(keras.Model):
         prepare: (upper model, batches) -> batches, once per outer step.
         tasks: M, how many tasks share an outer step; `None`: the problem has none.
         mapping: how tasks are mapped, see `tb.over_tasks`.
+        regularizers: "add": the sum of `lower.losses` (regularisers, `add_loss`)
+            counts in the lower loss, that of `upper.losses` in the upper loss, as in
+            Keras's `fit`; a loss that adds them itself is noticed. "ignore": losses
+            are as they are returned.
         **keywords: of `keras.Model`.
 
     Raises:
@@ -142,9 +148,11 @@ class BilevelModel(keras.Model):
         prepare: Callable | None = None,
         tasks: int | None = None,
         mapping: str = "auto",
+        regularizers: str = "add",
         **keywords: Any,
     ):
         super().__init__(**keywords)
+        require_choice(regularizers, "regularizers", REGULARIZERS)
         if tasks is not None:
             require_count(tasks, "tasks")
         # Here: the problem is given functions around them.
@@ -160,6 +168,7 @@ class BilevelModel(keras.Model):
         self.upper = upper
         self.lower = lower
         self.mapping = mapping
+        self.regularizers = regularizers
         functions = {
             "upper_loss": upper_loss,
             "lower_loss": lower_loss,
@@ -177,8 +186,8 @@ class BilevelModel(keras.Model):
         elif lower_start is not None:
             require_callable(lower_start, "lower_start")
         self.problem = Problem(
-            upper_loss=self._at_variables(upper_loss),
-            lower_loss=self._at_variables(lower_loss),
+            upper_loss=self._at_variables(upper_loss, self.upper),
+            lower_loss=self._at_variables(lower_loss, self.lower),
             lower_start=self._start_function(lower_start),
             project_upper=project_upper,
             project_lower=project_lower,
@@ -193,15 +202,25 @@ class BilevelModel(keras.Model):
 
     # The user's functions take models; the problem's take tensors.
 
-    def _at_variables(self, loss: Callable) -> Callable:
-        def at(x: list, y: list, batch: Any) -> tf.Tensor:
+    def _at_variables(self, function: Callable, penalised: Any = None) -> Callable:
+        """The function at given variables, with the losses that a model has itself."""
+        if self.regularizers == "ignore":
+            penalised = None
+
+        def at(x: list, y: list, batch: Any) -> Any:
             upper, _ = self._variables()
             values = [
                 *zip(upper, x, strict=True),
                 *zip(self.lower.trainable_variables, y, strict=True),
             ]
-            with keras.StatelessScope(values, collect_losses=True):
-                return loss(self.upper, self.lower, batch)
+            with keras.StatelessScope(values, collect_losses=True) as scope:
+
+                def value() -> Any:
+                    return function(self.upper, self.lower, batch)
+
+                if penalised is None:
+                    return value()
+                return with_own_losses(value, penalised, scope)
 
         return at
 
@@ -437,6 +456,7 @@ class BilevelModel(keras.Model):
             **learned,
             "tasks": self.tasks,
             "mapping": self.mapping,
+            "regularizers": self.regularizers,
         }
 
     @classmethod
