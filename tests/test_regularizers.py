@@ -27,7 +27,7 @@ class Shrinks(keras.layers.Layer):
 
 
 def network(strength: float = 0.7, seed: int = 1) -> keras.Model:
-    """Penalties of a kernel, a bias, an activity, by add_loss, and in a nested model."""
+    """Penalties of kernels, biases, an activity, and by add_loss, one level down."""
     keras.utils.set_random_seed(seed)
     keywords = {"kernel_regularizer": L2(strength), "bias_regularizer": L2(0.4)}
     dense = keras.layers.Dense(4, "tanh", activity_regularizer=L2(0.2), **keywords)
@@ -249,7 +249,9 @@ def test_a_saved_model_keeps_the_choice(tmp_path):
             custom_objects={"upper_loss": upper_loss, "lower_loss": lower_loss},
         )
         assert loaded.regularizers == choice
-        losses = [float(m.problem.lower_loss(*values(m), BATCH)) for m in (model, loaded)]
+        losses = [
+            float(m.problem.lower_loss(*values(m), BATCH)) for m in (model, loaded)
+        ]
         assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 

@@ -29,6 +29,7 @@ class HypergradientReport:
             implicit gradient at the method's lower variables; `None` for problems
             with more than 2,000 lower variables or a singular lower Hessian.
         stationarity: norm of the lower gradient there.
+        notes: what the check could not see, one sentence each.
     """
 
     claimed: list[float]
@@ -37,6 +38,7 @@ class HypergradientReport:
     noise: float
     implicit_error: float | None
     stationarity: float
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = ["probe      method            central difference"]
@@ -50,6 +52,7 @@ class HypergradientReport:
                 f"relative distance from the dense implicit gradient "
                 f"{self.implicit_error:.2e} (lower gradient {self.stationarity:.2e})"
             )
+        lines += self.notes
         return "\n".join(lines)
 
 
@@ -77,6 +80,10 @@ def check_hypergradient(
     aggregation or `tb.BAMM` the method's own gradient is of another point or loss, and
     the distance says how far that is, not that it is wrong.) Use float64 variables for
     errors below 1e-4.
+
+    Differences move x and nothing else. What the problem's functions read elsewhere is
+    a constant to both sides: the report's `notes` name trainable variables among it,
+    but tensors and arrays that a function closes over cannot be seen.
 
     Args:
         problem: the problem.
@@ -129,6 +136,7 @@ def check_hypergradient(
     width = 1e-5 if precision >= 8 else 5e-3
     size = max(1.0, float(structure.norm(upper)))
     claimed, differences, halves = [], [], []
+    rounded = False
     for index in range(probes):
         probe = _direction(upper, seed + index)
         claimed.append(float(structure.dot(step.upper_gradient, probe)))
@@ -136,6 +144,7 @@ def check_hypergradient(
             ahead = objective(structure.add_scaled(upper, h, probe))
             behind = objective(structure.add_scaled(upper, -h, probe))
             values.append(float(ahead - behind) / (2 * h))
+            rounded |= bool(ahead == behind) and claimed[-1] != 0
     # The lower batch that an implicit method's system is made of.
     draw = getattr(getattr(method, "inner", None), "steps", 0)
     dense, stationarity = _dense_implicit(problem, upper, step.lower, batches, draw)
@@ -146,7 +155,27 @@ def check_hypergradient(
         noise=_relative(differences, halves),
         implicit_error=None if dense is None else _distance(step.upper_gradient, dense),
         stationarity=stationarity,
+        notes=_notes(objective.get_concrete_function(upper), rounded),
     )
+
+
+def _notes(objective: Any, rounded: bool) -> tuple[str, ...]:
+    """What the report says of a traced objective."""
+    notes = []
+    read = sorted({v.name for v in objective.graph.variables if v.trainable})
+    if read:
+        notes.append(
+            "constants to both sides, as they are not handed over with x or y: the "
+            f"stored variables {', '.join(read)}"
+        )
+    if rounded:
+        dtype = objective.output_dtypes.name
+        notes.append(
+            "differences round to zero: the objective does not change within the "
+            f"precision of its values ({dtype}, or less inside). Compute the losses "
+            "in float64, without large constants"
+        )
+    return tuple(notes)
 
 
 def _direction(like: Any, seed: int) -> Any:

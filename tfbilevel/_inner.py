@@ -206,7 +206,7 @@ class InnerSolver:
         if not isinstance(self.learning_rate, Schedule):
             learned = self.learning_rate
         if learned is not None:
-            made = learned(problem.own_upper(upper))
+            made = problem.reading(learned, upper)
             state, rates = _rated(state, made, iterate.lower)
         lower, state = self.rule.update(gradient, state, point)
         if learned is not None:
@@ -223,7 +223,7 @@ class InnerSolver:
             lower = tf.nest.map_structure(
                 lambda y, rate, z: y + rate * (z - y), point, rates, lower
             )
-        lower = problem.projected_lower(lower)
+        lower = problem.projected_lower(upper, lower)
         if not self.accelerated:
             return Iterate(lower, state)
         after = (1 + tf.sqrt(1 + 4 * sequence * sequence)) / 2

@@ -9,7 +9,12 @@ import keras
 import tensorflow as tf
 
 from tfbilevel import _structure as structure
-from tfbilevel._arguments import require_callable, require_choice, require_count
+from tfbilevel._arguments import (
+    require_callable,
+    require_choice,
+    require_count,
+    takes_two,
+)
 from tfbilevel._compilation import faster_with_xla
 from tfbilevel._derivatives import UnconnectedGradientError
 from tfbilevel._finite import (
@@ -98,7 +103,7 @@ class BilevelModel(keras.Model):
         lower_loss: (upper, lower, batch) -> scalar.
         project_upper: list of tensors -> list of tensors, in the order of
             `upper.trainable_variables`.
-        project_lower: likewise for the lower model.
+        project_lower: likewise for the lower model; or (upper model, list) -> list.
         lower_start: where inner solves start. A function, upper model -> list of
             tensors; or "learned": the start is a second group of upper variables, at
             first the lower model's own weights (IAPTT-GM, ANIL's head). The upper
@@ -189,9 +194,10 @@ class BilevelModel(keras.Model):
             upper_loss=self._at_variables(upper_loss, self.upper),
             lower_loss=self._at_variables(lower_loss, self.lower),
             lower_start=self._start_function(lower_start),
-            project_upper=project_upper,
-            project_lower=project_lower,
+            project_upper=project_upper and self._upper_projection(project_upper),
+            project_lower=project_lower and self._lower_projection(project_lower),
             prepare=prepare and self._at_upper_variables(prepare),
+            reads=self._rate,
         )
         if tasks is not None:
             self.problem = over_tasks(self.problem, mapping)
@@ -226,13 +232,43 @@ class BilevelModel(keras.Model):
 
     def _at_upper_variables(self, function: Callable) -> Callable:
         def at(x: list, *arguments: Any) -> Any:
-            own, _ = self._split(x)
-            values = zip(self.upper.trainable_variables, own, strict=True)
-            with keras.StatelessScope(list(values)):
+            with self._scope(x):
                 made = function(self.upper, *arguments)
                 return made if arguments else structure.to_tensors(list(made))
 
         return at
+
+    def _scope(self, x: list) -> keras.StatelessScope:
+        """In it the upper variables are x, whoever reads them."""
+        return keras.StatelessScope(list(zip(self.upper_variables, x, strict=True)))
+
+    def _upper_projection(self, project: Callable) -> Callable:
+        def at(x: list) -> Any:
+            with self._scope(x):
+                return structure.to_tensors(project(x))
+
+        return at
+
+    def _lower_projection(self, project: Callable) -> Callable:
+        arguments = (self.upper,) if takes_two(project) else ()
+
+        def at(x: list, y: list) -> Any:
+            with self._scope(x):
+                return structure.to_tensors(project(*arguments, y))
+
+        return at
+
+    def _rate(self, rate: Callable, x: list) -> Any:
+        with self._scope(x):
+            try:
+                return structure.to_tensors(rate(self.upper))
+            except (TypeError, AttributeError, LookupError, ValueError) as error:
+                raise ValueError(
+                    "`learning_rate` is called with the upper model, as the losses of "
+                    "a tb.BilevelModel are, and no longer with a list of tensors. Read "
+                    "its `trainable_variables`, or call it. Received: "
+                    f"{type(error).__name__}: {error}"
+                ) from error
 
     def _start_function(self, lower_start: Any) -> Callable | None:
         if self.start is not None:
