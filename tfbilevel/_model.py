@@ -23,6 +23,8 @@ from tfbilevel._finite import (
     first_nonfinite,
     warn_diverged,
 )
+from tfbilevel._fixed_state import moved_on
+from tfbilevel._differentiable import optimizer_of
 from tfbilevel._functional import require_built
 from tfbilevel._inner import InnerSolver, require_inner
 from tfbilevel._method import Method
@@ -32,9 +34,10 @@ from tfbilevel._model_arguments import (
     require_dataset_of_batches,
     require_jit,
     require_method_for,
+    require_metrics,
     require_no_average,
     require_no_constraints,
-    require_no_strategy,
+    require_one_replica,
     require_no_weights,
     require_start_optimizer,
     require_upper_optimizer,
@@ -86,8 +89,9 @@ class BilevelModel(keras.Model):
     Non-trainable state: within one outer step both losses are fixed functions.
     Whatever a call would write to BatchNorm statistics or dropout seeds is dropped,
     so every inner step sees the same masks and nothing leaks into the losses. After
-    the step, one evaluation of the lower loss at the new variables advances that
-    state once (only for models that have such state; it costs one forward pass).
+    the step the lower loss is evaluated at the new variables: seeds advance once, and
+    moving statistics of the lower model as often as the lower variables moved (only
+    for models that have such state; it costs one forward pass per inner step).
 
     Tasks (`tasks=M`): the losses are those of one task, and every outer step sees M of
     them, along a leading axis of all batches (`tb.over_tasks`). The lower model's
@@ -283,20 +287,21 @@ class BilevelModel(keras.Model):
     def compile(
         self,
         method: Method,
-        upper_optimizer: keras.optimizers.Optimizer,
+        upper_optimizer: keras.optimizers.Optimizer | str,
         metrics: list | None = None,
         jit_compile: bool | str = "auto",
         steps_per_execution: int = 1,
         on_nonfinite: str = "raise",
         run_eagerly: bool = False,
-        start_optimizer: keras.optimizers.Optimizer | None = None,
+        start_optimizer: keras.optimizers.Optimizer | str | None = None,
         weighted_metrics: list | None = None,
     ) -> None:
         """Choose how to train.
 
         Args:
             method: a `tb.Method`.
-            upper_optimizer: a Keras optimizer for the upper variables, any of them.
+            upper_optimizer: a Keras optimizer for the upper variables, any of them;
+                or its name, such as "adam".
             metrics: Keras metrics of the lower model's predictions, for `evaluate`
                 and `validation_data`.
             jit_compile: True: compile the step with XLA. False: do not. "auto": time
@@ -315,7 +320,9 @@ class BilevelModel(keras.Model):
         require_choice(on_nonfinite, "on_nonfinite", ON_NONFINITE)
         require_jit(jit_compile)
         require_method_for(method, self.tasks)
-        require_no_strategy()
+        require_one_replica()
+        upper_optimizer = optimizer_of(upper_optimizer, "upper_optimizer")
+        start_optimizer = optimizer_of(start_optimizer, "start_optimizer")
         learned = self.start is not None
         require_upper_optimizer(upper_optimizer, learned)
         if self.problem.project_upper is not None:
@@ -352,6 +359,10 @@ class BilevelModel(keras.Model):
             own, start = self._split(upper)
             upper_optimizer.build(own)
             start_optimizer.build(start)
+
+    def _maybe_symbolic_build(self, iterator: Any = None, data_batch: Any = None):
+        """Within a strategy Keras would call the model on an outer step's batches, to
+        build what is built."""
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:
         return self.lower(inputs, training=training)
@@ -391,7 +402,9 @@ class BilevelModel(keras.Model):
             *arguments: of `keras.Model.fit`.
             on_nonfinite: as in `compile`, from here on; `None`: as it is.
             **keywords: of `keras.Model.fit`; `validation_data` is a dataset of
-                (inputs, labels) for the lower model.
+                (inputs, labels) for the lower model, measured by `metrics`, or of
+                `tb.Batches`: their losses at the variables as they are, without an
+                inner solve, are `val_upper_loss` and `val_lower_loss`.
 
         Raises:
             ValueError: if `x` is not a dataset of `tb.Batches`, or there are no
@@ -616,6 +629,8 @@ class BilevelModel(keras.Model):
 
     def test_step(self, data: Any) -> dict[str, Any]:
         self._require_measurable(data)
+        if isinstance(data, Batches):
+            return self._losses_at_rest(data)
         inputs, labels, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         predictions = self(inputs, training=False)
         assert self._compile_metrics is not None
@@ -624,18 +639,28 @@ class BilevelModel(keras.Model):
         )
         return self._compile_metrics.result()
 
+    def _losses_at_rest(self, data: Batches) -> dict[str, Any]:
+        """The losses at the variables as they are, of batches with a lower part both;
+        means over the batches so far."""
+        x, y, _ = self._read(state=False)
+        here = self.problem.prepared(x, data)
+        losses = {"upper_loss": here.upper_loss(y)}
+        if any(leaf is not None for leaf in tf.nest.flatten(data.lower)):
+            batch = here.batches.lower_at(0)
+            losses["lower_loss"] = here.problem.lower_loss(here.upper, y, batch)
+        for name, tracker in self._trackers.named(losses).items():
+            tracker.update_state(tf.cast(losses[name], tf.float32))
+        return {name: self._trackers.of[name].result() for name in losses}
+
     def _require_measurable(self, data: Any) -> None:
         """Raise unless data of this kind can be evaluated."""
-        if isinstance(data, Batches):
+        if not isinstance(data, Batches):
+            require_metrics(self._compile_metrics)
+        elif self.tasks is not None:
             raise ValueError(
-                "`evaluate` and `validation_data` take batches of (inputs, labels) for "
-                "the lower model. Pass such a dataset. Received: tb.Batches"
-            )
-        if self._compile_metrics is None:
-            raise ValueError(
-                "`evaluate` and `validation_data` need metrics of the lower model. "
-                "Pass them: compile(..., metrics=["
-                "keras.metrics.SparseCategoricalAccuracy()]). Received: metrics=None"
+                "`evaluate` and `validation_data` take no tb.Batches over tasks: the "
+                "lower model holds the solution of none of them. Solve them by "
+                f"model.adapt, in a callback say. Received: tasks={self.tasks}"
             )
 
     def load_weights(self, filepath: Any, *arguments: Any, **keywords: Any) -> None:
@@ -704,16 +729,19 @@ class BilevelModel(keras.Model):
                     variable.assign(value)
             self._carried.write(step.state)
             self._progress.count()
-            self._advance_fixed_state(data)
+            self._advance_fixed_state(data, self.method.lower_steps)
             return tf.constant(True)
 
         return tf.cond(fine, finish, lambda: self._refuse(UPPER_VARIABLES))
 
-    def _advance_fixed_state(self, data: Batches, lower: Any = None) -> None:
-        """One evaluation of the lower loss, for what it writes to statistics and seeds.
+    def _advance_fixed_state(
+        self, data: Batches, steps: int, lower: Any = None
+    ) -> None:
+        """Evaluate the lower loss for what it writes to statistics and seeds.
 
         Args:
             data: the step's batches.
+            steps: how many steps the lower variables made.
             lower: values of the lower variables; `None`: their own.
         """
         trainable = {id(v) for group in self._variables() for v in group}
@@ -725,14 +753,16 @@ class BilevelModel(keras.Model):
             data = first_task(data)
         own = self.lower.trainable_variables
         values = [] if lower is None else list(zip(own, lower, strict=True))
-        with keras.StatelessScope(values) as scope:
-            if self._prepare is not None:
-                data = self._prepare(self.upper, data)
-            self._lower_loss(self.upper, self.lower, data.lower_at(0))
-        for variable in others:
-            value = scope.get_current_value(variable)
-            if value is not None:
-                variable.assign(value)
+
+        prepared = []  # by the first evaluation
+
+        def evaluate(draw: Any) -> None:
+            if not prepared:
+                prepare = self._prepare
+                prepared.append(prepare(self.upper, data) if prepare else data)
+            self._lower_loss(self.upper, self.lower, prepared[0].lower_at(draw))
+
+        moved_on(evaluate, others, self.lower, values, steps)
 
     def _ensure_carried(self) -> None:
         if self._carried is None:
