@@ -70,10 +70,10 @@ def model(project: Any = None, **options: Any) -> tb.BilevelModel:
     return tb.BilevelModel(
         upper,
         lower,
-        lambda u, l, batch: tf.reduce_mean((l(V)[:, 0] - V @ W) ** 2),
-        lambda u, l, batch: (
-            0.5 * tf.reduce_mean((l(X)[:, 0] - X @ W) ** 2)
-            + 0.01 * u(None) * tf.reduce_sum(tf.square(l.kernel))
+        lambda u, low, batch: tf.reduce_mean((low(V)[:, 0] - V @ W) ** 2),
+        lambda u, low, batch: (
+            0.5 * tf.reduce_mean((low(X)[:, 0] - X @ W) ** 2)
+            + 0.01 * u(None) * tf.reduce_sum(tf.square(low.kernel))
         ),
         project_lower=project and project(upper),
         **options,

@@ -66,10 +66,8 @@ def make(loss: Any = lower_loss, **options: Any) -> tb.BilevelModel:
 
 
 def values(model: tb.BilevelModel) -> tuple[list, list]:
-    return tuple(
-        [tf.convert_to_tensor(v) for v in part.trainable_variables]
-        for part in (model.upper, model.lower)
-    )
+    x = [tf.convert_to_tensor(v) for v in model.upper.trainable_variables]
+    return x, [tf.convert_to_tensor(v) for v in model.lower.trainable_variables]
 
 
 WAYS = {

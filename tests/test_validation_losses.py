@@ -1,4 +1,4 @@
-"""Losses of validation batches in the logs; names, devices and layers taken as given."""
+"""Losses of validation batches in the logs; optimizers by name; layers as built."""
 
 from typing import Any
 

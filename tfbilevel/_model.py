@@ -17,6 +17,7 @@ from tfbilevel._arguments import (
 )
 from tfbilevel._compilation import faster_with_xla
 from tfbilevel._derivatives import UnconnectedGradientError
+from tfbilevel._differentiable import optimizer_of
 from tfbilevel._finite import (
     UPPER_VARIABLES,
     NonFiniteError,
@@ -24,7 +25,6 @@ from tfbilevel._finite import (
     warn_diverged,
 )
 from tfbilevel._fixed_state import moved_on
-from tfbilevel._differentiable import optimizer_of
 from tfbilevel._functional import require_built
 from tfbilevel._inner import InnerSolver, require_inner
 from tfbilevel._method import Method
@@ -37,8 +37,8 @@ from tfbilevel._model_arguments import (
     require_metrics,
     require_no_average,
     require_no_constraints,
-    require_one_replica,
     require_no_weights,
+    require_one_replica,
     require_start_optimizer,
     require_upper_optimizer,
 )

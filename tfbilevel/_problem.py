@@ -133,7 +133,7 @@ class Problem:
     lower_loss: Loss
     lower_start: Callable[[Any], Any] | None = None
     project_upper: Callable[[Any], Any] | None = None
-    project_lower: Callable[[Any], Any] | None = None
+    project_lower: Callable[..., Any] | None = None
     prepare: Callable[[Any, Batches], Batches] | None = None
     reads: Callable[[Callable, Any], Any] | None = dataclasses.field(
         default=None, kw_only=True
