@@ -554,7 +554,7 @@ def learned_rates(args: argparse.Namespace, model: tb.BilevelModel) -> Any:
     if args.method != "meta-sgd":
         return None
     places = model.upper.places()
-    return lambda x: [x[place] for place in places]
+    return lambda upper: [upper.trainable_variables[place] for place in places]
 
 
 def build_method(

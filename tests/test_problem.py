@@ -196,7 +196,7 @@ def test_projections_are_applied_by_name() -> None:
         lambda x, y, b: x, lambda x, y, b: y, project_upper=lambda x: -x
     )
     assert float(problem.projected_upper(tf.constant(2.0))) == -2.0
-    assert float(problem.projected_lower(tf.constant(2.0))) == 2.0
+    assert float(problem.projected_lower(tf.constant(0.0), tf.constant(2.0))) == 2.0
 
 
 def methods(inner: tb.InnerSolver) -> dict[str, tb.Method]:

@@ -43,7 +43,7 @@ def test_losses_are_the_tables(name):
     assert float(problem.lower_loss(upper, lower, None)) == pytest.approx(want_g)
     assert float(problem.upper_loss(upper, lower, None)) == pytest.approx(want_f)
     assert float(tf.reduce_max(problem.projected_upper(100.0 * upper))) == 5
-    assert float(tf.reduce_min(problem.projected_lower(100.0 * lower))) == -5
+    assert float(tf.reduce_min(problem.projected_lower(upper, 100.0 * lower))) == -5
 
 
 @pytest.mark.parametrize("name", ["ex1", "ex2", "ex3", "ex4"])

@@ -1,5 +1,6 @@
 """What constructors require of their arguments."""
 
+import inspect
 import math
 import numbers
 from collections.abc import Callable
@@ -52,6 +53,20 @@ def require_number(
             f"`{name}` must be a finite number, {rule}.{remedy} "
             f"Received: {name}={value!r}"
         )
+
+
+def takes_two(function: Callable) -> bool:
+    """Whether a function has two parameters or more that must be given by position."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    positional = (
+        inspect.Parameter.POSITIONAL_ONLY,
+        inspect.Parameter.POSITIONAL_OR_KEYWORD,
+    )
+    required = [p for p in parameters if p.kind in positional and p.default is p.empty]
+    return len(required) >= 2
 
 
 def positive(value: Any) -> bool:

@@ -22,6 +22,7 @@ from tfbilevel._differentiable import UpdateRule
 from tfbilevel._inner import SERIAL, InnerSolver
 from tfbilevel._method import Method, Step
 from tfbilevel._problem import Batches, Prepared, Problem
+from tfbilevel._projection import fixed_projection
 
 SCHEDULE = ("weight", "lower_weight", "tolerance", "rate_scale")
 
@@ -195,7 +196,11 @@ class AugmentedLagrangian(Method):
             moved, optimizer = self.inner.rule.update(along, optimizer, y)
             moved = structure.subtract(moved, y)
             moved = structure.add_scaled(y, state["rate_scale"], moved)
-            return t + 1, problem.projected_lower(moved), optimizer
+            return (
+                t + 1,
+                fixed_projection(problem, upper, moved, "AugmentedLagrangian"),
+                optimizer,
+            )
 
         _, lower, optimizer = tf.while_loop(
             lambda t, *_: t < self.steps,
@@ -211,7 +216,9 @@ class AugmentedLagrangian(Method):
         if problem.project_upper is not None:
             along_x = _projected(problem.projected_upper, upper, gradient)
         if problem.project_lower is not None:
-            along_y = _projected(problem.projected_lower, lower, along)
+            along_y = _projected(
+                lambda y: problem.projected_lower(upper, y), lower, along
+            )
         leading = 0 if self.starts is None else 1
         size = self._dot(problem, along_y, along_y)
         size += tf.cast(structure.dot(along_x, along_x, leading), size.dtype)

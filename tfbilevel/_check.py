@@ -40,6 +40,7 @@ class HypergradientReport:
             implicit gradient at the method's lower variables; `None` for problems
             with more than 2,000 lower variables or a singular lower Hessian.
         stationarity: norm of the lower gradient there.
+        notes: what the check could not see, one sentence each.
     """
 
     claimed: list[float]
@@ -48,6 +49,7 @@ class HypergradientReport:
     noise: float
     implicit_error: float | None
     stationarity: float
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = ["probe      method            central difference"]
@@ -56,18 +58,12 @@ class HypergradientReport:
         ):
             lines.append(f"{index:5d}   {a: .10e}   {b: .10e}")
         lines.append(f"relative error {self.error:.2e} (noise {self.noise:.2e})")
-        if math.isinf(self.noise):
-            lines.append(
-                "every difference is exactly zero: either the objective does not "
-                "depend on the upper variables, or its changes are lost to rounding (a "
-                "loss in float32, a large constant). Compute the losses in float64, "
-                "without the constant"
-            )
         if self.implicit_error is not None:
             lines.append(
                 f"relative distance from the dense implicit gradient "
                 f"{self.implicit_error:.2e} (lower gradient {self.stationarity:.2e})"
             )
+        lines += self.notes
         return "\n".join(lines)
 
 
@@ -98,6 +94,10 @@ def check_hypergradient(
     too; where noise hides the differences (a large constant in f, a loss in float32),
     larger and smaller steps are tried. Use float64 variables and losses for errors
     below 1e-4.
+
+    Differences move x and nothing else. What the problem's functions read elsewhere is
+    a constant to both sides: the report's `notes` name trainable variables among it,
+    but tensors and arrays that a function closes over cannot be seen.
 
     Args:
         problem: the problem.
@@ -151,6 +151,7 @@ def check_hypergradient(
         leading = problem.leading
         one = tf.nest.map_structure(lambda v: v[0] if leading else v, lower)
         explain(problem, upper, one, batches)
+    rounded = not any(found.values) and any(claimed)
     # The lower batch that an implicit method's system is made of.
     draw = getattr(getattr(method, "inner", None), "steps", 0)
     dense, stationarity = _dense_implicit(problem, upper, step.lower, batches, draw)
@@ -161,7 +162,28 @@ def check_hypergradient(
         noise=found.noise,
         implicit_error=None if dense is None else _distance(step.upper_gradient, dense),
         stationarity=stationarity,
+        notes=_notes(objective.get_concrete_function(upper), rounded),
     )
+
+
+def _notes(objective: Any, rounded: bool) -> tuple[str, ...]:
+    """What the report says of a traced objective."""
+    notes = []
+    read = sorted({v.name for v in objective.graph.variables if v.trainable})
+    if read:
+        notes.append(
+            "constants to both sides, as they are not handed over with x or y: the "
+            f"stored variables {', '.join(read)}"
+        )
+    if rounded:
+        dtype = objective.output_dtypes.name
+        notes.append(
+            "every difference is exactly zero: either the objective does not depend on "
+            f"the upper variables, or its changes are lost to rounding ({dtype}, or "
+            "less inside, or a large constant). Compute the losses in float64, without "
+            "the constant"
+        )
+    return tuple(notes)
 
 
 def _direction(like: Any, seed: int) -> tuple[Any, float]:

@@ -67,6 +67,7 @@ class UpdateRule:
     argument: dataclasses.InitVar[str] = "optimizer"  # what the user knows it by
 
     def __post_init__(self, argument: str) -> None:
+        object.__setattr__(self, "optimizer", optimizer_of(self.optimizer, argument))
         _require_supported(self.optimizer, argument)
         rate = self.optimizer._learning_rate
         scheduled = not isinstance(rate, keras.Variable)
@@ -142,6 +143,19 @@ class UpdateRule:
         if key not in self._built:
             self._built[key] = outside_traces(lambda: _Pure(self.optimizer, leaves))
         return self._built[key]
+
+
+def optimizer_of(value: Any, argument: str) -> Any:
+    """The optimizer that a string names, such as "adam"; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return keras.optimizers.get(value)
+    except ValueError as error:
+        raise ValueError(
+            f"`{argument}` must be a Keras optimizer such as keras.optimizers.SGD(0.1) "
+            f"or the name of one, such as 'adam'. Received: {argument}={value!r}"
+        ) from error
 
 
 def differentiable(optimizer: keras.optimizers.Optimizer) -> UpdateRule:

@@ -279,7 +279,7 @@ class Dynamic:
         if code >= 0:
             raise NonFiniteError(code, self._calls)
         self._calls += 1
-        self._model._advance_fixed_state(batches, step.lower)
+        self._model._advance_fixed_state(batches, self.lower_loop, step.lower)
         gradients = step.upper_gradient
         result = DynamicResult(
             upper_gradients=gradients[: len(upper)],

@@ -80,7 +80,7 @@ def require_built(layer: Any, name: str) -> None:
         raise ValueError(
             f"`{name}` must be a Keras layer or model. Received: {name}={layer!r}"
         )
-    if not layer.built:
+    if not _has_all_variables(layer):
         raise ValueError(
             f"`{name}` must be built, so that its variables exist. Call it once on a "
             f"batch, give it an Input, or call {name}.build(input_shape). "
@@ -91,3 +91,15 @@ def require_built(layer: Any, name: str) -> None:
             f"`{name}` must have trainable variables, or there is nothing to choose "
             f"at its level. Received: {layer!r} without any"
         )
+
+
+def _has_all_variables(layer: keras.layers.Layer) -> bool:
+    """Whether it is built, or made all its variables in its constructor."""
+    if layer.built:
+        return True
+    makes_more = type(layer).build not in (keras.layers.Layer.build, keras.Model.build)
+    if makes_more and not isinstance(layer, keras.Sequential):
+        return False
+    return all(_has_all_variables(part) for part in layer._layers) and (
+        bool(layer.variables) or type(layer).build is keras.layers.Layer.build
+    )

@@ -12,6 +12,7 @@ from tfbilevel import _structure as structure
 from tfbilevel._differentiable import UpdateRule
 from tfbilevel._method import Method, Step
 from tfbilevel._problem import Batches, Problem
+from tfbilevel._projection import fixed_projection
 from tfbilevel._schedules import Schedule, as_weight
 from tfbilevel._task_by_task import task_by_task
 from tfbilevel._value_gap import penalty_weight
@@ -90,7 +91,7 @@ class GradientNorm(Method):
         )
         return Step(
             upper_gradient=structure.scale(scale, here.gradient(partial, mixed)),
-            lower=problem.projected_lower(new_lower),
+            lower=fixed_projection(problem, upper, new_lower, "GradientNorm"),
             state={"step": state["step"] + 1, "optimizer": optimizer},
             metrics={
                 "upper_loss": upper_loss,

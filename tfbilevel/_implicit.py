@@ -17,6 +17,7 @@ from tfbilevel._inner import InnerSolver
 from tfbilevel._linear_solvers import ConjugateGradient, LinearSolver, LinearSystem
 from tfbilevel._method import Method, Step
 from tfbilevel._problem import Batches, Prepared, Problem
+from tfbilevel._projection import fixed_projection
 from tfbilevel._schedules import Schedule
 from tfbilevel._task_by_task import task_by_task
 
@@ -166,6 +167,8 @@ class Implicit(Method):
         here, iterate, end, metrics = self.end_point.reach(
             problem.prepared(upper, batches), lower, state["inner"]
         )
+        if self.through == "gradient":
+            fixed_projection(here.problem, here.upper, iterate.lower, "Implicit")
         upper_loss, partial, adjoint = here.upper_partials(iterate.lower)
         equation = (
             self._gradient_equation

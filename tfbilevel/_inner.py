@@ -45,7 +45,7 @@ class InnerSolver:
     option of the optimizer: keras.optimizers.SGD(rate, momentum=0.9, nesterov=True).
 
     Args:
-        optimizer: a Keras optimizer that `tb.differentiable` supports.
+        optimizer: a Keras optimizer that `tb.differentiable` supports, or its name.
         steps: number of steps, at least 1.
         start: where each outer step starts. "warm": at the current lower variables.
             "cold": at `problem.lower_start(x)` or, without one, at the lower
@@ -85,7 +85,7 @@ class InnerSolver:
         3.0
     """
 
-    optimizer: keras.optimizers.Optimizer
+    optimizer: keras.optimizers.Optimizer | str
     steps: int
     start: str | Callable[[tf.Tensor], Any] = "warm"
     learning_rate: Schedule | Callable[[Any], tf.Tensor] | None = None
@@ -95,6 +95,8 @@ class InnerSolver:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rule", differentiable(self.optimizer))
+        # Given by name, it is the rule's.
+        object.__setattr__(self, "optimizer", self.rule.optimizer)
         require_count(self.steps, "steps")
         if not callable(self.start):
             require_choice(self.start, "start", ("warm", "cold"))
@@ -210,7 +212,7 @@ class InnerSolver:
         if not isinstance(self.learning_rate, Schedule):
             learned = self.learning_rate
         if learned is not None:
-            made = learned(problem.own_upper(upper))
+            made = problem.reading(learned, upper)
             state, rates = _rated(state, made, iterate.lower)
         lower, state = self.rule.update(gradient, state, point)
         if learned is not None:
@@ -227,7 +229,7 @@ class InnerSolver:
             lower = tf.nest.map_structure(
                 lambda y, rate, z: y + rate * (z - y), point, rates, lower
             )
-        lower = problem.projected_lower(lower)
+        lower = problem.projected_lower(upper, lower)
         if not self.accelerated:
             return Iterate(lower, state)
         after = (1 + tf.sqrt(1 + 4 * sequence * sequence)) / 2

@@ -67,6 +67,13 @@ class Method(abc.ABC):
         """Whether a step moves y on from where it is, and does not solve anew."""
         return False
 
+    @property
+    def lower_steps(self) -> int:
+        """How many steps the lower variables make in one outer step: moving statistics
+        of a Keras model advance as often."""
+        inner = None if self.moves_lower else getattr(self, "inner", None)
+        return getattr(inner, "steps", 1)
+
     @abc.abstractmethod
     def step(
         self, problem: Problem, upper: Any, lower: Any, batches: Batches, state: Any

@@ -2,22 +2,29 @@
 
 import contextlib
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
 import tensorflow as tf
 
 from tfbilevel import _structure as structure
-from tfbilevel._arguments import require_callable, require_choice, require_count
+from tfbilevel._arguments import (
+    require_callable,
+    require_choice,
+    require_count,
+    takes_two,
+)
 from tfbilevel._compilation import faster_with_xla
 from tfbilevel._derivatives import UnconnectedGradientError
+from tfbilevel._differentiable import optimizer_of
 from tfbilevel._finite import (
     UPPER_VARIABLES,
     NonFiniteError,
     first_nonfinite,
     warn_diverged,
 )
+from tfbilevel._fixed_state import moved_on
 from tfbilevel._functional import require_built
 from tfbilevel._indices import ExampleWeightsError, IndexWatch, explain
 from tfbilevel._inner import InnerSolver, require_inner
@@ -28,15 +35,18 @@ from tfbilevel._model_arguments import (
     require_dataset_of_batches,
     require_jit,
     require_method_for,
+    require_metrics,
     require_no_average,
     require_no_constraints,
-    require_no_strategy,
     require_no_weights,
+    require_one_replica,
     require_start_optimizer,
     require_upper_optimizer,
 )
 from tfbilevel._over_tasks import apart, first_task, over_tasks
 from tfbilevel._problem import Batches, Problem, count_tasks, require_batches
+from tfbilevel._regularizers import CHOICES as REGULARIZERS
+from tfbilevel._regularizers import with_own_losses
 from tfbilevel._saved_model import (
     arguments_of,
     config_of,
@@ -81,8 +91,9 @@ class BilevelModel(keras.Model):
     Non-trainable state: within one outer step both losses are fixed functions.
     Whatever a call would write to BatchNorm statistics or dropout seeds is dropped,
     so every inner step sees the same masks and nothing leaks into the losses. After
-    the step, one evaluation of the lower loss at the new variables advances that
-    state once (only for models that have such state; it costs one forward pass).
+    the step the lower loss is evaluated at the new variables: seeds advance once, and
+    moving statistics of the lower model as often as the lower variables moved (only
+    for models that have such state; it costs one forward pass per inner step).
 
     Tasks (`tasks=M`): the losses are those of one task, and every outer step sees M of
     them, along a leading axis of all batches (`tb.over_tasks`). The lower model's
@@ -98,7 +109,7 @@ class BilevelModel(keras.Model):
         lower_loss: (upper, lower, batch) -> scalar.
         project_upper: list of tensors -> list of tensors, in the order of
             `upper.trainable_variables`.
-        project_lower: likewise for the lower model.
+        project_lower: likewise for the lower model; or (upper model, list) -> list.
         lower_start: where inner solves start. A function, upper model -> list of
             tensors; or "learned": the start is a second group of upper variables, at
             first the lower model's own weights (IAPTT-GM, ANIL's head). The upper
@@ -107,6 +118,10 @@ class BilevelModel(keras.Model):
         prepare: (upper model, batches) -> batches, once per outer step.
         tasks: M, how many tasks share an outer step; `None`: the problem has none.
         mapping: how tasks are mapped, see `tb.over_tasks`.
+        regularizers: "add": the sum of `lower.losses` (regularisers, `add_loss`)
+            counts in the lower loss, that of `upper.losses` in the upper loss, as in
+            Keras's `fit`; a loss that adds them itself is noticed. "ignore": losses
+            are as they are returned.
         **keywords: of `keras.Model`.
 
     Raises:
@@ -144,9 +159,11 @@ class BilevelModel(keras.Model):
         prepare: Callable | None = None,
         tasks: int | None = None,
         mapping: str = "auto",
+        regularizers: str = "add",
         **keywords: Any,
     ):
         super().__init__(**keywords)
+        require_choice(regularizers, "regularizers", REGULARIZERS)
         if tasks is not None:
             require_count(tasks, "tasks")
         # Here: the problem is given functions around them.
@@ -162,6 +179,7 @@ class BilevelModel(keras.Model):
         self.upper = upper
         self.lower = lower
         self.mapping = mapping
+        self.regularizers = regularizers
         functions = {
             "upper_loss": upper_loss,
             "lower_loss": lower_loss,
@@ -179,12 +197,13 @@ class BilevelModel(keras.Model):
         elif lower_start is not None:
             require_callable(lower_start, "lower_start")
         self.problem = Problem(
-            upper_loss=self._at_variables(upper_loss),
-            lower_loss=self._at_variables(lower_loss),
+            upper_loss=self._at_variables(upper_loss, self.upper),
+            lower_loss=self._at_variables(lower_loss, self.lower),
             lower_start=self._start_function(lower_start),
-            project_upper=project_upper,
-            project_lower=project_lower,
+            project_upper=project_upper and self._upper_projection(project_upper),
+            project_lower=project_lower and self._lower_projection(project_lower),
             prepare=prepare and self._at_upper_variables(prepare),
+            reads=self._rate,
         )
         if tasks is not None:
             self.problem = over_tasks(self.problem, mapping)
@@ -196,8 +215,12 @@ class BilevelModel(keras.Model):
 
     # The user's functions take models; the problem's take tensors.
 
-    def _at_variables(self, loss: Callable) -> Callable:
-        def at(x: list, y: list, batch: Any) -> tf.Tensor:
+    def _at_variables(self, function: Callable, penalised: Any = None) -> Callable:
+        """The function at given variables, with the losses that a model has itself."""
+        if self.regularizers == "ignore":
+            penalised = None
+
+        def at(x: list, y: list, batch: Any) -> Any:
             upper, _ = self._variables()
             values = [
                 *zip(upper, x, strict=True),
@@ -205,20 +228,59 @@ class BilevelModel(keras.Model):
             ]
             scope = keras.StatelessScope(values, collect_losses=True)
             with functions_inline([v for v, _ in values]), scope:
-                return loss(self.upper, self.lower, batch)
+
+                def value() -> Any:
+                    return function(self.upper, self.lower, batch)
+
+                if penalised is None:
+                    return value()
+                return with_own_losses(value, penalised, scope)
 
         return at
 
     def _at_upper_variables(self, function: Callable) -> Callable:
         def at(x: list, *arguments: Any) -> Any:
-            own, _ = self._split(x)
-            variables = self.upper.trainable_variables
-            scope = keras.StatelessScope(list(zip(variables, own, strict=True)))
-            with functions_inline(variables), scope:
+            with self._scope(x):
                 made = function(self.upper, *arguments)
                 return made if arguments else structure.to_tensors(list(made))
 
         return at
+
+    @contextlib.contextmanager
+    def _scope(self, x: list) -> Iterator[None]:
+        """In it the upper variables are x, whoever reads them."""
+        variables = self.upper_variables
+        scope = keras.StatelessScope(list(zip(variables, x, strict=True)))
+        with functions_inline(variables), scope:
+            yield
+
+    def _upper_projection(self, project: Callable) -> Callable:
+        def at(x: list) -> Any:
+            with self._scope(x):
+                return structure.to_tensors(project(x))
+
+        return at
+
+    def _lower_projection(self, project: Callable) -> Callable:
+        arguments = (self.upper,) if takes_two(project) else ()
+
+        def at(x: list, y: list) -> Any:
+            with self._scope(x):
+                return structure.to_tensors(project(*arguments, y))
+
+        return at
+
+    def _rate(self, rate: Callable, x: list) -> Any:
+        with self._scope(x):
+            try:
+                return structure.to_tensors(rate(self.upper))
+            except (TypeError, AttributeError, LookupError, ValueError) as error:
+                raise ValueError(
+                    "`learning_rate` is called with the upper model, as the losses of "
+                    "a tb.BilevelModel are, and no longer with a list of tensors. Read "
+                    "its `trainable_variables`, or call it. Received: "
+                    f"{type(error).__name__}: {error}"
+                ) from error
 
     def _start_function(self, lower_start: Any) -> Callable | None:
         if self.start is not None:
@@ -233,20 +295,21 @@ class BilevelModel(keras.Model):
     def compile(
         self,
         method: Method,
-        upper_optimizer: keras.optimizers.Optimizer,
+        upper_optimizer: keras.optimizers.Optimizer | str,
         metrics: list | None = None,
         jit_compile: bool | str = "auto",
         steps_per_execution: int = 1,
         on_nonfinite: str = "raise",
         run_eagerly: bool = False,
-        start_optimizer: keras.optimizers.Optimizer | None = None,
+        start_optimizer: keras.optimizers.Optimizer | str | None = None,
         weighted_metrics: list | None = None,
     ) -> None:
         """Choose how to train.
 
         Args:
             method: a `tb.Method`.
-            upper_optimizer: a Keras optimizer for the upper variables, any of them.
+            upper_optimizer: a Keras optimizer for the upper variables, any of them;
+                or its name, such as "adam".
             metrics: Keras metrics of the lower model's predictions, for `evaluate`
                 and `validation_data`.
             jit_compile: True: compile the step with XLA. False: do not. "auto": time
@@ -265,7 +328,9 @@ class BilevelModel(keras.Model):
         require_choice(on_nonfinite, "on_nonfinite", ON_NONFINITE)
         require_jit(jit_compile)
         require_method_for(method, self.tasks)
-        require_no_strategy()
+        require_one_replica()
+        upper_optimizer = optimizer_of(upper_optimizer, "upper_optimizer")
+        start_optimizer = optimizer_of(start_optimizer, "start_optimizer")
         learned = self.start is not None
         require_upper_optimizer(upper_optimizer, learned)
         if self.problem.project_upper is not None:
@@ -302,6 +367,10 @@ class BilevelModel(keras.Model):
             own, start = self._split(upper)
             upper_optimizer.build(own)
             start_optimizer.build(start)
+
+    def _maybe_symbolic_build(self, iterator: Any = None, data_batch: Any = None):
+        """Within a strategy Keras would call the model on an outer step's batches, to
+        build what is built."""
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:
         return self.lower(inputs, training=training)
@@ -341,7 +410,9 @@ class BilevelModel(keras.Model):
             *arguments: of `keras.Model.fit`.
             on_nonfinite: as in `compile`, from here on; `None`: as it is.
             **keywords: of `keras.Model.fit`; `validation_data` is a dataset of
-                (inputs, labels) for the lower model.
+                (inputs, labels) for the lower model, measured by `metrics`, or of
+                `tb.Batches`: their losses at the variables as they are, without an
+                inner solve, are `val_upper_loss` and `val_lower_loss`.
 
         Raises:
             ValueError: if `x` is not a dataset of `tb.Batches`, or there are no
@@ -460,6 +531,7 @@ class BilevelModel(keras.Model):
             **learned,
             "tasks": self.tasks,
             "mapping": self.mapping,
+            "regularizers": self.regularizers,
         }
 
     @classmethod
@@ -586,6 +658,8 @@ class BilevelModel(keras.Model):
 
     def test_step(self, data: Any) -> dict[str, Any]:
         self._require_measurable(data)
+        if isinstance(data, Batches):
+            return self._losses_at_rest(data)
         inputs, labels, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         predictions = self(inputs, training=False)
         assert self._compile_metrics is not None
@@ -594,18 +668,28 @@ class BilevelModel(keras.Model):
         )
         return self._compile_metrics.result()
 
+    def _losses_at_rest(self, data: Batches) -> dict[str, Any]:
+        """The losses at the variables as they are, of batches with a lower part both;
+        means over the batches so far."""
+        x, y, _ = self._read(state=False)
+        here = self.problem.prepared(x, data)
+        losses = {"upper_loss": here.upper_loss(y)}
+        if any(leaf is not None for leaf in tf.nest.flatten(data.lower)):
+            batch = here.batches.lower_at(0)
+            losses["lower_loss"] = here.problem.lower_loss(here.upper, y, batch)
+        for name, tracker in self._trackers.named(losses).items():
+            tracker.update_state(tf.cast(losses[name], tf.float32))
+        return {name: self._trackers.of[name].result() for name in losses}
+
     def _require_measurable(self, data: Any) -> None:
         """Raise unless data of this kind can be evaluated."""
-        if isinstance(data, Batches):
+        if not isinstance(data, Batches):
+            require_metrics(self._compile_metrics)
+        elif self.tasks is not None:
             raise ValueError(
-                "`evaluate` and `validation_data` take batches of (inputs, labels) for "
-                "the lower model. Pass such a dataset. Received: tb.Batches"
-            )
-        if self._compile_metrics is None:
-            raise ValueError(
-                "`evaluate` and `validation_data` need metrics of the lower model. "
-                "Pass them: compile(..., metrics=["
-                "keras.metrics.SparseCategoricalAccuracy()]). Received: metrics=None"
+                "`evaluate` and `validation_data` take no tb.Batches over tasks: the "
+                "lower model holds the solution of none of them. Solve them by "
+                f"model.adapt, in a callback say. Received: tasks={self.tasks}"
             )
 
     def load_weights(self, filepath: Any, *arguments: Any, **keywords: Any) -> None:
@@ -677,16 +761,19 @@ class BilevelModel(keras.Model):
                     variable.assign(value)
             self._carried.write(step.state)
             self._progress.count()
-            self._advance_fixed_state(data)
+            self._advance_fixed_state(data, self.method.lower_steps)
             return tf.constant(True)
 
         return tf.cond(fine, finish, lambda: self._refuse(UPPER_VARIABLES))
 
-    def _advance_fixed_state(self, data: Batches, lower: Any = None) -> None:
-        """One evaluation of the lower loss, for what it writes to statistics and seeds.
+    def _advance_fixed_state(
+        self, data: Batches, steps: int, lower: Any = None
+    ) -> None:
+        """Evaluate the lower loss for what it writes to statistics and seeds.
 
         Args:
             data: the step's batches.
+            steps: how many steps the lower variables made.
             lower: values of the lower variables; `None`: their own.
         """
         trainable = {id(v) for group in self._variables() for v in group}
@@ -698,14 +785,17 @@ class BilevelModel(keras.Model):
             data = first_task(data)
         own = self.lower.trainable_variables
         values = [] if lower is None else list(zip(own, lower, strict=True))
-        with functions_inline(own), keras.StatelessScope(values) as scope:
-            if self._prepare is not None:
-                data = self._prepare(self.upper, data)
-            self._lower_loss(self.upper, self.lower, data.lower_at(0))
-        for variable in others:
-            value = scope.get_current_value(variable)
-            if value is not None:
-                variable.assign(value)
+
+        prepared = []  # by the first evaluation
+
+        def evaluate(draw: Any) -> None:
+            if not prepared:
+                prepare = self._prepare
+                prepared.append(prepare(self.upper, data) if prepare else data)
+            with functions_inline(own):
+                self._lower_loss(self.upper, self.lower, prepared[0].lower_at(draw))
+
+        moved_on(evaluate, others, self.lower, values, steps)
 
     def _ensure_carried(self) -> None:
         if self._carried is None:

@@ -112,15 +112,20 @@ def _require_plain(name: str, optimizer: Any, learned: bool) -> None:
         )
 
 
-def require_no_strategy() -> None:
-    """Raise within the scope of a tf.distribute strategy, of one replica too: Keras
-    then builds the model on symbolic inputs, which a bilevel problem has none of."""
-    if tf.distribute.has_strategy():
-        strategy = tf.distribute.get_strategy()
+def require_one_replica() -> None:
+    """Raise within the scope of a tf.distribute strategy other than of one device.
+
+    Also of one replica: a MirroredStrategy's variables are not assigned where an outer
+    step decides whether it is to be made.
+    """
+    strategy = tf.distribute.get_strategy()
+    one = isinstance(strategy, tf.distribute.OneDeviceStrategy)
+    if tf.distribute.has_strategy() and not one:
         raise ValueError(
             "A tb.BilevelModel trains on one device: a strategy would make every "
             "replica's inner solve of its own part of the data. Compile it outside "
-            "the strategy's scope; tf.device chooses the device. Received: "
+            "the strategy's scope, or in that of a tf.distribute.OneDeviceStrategy. "
+            "Received: "
             f"{type(strategy).__name__}, {strategy.num_replicas_in_sync} replica(s)"
         )
 
@@ -145,6 +150,20 @@ def require_no_weights(keywords: dict[str, Any]) -> None:
             )
 
 
+def require_metrics(metrics: Any) -> None:
+    """Raise unless there are metrics to measure the lower model by."""
+    if metrics is None:
+        raise ValueError(
+            "`evaluate` and `validation_data` need metrics of the lower model. "
+            "Pass them: compile(..., metrics=["
+            "keras.metrics.SparseCategoricalAccuracy()]), or a dataset of tb.Batches "
+            "for the losses. Received: metrics=None"
+        )
+
+
+LOSSES = ("upper_loss", "lower_loss", "val_upper_loss", "val_lower_loss")
+
+
 def losses_are_minimised(callbacks: Any) -> None:
     """Tell callbacks that watch a loss of either level which way is better.
 
@@ -153,5 +172,5 @@ def losses_are_minimised(callbacks: Any) -> None:
     for callback in keras.tree.flatten(getattr(callbacks, "callbacks", callbacks)):
         watched = getattr(callback, "monitor", None)
         undecided = getattr(callback, "mode", None) == "auto"
-        if undecided and watched in ("upper_loss", "lower_loss"):
+        if undecided and watched in LOSSES:
             callback.mode = "min"

@@ -96,7 +96,9 @@ def over_tasks(problem: Problem, mapping: str = "auto") -> Problem:
         lower_loss=TaskLoss(mapped_loss(problem.lower_loss, in_turn), mean=True),
         lower_start=problem.lower_start,
         project_upper=problem.project_upper,
-        project_lower=project and (lambda y: map_tasks(project, y)),
+        reads=problem.reads,
+        project_lower=project
+        and (lambda x, y: map_tasks(lambda one: problem.projected_lower(x, one), y)),
         prepare=prepare and _prepared_tasks(prepare, mapping),
     )
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from tfbilevel import _structure as structure
-from tfbilevel._arguments import require_callable
+from tfbilevel._arguments import require_callable, takes_two
 from tfbilevel._derivatives import (
     Pullback,
     add_partials,
@@ -105,10 +105,15 @@ class Problem:
             says.
         project_upper: x -> x, applied after every upper step (boxes, simplices).
         project_lower: y -> y, applied after every lower step; part of the inner map
-            that unrolling differentiates.
+            that unrolling differentiates. A function of two required parameters is
+            (x, y) -> y: a proximal step whose strength is learned. Methods that do not
+            differentiate projections refuse one that depends on x.
         prepare: (x, batches) -> batches, computed once per outer step and
             differentiated through: features of a shared encoder that no inner
             step changes.
+        reads: (function, x) -> what the function gives: how `learning_rate` of an
+            inner solver is called. `None`: with x. `tb.BilevelModel` calls it with
+            the upper model.
 
     Raises:
         ValueError: if a loss or an option is not callable.
@@ -128,8 +133,11 @@ class Problem:
     lower_loss: Loss
     lower_start: Callable[[Any], Any] | None = None
     project_upper: Callable[[Any], Any] | None = None
-    project_lower: Callable[[Any], Any] | None = None
+    project_lower: Callable[..., Any] | None = None
     prepare: Callable[[Any, Batches], Batches] | None = None
+    reads: Callable[[Callable, Any], Any] | None = dataclasses.field(
+        default=None, kw_only=True
+    )
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(Problem):
@@ -161,9 +169,18 @@ class Problem:
         """`project_upper` applied, or the upper variables as they are."""
         return _projected(self.project_upper, upper, "project_upper")
 
-    def projected_lower(self, lower: Any) -> Any:
+    def projected_lower(self, upper: Any, lower: Any) -> Any:
         """`project_lower` applied, or the lower variables as they are."""
-        return _projected(self.project_lower, lower, "project_lower")
+        project = self.project_lower
+        if project is not None and takes_two(project):
+            own, of_both = self.own_upper(upper), project
+            project = lambda y: of_both(own, y)  # noqa: E731
+        return _projected(project, lower, "project_lower")
+
+    def reading(self, function: Callable, upper: Any) -> Any:
+        """What a function of the upper variables gives, the learned rate say."""
+        own = self.own_upper(upper)
+        return function(own) if self.reads is None else self.reads(function, own)
 
     def own_upper(self, upper: Any) -> Any:
         """The user's upper variables, to which `prepared` may have added."""
@@ -238,6 +255,7 @@ class Problem:
             lower_loss=rewired(self.lower_loss, at_lower),
             lower_start=start and (lambda joined: start(joined["upper"])),
             project_lower=self.project_lower,
+            reads=self.reads,
         )
         joined = {"upper": upper, "prepared": floating}
         return Prepared(problem, joined, _Draws(upper=(), lower=()), gradient)

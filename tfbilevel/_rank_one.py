@@ -14,6 +14,7 @@ from tfbilevel._end_point import EndPoint
 from tfbilevel._inner import InnerSolver
 from tfbilevel._method import Method, Step
 from tfbilevel._problem import Batches, Problem
+from tfbilevel._projection import fixed_projection
 from tfbilevel._task_by_task import task_by_task
 
 
@@ -81,6 +82,7 @@ class RankOne(Method):
     ) -> Step:
         reached = self.end_point.reach(problem.prepared(upper, batches), lower, state)
         here, point = reached.here, reached.point.lower
+        fixed_projection(here.problem, here.upper, point, "RankOne")
         upper_loss, partial, adjoint = here.upper_partials(point)
         leading = here.problem.leading
         lower_loss, pullback = here.lower_pullback(point, self.inner.steps)

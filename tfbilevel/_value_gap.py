@@ -14,6 +14,7 @@ from tfbilevel._differentiable import UpdateRule
 from tfbilevel._inner import InnerSolver, require_inner
 from tfbilevel._method import Method, Step
 from tfbilevel._problem import Batches, Prepared, Problem
+from tfbilevel._projection import fixed_projection
 from tfbilevel._schedules import Schedule, as_weight
 from tfbilevel._task_by_task import task_by_task
 
@@ -139,7 +140,7 @@ class ValueGap(Method):
         )
         return Step(
             upper_gradient=structure.scale(scale, here.gradient(partial, response)),
-            lower=problem.projected_lower(new_lower),
+            lower=fixed_projection(problem, upper, new_lower, "ValueGap"),
             state=after,
             metrics={
                 **{name: here.mean(loss) for name, loss in losses.items()},

@@ -20,6 +20,7 @@ from tfbilevel._arguments import (
 from tfbilevel._differentiable import UpdateRule
 from tfbilevel._method import Method, Step
 from tfbilevel._problem import Batches, Prepared, Problem
+from tfbilevel._projection import fixed_projection
 
 STEPS = ("scheduled", "exact")
 # |phi_yy v| stays within the largest |f_y| met as long as v follows its system.
@@ -161,7 +162,7 @@ class BAMM(Method):
         moved, optimizer = self.rule.update(gradient, state["optimizer"], lower)
         return Step(
             upper_gradient=structure.scale(seen, here.gradient(partial, mixed)),
-            lower=problem.projected_lower(moved),
+            lower=fixed_projection(problem, upper, moved, "BAMM"),
             state={
                 "step": state["step"] + 1,
                 "optimizer": optimizer,

@@ -10,6 +10,7 @@ from tfbilevel._arguments import require_count
 from tfbilevel._inner import InnerSolver, require_inner
 from tfbilevel._method import Method, Step
 from tfbilevel._problem import Batches, Prepared, Problem
+from tfbilevel._projection import fixed_projection
 from tfbilevel._stochastic._series import (
     factors,
     growth_metrics,
@@ -86,6 +87,7 @@ class BSA(Method):
         lower, inner_state, _ = self.inner.solve(
             here.problem, here.upper, lower, here.batches, state["inner"]
         )
+        fixed_projection(here.problem, here.upper, lower, "BSA")
         gradient, metrics = random_product(
             here,
             lower,

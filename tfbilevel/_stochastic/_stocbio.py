@@ -8,6 +8,7 @@ from tfbilevel._arguments import require_choice
 from tfbilevel._inner import InnerSolver, require_inner
 from tfbilevel._method import Method, Step
 from tfbilevel._problem import Batches, Problem
+from tfbilevel._projection import fixed_projection
 from tfbilevel._stochastic._series import (
     factors,
     growth_metrics,
@@ -90,6 +91,7 @@ class StocBiO(Method):
         lower, after, _ = self.inner.solve(
             here.problem, here.upper, lower, here.batches, state
         )
+        fixed_projection(here.problem, here.upper, lower, "StocBiO")
         upper_loss, partial, adjoint = here.upper_partials(lower)
         term, total = factors(
             here,

@@ -12,6 +12,7 @@ from tfbilevel._arguments import not_negative, require_count, require_number
 from tfbilevel._differentiable import UpdateRule
 from tfbilevel._method import Method, Step
 from tfbilevel._problem import Batches, Problem
+from tfbilevel._projection import fixed_projection
 from tfbilevel._stochastic._bsa import random_product
 from tfbilevel._stochastic._series import require_series
 
@@ -109,7 +110,7 @@ class TTSA(Method):
         lower = structure.add_scaled(
             lower, tf.pow(count, -self.lower_power), structure.subtract(moved, lower)
         )
-        lower = problem.projected_lower(lower)
+        lower = fixed_projection(problem, upper, lower, "TTSA")
         upper_gradient, metrics = random_product(
             here, lower, self.max_steps, self.rate, 1, (self.seed, state["step"])
         )

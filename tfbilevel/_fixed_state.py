@@ -1,0 +1,56 @@
+"""Non-trainable state: fixed within an outer step, moved on after it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+
+def moved_on(
+    evaluate: Callable[[Any], Any], held: list, lower: Any, trained: list, steps: int
+) -> None:
+    """Assign what evaluations of the lower loss write to statistics and seeds.
+
+    One evaluation at given lower variables moves everything on. Moving statistics of
+    the lower model, which an optimizer's loop would move at each of its steps, take
+    `steps` evaluations, each on the batch of its inner step. Seeds take one.
+
+    Args:
+        evaluate: draw -> anything; calls the models.
+        held: the variables that may be written.
+        lower: the lower model.
+        trained: (variable, value) at which it is evaluated.
+        steps: how many steps the lower variables made.
+    """
+
+    def evaluated(draw: Any, state: list) -> list:
+        with keras.StatelessScope([*trained, *state]) as scope:
+            evaluate(draw)
+        return [scope.get_current_value(variable) for variable in held]
+
+    values = evaluated(0, [])
+    written = [(v, new) for v, new in zip(held, values, strict=True) if new is not None]
+    own = {id(variable) for variable in lower.variables}
+    moving = [(v, new) for v, new in written if id(v) in own and "float" in v.dtype]
+    if moving and steps > 1:
+        variables, begun = (list(part) for part in zip(*moving, strict=True))
+
+        def body(t: tf.Tensor, now: list) -> tuple:
+            state = list(zip(variables, now, strict=True))
+            after = dict(zip(map(id, held), evaluated(t, state), strict=True))
+            return t + 1, [after[id(variable)] for variable in variables]
+
+        _, ended = tf.while_loop(
+            lambda t, now: t < steps,
+            body,
+            (tf.constant(1), begun),
+            maximum_iterations=steps - 1,
+            parallel_iterations=1,
+        )
+        for variable, value in zip(variables, ended, strict=True):
+            variable.assign(value)
+        done = {id(variable) for variable in variables}
+        written = [(v, new) for v, new in written if id(v) not in done]
+    for variable, value in written:
+        variable.assign(value)
