@@ -1,6 +1,7 @@
 """Bilevel training as a Keras model."""
 
 import contextlib
+import dataclasses
 import gc
 from collections.abc import Callable
 from typing import Any
@@ -36,6 +37,8 @@ from tfbilevel._model_arguments import (
 )
 from tfbilevel._over_tasks import apart, first_task, over_tasks
 from tfbilevel._problem import Batches, Problem, count_tasks, require_batches
+from tfbilevel._random_operations import fixed_randomness
+from tfbilevel._randomness import LOWER_LOSS, ROLE, as_seed, folded
 from tfbilevel._saved_model import (
     arguments_of,
     config_of,
@@ -489,7 +492,8 @@ class BilevelModel(keras.Model):
         """One outer step; the only place where variables are assigned."""
         x, y, state = self._read()
         try:
-            step = self.method.step(self.problem, x, y, data, state)
+            problem = self.problem_at(self._progress.step.value)
+            step = self.method.step(problem, x, y, data, state)
         except UnconnectedGradientError as error:
             level = self._variables()[0 if error.level == "upper" else 1]
             path = level[error.index].path
@@ -596,6 +600,11 @@ class BilevelModel(keras.Model):
             self._ensure_carried()
         super().save_weights(filepath, *arguments, **keywords)
 
+    def problem_at(self, step: Any) -> Problem:
+        """The problem with what its functions sample at an outer step."""
+        base = tf.cast(self._progress.base.state.value[0], tf.int32)
+        return dataclasses.replace(self.problem, seed=base).seeded(step)
+
     def _variables(self) -> tuple[list, list]:
         start = [] if self.start is None else self.start.trainable_variables
         upper = [*self.upper.trainable_variables, *start]
@@ -638,7 +647,8 @@ class BilevelModel(keras.Model):
             self.optimizer.apply(gradients[0], variables[0])
             self.start_optimizer.apply(gradients[1], variables[1])
         moved = [tf.convert_to_tensor(v.value) for v in upper]
-        moved = self.problem.projected_upper(step.damped(before, moved))
+        problem = self.problem_at(self._progress.step.value)
+        moved = problem.projected_upper(step.damped(before, moved))
         fine = structure.all_finite(moved)
         for variable, value, old in zip(upper, moved, before, strict=True):
             variable.assign(tf.where(fine, value, old))
@@ -672,7 +682,10 @@ class BilevelModel(keras.Model):
             data = first_task(data)
         own = self.lower.trainable_variables
         values = [] if lower is None else list(zip(own, lower, strict=True))
-        with functions_inline(own), keras.StatelessScope(values) as scope:
+        seed = as_seed(self.problem_at(self._progress.step.value).seed)
+        fixed = fixed_randomness(folded(seed, ROLE, LOWER_LOSS))
+        scope = keras.StatelessScope(values)
+        with functions_inline(own), fixed, scope:
             if self._prepare is not None:
                 data = self._prepare(self.upper, data)
             self._lower_loss(self.upper, self.lower, data.lower_at(0))
