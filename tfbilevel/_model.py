@@ -80,9 +80,10 @@ class BilevelModel(keras.Model):
     Python: load it with keras.saving.load_model(path, custom_objects={"upper_loss":
     ..., "lower_loss": ..., "method": ...}), and whatever other functions it had.
 
-    Non-trainable state: within one outer step both losses are fixed functions.
-    Whatever a call would write to BatchNorm statistics or dropout seeds is dropped,
-    so every inner step sees the same masks and nothing leaks into the losses. After
+    Non-trainable state: within one outer step both losses are fixed functions,
+    whatever they sample by; every inner step sees the same masks, unless it has a
+    lower batch of its own (`lower_batches`). Whatever a call would write to BatchNorm
+    statistics or dropout seeds is dropped, so nothing leaks into the losses. After
     the step, one evaluation of the lower loss at the new variables advances that
     state once (only for models that have such state; it costs one forward pass).
 

@@ -26,7 +26,13 @@ from tfbilevel._workarounds.swap import Replacement, Swap
 
 # Odd numbers without a pattern: sums of few small multiples of them hardly ever meet
 # modulo 2^32. What the sums are is scrambled by the operations themselves.
-CALL, OWN, COUNT, PASS, NEST = 0x9E3779B1, 0x85EBCA77, 0x27D4EB2F, 0x165667B1, 0x2545F491
+CALL, OWN, COUNT, PASS, NEST = (
+    0x9E3779B1,
+    0x85EBCA77,
+    0x27D4EB2F,
+    0x165667B1,
+    0x2545F491,
+)
 
 LOOPS = (
     control_flow_v2_func_graphs.WhileBodyFuncGraph,
@@ -55,7 +61,9 @@ class _Evaluation:
 
     def __init__(self, seed: Any):
         self.seed, self.samples = seed, 0
-        self.graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+        self.graph = (
+            None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+        )
         self.mapped: list[Any] = []  # entries that tf.vectorized_map is at
 
     def next(self, own: Any = None) -> tf.Tensor:
@@ -191,12 +199,14 @@ def _bounding_box(
 
 def _fixed(original: Callable, twin: Callable) -> Callable:
     def sample(
-        *arguments: Any, seed: int = 0, seed2: int = 0, name: Any = None, **keywords: Any
+        *arguments: Any,
+        seed: int = 0,
+        seed2: int = 0,
+        name: Any = None,
+        **keywords: Any,
     ) -> Any:
         if not _here.evaluations:
-            return original(
-                *arguments, seed=seed, seed2=seed2, name=name, **keywords
-            )
+            return original(*arguments, seed=seed, seed2=seed2, name=name, **keywords)
         own = wrapped(seed2) if (seed, seed2) != (0, 0) else None
         with tf.name_scope(name or original.__name__):
             return twin(_here.evaluations[-1].next(own), *arguments, **keywords)
