@@ -26,12 +26,12 @@ from tfbilevel._randomness import (
     PROJECT_UPPER,
     ROLE,
     START,
-    STEP,
     UPPER_LOSS,
     Noisy,
     as_seed,
     folded,
     noisy,
+    of_step,
     of_tasks,
     with_seed,
 )
@@ -177,7 +177,7 @@ class Problem:
         Args:
             number: an integer, or a scalar tensor.
         """
-        return dataclasses.replace(self, seed=folded(as_seed(self.seed), STEP, number))
+        return dataclasses.replace(self, seed=of_step(as_seed(self.seed), number))
 
     def one_in_turn(self, lower: Any) -> "Problem | None":
         """The problem of one task, if tasks are better taken one after the other."""

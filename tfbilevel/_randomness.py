@@ -11,6 +11,7 @@ from tfbilevel._random_operations import fixed_randomness, seed_here, wrapped
 # A seed is a pair of 32-bit numbers: the first says where in the run it is, a sum of
 # such multiples, the second is the base that the user or the model chose.
 STEP, TASK, DRAW, ROLE = 0x9E3779B1, 0xC2B2AE3D, 0x85EBCA6B, 0x27D4EB2F
+TURN = 0x2C1B3C6D
 # What is evaluated, each with numbers of its own.
 UPPER_LOSS, LOWER_LOSS, PREPARE, START, PROJECT_UPPER, PROJECT_LOWER = range(1, 7)
 
@@ -42,6 +43,16 @@ def folded(seed: Any, factor: int, number: Any) -> Any:
         return seed + np.array([number, 0], np.int32)
     along = np.array([wrapped(factor), 0], np.int32)
     return seed + tf.cast(number, tf.int32)[..., None] * along
+
+
+def of_step(seed: Any, number: Any) -> Any:
+    """The seed of an outer step, or of a run: of each within the other too."""
+    # A step after another number must not be that number after the step.
+    if isinstance(seed, np.ndarray):
+        turned: Any = np.array([wrapped(int(seed[0]) * TURN), seed[1]], np.int32)
+    else:
+        turned = seed * np.array([wrapped(TURN), 1], np.int32)
+    return folded(turned, STEP, number)
 
 
 def of_tasks(seed: Any, tasks: Any) -> tf.Tensor:
