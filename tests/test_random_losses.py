@@ -1,5 +1,6 @@
 """Losses that sample are fixed functions within an outer step."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -83,15 +84,19 @@ def test_every_memory(memory: str, mode: str) -> None:
     problem = one_step(SOURCES["tf.random"])
     found = gradient_of(UNROLLED[memory], problem, mode)
     assert found == pytest.approx(0.25, rel=0.01)
+    twice = dataclasses.replace(UNROLLED[memory], inner=tb.InnerSolver(SGD(0.5), 2))
+    # The same noise at both steps: y = 3/4 x n. With its own, it would be 5/16.
+    found = gradient_of(twice, problem, mode)
+    assert found == pytest.approx(9 / 16, rel=0.01)
 
 
 @pytest.mark.parametrize("mode", ["eager", "graph"])
 @pytest.mark.parametrize("source", SOURCES)
 def test_every_source(source: str, mode: str) -> None:
-    """Sampled again in the reverse sweep, they would give mean(n)^2 / 4 or 0."""
+    """Two steps, as above: sampled again, they would give 5/16 or less."""
     problem = one_step(SOURCES[source])
-    found = gradient_of(UNROLLED["replay"], problem, mode)
-    assert found == pytest.approx(0.25, rel=0.02)
+    found = gradient_of(tb.Unroll(tb.InnerSolver(SGD(0.5), 2)), problem, mode)
+    assert found == pytest.approx(9 / 16, rel=0.02)
     # Outside of the library's evaluations they are what they were.
     one, other = SOURCES[source](), SOURCES[source]()
     assert not np.array_equal(one, other)
