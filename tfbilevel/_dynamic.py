@@ -184,8 +184,9 @@ class Dynamic:
             skipped="identity",
         )
 
-        def step(x: list, y: list, batches: Batches, state: Any) -> Any:
-            return self.method.step(self.problem, x, y, batches, state)
+        def step(x: list, y: list, batches: Batches, state: Any, call: Any) -> Any:
+            problem = self._model.problem_at(call)
+            return self.method.step(problem, x, y, batches, state)
 
         self._step = tf.function(step, autograph=False)
 
@@ -274,6 +275,7 @@ class Dynamic:
                 lower,
                 batches,
                 self.method.init(self.problem, upper, lower),
+                tf.constant(self._calls),
             )
         code = int(first_nonfinite(step))
         if code >= 0:

@@ -192,9 +192,10 @@ def _compile(
         source = _Source(lambda k, _: function(k), lambda _: function(tf.constant(0)))
 
     def outer_step(k: tf.Tensor, x: Any, y: Any, carried: Any, batch: Batches) -> tuple:
-        step = method.step(problem, x, y, batch, carried[0])
+        here = problem.seeded(k)
+        step = method.step(here, x, y, batch, carried[0])
         moved, optimizer = rule.update(step.upper_gradient, carried[1], x)
-        moved = problem.projected_upper(step.damped(x, moved))
+        moved = here.projected_upper(step.damped(x, moved))
         after = Point(k + 1, moved, step.lower, step.metrics)
         done = tf.constant(False)
         if stop is not None:

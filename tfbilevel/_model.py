@@ -1,6 +1,7 @@
 """Bilevel training as a Keras model."""
 
 import contextlib
+import dataclasses
 import gc
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -45,6 +46,8 @@ from tfbilevel._model_arguments import (
 )
 from tfbilevel._over_tasks import apart, first_task, over_tasks
 from tfbilevel._problem import Batches, Problem, count_tasks, require_batches
+from tfbilevel._random_operations import fixed_randomness
+from tfbilevel._randomness import LOWER_LOSS, ROLE, as_seed, folded
 from tfbilevel._regularizers import CHOICES as REGULARIZERS
 from tfbilevel._regularizers import with_own_losses
 from tfbilevel._saved_model import (
@@ -88,9 +91,10 @@ class BilevelModel(keras.Model):
     Python: load it with keras.saving.load_model(path, custom_objects={"upper_loss":
     ..., "lower_loss": ..., "method": ...}), and whatever other functions it had.
 
-    Non-trainable state: within one outer step both losses are fixed functions.
-    Whatever a call would write to BatchNorm statistics or dropout seeds is dropped,
-    so every inner step sees the same masks and nothing leaks into the losses. After
+    Non-trainable state: within one outer step both losses are fixed functions,
+    whatever they sample by; every inner step sees the same masks, unless it has a
+    lower batch of its own (`lower_batches`). Whatever a call would write to BatchNorm
+    statistics or dropout seeds is dropped, so nothing leaks into the losses. After
     the step the lower loss is evaluated at the new variables: seeds advance once, and
     moving statistics of the lower model as often as the lower variables moved (only
     for models that have such state; it costs one forward pass per inner step).
@@ -584,7 +588,8 @@ class BilevelModel(keras.Model):
         """One outer step; the only place where variables are assigned."""
         x, y, state = self._read()
         try:
-            step = self.method.step(self.problem, x, y, data, state)
+            problem = self.problem_at(self._progress.step.value)
+            step = self.method.step(problem, x, y, data, state)
         except UnconnectedGradientError as error:
             level = self._variables()[0 if error.level == "upper" else 1]
             path = level[error.index].path
@@ -703,6 +708,11 @@ class BilevelModel(keras.Model):
             self._ensure_carried()
         super().save_weights(filepath, *arguments, **keywords)
 
+    def problem_at(self, step: Any) -> Problem:
+        """The problem with what its functions sample at an outer step."""
+        base = tf.cast(self._progress.base.state.value[0], tf.int32)
+        return dataclasses.replace(self.problem, seed=base).seeded(step)
+
     def _variables(self) -> tuple[list, list]:
         start = [] if self.start is None else self.start.trainable_variables
         upper = [*self.upper.trainable_variables, *start]
@@ -748,7 +758,8 @@ class BilevelModel(keras.Model):
             self.optimizer.apply(gradients[0], variables[0])
             self.start_optimizer.apply(gradients[1], variables[1])
         moved = [tf.convert_to_tensor(v.value) for v in upper]
-        moved = self.problem.projected_upper(step.damped(before, moved))
+        problem = self.problem_at(self._progress.step.value)
+        moved = problem.projected_upper(step.damped(before, moved))
         fine = structure.all_finite(moved)
         for variable, value, old in zip(upper, moved, before, strict=True):
             variable.assign(tf.where(fine, value, old))
@@ -785,14 +796,15 @@ class BilevelModel(keras.Model):
             data = first_task(data)
         own = self.lower.trainable_variables
         values = [] if lower is None else list(zip(own, lower, strict=True))
-
+        seed = as_seed(self.problem_at(self._progress.step.value).seed)
+        fixed = folded(seed, ROLE, LOWER_LOSS)
         prepared = []  # by the first evaluation
 
         def evaluate(draw: Any) -> None:
-            if not prepared:
-                prepare = self._prepare
-                prepared.append(prepare(self.upper, data) if prepare else data)
-            with functions_inline(own):
+            with functions_inline(own), fixed_randomness(fixed):
+                if not prepared:
+                    prepare = self._prepare
+                    prepared.append(prepare(self.upper, data) if prepare else data)
                 self._lower_loss(self.upper, self.lower, prepared[0].lower_at(draw))
 
         moved_on(evaluate, others, self.lower, values, steps)

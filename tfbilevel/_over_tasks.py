@@ -9,6 +9,7 @@ import tensorflow as tf
 from tfbilevel import _structure as structure
 from tfbilevel._arguments import require_choice
 from tfbilevel._problem import Batches, Problem, StackedBatches, require_problem
+from tfbilevel._randomness import PROJECT_LOWER, START, noisy, of_entries
 from tfbilevel._task_loss import (
     TaskLoss,
     map_tasks,
@@ -92,14 +93,15 @@ def over_tasks(problem: Problem, mapping: str = "auto") -> Problem:
     return OverTasks(
         one=problem,
         mapping=mapping,
-        upper_loss=TaskLoss(mapped_loss(problem.upper_loss, in_turn), mean=True),
-        lower_loss=TaskLoss(mapped_loss(problem.lower_loss, in_turn), mean=True),
+        upper_loss=TaskLoss(mapped_loss(noisy(problem.upper_loss), in_turn), mean=True),
+        lower_loss=TaskLoss(mapped_loss(noisy(problem.lower_loss), in_turn), mean=True),
         lower_start=problem.lower_start,
         project_upper=problem.project_upper,
         reads=problem.reads,
         project_lower=project
         and (lambda x, y: map_tasks(lambda one: problem.projected_lower(x, one), y)),
         prepare=prepare and _prepared_tasks(prepare, mapping),
+        seed=problem.seed,
     )
 
 
@@ -116,7 +118,19 @@ class OverTasks(Problem):
     mapping: str = dataclasses.field(kw_only=True)
 
     def one_in_turn(self, lower: Any) -> Problem | None:
-        return self.one if takes_in_turn(self.mapping, lower) else None
+        if not takes_in_turn(self.mapping, lower):
+            return None
+        # These are all tasks' own, whatever they sample.
+        start, project = (
+            self._fixed(function, role)
+            for function, role in (
+                (self.one.lower_start, START),
+                (self.one.project_lower, PROJECT_LOWER),
+            )
+        )
+        return dataclasses.replace(
+            self.one, lower_start=start, project_lower=project, seed=self.seed
+        )
 
     def prepared_before(self) -> "OverTasks":
         """The same for batches that were prepared."""
@@ -177,7 +191,9 @@ def _prepared_tasks(prepare: Callable, mapping: str) -> Callable:
         tasks = named["upper"], named["lower"]
         written_out = mapping != "vectorized" and of_few_images(tasks)
         made = map_written_out if written_out else map_tasks
-        return together(*made(one, tasks), like=batches)
+        first = next(leaf for leaf in tf.nest.flatten(tasks) if leaf is not None)
+        numbered = (tasks, tf.range(first.shape[0] or tf.shape(first)[0]))
+        return together(*made(of_entries(one), numbered), like=batches)
 
     return made
 

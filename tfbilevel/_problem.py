@@ -4,10 +4,11 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import tensorflow as tf
 
 from tfbilevel import _structure as structure
-from tfbilevel._arguments import require_callable, takes_two
+from tfbilevel._arguments import require_callable, require_count, takes_two
 from tfbilevel._derivatives import (
     Pullback,
     add_partials,
@@ -16,6 +17,23 @@ from tfbilevel._derivatives import (
     require_scalar,
     value_and_partials,
     vjp,
+)
+from tfbilevel._randomness import (
+    DRAW,
+    LOWER_LOSS,
+    PREPARE,
+    PROJECT_LOWER,
+    PROJECT_UPPER,
+    ROLE,
+    START,
+    UPPER_LOSS,
+    Noisy,
+    as_seed,
+    folded,
+    noisy,
+    of_step,
+    of_tasks,
+    with_seed,
 )
 from tfbilevel._task_loss import (
     Loss,
@@ -114,9 +132,12 @@ class Problem:
         reads: (function, x) -> what the function gives: how `learning_rate` of an
             inner solver is called. `None`: with x. `tb.BilevelModel` calls it with
             the upper model.
+        seed: an integer, of all that the functions sample. Within an outer step they
+            are fixed functions, whatever they sample by (`tf.random`, `keras.random`,
+            random layers); `seeded` gives each outer step other numbers.
 
     Raises:
-        ValueError: if a loss or an option is not callable.
+        ValueError: if a loss or an option is not callable, or the seed no integer.
 
     Example:
         >>> import tensorflow as tf
@@ -138,10 +159,15 @@ class Problem:
     reads: Callable[[Callable, Any], Any] | None = dataclasses.field(
         default=None, kw_only=True
     )
+    seed: Any = dataclasses.field(default=0, kw_only=True)
 
     def __post_init__(self) -> None:
+        if not tf.is_tensor(self.seed) and not isinstance(self.seed, np.ndarray):
+            require_count(self.seed, "seed", least=0)
         for field in dataclasses.fields(Problem):
             value = getattr(self, field.name)
+            if field.name == "seed":
+                continue
             if not (value is None and field.default is None):
                 require_callable(value, field.name)
 
@@ -149,6 +175,17 @@ class Problem:
     def leading(self) -> int:
         """How many axes the lower variables of all tasks share: 1 over tasks."""
         return int(isinstance(self.upper_loss, TaskLoss))
+
+    def seeded(self, number: Any) -> "Problem":
+        """The same problem, sampling other numbers: those of an outer step, say.
+
+        `BilevelModel` and `tb.minimize` do this at every outer step. A loop of your own
+        does it too, or every step has the same noise.
+
+        Args:
+            number: an integer, or a scalar tensor.
+        """
+        return dataclasses.replace(self, seed=of_step(as_seed(self.seed), number))
 
     def one_in_turn(self, lower: Any) -> "Problem | None":
         """The problem of one task, if tasks are better taken one after the other."""
@@ -158,7 +195,8 @@ class Problem:
     def started(self, upper: Any, lower: Any) -> Any:
         """Lower variables like `lower` at the problem's own start."""
         assert self.lower_start is not None
-        start = structure.to_tensors(self.lower_start(upper))
+        begun = with_seed(as_seed(self.seed), START, self.lower_start)
+        start = structure.to_tensors(begun(upper))
         if self.leading:
             return one_like(start, lower, "lower_start")
         rule = "return variables like the lower ones"
@@ -167,7 +205,8 @@ class Problem:
 
     def projected_upper(self, upper: Any) -> Any:
         """`project_upper` applied, or the upper variables as they are."""
-        return _projected(self.project_upper, upper, "project_upper")
+        project = self._fixed(self.project_upper, PROJECT_UPPER)
+        return _projected(project, upper, "project_upper")
 
     def projected_lower(self, upper: Any, lower: Any) -> Any:
         """`project_lower` applied, or the lower variables as they are."""
@@ -175,12 +214,15 @@ class Problem:
         if project is not None and takes_two(project):
             own, of_both = self.own_upper(upper), project
             project = lambda y: of_both(own, y)  # noqa: E731
-        return _projected(project, lower, "project_lower")
+        return _projected(self._fixed(project, PROJECT_LOWER), lower, "project_lower")
 
     def reading(self, function: Callable, upper: Any) -> Any:
         """What a function of the upper variables gives, the learned rate say."""
         own = self.own_upper(upper)
         return function(own) if self.reads is None else self.reads(function, own)
+
+    def _fixed(self, function: Callable | None, role: int) -> Callable | None:
+        return function and with_seed(as_seed(self.seed), role, function)
 
     def own_upper(self, upper: Any) -> Any:
         """The user's upper variables, to which `prepared` may have added."""
@@ -193,14 +235,22 @@ class Problem:
         method differentiates with respect to both without knowing it.
         """
         require_batches(batches)
+        seed = as_seed(self.seed)
         if not self.leading:
-            return self._prepared(upper, batches)
+            one = dataclasses.replace(
+                self,
+                upper_loss=noisy(self.upper_loss),
+                lower_loss=noisy(self.lower_loss),
+            )
+            return one._prepared(upper, batches, seed)
         summed = {
             name: dataclasses.replace(getattr(self, name), mean=False)
             for name in ("upper_loss", "lower_loss")
         }
-        here = dataclasses.replace(self, **summed)._prepared(upper, batches)
-        tasks, total = count_tasks(batches), here.gradient
+        tasks = count_tasks(batches)
+        summed = dataclasses.replace(self, **summed)
+        here = summed._prepared(upper, batches, of_tasks(seed, tasks))
+        total = here.gradient
 
         def mean(partial: Any, response: Any) -> Any:
             gradient = total(partial, response)
@@ -210,10 +260,17 @@ class Problem:
 
         return here._replace(gradient=mean, tasks=tasks)
 
-    def _prepared(self, upper: Any, batches: Batches) -> "Prepared":
+    def _prepared(self, upper: Any, batches: Batches, seed: Any) -> "Prepared":
+        """`prepared`, with the seed of this step, over tasks of every task."""
+        upper_seed, lower_seed = (
+            folded(seed, ROLE, role) for role in (UPPER_LOSS, LOWER_LOSS)
+        )
         if self.prepare is None:
-            return Prepared(self, upper, batches, _total_gradient(upper))
-        prepare = self.prepare
+            drawn = _Seeded(
+                Noisy(batches.upper, upper_seed), Noisy(batches, lower_seed)
+            )
+            return Prepared(self, upper, drawn, _total_gradient(upper))
+        prepare = with_seed(as_seed(self.seed), PREPARE, self.prepare)
 
         def floating_part(x: Any) -> tuple[list[tf.Tensor], Batches]:
             made = prepare(x, batches)
@@ -236,12 +293,11 @@ class Problem:
             ]
             return tf.nest.pack_sequence_as(template, leaves, expand_composites=True)
 
-        def at_upper(joined: dict, y: Any, batch: Any) -> tuple:
-            del batch
-            return joined["upper"], y, merged(joined).upper
+        def at_upper(joined: dict, y: Any, empty: Noisy) -> tuple:
+            return joined["upper"], y, empty._replace(batch=merged(joined).upper)
 
-        def at_lower(joined: dict, y: Any, draw: Any) -> tuple:
-            return joined["upper"], y, merged(joined).lower_at(draw)
+        def at_lower(joined: dict, y: Any, draw: Noisy) -> tuple:
+            return joined["upper"], y, _drawn(merged(joined), draw.seed, draw.batch)
 
         def gradient(partial: dict, response: dict) -> Any:
             joined = add_partials(partial, response)
@@ -256,9 +312,11 @@ class Problem:
             lower_start=start and (lambda joined: start(joined["upper"])),
             project_lower=self.project_lower,
             reads=self.reads,
+            seed=self.seed,
         )
         joined = {"upper": upper, "prepared": floating}
-        return Prepared(problem, joined, _Draws(upper=(), lower=()), gradient)
+        drawn = _Draws(upper=Noisy((), upper_seed), lower=lower_seed)
+        return Prepared(problem, joined, drawn, gradient)
 
 
 class _Joined(Problem):
@@ -336,13 +394,30 @@ def _total_gradient(upper: Any) -> Callable[[Any, Any], Any]:
     return gradient
 
 
-class _Draws(Batches):
-    """Stands for prepared batches: a lower batch is just its draw number."""
+class _Seeded(Batches):
+    """Batches and what a loss samples with each; `lower` holds those not seeded."""
 
     __slots__ = ()
 
-    def lower_at(self, draw: Any) -> Any:
-        return draw
+    def lower_at(self, draw: Any) -> Noisy:
+        return _drawn(self.lower.batch, self.lower.seed, draw)
+
+
+class _Draws(Batches):
+    """Stands for prepared batches: a lower batch is just its draw number, and the
+    seed that all have."""
+
+    __slots__ = ()
+
+    def lower_at(self, draw: Any) -> Noisy:
+        return Noisy(draw, self.lower)
+
+
+def _drawn(batches: Batches, seed: Any, draw: Any) -> Noisy:
+    """A lower batch, with a seed of its own where every draw has a batch of its own."""
+    if isinstance(batches, StackedBatches):
+        seed = folded(seed, DRAW, draw)
+    return Noisy(batches.lower_at(draw), seed)
 
 
 def count_tasks(batches: Batches) -> Any:

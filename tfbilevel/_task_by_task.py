@@ -1,6 +1,7 @@
 """A method's step for one task after the other."""
 
 import copy
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,7 @@ from tfbilevel import _structure as structure
 from tfbilevel._method import Step
 from tfbilevel._over_tasks import apart
 from tfbilevel._problem import Batches, Problem
+from tfbilevel._randomness import as_seed, of_tasks
 from tfbilevel._task_loss import map_tasks, of_same_tasks, outcome
 
 # Of these a user sees the mean; of the others one entry per task.
@@ -50,7 +52,7 @@ def task_by_task(step: Callable[..., Step]) -> Callable[..., Step]:
         ]
 
         def alone(task: tuple) -> Step:
-            y, batch, mine, begun = task
+            y, batch, mine, begun, seed = task
             remaining = iter(mine)
             leaves = [
                 next(remaining) if is_own else leaf
@@ -58,13 +60,16 @@ def task_by_task(step: Callable[..., Step]) -> Callable[..., Step]:
             ]
             carried = tf.nest.pack_sequence_as(state, leaves)
             method = _beginning_at(self, begun)
-            return step(method, one, upper, y, type(batches)(*batch), carried)
+            its = dataclasses.replace(one, seed=seed)
+            return step(method, its, upper, y, type(batches)(*batch), carried)
 
         mine = [leaf for leaf, is_own in zip(kept, own, strict=True) if is_own]
         upper_batch, lower_batch = apart(batches)
         named = {"lower variables": lower, "upper": upper_batch, "lower": lower_batch}
         lower, *parts = of_same_tasks(named).values()
-        tasks = (lower, tuple(parts), mine, drawn)
+        count = tf.shape(tf.nest.flatten(lower)[0])[0]
+        seeds = of_tasks(as_seed(problem.seed), count)
+        tasks = (lower, tuple(parts), mine, drawn, seeds)
         traced, results = outcome(alone, tasks)
         made = map_tasks(traced, tasks, results)
         after = [

@@ -26,7 +26,10 @@ class Progress(keras.layers.Layer):
 
     def __init__(self, random_states: list, **keywords: Any):
         super().__init__(**keywords)
-        self.random_states = random_states  # Keras saves no seed generator by itself
+        # Of what the losses sample without a seed of their own.
+        self.base = keras.random.SeedGenerator()
+        # Keras saves no seed generator by itself.
+        self.random_states = [*random_states, self.base.state]
 
         def scalar(name: str, dtype: str, value: int) -> Any:
             return self.add_weight(
