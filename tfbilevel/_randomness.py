@@ -1,5 +1,6 @@
 """Losses that sample: one fixed function each within an outer step."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -87,6 +88,7 @@ def noisy(loss: Callable) -> Callable:
 def with_seed(seed: Any, role: int, function: Callable) -> Callable:
     """The function with its randomness fixed."""
 
+    @functools.wraps(function)  # its signature says what it takes
     def at(*arguments: Any) -> Any:
         with fixed_randomness(folded(seed, ROLE, role)):
             return function(*arguments)
