@@ -180,8 +180,8 @@ def _notes(objective: Any, rounded: bool) -> tuple[str, ...]:
         notes.append(
             "every difference is exactly zero: either the objective does not depend on "
             f"the upper variables, or its changes are lost to rounding (its {dtype}, a "
-            "part in float32, a large constant). Compute the losses in float64, without "
-            "the constant"
+            "part in float32, a large constant). Compute the losses in float64, "
+            "without the constant"
         )
     return tuple(notes)
 
