@@ -173,7 +173,8 @@ class BilevelModel(keras.Model):
         self.start: Start | None = None
         if isinstance(lower_start, str):
             require_choice(lower_start, "lower_start", ("learned",))
-            self.start = Start(lower)
+            with tf.device(lower.trainable_variables[0].value.device):
+                self.start = Start(lower)
         elif lower_start is not None:
             require_callable(lower_start, "lower_start")
         self.problem = Problem(
@@ -186,9 +187,10 @@ class BilevelModel(keras.Model):
         )
         if tasks is not None:
             self.problem = over_tasks(self.problem, mapping)
-        self._progress = Progress(random_states(upper, lower), name="progress")
+        with tf.device(self._device):
+            self._progress = Progress(random_states(upper, lower), name="progress")
         self._carried: Carried | None = None
-        self._trackers = Trackers()
+        self._trackers = Trackers(self._device)
         self.built = True
 
     # The user's functions take models; the problem's take tensors.
@@ -286,17 +288,18 @@ class BilevelModel(keras.Model):
             # Else Keras would go on saving it beside the new one.
             self._tracker.untrack(self._carried)
             self._carried = None
-        self._trackers = Trackers()
+        self._trackers = Trackers(self._device)
         self._progress.compilation.assign(UNDECIDED)
         self.start_optimizer = start_optimizer
         self._warned = False
         upper, _ = self._variables()
-        if start_optimizer is None:
-            upper_optimizer.build(upper)
-        else:
-            own, start = self._split(upper)
-            upper_optimizer.build(own)
-            start_optimizer.build(start)
+        with tf.device(self._device):
+            if start_optimizer is None:
+                upper_optimizer.build(upper)
+            else:
+                own, start = self._split(upper)
+                upper_optimizer.build(own)
+                start_optimizer.build(start)
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:
         return self.lower(inputs, training=training)
@@ -493,7 +496,7 @@ class BilevelModel(keras.Model):
             raise UnconnectedGradientError(
                 error.level, error.index, repr(path), error.source
             ) from None
-        code = first_nonfinite(step)
+        code = tf.cast(first_nonfinite(step), tf.int64)
         latched = self._progress.bad_code.value
         proceed = code < 0
         if self.on_nonfinite == "raise":
@@ -598,6 +601,11 @@ class BilevelModel(keras.Model):
         upper = [*self.upper.trainable_variables, *start]
         return upper, self.lower.trainable_variables
 
+    @property
+    def _device(self) -> str:
+        """Where the variables are: all others are made there too."""
+        return self.lower.trainable_variables[0].value.device
+
     def _read(self, tasks: Any = None, state: bool = True) -> tuple[list, list, Any]:
         """x, y (of every task) and the method's state."""
         upper, lower = self._variables()
@@ -681,7 +689,8 @@ class BilevelModel(keras.Model):
     def _ensure_carried(self) -> None:
         if self._carried is None:
             x, y, _ = self._read(state=False)
-            self._carried = Carried(self.method.init(self.problem, x, y))
+            with tf.device(self._device):
+                self._carried = Carried(self.method.init(self.problem, x, y))
 
     def _choose_compilation(self, data: Batches) -> None:
         """Time one outer step with and without XLA; variables are not touched."""
