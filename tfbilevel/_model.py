@@ -36,6 +36,7 @@ from tfbilevel._model_arguments import (
 )
 from tfbilevel._over_tasks import apart, first_task, over_tasks
 from tfbilevel._problem import Batches, Problem, count_tasks, require_batches
+from tfbilevel._resident import Resident
 from tfbilevel._saved_model import (
     arguments_of,
     config_of,
@@ -58,6 +59,7 @@ from tfbilevel._training_state import (
 )
 from tfbilevel._workarounds.memory_optimizer import without_memory_rewrites
 
+HOST = "CPU:0"  # the end of its name as a device; tf.data's elements are there
 ON_NONFINITE = ("raise", "skip")
 SAVED_SETTINGS = ("metrics", "weighted_metrics", "steps_per_execution", "run_eagerly")
 
@@ -191,6 +193,7 @@ class BilevelModel(keras.Model):
             self._progress = Progress(random_states(upper, lower), name="progress")
         self._carried: Carried | None = None
         self._trackers = Trackers(self._device)
+        self._resident: Resident | None = None  # while `fit` runs
         self.built = True
 
     # The user's functions take models; the problem's take tensors.
@@ -248,7 +251,10 @@ class BilevelModel(keras.Model):
                 and `validation_data`.
             jit_compile: True: compile the step with XLA. False: do not. "auto": time
                 steps each way on the first batch, its values turned, discard their
-                results, keep the faster; the choice is saved with the weights.
+                results, keep the faster; the choice is saved with the weights and
+                stays where the same method is compiled again. Convolutions on a CPU,
+                steps of very many operations and steps of seconds are left to the
+                graph without a trial; where XLA fails, a warning says why.
             steps_per_execution: outer steps per compiled call.
             on_nonfinite: "raise": stop with `tb.NonFiniteError` at the first NaN or
                 infinity, all variables as before that step. "skip": pass over such
@@ -271,6 +277,8 @@ class BilevelModel(keras.Model):
             require_no_average(upper_optimizer, "with constraints of upper variables")
         if start_optimizer is not None:
             require_start_optimizer(start_optimizer, upper_optimizer, learned)
+        if not self.compiled or method is not self.method:
+            self._progress.compilation.assign(UNDECIDED)
         super().compile(
             optimizer=upper_optimizer,
             metrics=metrics,
@@ -289,7 +297,6 @@ class BilevelModel(keras.Model):
             self._tracker.untrack(self._carried)
             self._carried = None
         self._trackers = Trackers(self._device)
-        self._progress.compilation.assign(UNDECIDED)
         self.start_optimizer = start_optimizer
         self._warned = False
         upper, _ = self._variables()
@@ -371,8 +378,12 @@ class BilevelModel(keras.Model):
             first = next(iter(x), None)  # an unknown cardinality may be zero
             if first is None:
                 raise empty
-            self._choose_compilation(first)
+            verbose = (*arguments, None, None, None, "auto")[3]
+            silent = keywords.get("verbose", verbose) in (0, "0")
+            self._choose_compilation(first, announce=not silent)
         keywords.setdefault("shuffle", False)
+        if not self._device.endswith(HOST):
+            self._resident = Resident(self._device)
         try:
             return super().fit(x, *arguments, **keywords)
         except (NonFiniteError, KeyboardInterrupt) as error:
@@ -382,6 +393,8 @@ class BilevelModel(keras.Model):
             error = error.with_traceback(None)
             gc.collect()
             raise error from None
+        finally:
+            self._resident = None
 
     @property
     def _undecided(self) -> bool:
@@ -474,6 +487,8 @@ class BilevelModel(keras.Model):
         compiled = self.train_function
 
         def checked(iterator: Any) -> Any:
+            if self._resident is not None:
+                iterator = self._resident.read(iterator, self.steps_per_execution)
             with without_memory_rewrites():
                 logs = compiled(iterator)
             if self.on_nonfinite == "raise":
@@ -692,7 +707,7 @@ class BilevelModel(keras.Model):
             with tf.device(self._device):
                 self._carried = Carried(self.method.init(self.problem, x, y))
 
-    def _choose_compilation(self, data: Batches) -> None:
+    def _choose_compilation(self, data: Batches, announce: bool = False) -> None:
         """Time one outer step with and without XLA; variables are not touched."""
 
         def trial(x: list, y: list, state: Any, batches: Batches) -> Any:
@@ -700,7 +715,8 @@ class BilevelModel(keras.Model):
 
         # Without a gradient nothing is decided: train_step names the variable.
         with contextlib.suppress(UnconnectedGradientError):
-            self._use_compilation(faster_with_xla(trial, self._read(), data))
+            xla = faster_with_xla(trial, self._read(), data, announce)
+            self._use_compilation(xla)
 
     def _use_saved_compilation(self) -> None:
         """What an earlier training decided."""
