@@ -50,6 +50,7 @@ from tfbilevel._random_operations import fixed_randomness
 from tfbilevel._randomness import LOWER_LOSS, ROLE, as_seed, folded
 from tfbilevel._regularizers import CHOICES as REGULARIZERS
 from tfbilevel._regularizers import with_own_losses
+from tfbilevel._resident import Resident
 from tfbilevel._saved_model import (
     arguments_of,
     config_of,
@@ -73,6 +74,7 @@ from tfbilevel._training_state import (
 from tfbilevel._workarounds import functions_inline
 from tfbilevel._workarounds.memory_optimizer import without_memory_rewrites
 
+HOST = "CPU:0"  # the end of its name as a device; tf.data's elements are there
 ON_NONFINITE = ("raise", "skip")
 SAVED_SETTINGS = ("metrics", "weighted_metrics", "steps_per_execution", "run_eagerly")
 
@@ -197,7 +199,8 @@ class BilevelModel(keras.Model):
         self.start: Start | None = None
         if isinstance(lower_start, str):
             require_choice(lower_start, "lower_start", ("learned",))
-            self.start = Start(lower)
+            with tf.device(lower.trainable_variables[0].value.device):
+                self.start = Start(lower)
         elif lower_start is not None:
             require_callable(lower_start, "lower_start")
         self.problem = Problem(
@@ -211,10 +214,12 @@ class BilevelModel(keras.Model):
         )
         if tasks is not None:
             self.problem = over_tasks(self.problem, mapping)
-        self._progress = Progress(random_states(upper, lower), name="progress")
+        with tf.device(self._device):
+            self._progress = Progress(random_states(upper, lower), name="progress")
         self._carried: Carried | None = None
-        self._trackers = Trackers()
+        self._trackers = Trackers(self._device)
         self._indices = IndexWatch(upper, lower)
+        self._resident: Resident | None = None  # while `fit` runs
         self.built = True
 
     # The user's functions take models; the problem's take tensors.
@@ -318,7 +323,10 @@ class BilevelModel(keras.Model):
                 and `validation_data`.
             jit_compile: True: compile the step with XLA. False: do not. "auto": time
                 steps each way on the first batch, its values turned, discard their
-                results, keep the faster; the choice is saved with the weights.
+                results, keep the faster; the choice is saved with the weights and
+                stays where the same method is compiled again. Convolutions on a CPU,
+                steps of very many operations and steps of seconds are left to the
+                graph without a trial; where XLA fails, a warning says why.
             steps_per_execution: outer steps per compiled call.
             on_nonfinite: "raise": stop with `tb.NonFiniteError` at the first NaN or
                 infinity, all variables as before that step. "skip": pass over such
@@ -343,6 +351,8 @@ class BilevelModel(keras.Model):
             require_no_average(upper_optimizer, "with constraints of upper variables")
         if start_optimizer is not None:
             require_start_optimizer(start_optimizer, upper_optimizer, learned)
+        if not self.compiled or method is not self.method:
+            self._progress.compilation.assign(UNDECIDED)
         super().compile(
             optimizer=upper_optimizer,
             metrics=metrics,
@@ -360,17 +370,17 @@ class BilevelModel(keras.Model):
             # Else Keras would go on saving it beside the new one.
             self._tracker.untrack(self._carried)
             self._carried = None
-        self._trackers = Trackers()
-        self._progress.compilation.assign(UNDECIDED)
+        self._trackers = Trackers(self._device)
         self.start_optimizer = start_optimizer
         self._warned = False
         upper, _ = self._variables()
-        if start_optimizer is None:
-            upper_optimizer.build(upper)
-        else:
-            own, start = self._split(upper)
-            upper_optimizer.build(own)
-            start_optimizer.build(start)
+        with tf.device(self._device):
+            if start_optimizer is None:
+                upper_optimizer.build(upper)
+            else:
+                own, start = self._split(upper)
+                upper_optimizer.build(own)
+                start_optimizer.build(start)
 
     def _maybe_symbolic_build(self, iterator: Any = None, data_batch: Any = None):
         """Within a strategy Keras would call the model on an outer step's batches, to
@@ -448,8 +458,12 @@ class BilevelModel(keras.Model):
             first = next(iter(x), None)  # an unknown cardinality may be zero
             if first is None:
                 raise empty
-            self._choose_compilation(first)
+            verbose = (*arguments, None, None, None, "auto")[3]
+            silent = keywords.get("verbose", verbose) in (0, "0")
+            self._choose_compilation(first, announce=not silent)
         keywords.setdefault("shuffle", False)
+        if not self._device.endswith(HOST):
+            self._resident = Resident(self._device)
         try:
             return super().fit(x, *arguments, **keywords)
         except tf.errors.InvalidArgumentError:
@@ -464,6 +478,8 @@ class BilevelModel(keras.Model):
             error = error.with_traceback(None)
             gc.collect()
             raise error from None
+        finally:
+            self._resident = None
 
     @property
     def _undecided(self) -> bool:
@@ -570,6 +586,8 @@ class BilevelModel(keras.Model):
         compiled = self.train_function
 
         def checked(iterator: Any) -> Any:
+            if self._resident is not None:
+                iterator = self._resident.read(iterator, self.steps_per_execution)
             with without_memory_rewrites():
                 logs = compiled(iterator)
             try:
@@ -596,7 +614,7 @@ class BilevelModel(keras.Model):
             raise UnconnectedGradientError(
                 error.level, error.index, repr(path), error.source
             ) from None
-        code = first_nonfinite(step)
+        code = tf.cast(first_nonfinite(step), tf.int64)
         latched = self._progress.bad_code.value
         proceed = code < 0
         if self.on_nonfinite == "raise":
@@ -718,6 +736,11 @@ class BilevelModel(keras.Model):
         upper = [*self.upper.trainable_variables, *start]
         return upper, self.lower.trainable_variables
 
+    @property
+    def _device(self) -> str:
+        """Where the variables are: all others are made there too."""
+        return self.lower.trainable_variables[0].value.device
+
     def _read(self, tasks: Any = None, state: bool = True) -> tuple[list, list, Any]:
         """x, y (of every task) and the method's state."""
         upper, lower = self._variables()
@@ -812,9 +835,10 @@ class BilevelModel(keras.Model):
     def _ensure_carried(self) -> None:
         if self._carried is None:
             x, y, _ = self._read(state=False)
-            self._carried = Carried(self.method.init(self.problem, x, y))
+            with tf.device(self._device):
+                self._carried = Carried(self.method.init(self.problem, x, y))
 
-    def _choose_compilation(self, data: Batches) -> None:
+    def _choose_compilation(self, data: Batches, announce: bool = False) -> None:
         """Time one outer step with and without XLA; variables are not touched."""
 
         def trial(x: list, y: list, state: Any, batches: Batches) -> Any:
@@ -822,7 +846,8 @@ class BilevelModel(keras.Model):
 
         # Without a gradient nothing is decided: train_step names the variable.
         with contextlib.suppress(UnconnectedGradientError):
-            self._use_compilation(faster_with_xla(trial, self._read(), data))
+            xla = faster_with_xla(trial, self._read(), data, announce)
+            self._use_compilation(xla)
 
     def _use_saved_compilation(self) -> None:
         """What an earlier training decided."""

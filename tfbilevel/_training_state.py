@@ -41,8 +41,10 @@ class Progress(keras.layers.Layer):
             )
 
         self.step = scalar("step", "int64", 0)
-        self.bad_code = scalar("bad_code", "int32", -1)
-        self.compilation = scalar("compilation", "int32", UNDECIDED)
+        # Not int32: TensorFlow keeps int32 variables on the host, where a step that XLA
+        # has compiled for another device cannot reach them.
+        self.bad_code = scalar("bad_code", "int64", -1)
+        self.compilation = scalar("compilation", "int64", UNDECIDED)
         self.built = True
 
     def count(self) -> None:
@@ -72,17 +74,20 @@ class Start(keras.layers.Layer):
 
 
 class Carried(keras.layers.Layer):
-    """A method's state in variables, so that it is saved with the weights."""
+    """A method's state in variables, so that it is saved with the weights.
+
+    What a method counts in int32 is kept in int64, which XLA reaches on every device.
+    """
 
     def __init__(self, state: Any):
         super().__init__(name="method_state")
-        self._like = tf.nest.map_structure(lambda leaf: None, state)
+        self._like = tf.nest.map_structure(lambda leaf: leaf.dtype, state)
         self._cells = []
         for index, leaf in enumerate(tf.nest.flatten(state)):
             cell = self.add_weight(
                 name=f"state_{index}",
                 shape=leaf.shape,
-                dtype=leaf.dtype.name,
+                dtype="int64" if leaf.dtype == tf.int32 else leaf.dtype.name,
                 trainable=False,
                 initializer="zeros",
             )
@@ -91,12 +96,17 @@ class Carried(keras.layers.Layer):
         self.built = True
 
     def read(self) -> Any:
-        values = [tf.convert_to_tensor(cell.value) for cell in self._cells]
+        values = [
+            tf.cast(tf.convert_to_tensor(cell.value), dtype)
+            for cell, dtype in zip(
+                self._cells, tf.nest.flatten(self._like), strict=True
+            )
+        ]
         return tf.nest.pack_sequence_as(self._like, values)
 
     def write(self, state: Any) -> None:
         for cell, leaf in zip(self._cells, tf.nest.flatten(state), strict=True):
-            cell.assign(leaf)
+            cell.assign(tf.cast(leaf, cell.dtype))
 
 
 class MeanOfSome(keras.metrics.Mean):
@@ -108,18 +118,27 @@ class MeanOfSome(keras.metrics.Mean):
 
 class Trackers:
     """Means of the step's metrics over an epoch, and how many steps were skipped. Not
-    part of what is saved."""
+    part of what is saved.
 
-    def __init__(self) -> None:
+    Args:
+        device: where the step's variables are: its means must be there too.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.device = device
         self.of: dict[str, keras.metrics.Metric] = {}
 
     def named(self, names: Any) -> dict[str, keras.metrics.Metric]:
         new = [name for name in names if name not in self.of]
-        made = outside_traces(
-            lambda: [
-                keras.metrics.Sum(name) if name == SKIPPED else MeanOfSome(name=name)
-                for name in new
-            ]
-        )
-        self.of.update(zip(new, made, strict=True))
+
+        def make() -> list[keras.metrics.Metric]:
+            with tf.device(self.device):  # another thread knows no scope of the user's
+                return [
+                    keras.metrics.Sum(name)
+                    if name == SKIPPED
+                    else MeanOfSome(name=name)
+                    for name in new
+                ]
+
+        self.of.update(zip(new, outside_traces(make), strict=True))
         return {name: self.of[name] for name in names}
