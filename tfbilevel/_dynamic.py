@@ -16,6 +16,7 @@ from tfbilevel._arguments import (
 from tfbilevel._differentiable import configuration
 from tfbilevel._finite import NonFiniteError, first_nonfinite
 from tfbilevel._inner import InnerSolver
+from tfbilevel._look import require_second_derivatives
 from tfbilevel._model import BilevelModel
 from tfbilevel._problem import Batches
 from tfbilevel._unroll import Unroll
@@ -182,6 +183,10 @@ class Dynamic:
         )
 
         def step(x: list, y: list, batches: Batches, state: Any) -> Any:
+            models = (self.ul_model, self.ll_model)
+            require_second_derivatives(
+                self.problem, self.method, x, y, batches, models
+            )
             return self.method.step(self.problem, x, y, batches, state)
 
         self._step = tf.function(step, autograph=False)
