@@ -134,7 +134,7 @@ def check_hypergradient(
     size = max(1.0, float(structure.norm(upper)))
     claimed, differences, halves = [], [], []
     for index in range(probes):
-        probe = _direction(upper, seed + index)
+        probe = direction(upper, seed + index)
         claimed.append(float(structure.dot(step.upper_gradient, probe)))
         for values, h in ((differences, width * size), (halves, width * size / 2)):
             ahead = objective(structure.add_scaled(upper, h, probe))
@@ -153,7 +153,8 @@ def check_hypergradient(
     )
 
 
-def _direction(like: Any, seed: int) -> Any:
+def direction(like: Any, seed: int) -> Any:
+    """A random one, of length 1."""
     probe = tf.nest.pack_sequence_as(
         like,
         [

@@ -51,6 +51,7 @@ PRETENDED = {
 NO_DERIVATIVE = "TensorFlow has no derivative of it"
 TAKEN_FOR_CONSTANT = "TensorFlow takes it for a constant and says nothing"
 STOPPED = "a tf.custom_gradient function takes a part of its gradient for a constant"
+MENDED = "TensorFlow has it wrong or not at all, and this library puts it right"
 OWN = "its gradient is a tf.custom_gradient's own"
 # What gradient functions raise where there is no derivative.
 UNDIFFERENTIABLE = (LookupError, NotImplementedError, TypeError, ValueError)
@@ -104,15 +105,20 @@ def operations(
     batches: Batches,
     aggregate: Any = None,
     models: Sequence[keras.layers.Layer] = (),
+    mended: bool = False,
 ) -> list[Operation]:
-    """All operations of note on the way from a variable to the lower gradient."""
+    """The operations of note on the way from a variable to the lower gradient.
+
+    Args:
+        problem, upper, lower, batches, models: as above.
+        aggregate: what the method mixes into the lower loss.
+        mended: list also those that this library puts right.
+    """
+    before = dict(ops.gradient_registry._registry)
     traced: dict[str, Any] = {}
 
     def gradient(x: Any, y: Any, batches: Batches) -> Any:
-        one = problem
-        if isinstance(problem, OverTasks):
-            one, batches = problem.one, first_task(batches)
-            y = tf.nest.map_structure(lambda leaf: leaf[0], y)
+        one, y, batches = one_task(problem, y, batches)
         here = aggregated(aggregate, one.prepared(x, batches), at=0)
 
         def loss(x: Any, y: Any, batch: Any) -> Any:
@@ -134,12 +140,22 @@ def operations(
     graph = compiled.get_concrete_function(*arguments).graph
     with right_derivatives():
         layers = {layer.name for one in models for layer in one._flatten_layers()}
+        now = ops.gradient_registry._registry
+        ours = {kind for kind, entry in now.items() if before.get(kind) is not entry}
         suspects = [
             suspect._replace(layer=_layer_of(suspect.layer, layers))
             for suspect in _all_of(graph, "", traced["forward"])
-            if _is_suspect(suspect)
+            if _is_suspect(suspect) or mended and _is_mended(suspect, ours)
         ]
         return _met(graph, suspects, traced["targets"], traced["sources"])
+
+
+def one_task(problem: Problem, lower: Any, batches: Batches) -> tuple:
+    """The problem of one task, its lower variables and batches; or all as they are."""
+    if not isinstance(problem, OverTasks):
+        return problem, lower, batches
+    first = tf.nest.map_structure(lambda leaf: leaf[0], lower)
+    return problem.one, first, first_task(batches)
 
 
 def _spec(leaf: Any) -> Any:
@@ -219,12 +235,17 @@ def _is_suspect(suspect: Suspect) -> bool:
         return True
     own = _own_gradient(operation)
     if own is not None:
-        return not own.__module__.startswith("tfbilevel.")
+        return not _is_ours(own)
     try:
         gradient = ops.gradient_registry.lookup(operation.type)
     except LookupError:
         return True
     return gradient is None and operation.type not in CONSTANT
+
+
+def _is_mended(suspect: Suspect, ours: set[str]) -> bool:
+    own = _own_gradient(suspect.operation)
+    return suspect.operation.type in ours or own is not None and _is_ours(own)
 
 
 def _met(
@@ -273,8 +294,10 @@ def _judged(
     if name in PRETENDED:
         return lost(name, layer, *PRETENDED[name]), None
     function = _own_gradient(operation)
-    own = function is not None
-    if not own:
+    verdict, reason = "right", MENDED
+    if function is not None and not _is_ours(function):
+        verdict, reason = "own", OWN
+    if function is None:
         try:
             function = ops.gradient_registry.lookup(operation.type)
         except LookupError:
@@ -285,18 +308,29 @@ def _judged(
         made = function(operation, *upstream)
     except UNDIFFERENTIABLE as error:
         return lost(name, layer, "missing", str(error)), None
-    return Operation(name, layer, "own", OWN, ""), made
+    return Operation(name, layer, verdict, reason, ""), made
 
 
 def _name_of(operation: tf.Operation) -> str:
     """The operation's type, or the Python function that has a gradient of its own."""
     if operation.type == "StopGradient":
         return "tf.stop_gradient"
-    function = _own_gradient(operation)
-    while function is not None:
+    own = _own_gradient(operation)
+    return operation.type if own is None else _author_of(own)[1]
+
+
+def _author_of(gradient: Callable) -> tuple[str, str]:
+    """The module and the name of the function in which a gradient was written."""
+    function: Any = gradient
+    while True:
         name = function.__qualname__.split(".<locals>")[0]
         if name != "_graph_mode_decorator":
-            return name
+            return function.__module__, name
+        # TensorFlow's own wrappers.
         captured = inspect.getclosurevars(function).nonlocals
-        function = captured.get("tape_grad_fn") or captured.get("grad_fn")
-    return operation.type
+        function = captured.get("tape_grad_fn") or captured["grad_fn"]
+
+
+def _is_ours(gradient: Callable) -> bool:
+    """Whether this library put the operation right."""
+    return _author_of(gradient)[0].startswith("tfbilevel.")
