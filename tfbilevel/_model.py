@@ -703,7 +703,7 @@ class BilevelModel(keras.Model):
             data = first_task(data)
         own = self.lower.trainable_variables
         values = [] if lower is None else list(zip(own, lower, strict=True))
-        with keras.StatelessScope(values) as scope:
+        with functions_inline(own), keras.StatelessScope(values) as scope:
             if self._prepare is not None:
                 data = self._prepare(self.upper, data)
             self._lower_loss(self.upper, self.lower, data.lower_at(0))

@@ -4,20 +4,36 @@ import contextlib
 from collections.abc import Iterator
 
 from tfbilevel._workarounds import (
+    fake_quantization,
     moments,
+    pooling_with_argmax,
+    projective_transforms,
+    recompute_grad,
     resizes,
+    response_normalization,
     softmax_cross_entropy,
+    softmax_outputs,
     softsign,
+    sparse_segments,
+    spectral_normalization,
 )
 from tfbilevel._workarounds.inline_functions import functions_inline
 from tfbilevel._workarounds.swap import Swap
 
 _right = Swap(
     [
+        *fake_quantization.REPLACEMENTS,
         *moments.REPLACEMENTS,
+        *pooling_with_argmax.REPLACEMENTS,
+        *projective_transforms.REPLACEMENTS,
+        *recompute_grad.REPLACEMENTS,
         *resizes.REPLACEMENTS,
+        *response_normalization.REPLACEMENTS,
         *softmax_cross_entropy.REPLACEMENTS,
+        *softmax_outputs.REPLACEMENTS,
         *softsign.REPLACEMENTS,
+        *sparse_segments.REPLACEMENTS,
+        *spectral_normalization.REPLACEMENTS,
     ]
 )
 

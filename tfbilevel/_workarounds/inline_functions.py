@@ -13,6 +13,7 @@ from typing import Any
 
 import keras
 import tensorflow as tf
+from tensorflow.python.autograph.core import ag_ctx
 from tensorflow.python.eager.polymorphic_function import (
     autograph_util,
     function_type_utils,
@@ -33,7 +34,7 @@ _call_traced = ConcreteFunction._call_flat
 
 
 class _Here(threading.local):
-    """What this thread is within: one entry per scope, of swapped variables' handles."""
+    """What this thread is within: one entry per scope, of the variables swapped."""
 
     def __init__(self) -> None:
         self.scopes: list[dict[int, str]] = []
@@ -71,11 +72,15 @@ def _call_inline(self: Any, *arguments: Any, **keywords: Any) -> Any:
     bound = function_type_utils.canonicalize_function_inputs(
         arguments, keywords, self._function_type, self._default_values, self._is_pure
     )
-    if self._autograph and not tf.executing_eagerly():
-        function = autograph_util.py_func_from_autograph(
-            function, self._experimental_autograph_options
-        )
-    return function(*bound.args, **bound.kwargs)
+    if not self._autograph or tf.executing_eagerly():
+        return function(*bound.args, **bound.kwargs)
+    converted = autograph_util.py_func_from_autograph(
+        function, self._experimental_autograph_options
+    )
+    # The library's own traces are made without AutoGraph, which holds for what they
+    # call too.
+    with ag_ctx.ControlStatusCtx(ag_ctx.Status.UNSPECIFIED, options=None):
+        return converted(*bound.args, **bound.kwargs)
 
 
 def _call_traced_checked(self: Any, tensors: Any, captured_inputs: Any) -> Any:

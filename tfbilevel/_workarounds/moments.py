@@ -9,6 +9,7 @@ LayerNormalization and GroupNormalization.
 from typing import Any
 
 import tensorflow as tf
+from tensorflow.python.ops import nn_impl
 
 from tfbilevel._workarounds.swap import Replacement
 
@@ -33,4 +34,20 @@ def moments(
         return tf.cast(mean, x.dtype), tf.cast(variance, x.dtype)
 
 
-REPLACEMENTS = [Replacement(tf.nn, "moments", moments)]
+def _moments_of_version_1(
+    x: Any,
+    axes: Any,
+    shift: Any = None,
+    name: str | None = None,
+    keep_dims: bool | None = None,
+    keepdims: bool | None = None,
+) -> tuple[tf.Tensor, tf.Tensor]:
+    return moments(x, axes, shift, bool(keepdims or keep_dims), name)
+
+
+REPLACEMENTS = [
+    Replacement(tf.nn, "moments", moments),
+    Replacement(tf.compat.v1.nn, "moments", _moments_of_version_1),
+    # What functions of TensorFlow call, and `tf.nn.moments` imported by itself.
+    Replacement(nn_impl, "moments", _moments_of_version_1),
+]

@@ -1,7 +1,7 @@
 """`tf.nn.softmax_cross_entropy_with_logits` with the right derivatives in its labels.
 
-TensorFlow takes softmax(z) - t for the gradient in the logits, which is right for labels
-that sum to one only, and takes it for a constant in t: learned labels never move.
+TensorFlow takes softmax(z) - t for the gradient in the logits, which is right where
+labels sum to one, and takes it for a constant in t: learned labels never move.
 """
 
 from typing import Any

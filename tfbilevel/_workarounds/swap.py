@@ -1,4 +1,4 @@
-"""Putting something of one's own in the place of something of TensorFlow's or Keras's."""
+"""Putting something of one's own in the place of TensorFlow's or Keras's."""
 
 import contextlib
 import threading

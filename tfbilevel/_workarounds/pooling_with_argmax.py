@@ -1,0 +1,26 @@
+"""`tf.nn.max_pool_with_argmax` with a second derivative.
+
+Its gradient puts what it receives where the maxima were; the derivative of that takes
+it from there. TensorFlow has no entry for it.
+"""
+
+from typing import Any
+
+import tensorflow as tf
+
+from tfbilevel._workarounds.swap import gradient
+
+
+def _taken(operation: Any, upstream: Any) -> list:
+    """Of MaxPoolGradWithArgmax(input, gradient, argmax)."""
+    _, grads, argmax = operation.inputs
+    if operation.get_attr("include_batch_in_index"):
+        made = tf.gather(tf.reshape(upstream, [-1]), argmax)
+    else:
+        batch = tf.shape(upstream)[0]
+        flat = [tf.reshape(value, [batch, -1]) for value in (upstream, argmax)]
+        made = tf.reshape(tf.gather(*flat, batch_dims=1), tf.shape(grads))
+    return [None, made, None]
+
+
+REPLACEMENTS = [gradient("MaxPoolGradWithArgmax", _taken)]
