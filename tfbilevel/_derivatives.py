@@ -164,7 +164,9 @@ def _differentiating() -> Iterator[None]:
             yield
     except (LookupError, NotImplementedError) as error:
         message = str(error)
-        known = re.search(r"no entry for: (\w+)|op type: (\w+)|(recompute_grad)", message)
+        known = re.search(
+            r"no entry for: (\w+)|op type: (\w+)|(recompute_grad)", message
+        )
         name = next(filter(None, known.groups())) if known else type(error).__name__
         operation = lost(name, "", "missing", message.splitlines()[-1])
         raise MissingSecondDerivativeError([operation]) from error

@@ -174,7 +174,7 @@ class Dynamic:
 
     def _use(self, optimizer: keras.optimizers.Optimizer) -> None:
         self._optimizer = optimizer
-        self.method = Unroll(
+        method = self.method = Unroll(
             InnerSolver(optimizer, self.lower_loop),
             last=self.lower_loop - self.truncate_iters if self.truncate_iters else None,
             end="pessimistic" if self.acquire_max_loss else "final",
@@ -184,10 +184,8 @@ class Dynamic:
 
         def step(x: list, y: list, batches: Batches, state: Any) -> Any:
             models = (self.ul_model, self.ll_model)
-            require_second_derivatives(
-                self.problem, self.method, x, y, batches, models
-            )
-            return self.method.step(self.problem, x, y, batches, state)
+            require_second_derivatives(self.problem, method, x, y, batches, models)
+            return method.step(self.problem, x, y, batches, state)
 
         self._step = tf.function(step, autograph=False)
 

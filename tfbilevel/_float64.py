@@ -22,22 +22,25 @@ def in_float64(models: Sequence[keras.layers.Layer]) -> Iterator[None]:
     layers.update((id(k), k) for k in inside if k is not None)
     variables = {id(v): v for one in models for v in one.variables}
     with contextlib.ExitStack() as stack:
+
+        def put(owner: Any, name: str, value: Any) -> None:
+            stack.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, value)
+
         for layer in layers.values():
-            # To their type a model of layers casts what it is called with.
-            for tensor in getattr(layer, "_inputs", None) or ():
-                if keras.backend.is_float_dtype(tensor.dtype):
-                    stack.callback(setattr, tensor, "_dtype", tensor._dtype)
-                    tensor._dtype = "float64"
             if layer.dtype_policy.quantization_mode is None:
-                stack.callback(setattr, layer, "_dtype_policy", layer._dtype_policy)
-                layer._dtype_policy = keras.DTypePolicy("float64")
+                put(layer, "_dtype_policy", keras.DTypePolicy("float64"))
+            # To their type a model of layers casts what it is called with.
+            inputs = list(getattr(layer, "_inputs", None) or ())
+            inputs += [layer] if isinstance(layer, keras.layers.InputLayer) else []
+            for one in inputs:
+                if keras.backend.is_float_dtype(one.dtype):
+                    put(one, "_dtype", "float64")
         for variable in variables.values():
             if keras.backend.is_float_dtype(variable.dtype):
-                stack.callback(setattr, variable, "_dtype", variable._dtype)
-                variable._dtype = "float64"
+                put(variable, "_dtype", "float64")
                 if not variable.trainable:
-                    stack.callback(setattr, variable, "_value", variable._value)
-                    variable._value = tf.cast(variable._value, tf.float64)
+                    put(variable, "_value", tf.cast(variable._value, tf.float64))
         yield
 
 

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
-from tensorflow.python.framework import ops
 from tensorflow.python.eager.backprop_util import IsTrainable as differentiable
+from tensorflow.python.framework import ops
 
 from tfbilevel import _derivatives as derivatives
 from tfbilevel import _structure as structure
@@ -186,7 +186,8 @@ def _bodies(operation: tf.Operation, graph: Any) -> Iterator[Any]:
             while owner is not None:
                 found = owner._get_function(function.name)
                 if found is not None:
-                    yield found.graph
+                    if hasattr(found, "graph"):
+                        yield found.graph
                     break
                 owner = getattr(owner, "outer_graph", None)
 
