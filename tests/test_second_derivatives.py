@@ -163,6 +163,14 @@ IN_GRAPHS = {
         images,
     ),
     "lanczos": (resized(lambda i: image.resize(i, [5, 6], "lanczos3")), images),
+    "crop": (
+        resized(
+            lambda i: image.crop_and_resize(
+                i, [[0.1, 0.0, 0.8, 1.2], [0.0, 0.3, 1.0, 0.9]], [1, 1], [3, 2]
+            )
+        ),
+        images,
+    ),
     "projective": (transformed("CONSTANT", "BILINEAR"), images),
     "projective-reflect": (transformed("REFLECT", "BILINEAR"), images),
     "projective-wrap": (transformed("WRAP", "NEAREST"), images),

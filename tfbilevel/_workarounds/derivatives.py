@@ -1,9 +1,19 @@
-"""Where every derivative of the library is taken: TensorFlow's faults made right."""
+"""Where every derivative of the library is taken: TensorFlow's faults made right.
+
+Left as they are, with a first derivative that cannot be differentiated, which ends in a
+LookupError that names the operation: Dilation2D, FractionalMaxPool, FractionalAvgPool,
+CropAndResize in its boxes, BlockLSTM, Igamma in a, RandomGamma, SparseSlice,
+SparseFillEmptyRows, RaggedTensorToVariant; CTCLoss says so itself. SparseAddGrad has an
+entry that says that it is constant, and is silently wrong. HSVToRGB, AdjustHue and
+AdjustSaturation have no first derivative. `tf.grad_pass_through` and every
+`tf.custom_gradient` have the derivatives of the gradient that they were given.
+"""
 
 import contextlib
 from collections.abc import Iterator
 
 from tfbilevel._workarounds import (
+    crops,
     fake_quantization,
     moments,
     pooling_with_argmax,
@@ -22,6 +32,7 @@ from tfbilevel._workarounds.swap import Swap
 
 _right = Swap(
     [
+        *crops.REPLACEMENTS,
         *fake_quantization.REPLACEMENTS,
         *moments.REPLACEMENTS,
         *pooling_with_argmax.REPLACEMENTS,
