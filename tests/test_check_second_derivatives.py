@@ -71,9 +71,9 @@ def colours(z: tf.Tensor) -> tf.Tensor:
 
 
 @tf.custom_gradient
-def clipped(z: tf.Tensor) -> Any:
-    """The identity, whose gradient no longer is one of anything."""
-    return tf.identity(z), lambda upstream: tf.clip_by_norm(upstream, 0.01)
+def turned(z: tf.Tensor) -> Any:
+    """Gradient reversal, whose gradient is one of nothing."""
+    return tf.identity(z), lambda upstream: -upstream
 
 
 @tf.custom_gradient
@@ -108,7 +108,7 @@ REFUSED = {
         "grad_pass_through",
         "stop_gradient",
     ),
-    "colours": (colours, "HSVToRGB", "other operations"),
+    "colours": (colours, "HSVToRGB", "sums and products"),
 }
 
 
@@ -318,9 +318,9 @@ def test_looked_at_once_per_compile() -> None:
 
 def test_a_written_gradient_is_caught_by_the_probe() -> None:
     """What only its author can vouch for: the differences find it."""
-    report = tb.check_second_derivatives(bilevel(part(clipped)), BATCHES, probes=1)
+    report = tb.check_second_derivatives(bilevel(part(turned)), BATCHES, probes=1)
     (one,) = [o for o in report.operations if o.verdict == "own"]
-    assert one.name == "clipped" and one.layer == "net/part"
+    assert one.name == "turned" and one.layer == "net/part"
     assert not report.right and report.error > 0.01 and report.noise < 1e-6
     assert "WRONG" in str(report)
     report = tb.check_second_derivatives(bilevel(part(sine)), BATCHES, probes=1)
@@ -408,7 +408,7 @@ def test_a_sample_of_the_sweep(name: str) -> None:
 
 
 def test_the_sweep_would_see_a_wrong_product() -> None:
-    of = functools.partial(sweep.function_case, "activation", "clipped", "", clipped)
+    of = functools.partial(sweep.function_case, "activation", "turned", "", turned)
     assert sweep.checked(functools.partial(of, (2, 4))).verdict == "WRONG"
 
 

@@ -40,14 +40,9 @@ CONSTANT = {
     "StopGradient",
     "ZerosLike",
 }
-# TensorFlow's functions whose gradient is none of theirs, or differentiable once.
-PRETENDED = {
-    "grad_pass_through": (
-        "wrong",
-        "its gradient is the identity's, and differs from the derivative of its value",
-    ),
-    "recompute_grad": ("missing", "its recomputed gradient can be taken once only"),
-}
+PASSED_THROUGH = (
+    "its gradient is the identity's, and differs from the derivative of its value"
+)
 NO_DERIVATIVE = "TensorFlow has no derivative of it"
 TAKEN_FOR_CONSTANT = "TensorFlow takes it for a constant and says nothing"
 STOPPED = "a tf.custom_gradient function takes a part of its gradient for a constant"
@@ -292,8 +287,8 @@ def _judged(
     """What is to be said of a suspect, and its gradient where it has one."""
     if operation.type == "StopGradient":
         return lost(name, layer, "wrong", STOPPED), None
-    if name in PRETENDED:
-        return lost(name, layer, *PRETENDED[name]), None
+    if name == "grad_pass_through":
+        return lost(name, layer, "wrong", PASSED_THROUGH), None
     function = _own_gradient(operation)
     verdict, reason = "right", MENDED
     if function is not None and not _is_ours(function):

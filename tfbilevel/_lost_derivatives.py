@@ -7,39 +7,26 @@ FIRST_ORDER = (
     "a method that takes first derivatives only (tb.ValueGap, "
     "tb.Unroll(first_order=True), tb.FiniteDifference, tb.RankOne)"
 )
-AS_CONSTANT = (
-    "x + tf.stop_gradient(f(x) - x), which has the value f(x) and takes f for the "
-    "identity in derivatives of every order"
-)
-SEGMENTS = "tf.math.segment_mean(tf.gather(params, indices), segment_ids)"
+CUDNN = "use_cudnn=False in the recurrent layer"
+PATCHES = "tf.reduce_max over tf.image.extract_patches"
 
 # Operation, or function with a gradient of its own -> what to use instead.
 INSTEAD = {
-    "CTCLoss": "keras.losses.CTC, or tf.nn.ctc_loss with dense labels",
-    "CudnnRNNBackprop": "use_cudnn=False in the recurrent layer",
-    "CudnnRNNBackpropV2": "use_cudnn=False in the recurrent layer",
-    "CudnnRNNBackpropV3": "use_cudnn=False in the recurrent layer",
-    "Dilation2DBackpropFilter": "tf.reduce_max over tf.image.extract_patches",
-    "Dilation2DBackpropInput": "tf.reduce_max over tf.image.extract_patches",
-    "FakeQuantWithMinMaxArgsGradient": AS_CONSTANT,
-    "FakeQuantWithMinMaxVarsGradient": AS_CONSTANT,
-    "FakeQuantWithMinMaxVarsPerChannelGradient": AS_CONSTANT,
+    "CropAndResizeGradBoxes": "boxes that depend on no variable",
+    "CudnnRNNBackprop": CUDNN,
+    "CudnnRNNBackpropV2": CUDNN,
+    "CudnnRNNBackpropV3": CUDNN,
+    "Dilation2DBackpropFilter": PATCHES,
+    "Dilation2DBackpropInput": PATCHES,
     "FractionalAvgPoolGrad": "tf.nn.avg_pool2d",
     "FractionalMaxPoolGrad": "tf.nn.max_pool2d",
-    "LRNGrad": (
-        "x / (bias + alpha * tf.nn.conv2d(x**2, band, 1, 'SAME'))**beta with a "
-        "constant 1 x 1 kernel `band` of ones near the diagonal"
+    "HSVToRGB": "colours in RGB, changed by sums and products",
+    "SparseFillEmptyRowsGrad": "tf.nn.embedding_lookup_sparse, no row empty",
+    "grad_pass_through": (
+        "x + tf.stop_gradient(f(x) - x), which has the value f(x) and takes f for the "
+        "identity in derivatives of every order"
     ),
-    "MaxPoolGradWithArgmax": "tf.nn.max_pool2d for the values",
-    "SparseSegmentMeanGrad": SEGMENTS,
-    "SparseSegmentMeanGradV2": SEGMENTS,
-    "SparseSegmentSqrtNGrad": SEGMENTS + " times the root of the counts",
-    "SparseSegmentSqrtNGradV2": SEGMENTS + " times the root of the counts",
-    "grad_pass_through": AS_CONSTANT,
-    "recompute_grad": (
-        "the function itself; memory is saved by tb.Unroll(memory='checkpoint') or "
-        "tb.Implicit"
-    ),
+    "tf.stop_gradient": "a gradient without it, or tf.stop_gradient in the loss itself",
 }
 
 
