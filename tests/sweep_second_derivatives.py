@@ -96,8 +96,9 @@ def weighed(outputs: Any, weights: tf.Tensor) -> tf.Tensor:
         leaf = tf.cast(leaf, tf.float64)
         slope = normal([int(np.prod(leaf.shape))], 7 + index)
         each = tf.reshape(slope, leaf.shape) * leaf + 0.5 * leaf**2
-        if leaf.shape.rank and leaf.shape[0] == EXAMPLES:
-            each = tf.reduce_sum(tf.reshape(each, [EXAMPLES, -1]), 1) * weights
+        count = weights.shape[0]
+        if leaf.shape.rank and leaf.shape[0] == count:
+            each = tf.reduce_sum(tf.reshape(each, [count, -1]), 1) * weights
         total += tf.reduce_sum(each)
     return total
 
@@ -332,7 +333,8 @@ def layers() -> dict[str, Any]:
 
 def layer_case(name: str, keywords: dict, inputs: list, dtype: str) -> Case:
     keras.utils.set_random_seed(0)
-    layer = getattr(keras.layers, name)(**keywords, dtype=dtype)
+    of_dtype = {} if name == "Pipeline" else {"dtype": dtype}  # its layers have one
+    layer = getattr(keras.layers, name)(**keywords, **of_dtype)
     given = [tf.constant(i) if isinstance(i, np.ndarray) else None for i in inputs]
     positive = keywords.get("value_range") is not None
     starts = [
@@ -413,7 +415,7 @@ def activation_makers() -> Iterator[Maker]:
             yield partial(function_case, "activation", name, "", of, (2, 6))
 
 
-SPARSE = ("SparseCategoricalCrossentropy",)
+SPARSE = ("SparseCategoricalCrossentropy", "CategoricalGeneralizedCrossEntropy")
 OF_LOGITS = (
     "BinaryCrossentropy",
     "BinaryFocalCrossentropy",
@@ -447,8 +449,12 @@ def loss_makers() -> Iterator[Maker]:
 
 def _loss_case(name: str, keywords: dict, labels: str, dtype: str) -> Case:
     loss_object = getattr(keras.losses, name)(reduction="none", dtype=dtype, **keywords)
-    shape = (EXAMPLES, 5, 4) if name == "CTC" else (EXAMPLES, 4)
-    indices = np.array([[1, 2], [3, 1]]) if name == "CTC" else np.array([1, 3])
+    shape: tuple = (EXAMPLES, 4)
+    indices = np.array([1, 3])
+    if name == "CTC":
+        shape, indices = (EXAMPLES, 5, 4), np.array([[1, 2], [3, 1]])
+    if name == "Circle":  # of pairs, alike and not
+        shape, indices = (4, 4), np.array([0, 0, 1, 1])
     to_probability = tf.sigmoid if name.startswith("Binary") else tf.nn.softmax
     probable = not keywords.get("from_logits") and name not in ("CTC", "Circle")
 
@@ -464,7 +470,7 @@ def _loss_case(name: str, keywords: dict, labels: str, dtype: str) -> Case:
         predicted = to_probability(y) if probable else y
         return weighed(loss_object(true, predicted), x["w"])
 
-    upper = {"w": normal([EXAMPLES], 3, 0.1, 1.0)}
+    upper = {"w": normal([shape[0]], 3, 0.1, 1.0)}
     if labels == "learned":
         upper["labels"] = normal(shape, 4)
     variant = _printed({**keywords, "labels": labels})

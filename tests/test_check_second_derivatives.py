@@ -13,6 +13,7 @@ import tensorflow as tf
 from small_models import SGD, unroll
 
 import tfbilevel as tb
+from tfbilevel import _derivatives as derivatives
 from tfbilevel._look import operations
 
 K = keras.layers
@@ -407,8 +408,50 @@ def test_a_sample_of_the_sweep(name: str) -> None:
     assert row.verdict == "right", row
 
 
+@pytest.mark.parametrize("size", [2, 3])
+def test_max_pooling_of_volumes_that_keeps_the_size(size: int) -> None:
+    """Found by the sweep: zero in a graph. Against maxima over patches, in a graph."""
+    generator = np.random.default_rng(3)
+    y, v = (tf.constant(generator.normal(size=(2, 4, 4, 4, 1)), tf.float32),) * 2
+    v = tf.reverse(v, [1])
+    before, after = (size - 1) // 2, size // 2
+    around = [[0, 0], *3 * [[before, after]], [0, 0]]
+
+    def by_patches(z: tf.Tensor) -> tf.Tensor:
+        z = tf.pad(z, around, constant_values=-1e9)
+        ksizes, strides = [1, size, size, size, 1], [1] * 5
+        return tf.reduce_max(
+            tf.extract_volume_patches(z, ksizes, strides, "VALID"), -1, keepdims=True
+        )
+
+    def product(pool: Callable) -> np.ndarray:
+        def curved() -> tf.Tensor:
+            _, _, pullback = derivatives.lower_gradient_pullback(
+                lambda x, y, batch: tf.reduce_sum(x * pool(y) ** 2), 1.0, y, None
+            )
+            return pullback(v)[1]
+
+        return tf.function(curved, autograph=False)().numpy()
+
+    made = product(lambda z: tf.nn.max_pool3d(z, size, 1, "SAME"))
+    np.testing.assert_allclose(made, product(by_patches), atol=1e-6)
+    assert np.abs(made).max() > 0.1
+
+
+@tf.custom_gradient
+def held(z: tf.Tensor) -> Any:
+    """The sine, whose gradient is right and constant for TensorFlow."""
+
+    def gradient(upstream: tf.Tensor) -> tf.Tensor:
+        return upstream * tf.ensure_shape(
+            tf.numpy_function(np.cos, [z], z.dtype), z.shape
+        )
+
+    return tf.sin(z), gradient
+
+
 def test_the_sweep_would_see_a_wrong_product() -> None:
-    of = functools.partial(sweep.function_case, "activation", "turned", "", turned)
+    of = functools.partial(sweep.function_case, "activation", "held", "", held)
     assert sweep.checked(functools.partial(of, (2, 4))).verdict == "WRONG"
 
 

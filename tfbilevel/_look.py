@@ -40,9 +40,15 @@ CONSTANT = {
     "StopGradient",
     "ZerosLike",
 }
-PASSED_THROUGH = (
-    "its gradient is the identity's, and differs from the derivative of its value"
-)
+# TensorFlow's functions with a gradient of their own that can be taken once only, or
+# that is none of theirs.
+NOT_TWICE = {
+    "ctc_loss_dense": ("missing", "its recursion over time can be differentiated once"),
+    "grad_pass_through": (
+        "wrong",
+        "its gradient is the identity's, and differs from the derivative of its value",
+    ),
+}
 NO_DERIVATIVE = "TensorFlow has no derivative of it"
 TAKEN_FOR_CONSTANT = "TensorFlow takes it for a constant and says nothing"
 STOPPED = "a tf.custom_gradient function takes a part of its gradient for a constant"
@@ -287,8 +293,8 @@ def _judged(
     """What is to be said of a suspect, and its gradient where it has one."""
     if operation.type == "StopGradient":
         return lost(name, layer, "wrong", STOPPED), None
-    if name == "grad_pass_through":
-        return lost(name, layer, "wrong", PASSED_THROUGH), None
+    if name in NOT_TWICE:
+        return lost(name, layer, *NOT_TWICE[name]), None
     function = _own_gradient(operation)
     verdict, reason = "right", MENDED
     if function is not None and not _is_ours(function):

@@ -7,11 +7,13 @@ FIRST_ORDER = (
     "a method that takes first derivatives only (tb.ValueGap, "
     "tb.Unroll(first_order=True), tb.FiniteDifference, tb.RankOne)"
 )
+ALIGNED = "a loss of labels that are aligned in time"
 CUDNN = "use_cudnn=False in the recurrent layer"
 PATCHES = "tf.reduce_max over tf.image.extract_patches"
 
 # Operation, or function with a gradient of its own -> what to use instead.
 INSTEAD = {
+    "CTCLoss": ALIGNED,
     "CropAndResizeGradBoxes": "boxes that depend on no variable",
     "CudnnRNNBackprop": CUDNN,
     "CudnnRNNBackpropV2": CUDNN,
@@ -22,6 +24,7 @@ INSTEAD = {
     "FractionalMaxPoolGrad": "tf.nn.max_pool2d",
     "HSVToRGB": "colours in RGB, changed by sums and products",
     "SparseFillEmptyRowsGrad": "tf.nn.embedding_lookup_sparse, no row empty",
+    "ctc_loss_dense": ALIGNED,
     "grad_pass_through": (
         "x + tf.stop_gradient(f(x) - x), which has the value f(x) and takes f for the "
         "identity in derivatives of every order"
@@ -60,6 +63,8 @@ class Operation(NamedTuple):
 
 def lost(name: str, layer: str, verdict: str, reason: str) -> Operation:
     """An operation that must be replaced."""
+    if name == "PreventGradient":
+        name = "CTCLoss"  # which is all that has one
     instead = INSTEAD.get(name, "other operations that compute the same")
     return Operation(name, layer, verdict, reason, instead)
 

@@ -17,11 +17,12 @@ from tfbilevel._lost_derivatives import MissingSecondDerivativeError, Operation
 from tfbilevel._model import BilevelModel
 from tfbilevel._problem import Batches, Problem, require_batches, require_problem
 
-# Of central differences, relative to the size of what is moved. The one is taken of
-# which two halves disagree least: rounding spoils the small ones, kinks the large.
-WIDTHS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
-# An error above this many times the noise is not noise; below the other, none.
-NOISY, SMALL = 10.0, 1e-6
+# Of central differences, relative to the size of what is moved. The one is taken that
+# is nearest to the one before: rounding spoils the small ones, kinks the large.
+WIDTHS = tuple(10 ** (-k / 2) for k in range(2, 13))
+# An error above this many times the noise is not noise; below the second, none; above
+# the third, one whatever the noise is.
+NOISY, SMALL, LARGE = 10.0, 1e-6, 0.1
 
 
 class Probe(NamedTuple):
@@ -78,7 +79,7 @@ class SecondDerivativesReport:
 
     @property
     def _tolerance(self) -> float:
-        return max(SMALL, NOISY * self.noise)
+        return min(LARGE, max(SMALL, NOISY * self.noise))
 
     def _largest(self, of: Callable[[Probe], float]) -> float:
         relative = []
@@ -139,7 +140,7 @@ def check_second_derivatives(
     `tb.check_hypergradient` refuse those; only the differences find a gradient that
     was written by hand (tf.custom_gradient) and is wrong.
 
-    Cost: four gradients of g per probe, product and width, five widths; three traces.
+    Cost: two gradients of g per probe, product and width, eleven widths; three traces.
     Over tasks the first one is checked. Prefer `check_hypergradient` for a method as a
     whole.
 
@@ -246,14 +247,12 @@ def _differenced(
     epsilon = float(np.finfo(dtype.name).eps)
 
     def probe(name: str, claimed: Any, slope: Any, size: float, moved: Any) -> Probe:
-        best = (np.inf, 0.0)
+        best, before = (np.inf, 0.0), np.inf
         for width in WIDTHS:
             h = width * (size or 1.0)
-            wide, narrow = (
-                float(moved(step) - moved(-step)) / (2 * step) for step in (h, h / 2)
-            )
-            noise = abs(wide - narrow) + epsilon * float(slope) / h
-            best = min(best, (noise, narrow))
+            now = float(moved(h) - moved(-h)) / (2 * h)
+            best = min(best, (abs(now - before) + epsilon * float(slope) / h, now))
+            before = now
         return Probe(name, float(claimed), best[1], best[0])
 
     made = []
