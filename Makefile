@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: demo test lint docs bench bench-env clean
+.PHONY: demo test test-slow lint docs bench bench-env clean
 
 demo: .venv/experiments
 	rm -rf runs/demo
@@ -11,6 +11,9 @@ demo: .venv/experiments
 
 test: .venv/test
 	$(BIN)/python -m pytest -n 3 --dist loadgroup --max-worker-restart=0
+
+test-slow: .venv/test
+	$(BIN)/python -m pytest -m slow
 
 lint: .venv/test
 	$(BIN)/ruff format --check .

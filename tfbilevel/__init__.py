@@ -37,6 +37,9 @@ from tfbilevel._linear_solvers import Neumann as Neumann
 from tfbilevel._linear_solvers import (
     NormalConjugateGradient as NormalConjugateGradient,
 )
+from tfbilevel._lost_derivatives import (
+    MissingSecondDerivativeError as MissingSecondDerivativeError,
+)
 from tfbilevel._method import Method as Method
 from tfbilevel._method import Step as Step
 from tfbilevel._minimize import Point as Point
@@ -55,6 +58,12 @@ from tfbilevel._schedules import Geometric as Geometric
 from tfbilevel._schedules import InversePower as InversePower
 from tfbilevel._schedules import LinearRamp as LinearRamp
 from tfbilevel._schedules import Schedule as Schedule
+from tfbilevel._second_derivatives import (
+    SecondDerivativesReport as SecondDerivativesReport,
+)
+from tfbilevel._second_derivatives import (
+    check_second_derivatives as check_second_derivatives,
+)
 from tfbilevel._stochastic import BAMM as BAMM
 from tfbilevel._stochastic import BSA as BSA
 from tfbilevel._stochastic import TTSA as TTSA

@@ -12,6 +12,7 @@ from tfbilevel import _derivatives as derivatives
 from tfbilevel import _structure as structure
 from tfbilevel._arguments import require_count
 from tfbilevel._indices import explain
+from tfbilevel._look import require_second_derivatives
 from tfbilevel._method import Method, require_method
 from tfbilevel._problem import Batches, Problem, require_problem
 
@@ -115,6 +116,8 @@ def check_hypergradient(
     Raises:
         ValueError: for arguments of the wrong kind or variables that are not
             floating-point.
+        tb.MissingSecondDerivativeError: if the method takes second derivatives that
+            TensorFlow has wrong or not at all.
 
     Example:
         >>> problem = tb.Problem(
@@ -134,6 +137,7 @@ def check_hypergradient(
     upper, lower = structure.to_tensors(upper), structure.to_tensors(lower)
     structure.require_floating(upper, "upper")
     structure.require_floating(lower, "lower")
+    require_second_derivatives(problem, method, upper, lower, batches)
     if state is None:
         state = method.init(problem, upper, lower)
     # A graph: eagerly, steps that take tasks in turn would be traced at every call.

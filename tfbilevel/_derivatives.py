@@ -5,12 +5,15 @@ decide what that means: zero for the partial derivative of the upper loss in the
 upper variables, and `require_connected`'s error everywhere else.
 """
 
-from collections.abc import Callable
+import contextlib
+import re
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import tensorflow as tf
 
 from tfbilevel import _structure as structure
+from tfbilevel._lost_derivatives import MissingSecondDerivativeError, lost
 from tfbilevel._workarounds import right_derivatives
 
 Pullback = Callable[[Any], Any]
@@ -36,7 +39,7 @@ def vjp(function: Callable, *primals: Any) -> tuple[Any, Any, Pullback]:
             value, auxiliary = function(*primals)
 
     def pullback(cotangent: Any) -> Any:
-        with right_derivatives():
+        with _differentiating():
             return tape.gradient(
                 tf.nest.flatten(value),
                 primals,
@@ -69,7 +72,7 @@ def jvp(function: Callable, *primals: Any) -> tuple[Any, Any, Pullback, list]:
                 value, auxiliary = function(*primals)
         seeds = [tf.zeros_like(leaf) for leaf in tf.nest.flatten(value)]
         outer.watch(seeds)
-        with right_derivatives():
+        with _differentiating():
             entries = inner.gradient(
                 tf.nest.flatten(value), tf.nest.flatten(primals), output_gradients=seeds
             )
@@ -87,7 +90,7 @@ def jvp(function: Callable, *primals: Any) -> tuple[Any, Any, Pullback, list]:
         made = [None] * len(seeds)
         if pairs:
             targets, along = zip(*pairs, strict=True)
-            with right_derivatives():
+            with _differentiating():
                 made = outer.gradient(
                     list(targets), seeds, output_gradients=list(along)
                 )
@@ -142,7 +145,7 @@ def lower_gradient_pullback(
         gradient = require_connected(entries, lower, "lower", "the lower loss")
 
     def pullback(vector: Any) -> tuple[Any, Any]:
-        with right_derivatives():
+        with _differentiating():
             mixed, curvature = outer.gradient(
                 tf.nest.flatten(gradient),
                 (upper, lower),
@@ -151,6 +154,22 @@ def lower_gradient_pullback(
         return mixed, fill_zeros(curvature, lower)
 
     return value, gradient, pullback
+
+
+@contextlib.contextmanager
+def _differentiating() -> Iterator[None]:
+    """Around a reverse sweep through gradients: what TensorFlow lacks is named."""
+    try:
+        with right_derivatives():
+            yield
+    except (LookupError, NotImplementedError) as error:
+        message = str(error)
+        known = re.search(
+            r"no entry for: (\w+)|op type: (\w+)|(recompute_grad)", message
+        )
+        name = next(filter(None, known.groups())) if known else type(error).__name__
+        operation = lost(name, "", "missing", message.splitlines()[-1])
+        raise MissingSecondDerivativeError([operation]) from error
 
 
 def require_scalar(loss: Any) -> tf.Tensor:

@@ -17,6 +17,7 @@ from tfbilevel._arguments import (
 from tfbilevel._differentiable import configuration
 from tfbilevel._finite import NonFiniteError, first_nonfinite
 from tfbilevel._inner import InnerSolver
+from tfbilevel._look import require_second_derivatives
 from tfbilevel._model import BilevelModel
 from tfbilevel._problem import Batches
 from tfbilevel._unroll import Unroll
@@ -176,7 +177,7 @@ class Dynamic:
 
     def _use(self, optimizer: keras.optimizers.Optimizer) -> None:
         self._optimizer = optimizer
-        self.method = Unroll(
+        method = self.method = Unroll(
             InnerSolver(optimizer, self.lower_loop),
             last=self.lower_loop - self.truncate_iters if self.truncate_iters else None,
             end="pessimistic" if self.acquire_max_loss else "final",
@@ -186,7 +187,9 @@ class Dynamic:
 
         def step(x: list, y: list, batches: Batches, state: Any, call: Any) -> Any:
             problem = self._model.problem_at(call)
-            return self.method.step(problem, x, y, batches, state)
+            models = (self.ul_model, self.ll_model)
+            require_second_derivatives(self.problem, method, x, y, batches, models)
+            return method.step(problem, x, y, batches, state)
 
         self._step = tf.function(step, autograph=False)
 

@@ -70,6 +70,10 @@ class FiniteDifference(Method):
         remedy = "The published value is 0.01."
         require_number(self.radius, "radius", positive, "above 0", remedy)
 
+    @property
+    def takes_second_derivatives(self) -> bool:
+        return False
+
     def init(self, problem: Problem, upper: Any, lower: Any) -> Any:
         return self.inner.init(problem, upper, lower)
 

@@ -74,6 +74,16 @@ class Method(abc.ABC):
         inner = None if self.moves_lower else getattr(self, "inner", None)
         return getattr(inner, "steps", 1)
 
+    @property
+    def takes_second_derivatives(self) -> bool:
+        """Whether a step differentiates the gradient of the lower loss.
+
+        `BilevelModel.fit`, `tb.minimize` and `tb.check_hypergradient` then look first
+        whether TensorFlow has these derivatives. A method of first derivatives only
+        says False.
+        """
+        return True
+
     @abc.abstractmethod
     def step(
         self, problem: Problem, upper: Any, lower: Any, batches: Batches, state: Any

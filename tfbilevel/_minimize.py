@@ -12,6 +12,7 @@ from tfbilevel._arguments import require_callable, require_count
 from tfbilevel._differentiable import UpdateRule, configuration, widest
 from tfbilevel._finite import NonFiniteError, first_nonfinite, warn_diverged
 from tfbilevel._indices import explain
+from tfbilevel._look import require_second_derivatives
 from tfbilevel._method import Method, require_method
 from tfbilevel._problem import Batches, Problem, require_batches, require_problem
 from tfbilevel._workarounds.memory_optimizer import without_memory_rewrites
@@ -111,6 +112,8 @@ def minimize(
         ValueError: for variables, batches or optimizers of the wrong kind, or a
             dataset that is known to have fewer elements than `steps` (of one that
             does not know it, `tf.errors.OutOfRangeError` when it ends).
+        tb.MissingSecondDerivativeError: if the method takes second derivatives of the
+            lower loss that TensorFlow has wrong or not at all.
         tb.NonFiniteError: if a loss, gradient or variable stops being finite; its
             `point` holds the variables from before that step.
 
@@ -215,6 +218,7 @@ def _compile(
         begun = tf.cast(carried[1].iteration, tf.int32)  # 0 but where a run goes on
         # Traced once, here, so that the loop knows what a step returns.
         first = source.first(data)
+        require_second_derivatives(problem, method, *_specs((x, y, first)))
         compiled = tf.function(outer_step, autograph=False).get_concrete_function(
             *_specs((tf.constant(0), x, y, carried)), _specs(first)
         )

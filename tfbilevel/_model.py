@@ -29,6 +29,8 @@ from tfbilevel._fixed_state import moved_on
 from tfbilevel._functional import require_built
 from tfbilevel._indices import ExampleWeightsError, IndexWatch, explain
 from tfbilevel._inner import InnerSolver, require_inner
+from tfbilevel._look import require_second_derivatives
+from tfbilevel._lost_derivatives import MissingSecondDerivativeError
 from tfbilevel._method import Method
 from tfbilevel._model_arguments import (
     losses_are_minimised,
@@ -373,6 +375,7 @@ class BilevelModel(keras.Model):
         self._trackers = Trackers(self._device)
         self.start_optimizer = start_optimizer
         self._warned = False
+        self._looked = False
         upper, _ = self._variables()
         with tf.device(self._device):
             if start_optimizer is None:
@@ -431,6 +434,9 @@ class BilevelModel(keras.Model):
         Raises:
             ValueError: if `x` is not a dataset of `tb.Batches`, or there are no
                 metrics to measure `validation_data` by.
+            tb.MissingSecondDerivativeError: if the method takes second derivatives of
+                the lower loss that TensorFlow has wrong or not at all; nothing was
+                done then.
             tb.NonFiniteError: at the first NaN or infinity, unless they are skipped.
         """
         require_dataset_of_batches(x)
@@ -449,6 +455,7 @@ class BilevelModel(keras.Model):
         )
         if int(x.cardinality()) == 0:
             raise empty
+        self._look(x.element_spec)
         self._ensure_carried()
         callbacks = keywords.get("callbacks")
         require_serialisable(self, callbacks)
@@ -513,6 +520,7 @@ class BilevelModel(keras.Model):
             ),
             x,
         )
+        self._look(x)
         self._ensure_carried()
         self._use_saved_compilation()
         if self._undecided:
@@ -750,6 +758,29 @@ class BilevelModel(keras.Model):
         if tasks is not None:
             y = [tf.broadcast_to(v, [tasks, *v.shape]) for v in y]
         return x, y, self._carried.read() if state else ()
+
+    def _look(self, batches: Batches) -> None:
+        """Refuse, once per `compile`, what has no second derivative.
+
+        Args:
+            batches: those of one outer step, or their specifications.
+        """
+        if self._looked:
+            return
+        upper, lower = self._variables()
+        tasks = [] if self.tasks is None else [self.tasks]
+        x = [tf.TensorSpec(v.shape, v.dtype) for v in upper]
+        y = [tf.TensorSpec([*tasks, *v.shape], v.dtype) for v in lower]
+        try:
+            require_second_derivatives(
+                self.problem, self.method, x, y, batches, (self.upper, self.lower)
+            )
+        except MissingSecondDerivativeError:
+            raise
+        except Exception:  # of code that cannot be traced, but does run eagerly
+            if not self.run_eagerly:
+                raise
+        self._looked = True
 
     def _refuse(self, code: Any, data: Batches | None = None) -> tf.Tensor:
         if data is not None:

@@ -73,6 +73,10 @@ class RankOne(Method):
         """Where the inner solve ends."""
         return EndPoint(self.inner, self.end, self.aggregate)
 
+    @property
+    def takes_second_derivatives(self) -> bool:
+        return False
+
     def init(self, problem: Problem, upper: Any, lower: Any) -> Any:
         return self.inner.init(problem, upper, lower)
 

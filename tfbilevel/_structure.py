@@ -222,3 +222,15 @@ def require_like(a: Any, reference: Any, name: str, rule: str) -> None:
                 f"Received: {path} of shape {got.shape} and dtype {got.dtype.name} "
                 f"where shape {want.shape} and dtype {want.dtype.name} was expected"
             )
+
+
+def direction(like: Any, seed: int) -> Any:
+    """A random vector of length 1."""
+    made = tf.nest.pack_sequence_as(
+        like,
+        [
+            tf.random.stateless_normal(tf.shape(leaf), (seed, index), dtype=leaf.dtype)
+            for index, leaf in enumerate(tf.nest.flatten(like))
+        ],
+    )
+    return scale(1.0 / norm(made), made)

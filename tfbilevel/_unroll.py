@@ -144,6 +144,10 @@ class Unroll(Method):
         pessimistic = self.end == "pessimistic"
         return Span(self.inner, self.first, self.first_order, pessimistic)
 
+    @property
+    def takes_second_derivatives(self) -> bool:
+        return not self.first_order
+
     def init(self, problem: Problem, upper: Any, lower: Any) -> Any:
         return self.inner.init(problem, upper, lower)
 

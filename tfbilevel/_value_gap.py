@@ -88,6 +88,10 @@ class ValueGap(Method):
             )
 
     @property
+    def takes_second_derivatives(self) -> bool:
+        return False
+
+    @property
     def moves_lower(self) -> bool:
         return True
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from tfbilevel._workarounds import (
     crops,
     fake_quantization,
+    max_pooling_3d,
     moments,
     pooling_with_argmax,
     projective_transforms,
@@ -34,6 +35,7 @@ _right = Swap(
     [
         *crops.REPLACEMENTS,
         *fake_quantization.REPLACEMENTS,
+        *max_pooling_3d.REPLACEMENTS,
         *moments.REPLACEMENTS,
         *pooling_with_argmax.REPLACEMENTS,
         *projective_transforms.REPLACEMENTS,

@@ -1,0 +1,40 @@
+"""Second derivatives of 3-D max pooling that keeps the size, wrong in graphs.
+
+TensorFlow's kernel writes its result over its argument where both are of one shape (a
+stride of 1, padding "same") and nobody else needs that, and then reads the argument.
+Eagerly somebody does. With the padding written out the shapes differ.
+"""
+
+from typing import Any
+
+import tensorflow as tf
+
+from tfbilevel._workarounds.swap import gradient
+
+
+def max_pool_3d_grad(operation: Any, upstream: Any) -> list:
+    """Of MaxPool3DGrad(x, y, g), which is linear in g."""
+    x, y, _ = operation.inputs
+    zeros = [tf.zeros_like(x), tf.zeros_like(y)]
+    ksize, strides = operation.get_attr("ksize"), operation.get_attr("strides")
+    padding, data_format = (
+        tf.compat.as_str(operation.get_attr(name))
+        for name in ("padding", "data_format")
+    )
+    if padding == "SAME" and all(stride == 1 for stride in strides):
+        around = [[(k - 1) // 2, k // 2] for k in ksize]
+        x = tf.pad(x, around, constant_values=x.dtype.min)
+        upstream, padding = tf.pad(upstream, around), "VALID"
+    of_g = tf.raw_ops.MaxPool3DGradGrad(
+        orig_input=x,
+        orig_output=y,
+        grad=upstream,
+        ksize=ksize,
+        strides=strides,
+        padding=padding,
+        data_format=data_format,
+    )
+    return [*zeros, of_g]
+
+
+REPLACEMENTS = [gradient("MaxPool3DGrad", max_pool_3d_grad)]
