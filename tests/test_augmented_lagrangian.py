@@ -343,6 +343,7 @@ def test_the_upper_rate_decays_under_every_optimizer_in_fit():
 
 def test_the_schedule_survives_saving(tmp_path):
     def build():
+        keras.utils.set_random_seed(0)  # a model has a seed of its own
         weights = tb.ExampleWeights(4)
         network = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
         network.set_weights([np.ones((2, 1)), np.zeros(1)])
