@@ -57,10 +57,17 @@ def to_float64(values: Any) -> Any:
 
 
 def leaves_float64(graph: Any) -> bool:
-    """Whether a graph casts a float64 tensor to fewer digits."""
-    return any(
-        operation.type == "Cast"
-        and operation.inputs[0].dtype == tf.float64
-        and operation.outputs[0].dtype.is_floating
-        for operation in graph.get_operations()
-    )
+    """Whether a graph casts a float64 tensor to fewer digits, or mixes the two.
+
+    Image transformations take float32 coordinates whatever the images are.
+    """
+    for operation in graph.get_operations():
+        types = {t.dtype for t in operation.inputs if t.dtype.is_floating}
+        if tf.float64 not in types:
+            continue
+        if operation.type == "Cast":
+            types |= {t.dtype for t in operation.outputs if t.dtype.is_floating}
+        calls = any(part.type.endswith("func") for part in operation.op_def.attr)
+        if len(types) > 1 and not calls:
+            return True
+    return False
