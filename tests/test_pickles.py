@@ -208,6 +208,9 @@ ATTACKS = {
     + b"h\x63"
     + state(kind("u1"), (1,), raw(b"A"))
     + b"t",
+    "a buffer of an array": buffer(
+        array(kind("u1"), (8,), EIGHT), kind("u1"), (8,)
+    ),
     "an array's state twice": array(kind("u1"), (8,), EIGHT)
     + state(kind("u1"), (1,), raw(b"A")),
     "everybody's integers": kind("i8", (3, ">", None, None, None, -1, -1, 0)),
