@@ -134,8 +134,11 @@ def save(path: pathlib.Path, splits: dict[str, Classes], source: str) -> None:
         arrays[f"{split}_names"] = np.array(classes.names)
     partial = path.with_name(path.name + ".partial.npz")
     partial.parent.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(partial, **arrays)
-    os.replace(partial, path)
+    try:
+        np.savez_compressed(partial, **arrays)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def load(path: pathlib.Path, source: str) -> dict[str, Classes]:

@@ -44,6 +44,10 @@ def pollute(
     if rule not in RULES:
         raise ValueError(f"`rule` must be one of {RULES}. Received: rule={rule!r}")
     given = np.asarray(labels)
+    if np.ma.is_masked(labels):
+        raise ValueError("labels must not be masked. Take labels.compressed()")
+    if given.dtype.kind in "SU" and not isinstance(labels, np.ndarray):
+        given = np.asarray(labels, object)  # else NaN in a list becomes "nan"
     if given.ndim != 1:
         raise ValueError(
             "there must be one label per example, [n]. Take labels.argmax(axis=1) of "
@@ -134,9 +138,15 @@ def mask_of(values: Any, name: str) -> np.ndarray:
         ValueError: for anything else: scores, ranks, text, NaN, -1 and +1.
     """
     found = np.asarray(values)
+    if np.ma.is_masked(values):
+        raise ValueError(f"{name} must be a mask of which nothing is masked itself")
     if found.ndim == 2 and found.shape[1] == 1:
         found = found[:, 0]
-    if found.dtype == object and all(isinstance(v, (bool, np.bool_)) for v in found):
+    if (
+        found.dtype == object
+        and found.ndim
+        and all(isinstance(v, (bool, np.bool_)) for v in found)
+    ):
         found = found.astype(bool)
     plain = found.ndim == 1 and found.dtype.kind in "biuf"
     if not plain or not np.isin(found, (0, 1)).all():

@@ -77,7 +77,7 @@ def read(paths: Sequence[pathlib.Path], split: str, source: str) -> Classes:
         given = _first(content, LABELS)
         labels, names = _from_labels(given, len(images), where, source)
         named = _first(content, NAMES)
-        if named is not None:
+        if names is None and named is not None:  # names have numbers of their own
             names = _names(named, labels, where)
         elif names is None:  # numbers, which begin at 0 in every split
             names = {int(n): f"{split}-{int(n)}" for n in np.unique(labels)}
@@ -95,7 +95,12 @@ def as_images(found: Any, where: str, source: str) -> np.ndarray:
     if isinstance(found, (list, tuple)) or objects:
         try:
             found = np.stack([decoded(one) for one in found])
-        except (TypeError, ValueError, tf.errors.InvalidArgumentError) as error:
+        except (
+            OverflowError,
+            TypeError,
+            ValueError,
+            tf.errors.InvalidArgumentError,
+        ) as error:
             raise ValueError(
                 f"{where}: not a file of {source}: its images must be image files of "
                 f"one size ({one_line(error)})"
@@ -107,7 +112,12 @@ def as_images(found: Any, where: str, source: str) -> np.ndarray:
             f"{where}: not a file of {source}: it must hold images ({FORMS}) under one "
             f"of {', '.join(IMAGES)}. Received: {kind or type(found).__name__}"
         )
-    if found.shape[3] not in (1, 3) and found.shape[1] in (1, 3):
+    if found.shape[1] in (1, 3) and found.shape[3] in (1, 3):
+        raise ValueError(
+            f"{where}: it cannot be told which axis of its images holds the channels, "
+            f"1 or 3. Received: {shape}"
+        )
+    if found.shape[1] in (1, 3):
         return np.ascontiguousarray(found.transpose(0, 2, 3, 1))
     if found.shape[3] not in (1, 3):
         raise ValueError(
@@ -150,8 +160,11 @@ def _from_members(members: dict, count: int, where: str, source: str) -> tuple:
     numbers of its images."""
     names = sorted(members, key=text)
     try:
-        numbers = [np.asarray(members[name]).astype(int).ravel() for name in names]
-    except (TypeError, ValueError):
+        given = [np.asarray(members[name]) for name in names]
+        if not all(some.dtype.kind in "iu" or not some.size for some in given):
+            raise TypeError  # 0.5 would become 0
+        numbers = [some.astype(int).ravel() for some in given]
+    except (OverflowError, TypeError, ValueError):
         numbers = []
     every = np.concatenate([*numbers, np.empty(0, int)])
     if not np.array_equal(np.sort(every), np.arange(count)):
@@ -182,14 +195,14 @@ def _from_labels(given: Any, count: int, where: str, source: str) -> tuple:
 
 def _names(named: Any, labels: np.ndarray, where: str) -> dict[int, str]:
     """Label -> name, from a list of names or a dictionary either way round."""
+    pairs: list[tuple[Any, Any]] = []
     if isinstance(named, dict):
         pairs = [(k, v) if _whole(k) else (v, k) for k, v in named.items()]
-    else:
+    elif isinstance(named, (list, tuple, np.ndarray)) and np.ndim(named):
         pairs = list(enumerate(named))
-    try:
-        found = {int(label): text(name) for label, name in pairs}
-    except (TypeError, ValueError):
-        found = {}
+    found = {int(label): text(name) for label, name in pairs if _whole(label)}
+    if len(found) < len(pairs):
+        raise ValueError(f"{where} has two names for a label, or a label of no integer")
     missing = set(np.unique(labels).tolist()) - set(found)
     if missing:
         raise ValueError(f"{where} has a label without a name: {min(missing)}")

@@ -102,6 +102,14 @@ def shrunk(images: np.ndarray) -> np.ndarray:
 
 def divide(background: Classes, evaluation: Classes, rule: str) -> dict[str, Classes]:
     """The splits, from the two published sets, each sorted by name."""
+    least = {"background": SORTED_VALIDATION + 1, "evaluation": TEST_COUNT + 1}
+    found = {"background": background.names, "evaluation": evaluation.names}
+    for file, count in least.items():
+        if len(found[file]) < count:
+            raise ValueError(
+                f"the {file} set of Omniglot is not whole: its characters must be at "
+                f"least {count}. Received: {len(found[file])}"
+            )
     if rule == "sorted":
         every = joined([background, evaluation])
         order = np.argsort(every.names).tolist()

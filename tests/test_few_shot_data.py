@@ -70,6 +70,10 @@ def test_saving_and_a_class_in_two_splits(tmp_path):
     ):
         classes.save(tmp_path / "y.npz", leaking, "drawn")
     assert not (tmp_path / "y.npz").exists()
+    (tmp_path / "folder.npz").mkdir()
+    with pytest.raises(OSError, match="directory"):
+        classes.save(tmp_path / "folder.npz", parts, "drawn")
+    assert {p.name for p in tmp_path.iterdir()} == {"x.npz", "folder.npz"}
     arrays = arrays_of(tmp_path / "x.npz")
     arrays["test_names"] = arrays["train_names"][: len(arrays["test_names"])]
     np.savez(tmp_path / "leaks.npz", **arrays)
@@ -260,6 +264,11 @@ def test_omniglot_splits_have_the_published_counts():
         omniglot.VALIDATION
     )
     assert made["test"].names == evaluation.names[-423:]
+    for rule in omniglot.RULES:
+        with pytest.raises(ValueError, match="evaluation set.*least 424. Received: 9"):
+            omniglot.divide(background, alphabet_of("Gurmukhi", 9, 0), rule)
+        with pytest.raises(ValueError, match="background set.*least 101. Received: 9"):
+            omniglot.divide(alphabet_of("Greek", 9, 0), evaluation, rule)
     made = omniglot.divide(background, evaluation, "sorted")
     counts = {split: len(c.names) for split, c in made.items()}
     assert counts == {"train": 1100, "validation": 100, "test": 423}

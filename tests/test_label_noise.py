@@ -84,6 +84,17 @@ def test_more_classes_than_the_type_holds():
         polluted(np.zeros(4, int), classes=1)
 
 
+def test_missing_entries_of_lists_and_masked_arrays():
+    with pytest.raises(ValueError, match="must all be text.*float"):
+        polluted(["a", float("nan"), "b"])
+    with pytest.raises(ValueError, match="must not be masked"):
+        polluted(np.ma.array([0, 1, 2], mask=[0, 1, 0]))
+    with pytest.raises(ValueError, match="nothing is masked"):
+        label_noise.mask_of(np.ma.array([0, 1], mask=[0, 1]), "`keep`")
+    with pytest.raises(ValueError, match="must be a mask"):
+        label_noise.mask_of(None, "`keep`")
+
+
 class Column:
     """Like a pandas column: with an index, by which `&` would put entries together."""
 

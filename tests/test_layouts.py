@@ -77,6 +77,11 @@ MINI = {
         "images": pixels(split),
         "targets": [names(split)[label] for label in LABELS],
     },
+    "names, and other numbers for them": lambda split: {
+        "images": pixels(split),
+        "labels": [names(split)[label] for label in LABELS],
+        "catname2label": {n: 1 - i for i, n in enumerate(names(split))},
+    },
     "image files": lambda split: {
         "data": [png(image) for image in pixels(split)],
         "labels": LABELS,
@@ -190,6 +195,43 @@ WRONG = {
         {"data": np.zeros((2, 4, 4, 3), np.uint8), "class_dict": {"a": [0, 0]}},
         "every image in one class",
     ),
+    "numbers that are none": (
+        {"data": np.zeros((2, 4, 4, 3), np.uint8), "class_dict": {"a": [0.5, 1.2]}},
+        "every image in one class",
+    ),
+    "huge numbers": (
+        {"data": np.zeros((2, 4, 4, 3), np.uint8), "class_dict": {"a": [0, 10**30]}},
+        "every image in one class",
+    ),
+    "two names": (
+        {
+            "data": np.zeros((2, 4, 4, 3), np.uint8),
+            "labels": [0, 1],
+            "catname2label": {"a": 0, "b": 0, "c": 1},
+        },
+        "two names for a label",
+    ),
+    "names of half labels": (
+        {
+            "data": np.zeros((2, 4, 4, 3), np.uint8),
+            "labels": [0, 1],
+            "catname2label": {"a": 0.7, "b": 1.2},
+        },
+        "a label of no integer",
+    ),
+    "a word for names": (
+        {
+            "data": np.zeros((2, 4, 4, 3), np.uint8),
+            "labels": [0, 1],
+            "class_names": "ab",
+        },
+        "without a name: 0",
+    ),
+    "channels on either side": (
+        {"data": np.zeros((2, 3, 4, 3), np.uint8), "labels": [0, 1]},
+        "cannot be told which axis",
+    ),
+    "lists of no bytes": ({"data": [[300]], "labels": [0]}, "image files of one size"),
     "a list": ([1, 2], "image files of one size"),
 }
 
