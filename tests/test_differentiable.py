@@ -330,7 +330,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "callable rate": (lambda: optimizers.SGD(lambda: 0.1), "learning_rate"),
     "excluded weight decay": (_excluded, "exclude_from_weight_decay"),
     "a number": (lambda: 0.1, "optimizer"),
-    "a name": (lambda: "adam", "optimizer"),
+    "a name of none": (lambda: "adamm", "optimizer"),
     "a class": (lambda: optimizers.SGD, "optimizer"),
 }
 
