@@ -83,7 +83,7 @@ BAD: dict[str, tuple[Callable[[], Any], list[str]]] = {
         lambda: tb.InnerSolver(SGD(SCHEDULE), 3, learning_rate=lambda x: x),
         ["`learning_rate`", "exclude"],
     ),
-    "optimizer": (lambda: tb.InnerSolver("sgd", 3), ["`optimizer`", "'sgd'"]),
+    "optimizer": (lambda: tb.InnerSolver("sgdd", 3), ["`optimizer`", "'sgdd'"]),
     "last above steps": (
         lambda: tb.Unroll(inner(), last=4),
         ["`last`", "last=4", "steps=3"],
@@ -207,12 +207,12 @@ BAD: dict[str, tuple[Callable[[], Any], list[str]]] = {
         ["Nadam", "Received: upper_optimizer="],
     ),
     "upper optimizer of words": (
-        lambda: minimize(upper_optimizer="sgd"),
+        lambda: minimize(upper_optimizer="sgdd"),
         ["`upper_optimizer`", "'sgd'"],
     ),
     **{
         f"lower optimizer of {make.__name__}": (
-            functools.partial(make, lower_optimizer="sgd", **options),
+            functools.partial(make, lower_optimizer="sgdd", **options),
             ["`lower_optimizer`", "'sgd'"],
         )
         for make, options in (
@@ -443,7 +443,7 @@ def test_functional_wants_all_variables() -> None:
         lambda wrong: tb.ValueGap(wrong, keras.optimizers.SGD(0.1), 1.0),
     ],
 )
-@pytest.mark.parametrize("wrong", ["sgd", keras.optimizers.SGD(0.1), 3])
+@pytest.mark.parametrize("wrong", ["sgdd", keras.optimizers.SGD(0.1), 3])
 def test_inner_must_be_an_inner_solver(build, wrong):
     with pytest.raises(ValueError, match="`inner` must be a tb.InnerSolver.*Received"):
         build(wrong)

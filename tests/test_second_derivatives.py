@@ -178,6 +178,10 @@ IN_GRAPHS = {
         resized(lambda i: tf.nn.local_response_normalization(i, 1, 1.0, 0.5, 0.7)),
         images,
     ),
+    "responses of few channels": (
+        resized(lambda i: tf.nn.local_response_normalization(i, 5, 1.0, 0.5, 0.7)),
+        images,
+    ),
     "argmax-pool": (
         resized(lambda i: tf.nn.max_pool_with_argmax(i, 2, 2, "VALID")[0]),
         images,
@@ -363,6 +367,41 @@ def test_keras_losses_of_probabilities_agree_where_these_round_to_zero(own):
     want = (tf.nn.softmax(y) - tf.one_hot([0, 1], 3)) / 2
     np.testing.assert_allclose(eager, want, atol=1e-6)
     np.testing.assert_allclose(run(y), want, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "softmax"])
+def test_keras_losses_of_the_other_probabilities_take_none_s_logits(name):
+    """A softmax's logits are none of a sigmoid's, and the other way round."""
+    entropies = {
+        "softmax": lambda p: losses.binary_crossentropy(tf.constant(LABELS), p),
+        "sigmoid": lambda p: losses.categorical_crossentropy(tf.constant(LABELS), p),
+    }
+
+    def by_hand(p: Any) -> Any:
+        t = tf.constant(LABELS)
+        if name == "softmax":
+            each = t * tf.math.log(p) + (1 - t) * tf.math.log(1 - p)
+            return -tf.reduce_mean(each, -1)
+        return -tf.reduce_sum(t * tf.math.log(p / tf.reduce_sum(p, -1)[:, None]), -1)
+
+    def loss(entropy: Any, z: Any) -> Any:
+        # Looked up here: where the library differentiates they are its own.
+        return tf.reduce_mean(entropy(getattr(tf.nn, name)(z)))
+
+    z = tf.constant(np.random.default_rng(0).normal(size=np.shape(LABELS)))
+
+    def gradient(entropy: Any) -> Any:
+        at = derivatives.lower_gradient(lambda x, y, _: loss(entropy, y), (), z, None)
+        return at[1].numpy()
+
+    want = gradient(by_hand)
+    graph = tf.function(
+        lambda z: derivatives.lower_gradient(
+            lambda x, y, _: loss(entropies[name], y), (), z, None
+        )[1]
+    )
+    np.testing.assert_allclose(gradient(entropies[name]), want, rtol=1e-5)
+    np.testing.assert_allclose(graph(z), want, rtol=1e-5)
 
 
 def test_learned_labels_move_under_every_kind_of_method():

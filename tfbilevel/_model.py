@@ -596,7 +596,7 @@ class BilevelModel(keras.Model):
         def checked(iterator: Any) -> Any:
             if self._resident is not None:
                 iterator = self._resident.read(iterator, self.steps_per_execution)
-            with without_memory_rewrites():
+            with self._placed(), without_memory_rewrites():
                 logs = compiled(iterator)
             try:
                 if self.on_nonfinite == "raise":
@@ -749,6 +749,12 @@ class BilevelModel(keras.Model):
         """Where the variables are: all others are made there too."""
         return self.lower.trainable_variables[0].value.device
 
+    def _placed(self) -> Any:
+        """XLA compiles for the device of the scope, whatever scope the user is in."""
+        if self._device.endswith(HOST):
+            return contextlib.nullcontext()
+        return tf.device(self._device)
+
     def _read(self, tasks: Any = None, state: bool = True) -> tuple[list, list, Any]:
         """x, y (of every task) and the method's state."""
         upper, lower = self._variables()
@@ -877,7 +883,8 @@ class BilevelModel(keras.Model):
 
         # Without a gradient nothing is decided: train_step names the variable.
         with contextlib.suppress(UnconnectedGradientError):
-            xla = faster_with_xla(trial, self._read(), data, announce)
+            with self._placed():
+                xla = faster_with_xla(trial, self._read(), data, announce)
             self._use_compilation(xla)
 
     def _use_saved_compilation(self) -> None:

@@ -65,7 +65,7 @@ def _numbers(leaf: Any) -> np.ndarray | None:
     if "CPU:" not in leaf.backing_device or leaf.dtype in (tf.string, tf.variant):
         return None
     try:
-        return np.asarray(memoryview(leaf))
+        return np.asarray(memoryview(leaf))  # pyright: ignore[reportArgumentType]
     except (TypeError, ValueError):  # bfloat16 has no buffer
         return None
 

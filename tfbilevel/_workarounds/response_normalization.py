@@ -18,7 +18,8 @@ def _normalized(operation: Any, upstream: Any) -> list:
         operation.get_attr(name) for name in ("depth_radius", "bias", "alpha", "beta")
     )
     channels = tf.shape(x)[-1]
-    band = tf.linalg.band_part(tf.ones([channels, channels], x.dtype), radius, radius)
+    reach = tf.minimum(radius, channels - 1)  # a band is no wider than its matrix
+    band = tf.linalg.band_part(tf.ones([channels, channels], x.dtype), reach, reach)
     n = bias + alpha * tf.tensordot(tf.square(x), band, 1)
     inner = tf.tensordot(upstream * x * n ** (-beta - 1.0), band, 1)
     return [upstream * n**-beta - 2.0 * alpha * beta * x * inner]

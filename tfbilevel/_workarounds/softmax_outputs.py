@@ -9,11 +9,23 @@ import functools
 from typing import Any
 
 import tensorflow as tf
+from keras.src.backend.tensorflow import nn as keras_nn
 
 from tfbilevel._workarounds.swap import Replacement
 
+_get_logits = keras_nn._get_logits
 
-def _with_logits(activation: Any) -> Any:
+
+def _logits_of_their_kind(
+    output: Any, from_logits: Any, op_type: str, *names: Any
+) -> Any:
+    """Keras's, for which logits are logits: a sigmoid's would serve for a softmax."""
+    if getattr(output, "_made_by", op_type) != op_type:
+        output = tf.identity(output)  # it has no logits
+    return _get_logits(output, from_logits, op_type, *names)
+
+
+def _with_logits(activation: Any, kind: str) -> Any:
     @functools.wraps(activation)
     def activated(*arguments: Any, **keywords: Any) -> Any:
         probabilities = activation(*arguments, **keywords)
@@ -22,15 +34,17 @@ def _with_logits(activation: Any) -> Any:
         if tf.executing_eagerly() and axis in (None, -1):
             # Where Keras's own activations leave it.
             probabilities._keras_logits = tf.convert_to_tensor(logits)
+            probabilities._made_by = kind
         return probabilities
 
     return activated
 
 
-_sigmoid = _with_logits(tf.sigmoid)
+_sigmoid = _with_logits(tf.sigmoid, "Sigmoid")
 
 REPLACEMENTS = [
-    Replacement(tf.nn, "softmax", _with_logits(tf.nn.softmax)),
+    Replacement(tf.nn, "softmax", _with_logits(tf.nn.softmax, "Softmax")),
+    Replacement(keras_nn, "_get_logits", _logits_of_their_kind),
     Replacement(tf, "sigmoid", _sigmoid),
     Replacement(tf.nn, "sigmoid", _sigmoid),
     Replacement(tf.math, "sigmoid", _sigmoid),

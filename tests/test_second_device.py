@@ -1,0 +1,41 @@
+"""Training on another device than the host, as on a GPU: two logical CPU devices."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+METHODS = (
+    "Unroll",
+    "Implicit",
+    "ValueGap",
+    "GradientNorm",
+    "AugmentedLagrangian",
+    "StocBiO",
+)
+
+
+def _equal(cases):
+    here = pathlib.Path(__file__).parent
+    path = os.pathsep.join([str(here.parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, here / "second_device.py", *cases],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": path},
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split("\n")[:-1] == [f"equal {case}" for case in cases]
+
+
+def test_fit_is_equal_on_a_second_device():
+    _equal(["Implicit:on", "Unroll:off", "ValueGap:auto"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("jit", ["on", "off", "auto"])
+def test_every_method_is_equal_on_a_second_device(jit):
+    _equal([f"{method}:{jit}" for method in METHODS])
