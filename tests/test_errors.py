@@ -208,12 +208,12 @@ BAD: dict[str, tuple[Callable[[], Any], list[str]]] = {
     ),
     "upper optimizer of words": (
         lambda: minimize(upper_optimizer="sgdd"),
-        ["`upper_optimizer`", "'sgd'"],
+        ["`upper_optimizer`", "'sgdd'"],
     ),
     **{
         f"lower optimizer of {make.__name__}": (
             functools.partial(make, lower_optimizer="sgdd", **options),
-            ["`lower_optimizer`", "'sgd'"],
+            ["`lower_optimizer`", "'sgdd'"],
         )
         for make, options in (
             (tb.ValueGap, {"inner": inner(), "weight": 1.0}),
