@@ -331,7 +331,7 @@ def trainer(args: argparse.Namespace) -> Callable:
 
     problem = tb.Problem(loss, loss)
 
-    @tf.function(autograph=False, jit_compile=True)
+    @tf.function(autograph=False, jit_compile=args.jit != "off")
     def solve(part: images.Part, start: list) -> list:
         state = inner.init(problem, (), start)
         return inner.solve(problem, (), start, tb.Batches(None, part), state)[0]

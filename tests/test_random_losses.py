@@ -113,14 +113,16 @@ SOLVERS = {
     "normal-cg": tb.NormalConjugateGradient(20),
     "neumann": tb.Neumann(40, rate=0.5),
     "fixed-point": tb.FixedPoint(40, rate=0.5),
+    "gradient": tb.GradientSolver(SGD(0.5), 40),
 }
 
 
+@pytest.mark.parametrize("mode", ["graph", "xla"])
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_every_linear_solver(solver: str) -> None:
+def test_every_linear_solver(solver: str, mode: str) -> None:
     """y*(x) = x n, F = mean (x n)^2 / 2, dF/dx = x."""
     method = tb.Implicit(tb.InnerSolver(SGD(0.5), 30), SOLVERS[solver])
-    found = gradient_of(method, one_step(SOURCES["tf.random"]))
+    found = gradient_of(method, one_step(SOURCES["tf.random"]), mode)
     assert found == pytest.approx(1.0, rel=0.01)
 
 
