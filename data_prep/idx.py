@@ -9,6 +9,7 @@ import numpy as np
 from data_prep.errors import one_line
 
 NAMES = {"train": "train", "test": "t10k"}
+PACKED = 1100  # gzip packs no more bytes than these into one
 PLACES = ("", "raw", "MNIST/raw", "FashionMNIST/raw")  # torchvision makes folders
 
 
@@ -64,8 +65,9 @@ def read(path: pathlib.Path, axes: int) -> np.ndarray:
                     f"{axes} axes, and begins with {magic}"
                 )
             count = int(np.prod(shape, dtype=object))
-            # Never more than is said: a small packed file may hold gigabytes.
-            content = file.read(min(count, 2**31) + 1)
+            # Room is made for all that is asked for: no more than can be there, nor
+            # than is said (a small packed file may hold gigabytes).
+            content = file.read(min(count, PACKED * path.stat().st_size) + 1)
     except (OSError, EOFError, zlib.error, ValueError) as error:
         raise ValueError(
             f"{path} is damaged, or not a file of MNIST ({one_line(error)})"

@@ -208,9 +208,10 @@ def load_kept(path: pathlib.Path, labels: np.ndarray) -> np.ndarray:
             f"{path} is damaged, or has no arrays `labels` and `kept` "
             f"({one_line(error)})"
         ) from None
+    kept = mask_of(kept, f"`kept` in {path}")
     if not np.array_equal(of, labels) or kept.shape != labels.shape:
         raise ValueError(
             f"{path} is of other examples: its labels are not those of this run. Give "
             "the seed, the data set, its sizes and the pollution of the run it is from"
         )
-    return mask_of(kept, f"`kept` in {path}")
+    return kept

@@ -216,7 +216,7 @@ def _whole(value: Any) -> bool:
 def _read_csv(path: pathlib.Path, folder: pathlib.Path) -> Classes:
     """Ravi and Larochelle's split: rows of `filename,label`, and the images."""
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file))
         pairs = [(row["filename"], row["label"]) for row in rows]
     except (KeyError, UnicodeDecodeError, csv.Error):

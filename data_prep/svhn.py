@@ -20,7 +20,7 @@ import numpy as np
 if __name__ == "__main__":
     sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from data_prep import hdf5
+from data_prep import hdf5, idx
 from data_prep.errors import one_line
 from data_prep.images import Part
 from tfbilevel import experiment
@@ -88,16 +88,29 @@ def read_mat(path: pathlib.Path, count: int | None) -> Digits:
 
 
 def _read_mat_73(path: pathlib.Path) -> dict[str, Any]:
-    """A file saved again by MATLAB as version 7.3: HDF5, its axes in reverse order."""
+    """A file saved again by MATLAB as version 7.3: HDF5, its axes in reverse order.
+
+    Raises:
+        ValueError: if its arrays lie in another file, which HDF5 would open, or are
+            longer than this file can hold, for which memory would be filled.
+    """
     import h5py
 
+    found = {}
     with h5py.File(path) as file:
-        found = {name: file[name] for name in ("X", "y") if name in file}
-        return {
-            name: entry[()].T
-            for name, entry in found.items()
-            if isinstance(entry, h5py.Dataset)
-        }
+        for name in ("X", "y"):
+            link = file.get(name, getlink=True)
+            if link is not None and not isinstance(link, h5py.HardLink):
+                raise ValueError(f"{name} is a link to somewhere else")
+            entry = file.get(name)
+            if not isinstance(entry, h5py.Dataset):
+                continue
+            if entry.external or entry.is_virtual:
+                raise ValueError(f"{name} lies in another file")
+            if entry.nbytes > idx.PACKED * path.stat().st_size:
+                raise ValueError(f"{name} says {entry.shape}, and is not there")
+            found[name] = entry[()].T
+    return found
 
 
 def checksum(digits: Digits) -> int:

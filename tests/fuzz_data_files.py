@@ -4,10 +4,11 @@
 
 Every file is made from a seed of its own number: a right file of one of the published
 forms, cut short, changed at some places, of another kind than its name says, or made to
-call something. Each is given to the readers of `data_prep`. Allowed are what the right
-file holds (or, where a file has no checksum, an answer of the same shape), or one line
-that says what is wrong. Prints the answers by kind of file; exit status 1 if one was
-not allowed.
+call something. Each is given to the readers of `data_prep`, under a limit of time and
+of memory. Allowed are what the right file holds, or one line that says what is wrong. A
+changed file of a kind without checksums (CHECKED has the others) may also be read as
+what it says now: "other values". Prints the answers by kind of file; exit status 1 if
+one was not allowed.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import io
 import os
 import pathlib
 import pickle
+import resource
 import signal
 import sys
 import tempfile
@@ -35,6 +37,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from data_prep import classes, idx, label_noise, layouts, svhn, tiered_imagenet
 
 SECONDS = 10  # for one file; reading a right one takes milliseconds
+BYTES = 2 * 2**30  # of memory, for one file, beyond what the process has
+CHECKED = ("npz", "classes", "kept", "idx.gz", "image")  # by zip, gzip or PNG
 FEW = np.array([0, 1, 0, 1])
 
 
@@ -166,12 +170,13 @@ class Corpus:
             return _saved(images=np.array([call], object), labels=FEW)
         return pickle.dumps(content, int(generator.integers(2, 6)))
 
-    def files(self, number: int) -> Iterator[tuple[str, str, bytes, Callable]]:
-        """Of a number: kind, file name, content and reader, one for each reader."""
+    def files(self, number: int) -> Iterator[tuple[str, str, bytes, Callable, bytes]]:
+        """Of a number: kind, file name, content, reader and the right content, one for
+        each reader."""
         generator = np.random.default_rng(number)
         kinds = list(self.right)
         kind = kinds[generator.integers(len(kinds))]
-        content = self.right[kind](generator)
+        right = content = self.right[kind](generator)
         way = generator.integers(10)
         if way < 3:  # cut short
             content, damage = content[: generator.integers(len(content))], "cut"
@@ -191,7 +196,7 @@ class Corpus:
         else:
             content, damage = generator.bytes(int(generator.integers(300))), "noise"
         for name, read in self.readers(kind):
-            yield f"{kind}, {damage}", name, content, read
+            yield f"{kind}, {damage}", name, content, read, right
 
 
 def _saved(**arrays: np.ndarray) -> bytes:
@@ -210,16 +215,41 @@ def limited() -> Iterator[None]:
         raise TooLong
 
     before = signal.signal(signal.SIGALRM, stop)
+    memory = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(pathlib.Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(
+        resource.RLIMIT_AS, (pages * resource.getpagesize() + BYTES, memory[1])
+    )
     signal.alarm(SECONDS)
     try:
         yield
     finally:
         signal.alarm(0)
+        resource.setrlimit(resource.RLIMIT_AS, memory)
         signal.signal(signal.SIGALRM, before)
 
 
-def answer(corpus: Corpus, name: str, content: bytes, read: Callable) -> str:
-    """What a reader said of a file; what begins with "BAD" is not allowed."""
+def same(one: object, other: object) -> bool:
+    """Whether two answers hold the same arrays, names and numbers."""
+    if isinstance(one, np.ndarray) or isinstance(other, np.ndarray):
+        return (
+            isinstance(one, np.ndarray)
+            and isinstance(other, np.ndarray)
+            and one.dtype == other.dtype
+            and np.array_equal(one, other)
+        )
+    if isinstance(one, dict) and isinstance(other, dict):
+        return list(one) == list(other) and same([*one.values()], [*other.values()])
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
+
+
+def answer(
+    corpus: Corpus, kind: str, name: str, content: bytes, read: Callable, right: bytes
+) -> str:
+    """What a reader said of a file of a kind, whose right version is `right`; what
+    begins with "BAD" is not allowed."""
     folder = corpus.folder
     for path in folder.iterdir():
         path.unlink()
@@ -233,8 +263,12 @@ def answer(corpus: Corpus, name: str, content: bytes, read: Callable) -> str:
     opened = _open_files()
     try:
         with limited():
-            read(path)
-        said = "read"
+            found = read(path)
+        # Out of the limits, and of what is compared: the right file's own answer.
+        path.write_bytes(right)
+        said = "read" if same(found, read(path)) else "other values"
+        if said != "read" and kind.split(", ")[0] in CHECKED:
+            said = f"BAD read as {str(found)[:100]!r}"
     except (ValueError, FileNotFoundError) as error:
         said = "one line"
         if not str(error) or not str(error).isprintable() or len(str(error)) > 1000:
@@ -267,8 +301,8 @@ def run(numbers: range) -> tuple[collections.Counter, list[str]]:
         folder.mkdir()
         corpus = Corpus(folder)
         for number in numbers:
-            for kind, name, content, read in corpus.files(number):
-                said = answer(corpus, name, content, read)
+            for kind, name, content, read, right in corpus.files(number):
+                said = answer(corpus, kind, name, content, read, right)
                 counts[kind, said.split(" ")[0] if said[:3] == "BAD" else said] += 1
                 if said.startswith("BAD"):
                     bad.append(f"{number} ({kind}): {said}")
@@ -283,7 +317,7 @@ def main() -> int:
     begun = time.perf_counter()
     counts, bad = run(range(args.first, args.first + args.count))
     for (kind, said), count in sorted(counts.items()):
-        print(f"{kind:22}{said:10}{count:6}")
+        print(f"{kind:22}{said:13}{count:6}")
     print(
         f"{sum(counts.values())} readings of {args.count} files, {len(bad)} not allowed"
     )

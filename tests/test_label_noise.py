@@ -169,3 +169,12 @@ def test_masks_in_files_keep_what_they_say(tmp_path, dtype):
 def test_masks_of_other_lengths():
     with pytest.raises(ValueError, match="same examples.*3 and 4"):
         label_noise.cleaning_scores(np.ones(3), np.ones(4))
+
+
+def test_a_column_of_kept_examples_is_read_and_their_numbers_are_not(tmp_path):
+    path, labels = tmp_path / "k.npz", np.array([0, 1, 1, 2])
+    np.savez(path, labels=labels, kept=np.array([[True], [False], [True], [True]]))
+    assert label_noise.load_kept(path, labels).tolist() == [True, False, True, True]
+    np.savez(path, labels=labels, kept=np.array([0, 2, 3]))
+    with pytest.raises(ValueError, match="must be a mask"):
+        label_noise.load_kept(path, labels)

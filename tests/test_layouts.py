@@ -3,6 +3,7 @@
 import csv
 import gzip
 import pickle
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -151,6 +152,16 @@ def test_a_csv_and_a_folder_of_images(tmp_path, nested):
     place.unlink()
     with pytest.raises(FileNotFoundError, match="test3.png does not exist, which"):
         mini_imagenet.load(tmp_path)
+
+
+def test_a_csv_that_a_spreadsheet_saved(tmp_path):
+    """It begins with a mark of its encoding, and its lines end as on Windows."""
+    (tmp_path / "a.png").write_bytes(png(pixels("train")[0]))
+    table = "\ufefffilename,label\r\na.png,cat\r\n"
+    (tmp_path / "a.csv").write_text(table, encoding="utf-8", newline="")
+    found = layouts.read([tmp_path / "a.csv", tmp_path], "train", "mini")
+    np.testing.assert_array_equal(found.of(0)[0], pixels("train")[0])
+    assert found.names == ("cat",)
 
 
 def test_images_of_other_sizes_become_84_x_84(tmp_path):
@@ -326,3 +337,17 @@ def test_omniglot_folders(tmp_path):
     path.write_bytes(png(np.zeros((28, 28, 1), np.uint8)))
     with pytest.raises(ValueError, match="must be 105 x 105"):
         omniglot.characters("test", tmp_path)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_an_idx_file_that_speaks_of_gigabytes_takes_no_memory(tmp_path, packed):
+    content = idx_file(2051, 2**30, 28, 28, content=b"abc")
+    path = tmp_path / "a"
+    path.write_bytes(gzip.compress(content) if packed else content)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="cut short, or not a file of MNIST"):
+            idx.read(path, 3)
+        assert tracemalloc.get_traced_memory()[1] < 10**7
+    finally:
+        tracemalloc.stop()

@@ -173,3 +173,35 @@ def test_what_is_not_a_prepared_file(tmp_path):
     writer.finish()
     with pytest.raises(ValueError, match="holds 'other', not"):
         svhn.load(tmp_path / "w.h5")
+
+
+@pytest.mark.parametrize("way", ["link", "storage", "virtual", "absent"])
+def test_a_matlab_73_file_reads_no_other_file_and_fills_no_memory(way, tmp_path):
+    """Its pixels stand in another file, or nowhere."""
+    other = tmp_path / "other"
+    path = tmp_path / "train_32x32.mat"
+    shape = (2, 3, 32, 32)
+    if way == "storage":
+        other.write_bytes(b"\x07" * 6144)
+    else:
+        with h5py.File(other, "w") as file:
+            file["X"] = np.full(shape, 7, np.uint8)
+    with h5py.File(path, "w") as file:
+        file["y"] = np.ones((1, 2))
+        if way == "link":
+            file["X"] = h5py.ExternalLink(str(other), "/X")
+        elif way == "storage":
+            file.create_dataset("X", shape, "u1", external=[(str(other), 0, 6144)])
+        elif way == "virtual":
+            layout = h5py.VirtualLayout(shape, "u1")
+            layout[:] = h5py.VirtualSource(other, "X", shape)
+            file.create_virtual_dataset("X", layout)
+        else:  # 3 terabytes
+            file.create_dataset(
+                "X", (10**9, *shape[1:]), "u1", chunks=(10**4, 3, 32, 32)
+            )
+    with pytest.raises(
+        ValueError, match=r"train_32x32\.mat cannot be read.*\(X "
+    ) as no:
+        svhn.read_mat(path, None)
+    assert "\n" not in str(no.value)
