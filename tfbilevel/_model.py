@@ -16,6 +16,13 @@ from tfbilevel._arguments import (
     require_count,
     takes_two,
 )
+from tfbilevel._batches import (
+    Batches,
+    apart,
+    count_tasks,
+    first_task,
+    require_batches,
+)
 from tfbilevel._compilation import faster_with_xla
 from tfbilevel._derivatives import UnconnectedGradientError
 from tfbilevel._differentiable import optimizer_of
@@ -46,8 +53,8 @@ from tfbilevel._model_arguments import (
     require_start_optimizer,
     require_upper_optimizer,
 )
-from tfbilevel._over_tasks import apart, first_task, over_tasks
-from tfbilevel._problem import Batches, Problem, count_tasks, require_batches
+from tfbilevel._over_tasks import over_tasks
+from tfbilevel._problem import Problem
 from tfbilevel._random_operations import fixed_randomness
 from tfbilevel._randomness import LOWER_LOSS, ROLE, as_seed, folded
 from tfbilevel._regularizers import CHOICES as REGULARIZERS
@@ -61,7 +68,6 @@ from tfbilevel._saved_model import (
     require_serialisable,
     require_unshared,
 )
-from tfbilevel._task_loss import map_tasks, outcome
 from tfbilevel._training_state import (
     GRAPH,
     SKIPPED,
@@ -216,6 +222,7 @@ class BilevelModel(keras.Model):
         )
         if tasks is not None:
             self.problem = over_tasks(self.problem, mapping)
+            self.mapping = self.problem.mapping  # by its present name
         with tf.device(self._device):
             self._progress = Progress(random_states(upper, lower), name="progress")
         self._carried: Carried | None = None
@@ -615,7 +622,7 @@ class BilevelModel(keras.Model):
         x, y, state = self._read()
         try:
             problem = self.problem_at(self._progress.step.value)
-            step = self.method.step(problem, x, y, data, state)
+            step = problem.step(self.method, x, y, data, state)
         except UnconnectedGradientError as error:
             level = self._variables()[0 if error.level == "upper" else 1]
             path = level[error.index].path
@@ -671,9 +678,8 @@ class BilevelModel(keras.Model):
         if self.problem.prepare is not None:
             batches = self.problem.prepare(x, batches)
         problem = self.problem.prepared_before()
-        here = problem.prepared(x, batches)
         state = inner.init(problem, x, y)
-        y, _, _ = inner.solve(here.problem, here.upper, y, here.batches, state)
+        y, _, _ = inner.solve(problem.prepared(x, batches), y, state)
 
         def one(task: Any) -> Any:
             lower, upper_batch, lower_batch = task
@@ -681,11 +687,7 @@ class BilevelModel(keras.Model):
 
         # Variables among the results must be read while they hold the task's values.
         at = self._at_variables(lambda *task: structure.to_tensors(function(*task)))
-        tasks = (y, *apart(batches))
-        if self.problem.one_in_turn(y) is None:
-            return map_tasks(one, tasks)
-        traced, results = outcome(one, tasks)
-        return map_tasks(traced, tasks, results)
+        return self.problem.each(one, y, *apart(batches))
 
     def test_step(self, data: Any) -> dict[str, Any]:
         self._require_measurable(data)
@@ -706,8 +708,7 @@ class BilevelModel(keras.Model):
         here = self.problem.prepared(x, data)
         losses = {"upper_loss": here.upper_loss(y)}
         if any(leaf is not None for leaf in tf.nest.flatten(data.lower)):
-            batch = here.batches.lower_at(0)
-            losses["lower_loss"] = here.problem.lower_loss(here.upper, y, batch)
+            losses["lower_loss"] = here.lower_loss(y)
         for name, tracker in self._trackers.named(losses).items():
             tracker.update_state(tf.cast(losses[name], tf.float32))
         return {name: self._trackers.of[name].result() for name in losses}
@@ -879,7 +880,7 @@ class BilevelModel(keras.Model):
         """Time one outer step with and without XLA; variables are not touched."""
 
         def trial(x: list, y: list, state: Any, batches: Batches) -> Any:
-            return self.method.step(self.problem, x, y, batches, state)
+            return self.problem.step(self.method, x, y, batches, state)
 
         # Without a gradient nothing is decided: train_step names the variable.
         with contextlib.suppress(UnconnectedGradientError):
