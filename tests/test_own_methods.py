@@ -1,5 +1,6 @@
 """Methods written outside the package: those of docs/extending.md, in every use."""
 
+import dataclasses
 import pathlib
 import re
 from typing import Any
@@ -224,6 +225,58 @@ def test_a_saved_run_goes_on_as_if_nothing_had_happened(name, tasks, tmp_path):
         assert model.outer_step == 2
         for a, b in zip(run(model), want, strict=True):
             np.testing.assert_array_equal(a, b)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Descent(tb.Method):
+    """One step of y, and a schedule of its own; notes which problems it meets."""
+
+    couples: bool
+    met: list
+
+    @property
+    def couples_tasks(self) -> bool:
+        return self.couples
+
+    def init(self, problem: Any, upper: Any, lower: Any) -> Any:
+        return {"step": tf.constant(1), "last": tf.zeros_like(lower)}
+
+    def step(self, problem: Any, upper: Any, lower: Any, batches: Any, state: Any):
+        self.met.append(problem.has_tasks)
+        here = problem.prepared(upper, batches)
+        _, gradient = here.lower_gradient(lower)
+        lower = here.add_scaled(lower, -0.1, gradient)
+        upper_loss, partial, _ = here.upper_partials(lower)
+        count = state["step"] + 1
+        return tb.Step(
+            upper_gradient=here.gradient(partial),
+            lower=lower,
+            state={"step": count, "last": gradient},
+            metrics={"upper_loss": upper_loss, "size": here.norm(gradient)},
+            upper_scale=1.0 / tf.cast(count, tf.float64),
+        )
+
+
+@pytest.mark.parametrize("couples", [False, True])
+@pytest.mark.parametrize("mapping", ["vectorized", "sequential"])
+def test_sequential_tasks_are_met_one_by_one_unless_coupled(mapping, couples):
+    x, y, targets, centres = data()
+    tasks, met = tb.over_tasks(one_task(), mapping), []
+    method = Descent(couples, met)
+    batches = tb.Batches(tf.constant(targets), tf.constant(centres))
+    x_, y_ = tf.constant(x), tf.constant(y)
+    made = tasks.step(method, x_, y_, batches, method.init(tasks, x_, y_))
+    assert set(met) == {mapping == "vectorized" or couples}
+    slopes = np.exp(x) * (y - centres) + y
+    np.testing.assert_allclose(made.lower, y - 0.1 * slopes, rtol=1e-12)
+    np.testing.assert_allclose(made.state["last"], slopes, rtol=1e-12)
+    assert made.state["step"].shape == [] and int(made.state["step"]) == 2
+    sizes = np.linalg.norm(slopes, axis=1)
+    np.testing.assert_allclose(made.metrics["size"], sizes, rtol=1e-12)
+    assert made.metrics["upper_loss"].shape == []
+    gradient = 0.2 * x * targets.mean(0)
+    np.testing.assert_allclose(made.upper_gradient, gradient, rtol=1e-12)
+    assert made.upper_scale.shape == [] and float(made.upper_scale) == 0.5
 
 
 # What `Prepared` and the problem say.
