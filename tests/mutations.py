@@ -1,4 +1,4 @@
-"""Plants faults in a copy of the library, one after the other, and runs the tests on it.
+"""Plants faults in a copy of the library, one by one, and runs the tests on it.
 
     python tests/mutations.py --check               every fault can still be planted
     python tests/mutations.py --out table.md        which test catches which fault
