@@ -26,25 +26,26 @@ class Prepared:
         g_xy v, g_yy v = product(v)
         upper_gradient = here.gradient(f_x, response)
 
-    Nothing is left to prepare: `prepare` and the randomness of this step are in the
-    losses. A method opens no gradient tape, and holds over tasks without knowing of
-    them:
+    `prepare` and the randomness of this step are a part of its losses. A method that
+    calls this object alone opens no gradient tape, and the same lines are right for
+    one problem and over tasks:
 
-    - Every loss that a function here returns is the problem's own, over tasks the mean.
-    - Every derivative is of one task: that of the sum over tasks, in which the lower
-      variables of a task see its own loss alone.
+    - Every loss that is returned here is over tasks the mean.
+    - Every derivative is that of the sum over tasks: the lower variables of a task see
+      its own loss alone.
     - `gradient` turns derivatives in `here.upper` into the gradient in the problem's
-      x, over tasks of the mean.
+      x, over tasks the gradient of the mean.
     - `dot` and `norm` give one number, over tasks one of each task; `where`, `scale`
       and `add_scaled` take such numbers.
 
-    Cost: `lower_gradient` one gradient of g; a product of its pullback about two more.
+    Cost: `lower_gradient` is one gradient of g, a product of its pullback about two.
+    Memory: the pullback keeps what g and its gradient computed, as long as it lives.
+    Prefer `tb.InnerSolver` for whole inner solves: `inner.solve(here, y, state)`.
 
     Attributes:
-        problem: its losses, over tasks sums; with what `prepare` makes as a part of
-            their upper variables.
-        upper: these upper variables.
-        batches: these batches: `here.batches.upper`, `here.batches.lower_at(t)`.
+        problem: its losses, over tasks sums.
+        upper: its upper variables: x, and what `prepare` makes of it.
+        batches: its batches, `batches.upper` and `batches.lower_at(t)`.
         tasks: how many tasks the losses are sums over; `None`: it has none.
         total: (f_x, response) -> their sum in the problem's own x, over tasks the
             sum. Call `gradient`.
