@@ -1,5 +1,7 @@
 """The batches of outer steps, as `fit` and its like take them."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import tensorflow as tf
@@ -25,6 +27,15 @@ def empty(x: Any) -> ValueError:
         "`x` must not be empty: there is no outer step to make. "
         f"Received: a dataset of 0 elements, {x.element_spec}"
     )
+
+
+@contextlib.contextmanager
+def not_empty(x: Any) -> Iterator[None]:
+    """In it the first element is read; raise as above if there is none."""
+    try:
+        yield
+    except (StopIteration, tf.errors.OutOfRangeError):
+        raise empty(x) from None
 
 
 def first_of(x: tf.data.Dataset) -> Batches:

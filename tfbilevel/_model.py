@@ -10,7 +10,7 @@ from tfbilevel import _structure as structure
 from tfbilevel._adapt import adapted, require_adaptable
 from tfbilevel._arguments import require_choice
 from tfbilevel._differentiable import optimizer_of
-from tfbilevel._elements import empty, first_of, require_dataset_of_batches, tensors
+from tfbilevel._elements import first_of, not_empty, require_dataset_of_batches, tensors
 from tfbilevel._indices import IndexWatch
 from tfbilevel._inner import InnerSolver
 from tfbilevel._levels import Levels
@@ -219,7 +219,6 @@ class BilevelModel(keras.Model):
             # Else Keras would go on saving it beside the new one.
             self._tracker.untrack(self._carried)
             self._carried = None
-        self._trackers = Trackers(self._levels.device)
         self.start_optimizer = start_optimizer
         self._outer = OuterStep(
             self._levels,
@@ -227,9 +226,9 @@ class BilevelModel(keras.Model):
             upper_optimizer,
             start_optimizer,
             self._progress,
-            self._trackers,
             self._indices,
         )
+        self._trackers = self._outer.trackers
 
     def _maybe_symbolic_build(self, iterator: Any = None, data_batch: Any = None):
         """Within a strategy Keras would call the model on an outer step's batches, to
@@ -344,12 +343,9 @@ class BilevelModel(keras.Model):
             elements, like, first = x.take(1), x.element_spec, lambda: first_of(x)
         early = self._outer.early
         self._ready(like, first)
-        self.make_train_function()
         try:
-            with self._outer.undone(self.variables):
+            with not_empty(x), self._outer.undone(self.variables):
                 self._outer.run(lambda: self.train_function(iter(elements)), x)
-        except StopIteration:
-            raise empty(x) from None
         finally:
             self._outer.early = early
 
@@ -372,7 +368,6 @@ class BilevelModel(keras.Model):
         self._assert_compile_called("train_on_batch")
         x = tensors(x)
         self._ready(x, lambda: x)
-        self.make_train_function()
         self.reset_metrics()
         logs = self.train_function(iter([x]))
         logs = {name: float(value) for name, value in logs.items()}
@@ -410,8 +405,7 @@ class BilevelModel(keras.Model):
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
         method = given(["method"], "the method (or pass compile=False)")
-        settings = keras.saving.deserialize_keras_object(config)
-        self.compile(**method, **settings)
+        self.compile(**method, **keras.saving.deserialize_keras_object(config))
         self._ensure_carried()  # so that what the file holds of it is loaded
 
     def make_train_function(self, force: bool = False) -> None:
@@ -486,6 +480,7 @@ class BilevelModel(keras.Model):
         self._use_saved_compilation()
         if self._auto_jit and self._progress.xla is None:
             self._use_compilation(self._outer.faster_with_xla(first(), announce))
+        self.make_train_function()
 
     def _ensure_carried(self) -> None:
         if self.compiled:

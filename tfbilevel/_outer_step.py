@@ -33,10 +33,10 @@ class OuterStep:
         method: computes the step.
         optimizer, start_optimizer: move the upper variables; see `OuterUpdate`.
         progress: how far training is.
-        trackers: of the step's metrics.
         indices: where an index out of range is noted.
 
     Attributes:
+        trackers: of the step's metrics.
         carried: the method's state in variables; `None` until `begun`.
         early: whether `begun` is to make it of the variables of then.
     """
@@ -48,12 +48,12 @@ class OuterStep:
         optimizer: keras.optimizers.Optimizer,
         start_optimizer: keras.optimizers.Optimizer | None,
         progress: Progress,
-        trackers: Trackers,
         indices: IndexWatch,
     ):
         self.levels, self.method = levels, method
         self.optimizer, self.start_optimizer = optimizer, start_optimizer
-        self.progress, self.trackers, self.indices = progress, trackers, indices
+        self.progress, self.indices = progress, indices
+        self.trackers = Trackers(levels.device)
         self.carried: Carried | None = None
         self.early = True
         self._looked = self._warned = False

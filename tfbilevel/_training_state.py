@@ -52,6 +52,18 @@ class Progress(keras.layers.Layer):
             self.compilation = scalar("compilation", "int64", UNDECIDED)
         self.built = True
 
+    def load_own_variables(self, store: Any) -> None:
+        if len(store.keys()) != len(self.weights):  # 0: Keras tries other places too
+            raise ValueError(
+                "The file does not fit: either a version before 0.1 saved it, without "
+                "the seed of what the losses sample, or the models had other random "
+                "layers. To load both models and count outer steps from 0, pass "
+                "load_weights(path, skip_mismatch=True). "
+                "Received: other variables of training's progress than these "
+                f"{len(self.weights)}"
+            )
+        super().load_own_variables(store)
+
     def count(self) -> None:
         self.step.assign(self.step.value + 1)
 
