@@ -521,7 +521,7 @@ def test_features_of_both_sets_share_statistics_only_where_published():
         (queries, _), (supports, _) = task = tf.nest.map_structure(
             lambda leaf: leaf[0], batch
         )
-        made = model._prepare(model.upper, task).lower[0]
+        made = model._levels.prepare(model.upper, task).lower[0]
         alone = model.upper(supports)
         both = model.upper(tf.concat([queries, supports], axis=0))[len(queries) :]
         assert np.abs(alone - both).max() > 1e-3

@@ -179,7 +179,7 @@ def check_second_derivatives(
                 f"its variables. Received: upper={upper!r}, lower={lower!r}"
             )
         models = (problem.upper, problem.lower)
-        upper, lower, _ = problem._read(state=False)
+        upper, lower = problem._levels.read()
         problem = problem.problem
     elif not all(given):
         require_problem(problem)
