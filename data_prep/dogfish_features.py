@@ -25,7 +25,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from data_prep import hdf5
-from tfbilevel import experiment
+from data_prep.command_line import one_line_errors, positive, seed
 
 KIND = "tfbilevel image features 1"
 TOOL = "python data_prep/dogfish_features.py --data FILE.npz --out FILE.h5"
@@ -303,11 +303,11 @@ def main(argv: list[str] | None = None) -> dict[str, tuple[int, ...]]:
         help="of Inception-v3: imagenet (downloaded), a file, or none (random)",
     )
     add("--model", type=pathlib.Path, help="another feature model, saved by Keras")
-    add("--batch", type=experiment.positive(int), default=100)
+    add("--batch", type=positive(int), default=100)
     add("--range", type=float, nargs=2, default=(-1.0, 1.0), help="of the pixels")
-    add("--seed", type=experiment.seed, default=0, help="of random weights")
+    add("--seed", type=seed, default=0, help="of random weights")
     args = parser.parse_args(argv)
-    with experiment.one_line_errors(__file__):
+    with one_line_errors(__file__):
         shapes = prepare(
             args.data,
             args.out,

@@ -31,25 +31,17 @@ data_prep/dogfish_features.py or here.
 import argparse
 import os
 import pathlib
-import sys
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-
+import common
 import keras
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import tensorflow as tf
 
 import tfbilevel as tb
-from tfbilevel import experiment
-
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from data_prep import dogfish_features, hdf5, images
 
 METHODS = ("penalty", "feature-collision")
@@ -84,8 +76,8 @@ OWN_IMAGES = {
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = experiment.Parser(description=__doc__)
-    add, above = parser.add_argument, experiment.positive
+    parser = common.Parser(description=__doc__)
+    add, above = parser.add_argument, common.positive
     add("--data", type=pathlib.Path, help=".npz with X_train, Y_train, X_test, Y_test")
     add("--features", type=pathlib.Path, help="of --data, by dogfish_features.py")
     add("--weights", help="of Inception-v3: imagenet (default), FILE, none")
@@ -101,7 +93,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--max-targets", type=above(int), help="default: all correctly read ones")
     add(
         "--start",
-        type=experiment.at_least(int, 0),
+        type=common.at_least(int, 0),
         default=0,
         help="first test image to look at",
     )
@@ -112,13 +104,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--weight", type=above(float), help="penalty: rho at the start; default 1")
     add(
         "--lower-weight",
-        type=experiment.at_least(float, 0),
+        type=common.at_least(float, 0),
         help="penalty: lambda at the start; default 1",
     )
     add("--tolerance", type=above(float), help="penalty: epsilon; default 1")
     add(
         "--beta",
-        type=experiment.at_least(float, 0),
+        type=common.at_least(float, 0),
         default=0.01,
         help="weight of the distance to the base",
     )
@@ -134,7 +126,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         **dict.fromkeys(PENALTY, (penalty, "--method penalty")),
         "data_dir": (files, "--dataset mnist or fashion_mnist"),
     }
-    parser.refuse_idle(args, needs)
+    parser.reject_ineffective_flags(args, needs)
     if args.weights is not None and args.model is not None:
         parser.error("--weights are of Inception-v3, --model is another: give one")
     for name, value in (PENALTY | OWN_IMAGES | {"weights": "imagenet"}).items():
@@ -210,7 +202,7 @@ def train_feature_model(
         keras.optimizers.Adam(1e-3),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
     )
-    shown = experiment.FitProgress(f"{path.parent}, training of the feature network")
+    shown = common.FitProgress(f"{path.parent}, training of the feature network")
     network.fit(pixels, labels, 128, args.feature_epochs, callbacks=[shown], verbose=0)
     partial = path.with_name("partial.keras")
     keras.Model(inputs, features).save(partial)
@@ -336,7 +328,7 @@ def mean_loss(heads: list, features: Any, labels: Any) -> tf.Tensor:
     logits = logits_of(heads, features)
     count = tf.shape(logits)[0]
     labels = tf.tile(labels[None], [count, 1])
-    losses = experiment.cross_entropy(logits, labels)
+    losses = tb.sparse_cross_entropy(logits, labels)
     return tf.reduce_sum(tf.reduce_mean(losses, axis=1))
 
 
@@ -404,7 +396,7 @@ class Attack:
             upper_loss, lower_loss, project_upper=box, prepare=prepare
         )
         self.method = tb.AugmentedLagrangian(
-            experiment.adam(args.lower_lr),
+            common.adam(args.lower_lr),
             args.inner_steps,
             weight=args.weight,
             lower_weight=args.lower_weight,
@@ -412,7 +404,7 @@ class Attack:
             # The published test compares fourth powers: see data_denoising.py.
             tolerance_decay=0.9**0.5,
         )
-        self.optimizer = experiment.adam(args.upper_lr)
+        self.optimizer = common.adam(args.upper_lr)
         # Feature collision is one level: the poison is what an inner solver moves.
         self.single = tb.Problem(
             lambda x, u, batch: collision(u, extractor(u, training=False), batch),
@@ -470,7 +462,7 @@ class Attack:
 
 def run_attack(
     args: argparse.Namespace,
-    run: experiment.Run,
+    run: common.Run,
     pictures: dict[str, Pictures],
     extractor: keras.Model,
 ) -> dict:
@@ -499,7 +491,7 @@ def run_attack(
     folder.mkdir(exist_ok=True)
     seconds = run.rewind(len(test.labels))  # drops a row that a kill has cut short
     done = {int(row["target"]) for row in run.rows()}
-    progress = experiment.Progress(run.out, len(targets), "targets")
+    progress = common.Progress(run.out, len(targets), "targets")
     for number, target in enumerate(targets):
         if int(target) not in done:
             begun = time.perf_counter()
@@ -566,7 +558,7 @@ def distance(differences: np.ndarray) -> float:
 
 
 def summarise(
-    args: argparse.Namespace, run: experiment.Run, before: np.ndarray
+    args: argparse.Namespace, run: common.Run, before: np.ndarray
 ) -> dict[str, Any]:
     success = np.array(run.column("success"))
     names = ("distortion", "feature_distance", "feature_distance_before",
@@ -589,7 +581,7 @@ def summarise(
     return made
 
 
-def draw_curve(run: experiment.Run, method: str) -> None:
+def draw_curve(run: common.Run, method: str) -> None:
     """Share of targets flipped at no more than a distortion."""
     success, distortion = map(np.array, map(run.column, ("success", "distortion")))
     order = np.argsort(distortion)
@@ -607,7 +599,7 @@ def draw_curve(run: experiment.Run, method: str) -> None:
     plt.close(figure)
 
 
-def draw_attacks(run: experiment.Run) -> None:
+def draw_attacks(run: common.Run) -> None:
     """Target, base, poison and what was changed, of up to eight attacks."""
     rows = sorted(run.rows(), key=lambda row: -int(row["success"]))[:8]
     pixels, captions, red = [], [], []
@@ -620,7 +612,7 @@ def draw_attacks(run: experiment.Run) -> None:
         outcome = "flipped" if int(row["success"]) else "not flipped"
         captions += [f"target: {outcome}", "base", "poison", "its change"]
         red += [not int(row["success"]), False, False, False]
-    experiment.draw_images(
+    common.draw_images(
         run.out / "attacks.png",
         np.stack(pixels),
         captions,
@@ -632,7 +624,7 @@ def draw_attacks(run: experiment.Run) -> None:
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
-    with experiment.one_line_errors(__file__):
+    with common.one_line_errors(__file__):
         chosen, extractor = {}, None
         if args.data is None:
             chosen = choose_images(args)
@@ -642,12 +634,12 @@ def main(argv: list[str] | None = None) -> dict:
         if args.features is not None:
             # There is nothing to make, and what is wrong shows before the folder is.
             pictures, extractor = prepare_pictures(args, args.out, chosen, extractor)
-        run = experiment.Run(args.out, experiment.settings(args), args.resume)
+        run = common.Run(args.out, common.settings(args), args.resume)
         summary = run.summary()
         if summary is None:
             if not pictures:
                 pictures, extractor = prepare_pictures(args, run.out, chosen, extractor)
-            with experiment.one_line_nonfinite():
+            with common.one_line_nonfinite():
                 summary = run_attack(args, run, pictures, extractor)
             run.summarise(summary)
     draw_curve(run, args.method)

@@ -41,25 +41,17 @@ import dataclasses
 import functools
 import os
 import pathlib
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-
+import common
 import keras
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import sklearn.metrics
 import tensorflow as tf
 
 import tfbilevel as tb
-from tfbilevel import experiment
-
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from data_prep import images, label_noise, svhn
 
 SAVED = 60  # updates between backups, if an epoch has more: what a kill can cost
@@ -68,7 +60,7 @@ BASELINES = ("oracle", "val-only", "train+val")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings(experiment.InversionFree):
+class Settings(common.InversionFree):
     """A method's settings on a data set; `None` where it has no such knob."""
 
     epochs: int | None = None
@@ -167,8 +159,8 @@ class Data(NamedTuple):
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = experiment.Parser(description=__doc__)
-    add, above = parser.add_argument, experiment.positive
+    parser = common.Parser(description=__doc__)
+    add, above = parser.add_argument, common.positive
     add("--dataset", choices=DATASETS, default="digits")
     add("--data-dir", type=pathlib.Path, help="tensorflow-datasets folder")
     add("--data-file", type=pathlib.Path, help="svhn: made by data_prep/svhn.py")
@@ -200,12 +192,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="turn, shift, zoom and flip; default for cifar10 only",
     )
     add("--dropout", action=argparse.BooleanOptionalAction, help="default: none")
-    add("--jit", choices=experiment.JIT, help="default auto")
+    add("--jit", choices=common.JIT, help="default auto")
     args = parser.parse_args(argv)
     return complete(parser, args)
 
 
-def refuse_idle(parser: experiment.Parser, args: argparse.Namespace) -> None:
+def reject_ineffective_flags(parser: common.Parser, args: argparse.Namespace) -> None:
     bilevel = args.method in METHODS
     threshold = args.retrain_threshold
     if threshold is None:
@@ -214,7 +206,7 @@ def refuse_idle(parser: experiment.Parser, args: argparse.Namespace) -> None:
     retraining = bilevel and bool(threshold)
     dropping = (args.net or DATASETS[args.dataset].net) != "logistic"
     files = args.dataset not in ("digits", "svhn")
-    parser.refuse_idle(
+    parser.reject_ineffective_flags(
         args,
         {
             **dict.fromkeys(for_methods, (bilevel, "a bilevel --method")),
@@ -231,15 +223,15 @@ def refuse_idle(parser: experiment.Parser, args: argparse.Namespace) -> None:
     )
 
 
-def complete(parser: experiment.Parser, args: argparse.Namespace) -> argparse.Namespace:
+def complete(parser: common.Parser, args: argparse.Namespace) -> argparse.Namespace:
     """What follows from the data set and the method; errors."""
     dataset = DATASETS[args.dataset]
     published = DEFAULTS.get((args.method, args.dataset), Settings())
-    parser.refuse_meaningless(args, [published], f"--method {args.method}")
-    refuse_idle(parser, args)
+    parser.reject_unused_flags(args, [published], f"--method {args.method}")
+    reject_ineffective_flags(parser, args)
     if args.noise is not None and args.method == "val-only":
         parser.warn("--noise changes nothing: --method val-only sees no training label")
-    args = experiment.filled(args, published)
+    args = common.filled(args, published)
     defaults = {
         "pretrain_lr": 1e-3,
         "baseline_epochs": 100,
@@ -351,7 +343,7 @@ def scaled(part: images.Part) -> images.Part:
 def batches(args: argparse.Namespace, data: Data, first_step: int) -> tf.data.Dataset:
     """An update's batches: fresh validation examples with every training batch."""
     level = {
-        name: experiment.index_batches(
+        name: tb.index_batches(
             len(part.labels), args.batch_size, 2 * args.seed + number, first_step
         ).map(gather(part))
         for number, (name, part) in enumerate(
@@ -472,10 +464,10 @@ def fit_plainly(
     layers += net.layers if args.dropout else without_dropout(net)
     trained = keras.Sequential([keras.Input(net.input_shape[1:]), *layers])
     trained.compile(
-        experiment.adam(rate),
+        common.adam(rate),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
     )
-    callbacks = [*callbacks, experiment.FitProgress(f"{args.out}, plain training")]
+    callbacks = [*callbacks, common.FitProgress(f"{args.out}, plain training")]
     trained.fit(pixels, labels, args.batch_size, epochs, callbacks=callbacks, verbose=0)
 
 
@@ -531,11 +523,11 @@ def build_model(
     def upper_loss(upper: tb.ExampleWeights, lower: keras.Model, batch: tuple):
         pixels, labels = batch
         logits = lower(pixels, training=args.dropout)
-        return tf.reduce_mean(experiment.cross_entropy(logits, labels))
+        return tf.reduce_mean(tb.sparse_cross_entropy(logits, labels))
 
     def lower_loss(upper: tb.ExampleWeights, lower: keras.Model, batch: tuple):
         pixels, labels, index = batch
-        losses = experiment.cross_entropy(lower(pixels, training=args.dropout), labels)
+        losses = tb.sparse_cross_entropy(lower(pixels, training=args.dropout), labels)
         s = upper(index)
         return tf.reduce_sum(s * losses) / (tf.reduce_sum(s) + 1e-12)
 
@@ -543,7 +535,7 @@ def build_model(
     model.compile(
         Settings.method(args, per_epoch),
         tb.LazyAdam(Settings.upper_rate(args, per_epoch), epsilon=1e-8),
-        jit_compile=experiment.JIT[args.jit],
+        jit_compile=common.JIT[args.jit],
     )
     return model
 
@@ -573,7 +565,7 @@ def measure(
     return evaluate
 
 
-def pretrain(args: argparse.Namespace, run: experiment.Run, data: Data) -> keras.Model:
+def pretrain(args: argparse.Namespace, run: common.Run, data: Data) -> keras.Model:
     """The network trained on validation data; kept, so that --resume finds it."""
     shape, path = data.train.images.shape[1:], run.out / "pretrained.weights.h5"
     if not path.exists():
@@ -589,7 +581,7 @@ def pretrain(args: argparse.Namespace, run: experiment.Run, data: Data) -> keras
     return net
 
 
-def denoise(args: argparse.Namespace, run: experiment.Run, data: Data) -> dict:
+def denoise(args: argparse.Namespace, run: common.Run, data: Data) -> dict:
     """The bilevel methods: train, measure, draw, retrain."""
     net = pretrain(args, run, data)
     dataset = DATASETS[args.dataset]
@@ -598,7 +590,7 @@ def denoise(args: argparse.Namespace, run: experiment.Run, data: Data) -> dict:
     start = np.where(agrees, dataset.high, dataset.low)
     pretrained = accuracy(net, data.test)
     model = build_model(args, net, start, per_epoch)
-    experiment.train(
+    common.train(
         model,
         lambda first: batches(args, data, first),
         run,
@@ -632,7 +624,7 @@ def denoise(args: argparse.Namespace, run: experiment.Run, data: Data) -> dict:
     return summary
 
 
-def train_baseline(args: argparse.Namespace, run: experiment.Run, data: Data) -> dict:
+def train_baseline(args: argparse.Namespace, run: common.Run, data: Data) -> dict:
     pixels, labels = data.train
     right = images.Part(pixels[data.clean], labels[data.clean])
     parts = {
@@ -649,7 +641,7 @@ def train_baseline(args: argparse.Namespace, run: experiment.Run, data: Data) ->
             "validation_accuracy": accuracy(net, data.validation),
         }
 
-    log = experiment.EvaluateEpochs(run, evaluate)
+    log = common.EvaluateEpochs(run, evaluate)
     fit_plainly(args, net, parts, rate, epochs, args.augment, [log])
     draw_curves(run, args)
     final = {name: run.column(name)[-1] for name in evaluate()}
@@ -664,7 +656,7 @@ def about(args: argparse.Namespace) -> dict:
     return {name: getattr(args, name) for name in names}
 
 
-def summarise(args: argparse.Namespace, run: experiment.Run) -> dict:
+def summarise(args: argparse.Namespace, run: common.Run) -> dict:
     rows = [{k: float(v) for k, v in row.items()} for row in run.rows()]
     final = rows[-1]
     chosen = max(rows, key=lambda row: row["validation_accuracy"])
@@ -704,10 +696,10 @@ def draw_distrusted(
     captions = [f"given {a}, looks {b}" for a, b in zip(given, looks, strict=True)]
     title = "Most distrusted labels (red: the label is wrong)"
     red = (~data.clean[worst]).tolist()
-    experiment.draw_images(path, pixels, captions, title, red)
+    common.draw_images(path, pixels, captions, title, red)
 
 
-def draw_curves(run: experiment.Run, args: argparse.Namespace) -> None:
+def draw_curves(run: common.Run, args: argparse.Namespace) -> None:
     measured = ("test", "validation", "clean_train", "train")
     scores = ("precision", "recall", "f1")
     panels = {
@@ -727,7 +719,7 @@ def draw_curves(run: experiment.Run, args: argparse.Namespace) -> None:
     for axes, (title, names) in zip(grid[0], known.items(), strict=True):
         for name in names:
             label = name.rpartition("_a")[0].replace("_", " ")
-            experiment.draw_line(axes, seconds, run.column(name), label=label)
+            common.draw_line(axes, seconds, run.column(name), label=label)
         axes.set(xlabel="seconds of training", ylabel="percent", title=title)
         axes.grid(alpha=0.3)
         axes.legend()
@@ -738,7 +730,7 @@ def draw_curves(run: experiment.Run, args: argparse.Namespace) -> None:
 
 
 def one_trial(
-    args: argparse.Namespace, run: experiment.Run, parts: list[images.Part]
+    args: argparse.Namespace, run: common.Run, parts: list[images.Part]
 ) -> dict:
     data = with_noise(args, parts)
     if args.method in BASELINES:
@@ -748,11 +740,11 @@ def one_trial(
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
-    with experiment.one_line_errors(__file__):
+    with common.one_line_errors(__file__):
         parts = load_parts(args)
-        run = experiment.Run(args.out, experiment.settings(args), args.resume)
+        run = common.Run(args.out, common.settings(args), args.resume)
     one = functools.partial(one_trial, parts=parts)
-    summary = experiment.trials(args, run, one)
+    summary = common.trials(args, run, one)
     for name in ("test_accuracy", "test_accuracy_std", "last_epoch_test_accuracy",
                  "pretrained_test_accuracy", "auc", "precision_at_0.5",
                  "recall_at_0.5"):  # fmt: skip

@@ -30,33 +30,24 @@ import dataclasses
 import functools
 import itertools
 import math
-import os
 import pathlib
-import sys
 from collections.abc import Callable
 from typing import Any
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-
+import common
 import keras
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import tensorflow as tf
 
 import tfbilevel as tb
-from tfbilevel import experiment
-
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from data_prep import images, label_noise
 
 NETS = ("linear", "mlp", "mlp-linear")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings(experiment.InversionFree):
+class Settings(common.InversionFree):
     """A method's published settings on one net; `None` where it has no such knob."""
 
     outer_steps: int | None
@@ -196,8 +187,8 @@ SIZES = {"digits": (2000, 1000, 1500, 500)}
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = experiment.Parser(description=__doc__)
-    add, above = parser.add_argument, experiment.positive
+    parser = common.Parser(description=__doc__)
+    add, above = parser.add_argument, common.positive
     add("--dataset", choices=images.DATASETS, default="digits")
     add("--data-dir", type=pathlib.Path, help="tensorflow-datasets folder")
     add("--net", choices=NETS, default="linear")
@@ -215,20 +206,20 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--upper-optimizer", choices=("sgd", "adam"))
     add("--inner-lr", type=above(float))
     add("--start-lr", type=above(float), help="iaptt-gm: rate of the learned start")
-    add("--alpha", type=experiment.share, help="bda: weight of the upper loss")
-    add("--alpha-decay", type=experiment.share, help="bda: its factor per step")
+    add("--alpha", type=common.share, help="bda: weight of the upper loss")
+    add("--alpha-decay", type=common.share, help="bda: its factor per step")
     add(
         "--bda-rule",
         choices=("aggregated", "bda-repo"),
         help="bda: weight of g; 1 - that of f, or constant as in BDA's own code",
     )
     add("--dynamics", choices=("gd", "nesterov-t", "nesterov-m"), default="gd")
-    add("--momentum", type=experiment.fraction, help="nesterov-m; default 0.9")
-    add("--gamma-init", type=experiment.at_least(float, 0))
+    add("--momentum", type=common.fraction, help="nesterov-m; default 0.9")
+    add("--gamma-init", type=common.at_least(float, 0))
     add("--gamma-max", type=above(float))
     add("--gamma-steps", type=above(int), help="length of gamma's ramp")
     add("--auxiliary", choices=("persistent", "copy"), help="v-pbgd: where z starts")
-    add("--reg", type=experiment.at_least(float, 0), help="L2 coefficient of g")
+    add("--reg", type=common.at_least(float, 0), help="L2 coefficient of g")
     add("--eval-every", type=above(int), help="outer steps between evaluations")
     add(
         "--baseline-epochs",
@@ -239,7 +230,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--kept", type=pathlib.Path, help="kept+val: .npz of labels and what to keep")
     add("--trials", type=above(int), default=1, help="runs at successive seeds")
     add("--memory", choices=("replay", "checkpoint", "tape"), help="of unrolled steps")
-    add("--jit", choices=experiment.JIT)
+    add("--jit", choices=common.JIT)
     args = parser.parse_args(argv)
     sizes = SIZES.get(args.dataset, (5000, 5000, 10_000, 5000))
     for part, size in zip(PARTS, sizes, strict=True):
@@ -249,7 +240,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def fill_defaults(
-    parser: experiment.Parser, args: argparse.Namespace
+    parser: common.Parser, args: argparse.Namespace
 ) -> argparse.Namespace:
     published = DEFAULTS[args.method, args.net]
     if args.dataset == "digits" and published.gamma_steps and published.outer_steps:
@@ -259,10 +250,10 @@ def fill_defaults(
             outer_steps=published.outer_steps // 4,
             gamma_steps=published.gamma_steps // 4,
         )
-    parser.refuse_meaningless(args, [published], f"--method {args.method}")
+    parser.reject_unused_flags(args, [published], f"--method {args.method}")
     files = args.dataset != "digits", "a --dataset with files"
     of_file = args.method == "kept+val"
-    parser.refuse_idle(
+    parser.reject_ineffective_flags(
         args, {"data_dir": files, "kept": (of_file, "--method kept+val")}
     )
     if of_file and (args.kept is None or args.trials > 1):
@@ -270,7 +261,7 @@ def fill_defaults(
             "--method kept+val needs --kept FILE, which is of one seed: give it, and "
             "no --trials"
         )
-    given, args = args, experiment.filled(args, published)
+    given, args = args, common.filled(args, published)
     if given.last is None and args.last is not None:
         args.last = min(args.last, args.inner_steps)
     if args.last is not None and args.last > args.inner_steps:
@@ -295,7 +286,7 @@ def fill_defaults(
         )
     with_momentum = args.dynamics == "nesterov-m"
     needs = {"momentum": (with_momentum, "--dynamics nesterov-m")}
-    parser.refuse_idle(args, needs)
+    parser.reject_ineffective_flags(args, needs)
     if with_momentum and args.momentum is None:
         args.momentum = 0.9
     return args
@@ -353,7 +344,7 @@ def draw_weights(shapes: list[tuple], seed: int, step: tf.Tensor) -> list[tf.Ten
 
 def cross_entropy(network: keras.Model, batch: tuple) -> tf.Tensor:
     pixels, labels = batch
-    return experiment.cross_entropy(network(pixels), labels)
+    return tb.sparse_cross_entropy(network(pixels), labels)
 
 
 def build_method(args: argparse.Namespace, network: keras.Model) -> tb.Method:
@@ -412,14 +403,14 @@ def train_plainly(
         keras.optimizers.Adam(1e-3),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
     )
-    callbacks = (*callbacks, experiment.FitProgress(f"{args.out}, plain training"))
+    callbacks = (*callbacks, common.FitProgress(f"{args.out}, plain training"))
     network.fit(
         pixels, labels, 100, args.baseline_epochs, callbacks=callbacks, verbose=0
     )
 
 
 def train_baseline(
-    args: argparse.Namespace, run: experiment.Run, data: dict, network: keras.Model
+    args: argparse.Namespace, run: common.Run, data: dict, network: keras.Model
 ) -> dict:
     """A classifier trained on what the baseline may see, and what it would keep: what
     it was told to, or the training examples whose given label it predicts."""
@@ -445,7 +436,7 @@ def train_baseline(
             **label_noise.cleaning_scores(kept(), data["clean"]),
         }
 
-    epochs = experiment.EvaluateEpochs(run, evaluate)
+    epochs = common.EvaluateEpochs(run, evaluate)
     train_plainly(args, network, parts, epochs)
     probabilities = tf.nn.softmax(network(pixels)).numpy()
     np.savez_compressed(
@@ -478,14 +469,14 @@ def before_cleaning(args: argparse.Namespace, data: dict) -> dict[str, float]:
     }
 
 
-def draw_curves(run: experiment.Run, args: argparse.Namespace) -> None:
+def draw_curves(run: common.Run, args: argparse.Namespace) -> None:
     steps = run.column("step")
     unit = "epoch" if args.method in BASELINES else "outer step"
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
     for part in PARTS[1:]:
-        experiment.draw_line(left, steps, run.column(f"{part}_accuracy"), label=part)
+        common.draw_line(left, steps, run.column(f"{part}_accuracy"), label=part)
     for name in ("f1", "precision", "recall"):
-        experiment.draw_line(right, steps, run.column(name), label=name)
+        common.draw_line(right, steps, run.column(name), label=name)
     for axes, title in ((left, "accuracy"), (right, "clean examples kept")):
         axes.set(xlabel=unit, ylabel="percent", title=title)
         axes.grid(alpha=0.3)
@@ -497,14 +488,14 @@ def draw_curves(run: experiment.Run, args: argparse.Namespace) -> None:
 
 
 def draw_distrusted(
-    run: experiment.Run, data: dict, trust: np.ndarray, network: keras.Model
+    run: common.Run, data: dict, trust: np.ndarray, network: keras.Model
 ) -> None:
     """The 48 training images trusted least, with given and predicted label."""
     worst = np.argsort(trust, kind="stable")[:48]
     pixels = data["train"][0].numpy()[worst]
     predicted = np.argmax(network(pixels), axis=1)
     given = data["train"][1].numpy()[worst]
-    experiment.draw_images(
+    common.draw_images(
         run.out / "distrusted.png",
         data["train_images"][worst] / data["train_images"].max(),
         [f"given {a}, looks {b}" for a, b in zip(given, predicted, strict=True)],
@@ -548,13 +539,13 @@ def inner_curve(model: tb.BilevelModel, data: dict) -> Callable[[], np.ndarray]:
     return curve
 
 
-def draw_inner_curve(run: experiment.Run, curve: np.ndarray) -> dict[str, float]:
+def draw_inner_curve(run: common.Run, curve: np.ndarray) -> dict[str, float]:
     """Accuracy of every inner iterate at the final weights."""
     selection, test = curve
     figure, axes = plt.subplots(figsize=(5.5, 4))
     for part, values in (("selection", selection), ("test", test)):
         steps = np.arange(1, len(values) + 1)
-        experiment.draw_line(axes, steps, values, label=part)
+        common.draw_line(axes, steps, values, label=part)
     axes.set(xlabel="inner step", ylabel="percent", title="accuracy at the end")
     axes.grid(alpha=0.3)
     axes.legend()
@@ -599,21 +590,21 @@ def best(rows: list[dict], by: str) -> dict:
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
-    with experiment.one_line_errors(__file__):
+    with common.one_line_errors(__file__):
         data = load_data(args)
-        run = experiment.Run(args.out, experiment.settings(args), args.resume)
+        run = common.Run(args.out, common.settings(args), args.resume)
     drawn = {args.seed: data}
 
-    def one(own: argparse.Namespace, run: experiment.Run) -> dict:
+    def one(own: argparse.Namespace, run: common.Run) -> dict:
         return one_trial(own, run, drawn.pop(own.seed, None) or load_data(own))
 
-    summary = experiment.trials(args, run, one)
+    summary = common.trials(args, run, one)
     print_table(summary)
     print(f"Files in {run.out}: {', '.join(sorted(p.name for p in run.out.iterdir()))}")
     return summary
 
 
-def one_trial(args: argparse.Namespace, run: experiment.Run, data: dict) -> dict:
+def one_trial(args: argparse.Namespace, run: common.Run, data: dict) -> dict:
     keras.utils.set_random_seed(args.seed)
     network = build_net(args.net, data["train"][0].shape[1], args.seed)
     if args.method in BASELINES:
@@ -646,10 +637,10 @@ def lower_loss(
 
 
 def clean(
-    args: argparse.Namespace, run: experiment.Run, data: dict, network: keras.Model
+    args: argparse.Namespace, run: common.Run, data: dict, network: keras.Model
 ) -> dict:
     weights = tb.ExampleWeights(args.train_size)
-    optimizer = {"sgd": keras.optimizers.SGD, "adam": experiment.adam}
+    optimizer = {"sgd": keras.optimizers.SGD, "adam": common.adam}
     learned = args.method == "iaptt-gm"
     model = tb.BilevelModel(
         weights,
@@ -661,7 +652,7 @@ def clean(
     model.compile(
         build_method(args, network),
         optimizer[args.upper_optimizer](Settings.upper_rate(args)),
-        jit_compile=experiment.JIT[args.jit],
+        jit_compile=common.JIT[args.jit],
         steps_per_execution=math.gcd(args.outer_steps, args.eval_every),
         start_optimizer=keras.optimizers.SGD(args.start_lr) if learned else None,
     )
@@ -692,7 +683,7 @@ def clean(
     # A kill costs at most a twentieth of the run.
     full = tf.data.Dataset.from_tensors
     batches = tb.pair(full(data["validation"]), full(data["train"]))
-    experiment.train(
+    common.train(
         model,
         lambda first: batches.repeat(),
         run,

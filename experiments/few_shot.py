@@ -43,25 +43,17 @@ import dataclasses
 import functools
 import os
 import pathlib
-import sys
 from collections.abc import Callable
 from typing import Any
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-
+import common
 import keras
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import tensorflow as tf
+from common import networks
 
 import tfbilevel as tb
-from tfbilevel import experiment
-from tfbilevel.experiment import networks
-
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from data_prep import (
     classes,
     fc100,
@@ -104,7 +96,7 @@ HEADS = ("linear", "conv", "blocks", "cosine")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings(experiment.InversionFree):
+class Settings(common.InversionFree):
     """A method's settings on a data set; `None` where it has no such knob.
 
     `inner_lr` is the rate of the inner steps, `final_lr` what its cosine decay ends at;
@@ -281,8 +273,8 @@ def published(
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = experiment.Parser(description=__doc__)
-    add, above = parser.add_argument, experiment.positive
+    parser = common.Parser(description=__doc__)
+    add, above = parser.add_argument, common.positive
     add("--dataset", choices=DATASETS, default="glyphs")
     add(
         "--data-dir",
@@ -312,8 +304,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--final-lr", type=above(float), help="rhg to iaptt-gm: of the inner steps")
     add("--start-lr", type=above(float), help="iaptt-gm: of the head's start")
     add("--last", type=above(int), help="t-rhg: inner steps to differentiate")
-    add("--alpha", type=experiment.share, help="bda: weight of f at the first step")
-    add("--alpha-decay", type=experiment.share, help="bda: its factor per step")
+    add("--alpha", type=common.share, help="bda: weight of f at the first step")
+    add("--alpha-decay", type=common.share, help="bda: its factor per step")
     add("--bda-rule", choices=("aggregated", "bda-repo"), help="bda: weight of g")
     add("--proximal", type=above(float), help="imaml: weight of |y - x|^2 / 2 in g")
     add("--cg-steps", type=above(int), help="imaml")
@@ -324,21 +316,21 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="added to g: to the start, or the sum of |p|^q over all tensors, or the "
         "published script's form of it",
     )
-    add("--quasi-norm-power", type=experiment.share, help="q; default 0.5")
+    add("--quasi-norm-power", type=common.share, help="q; default 0.5")
     add("--quasi-norm-epsilon", type=above(float), help="smooths it at 0; default 0.1")
     add("--regularisation", type=above(float), help="its weight; default 0.25")
     add("--test-steps", type=above(int), help="inner steps on a new task; by method")
     add("--test-lr", type=above(float), help="their rate; by method")
-    several = experiment.at_least(int, 2)  # fewer have no interval
+    several = common.at_least(int, 2)  # fewer have no interval
     add("--test-tasks", type=several, help="by method")
     add("--validation-tasks", type=several, default=100, help="per evaluation")
     add("--eval-every", type=above(int), default=200, help="meta-iterations")
     add("--trials", type=above(int), default=1, help="runs at successive seeds")
-    add("--jit", choices=experiment.JIT, default="off")
+    add("--jit", choices=common.JIT, default="off")
     args = parser.parse_args(argv)
     own = published(args.method, args.dataset, args.ways, args.shots, args.network)
-    parser.refuse_meaningless(args, [own], f"--method {args.method}")
-    refuse_idle(parser, args, args.network or own.network)
+    parser.reject_unused_flags(args, [own], f"--method {args.method}")
+    reject_ineffective_flags(parser, args, args.network or own.network)
     args = with_defaults(args, own)
     if args.rotations is None:
         args.rotations = args.dataset in CHARACTERS
@@ -370,8 +362,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def refuse_idle(
-    parser: experiment.Parser, args: argparse.Namespace, network: str
+def reject_ineffective_flags(
+    parser: common.Parser, args: argparse.Namespace, network: str
 ) -> None:
     quasi = args.regulariser.startswith("quasi-norm")
     omniglot_itself = args.dataset == "omniglot" and args.data_file is None
@@ -388,12 +380,12 @@ def refuse_idle(
         "quasi_norm_power": (quasi, "--regulariser quasi-norm"),
         "quasi_norm_epsilon": (quasi, "--regulariser quasi-norm"),
     }
-    parser.refuse_idle(args, needs)
+    parser.reject_ineffective_flags(args, needs)
 
 
 def with_defaults(args: argparse.Namespace, own: Settings) -> argparse.Namespace:
     """What was not given: published, or what follows from what was given."""
-    made = experiment.filled(args, own)
+    made = common.filled(args, own)
     made.head_blocks = args.head_blocks or 1
     if args.dataset == "omniglot" and args.data_file is None:
         made.split = args.split or "vinyals"
@@ -543,7 +535,7 @@ def fresh_heads(args: argparse.Namespace, head: keras.Model, tasks: int) -> Call
 def inner_optimizer(args: argparse.Namespace) -> keras.optimizers.Optimizer:
     """Of the inner steps."""
     if args.method in ("approxgrad", "penalty"):
-        return experiment.adam(args.lower_lr)
+        return common.adam(args.lower_lr)
     if args.method == "meta-sgd":
         return keras.optimizers.SGD(1.0)
     return keras.optimizers.SGD(args.inner_lr)
@@ -591,7 +583,7 @@ def build_method(
         return tb.Implicit(inner, tb.ConjugateGradient(args.cg_steps))
     if args.method == "approxgrad":
         solver = tb.GradientSolver(
-            experiment.adam(args.solver_lr),
+            common.adam(args.solver_lr),
             args.inner_steps,
             "residual",
             warm_start=False,
@@ -683,15 +675,15 @@ def compile_model(
 ) -> None:
     model.compile(
         build_method(args, model, fresh),
-        experiment.adam(args.upper_lr),
-        start_optimizer=args.start_lr and experiment.adam(args.start_lr),
-        jit_compile=experiment.JIT[args.jit],
+        common.adam(args.upper_lr),
+        start_optimizer=args.start_lr and common.adam(args.start_lr),
+        jit_compile=common.JIT[args.jit],
     )
 
 
 def mean_loss(network: keras.Model, batch: tuple) -> tf.Tensor:
     images, labels = batch
-    return tf.reduce_mean(experiment.cross_entropy(network(images), labels))
+    return tf.reduce_mean(tb.sparse_cross_entropy(network(images), labels))
 
 
 def squared_distance(network: keras.Model, start: list) -> tf.Tensor:
@@ -725,7 +717,7 @@ def test_solver(
 ) -> tb.InnerSolver:
     """The inner solver on new tasks, the meta-batch of this number."""
     inversion_free = args.method in ("approxgrad", "penalty")
-    kind = experiment.adam if inversion_free else keras.optimizers.SGD
+    kind = common.adam if inversion_free else keras.optimizers.SGD
     rate = 1.0 if args.method == "meta-sgd" else args.test_lr
     start: Any = "warm"
     if args.method in FRESH:
@@ -774,7 +766,7 @@ class Judge:
     def accuracies(self, name: str | None = None) -> np.ndarray:
         """Percent right of every task's query images; with a name it shows how far
         it is."""
-        progress = name and experiment.Progress(name, self.calls, "meta-batches")
+        progress = name and common.Progress(name, self.calls, "meta-batches")
         parts = []
         for number, batch in enumerate(self.data):
             right = self.predicted(number, batch) == batch.upper[1]
@@ -792,7 +784,7 @@ def interval(accuracies: np.ndarray) -> float:
 class Best:
     """Keeps the upper variables of best validation accuracy, past a kill too."""
 
-    def __init__(self, run: experiment.Run, model: tb.BilevelModel):
+    def __init__(self, run: common.Run, model: tb.BilevelModel):
         self.run, self.model = run, model
         self.path = run.out / "best.weights.h5"
 
@@ -808,7 +800,7 @@ class Best:
 # One run.
 
 
-def train(args: argparse.Namespace, run: experiment.Run, splits: dict) -> dict:
+def train(args: argparse.Namespace, run: common.Run, splits: dict) -> dict:
     keras.utils.set_random_seed(args.seed)
     model = build_model(args, splits["train"].images.shape[1:])
     judge = Judge(args, model, splits["validation"], args.validation_tasks, 1)
@@ -823,7 +815,7 @@ def train(args: argparse.Namespace, run: experiment.Run, splits: dict) -> dict:
             "validation_accuracy_ci95": interval(accuracies),
         }
 
-    experiment.train(
+    common.train(
         model,
         lambda first: draw(args, splits["train"], 1000 + args.seed, first),
         run,
@@ -872,16 +864,16 @@ def about_tasks(args: argparse.Namespace) -> str:
     return f"{args.method}, {args.ways}-way {args.shots}-shot {args.dataset}"
 
 
-def draw_curves(run: experiment.Run, args: argparse.Namespace) -> None:
+def draw_curves(run: common.Run, args: argparse.Namespace) -> None:
     seconds = run.column("seconds")
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), sharex=True)
     accuracy = run.column("validation_accuracy")
     margin = np.array(run.column("validation_accuracy_ci95"))
-    experiment.draw_line(left, seconds, accuracy)
+    common.draw_line(left, seconds, accuracy)
     left.fill_between(seconds, accuracy - margin, accuracy + margin, alpha=0.2)
     left.set(title="accuracy on validation classes", ylabel="percent")
     for name, label in (("upper_loss", "f, query"), ("lower_loss", "g, support")):
-        experiment.draw_line(right, seconds, run.column(name), label=label)
+        common.draw_line(right, seconds, run.column(name), label=label)
     right.set(title="losses on training tasks", ylabel="loss")
     right.legend()
     for axes in (left, right):
@@ -937,12 +929,12 @@ def draw_confusion(path: pathlib.Path, args: argparse.Namespace, judge: Judge) -
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
-    with experiment.one_line_errors(__file__):
+    with common.one_line_errors(__file__):
         splits = load_splits(args)
         for some in splits.values():
             draw(args, some, 0)  # too many ways or shots: said before any work
-        run = experiment.Run(args.out, experiment.settings(args), args.resume)
-    summary = experiment.trials(args, run, functools.partial(train, splits=splits))
+        run = common.Run(args.out, common.settings(args), args.resume)
+    summary = common.trials(args, run, functools.partial(train, splits=splits))
     spread = "test_accuracy_ci95" if args.trials == 1 else "test_accuracy_std"
     print(
         f"{about_tasks(args)}: "

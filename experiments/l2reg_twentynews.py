@@ -44,12 +44,8 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-
+import common
 import keras
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import sklearn.datasets
@@ -59,7 +55,6 @@ import tensorflow as tf
 from scipy import sparse
 
 import tfbilevel as tb
-from tfbilevel import experiment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,8 +114,8 @@ class Data(NamedTuple):
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = experiment.Parser(description=__doc__)
-    add, above = parser.add_argument, experiment.positive
+    parser = common.Parser(description=__doc__)
+    add, above = parser.add_argument, common.positive
     add(
         "--method",
         nargs="+",
@@ -136,9 +131,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--inner-steps", type=above(int), help="T (hoag: at most)")
     add("--solver-steps", type=above(int), help="Q; reverse: steps differentiated")
     add("--inner-lr", type=above(float))
-    add("--inner-momentum", type=experiment.fraction, default=0.0)
+    add("--inner-momentum", type=common.fraction, default=0.0)
     add("--upper-lr", type=above(float))
-    add("--upper-momentum", type=experiment.fraction, default=0.0)
+    add("--upper-momentum", type=common.fraction, default=0.0)
     add("--eta", type=above(float), help="stocbio: rate of the series")
     add("--batch-size", type=above(int), help="stocbio: training documents")
     add("--validation-batch-size", type=above(int), help="stocbio")
@@ -152,14 +147,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args.method = list(dict.fromkeys(args.method))
     published = [DEFAULTS[method] for method in args.method]
     chosen = f"--method {' '.join(args.method)}"
-    parser.refuse_meaningless(args, published, chosen, IGNORED)
+    parser.reject_unused_flags(args, published, chosen, IGNORED)
     return args
 
 
 def with_defaults(args: argparse.Namespace, method: str) -> argparse.Namespace:
     """The settings of one method's run: the flags that mean something to it, its
     published settings, and one of the two limits."""
-    plan = experiment.filled(args, DEFAULTS[method])
+    plan = common.filled(args, DEFAULTS[method])
     plan.method = method
     if method == "reverse" and args.solver_steps is None:
         plan.solver_steps = min(plan.solver_steps, plan.inner_steps)
@@ -304,7 +299,7 @@ def logits_of(classifier: keras.layers.Dense, features: Any) -> tf.Tensor:
 def cross_entropy(classifier: keras.layers.Dense, batch: tuple) -> tf.Tensor:
     features, labels = batch
     logits = logits_of(classifier, features)
-    return tf.reduce_mean(experiment.cross_entropy(logits, labels))
+    return tf.reduce_mean(tb.sparse_cross_entropy(logits, labels))
 
 
 def penalty(upper: tb.FeaturePenalties, lower: keras.layers.Dense) -> tf.Tensor:
@@ -392,7 +387,7 @@ def peak_memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def train(args: argparse.Namespace, run: experiment.Run, data: Data) -> dict:
+def train(args: argparse.Namespace, run: common.Run, data: Data) -> dict:
     """One method, from zero weights to the last outer step or second."""
     model = build_model(data)
     model.compile(
@@ -409,7 +404,7 @@ def train(args: argparse.Namespace, run: experiment.Run, data: Data) -> dict:
 
     measure()  # so that tracing it is not in the peak of training
     before = peak_memory()
-    experiment.train(
+    common.train(
         model,
         batches,
         run,
@@ -488,7 +483,7 @@ def retrain(args: argparse.Namespace, model: tb.BilevelModel, data: Data) -> dic
         return weights, state
 
     test, losses, accuracies = tensors(data.test), [], []
-    progress = experiment.Progress(args.out, args.final_steps, "steps of retraining")
+    progress = common.Progress(args.out, args.final_steps, "steps of retraining")
     for part in range(args.final_steps // every):
         weights, state = advance(weights, state)
         model.lower.kernel.assign(weights[0])
@@ -558,7 +553,7 @@ def draw_curves(path: pathlib.Path, curves: dict[str, list[dict]]) -> None:
         for method, rows in curves.items():
             seconds = [row["seconds"] for row in rows]
             values = [row[name] for row in rows]
-            experiment.draw_line(axes, seconds, values, label=method)
+            common.draw_line(axes, seconds, values, label=method)
         axes.set(xlabel="seconds of training", ylabel=name.replace("_", " "))
         axes.grid(alpha=0.3)
         axes.legend()
@@ -569,9 +564,7 @@ def draw_curves(path: pathlib.Path, curves: dict[str, list[dict]]) -> None:
     plt.close(figure)
 
 
-def draw_coefficients(
-    run: experiment.Run, logits: np.ndarray, words: np.ndarray
-) -> None:
+def draw_coefficients(run: common.Run, logits: np.ndarray, words: np.ndarray) -> None:
     """The words whose weights are held back less than at the start, and those held
     back more, where x = 0: up to 20 each."""
     order = np.argsort(logits, kind="stable")
@@ -625,13 +618,13 @@ def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
     plans = [with_defaults(args, method) for method in args.method]
     alone = plans[0] if len(plans) == 1 else None
-    with experiment.one_line_errors(__file__):
+    with common.one_line_errors(__file__):
         data = load_data(args)
         for plan in plans:
             require_sizes(plan, data)
             require_steps(plan)
-        config = experiment.settings(alone or args)
-        run = experiment.Run(args.out, config, args.resume)
+        config = common.settings(alone or args)
+        run = common.Run(args.out, config, args.resume)
     keras.utils.set_random_seed(args.seed)
     if alone:
         # Not anew: the peak of memory would be that of a process that trains nothing.
@@ -654,7 +647,7 @@ def require_sizes(plan: argparse.Namespace, data: Data) -> None:
         size = getattr(plan, name)
         if size is not None and size > len(part.labels):
             raise ValueError(
-                f"{experiment.flag(name)} must not exceed the documents of its "
+                f"{common.flag(name)} must not exceed the documents of its "
                 f"half, got {size} of {len(part.labels)}: lower it"
             )
 
@@ -670,7 +663,7 @@ def require_steps(plan: argparse.Namespace) -> None:
 
 
 def compare(
-    args: argparse.Namespace, plans: list[argparse.Namespace], run: experiment.Run
+    args: argparse.Namespace, plans: list[argparse.Namespace], run: common.Run
 ) -> dict:
     """Every method in a process of its own, one after the other."""
     run.rewind(-1)
@@ -709,10 +702,10 @@ def flags_of(args: argparse.Namespace, plan: argparse.Namespace) -> list[str]:
     flags = ["--method", plan.method]
     if args.seconds is None and plan.seconds is not None:
         flags += ["--seconds", str(plan.seconds)]
-    for name, value in experiment.settings(args).items():
+    for name, value in common.settings(args).items():
         meaningless = getattr(plan, name) is None
         if name != "method" and value is not None and not meaningless:
-            flags += [experiment.flag(name), str(value)]
+            flags += [common.flag(name), str(value)]
     return flags
 
 

@@ -59,20 +59,13 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-
+import common
 import keras
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import tensorflow as tf
 
 import tfbilevel as tb
-from tfbilevel import experiment
-
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from data_prep import images, label_noise
 
 REGULARISATION = 0.001
@@ -139,8 +132,8 @@ class Data(NamedTuple):
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = experiment.Parser(description=__doc__)
-    add, above = parser.add_argument, experiment.positive
+    parser = common.Parser(description=__doc__)
+    add, above = parser.add_argument, common.positive
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--method", choices=(*METHODS, "all"), default="stocbio")
     which.add_argument("--compare", action="store_true", help="as --method all")
@@ -175,9 +168,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         args.seconds = 150.0
     methods = METHODS if args.method == "all" else [args.method]
     published = [DEFAULTS[method] for method in methods]
-    parser.refuse_meaningless(args, published, f"--method {args.method}", IGNORED)
+    parser.reject_unused_flags(args, published, f"--method {args.method}", IGNORED)
     files = args.dataset != "digits", "a --dataset with files"
-    parser.refuse_idle(args, {"data_dir": files})
+    parser.reject_ineffective_flags(args, {"data_dir": files})
     try:
         args.jobs = [
             job_of(args, method, args.seed + trial)
@@ -191,7 +184,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def job_of(args: argparse.Namespace, method: str, seed: int) -> argparse.Namespace:
     """The flags of one run: one method, one seed, every setting filled in."""
-    job = experiment.filled(args, DEFAULTS[method])
+    job = common.filled(args, DEFAULTS[method])
     job.method, job.seed = method, seed
     if method == "reverse" and args.hessian_q is None:
         job.hessian_q = min(job.hessian_q, job.inner_steps)
@@ -340,7 +333,7 @@ def index_batches(
     """Which examples to look at; `None` for the size: all, so it does not matter."""
     if size is None:
         return tf.data.Dataset.from_tensors(tf.zeros([], tf.int32)).repeat()
-    return experiment.index_batches(count, size, seed, first)
+    return tb.index_batches(count, size, seed, first)
 
 
 def outer_batches(
@@ -367,7 +360,7 @@ def warm_up(model: tb.BilevelModel, batches: tf.data.Dataset, steps: int) -> flo
         before = [v.numpy() for v in model.variables]
 
     callback = keras.callbacks.LambdaCallback(on_train_batch_begin=remember)
-    with experiment.one_line_nonfinite():
+    with common.one_line_nonfinite():
         model.fit(batches, steps_per_epoch=steps, callbacks=[callback], verbose=0)
     for variable, value in zip(model.variables, before or [], strict=True):
         variable.assign(value)
@@ -397,7 +390,7 @@ def measure(model: tb.BilevelModel, data: Data) -> Callable[[], dict[str, Any]]:
     return evaluate
 
 
-def train(job: argparse.Namespace, run: experiment.Run, data: Data) -> dict:
+def train(job: argparse.Namespace, run: common.Run, data: Data) -> dict:
     """One method, one seed: rows in `run`, a summary returned."""
     model = build_model(job, data)
     compile_seconds = warm_up(
@@ -408,7 +401,7 @@ def train(job: argparse.Namespace, run: experiment.Run, data: Data) -> dict:
     def labelled() -> dict[str, Any]:
         return {"method": job.method, "seed": job.seed, **evaluate()}
 
-    experiment.train(
+    common.train(
         model,
         lambda first: outer_batches(job, model.method, first),
         run,
@@ -454,15 +447,15 @@ def summarise(job: argparse.Namespace, rows: list[dict[str, str]]) -> dict:
 
 
 def draw_run(
-    run: experiment.Run, job: argparse.Namespace, data: Data, logits: np.ndarray
+    run: common.Run, job: argparse.Namespace, data: Data, logits: np.ndarray
 ) -> None:
     figure, axes = plt.subplots(1, 3, figsize=(15, 4))
     seconds = run.column("seconds")
     for part in ("train", "validation", "test"):
-        experiment.draw_line(axes[0], seconds, run.column(f"{part}_loss"), label=part)
+        common.draw_line(axes[0], seconds, run.column(f"{part}_loss"), label=part)
     axes[0].set(title="cross-entropy, true labels", yscale="log")
     for name in ("test_accuracy", "f1", "precision", "recall"):
-        experiment.draw_line(
+        common.draw_line(
             axes[1], seconds, run.column(name), label=name.replace("_", " ")
         )
     axes[1].set(title="test accuracy and examples kept", ylabel="percent")
@@ -492,7 +485,7 @@ def draw_comparison(args: argparse.Namespace, rows: list[dict[str, str]]) -> Non
                 values = [float(row[name]) for row in chosen]
                 label = method if seed == rows[0]["seed"] else None
                 options = {"color": f"C{number}", "label": label, "alpha": 0.8}
-                experiment.draw_line(plot, seconds, values, **options)
+                common.draw_line(plot, seconds, values, **options)
     axes[0].set(xlabel="seconds", title="test loss", yscale="log")
     axes[1].set(xlabel="seconds", ylabel="percent", title="test accuracy")
     for plot in axes:
@@ -505,13 +498,13 @@ def draw_comparison(args: argparse.Namespace, rows: list[dict[str, str]]) -> Non
 
 
 def compare(
-    args: argparse.Namespace, run: experiment.Run, parts: list[images.Part]
+    args: argparse.Namespace, run: common.Run, parts: list[images.Part]
 ) -> dict:
     """Every method at every seed, each in a folder of its own; means over seeds."""
     summaries, rows, failed = [], [], []
     for job in args.jobs:
         folder = args.out / f"{job.method}-{job.seed}"
-        one = experiment.Run(
+        one = common.Run(
             folder, settings(job), resume=(folder / "config.json").exists()
         )
         try:
@@ -535,7 +528,7 @@ def compare(
 
 
 def write_comparison(
-    args: argparse.Namespace, run: experiment.Run, rows: list[dict[str, str]]
+    args: argparse.Namespace, run: common.Run, rows: list[dict[str, str]]
 ) -> None:
     draw_comparison(args, rows)
     partial = run.out / "metrics.csv.partial"
@@ -569,22 +562,22 @@ def print_table(summaries: list[dict], header: bool = True) -> None:
 
 
 def settings(args: argparse.Namespace) -> dict:
-    return experiment.settings(args, "jobs")
+    return common.settings(args, "jobs")
 
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
     alone = len(args.jobs) == 1
-    with experiment.one_line_errors(__file__):
+    with common.one_line_errors(__file__):
         parts = load_parts(args)
         data = add_noise(parts, args.jobs[0])
         config = settings(args.jobs[0] if alone else args)
-        run = experiment.Run(args.out, config, args.resume)
+        run = common.Run(args.out, config, args.resume)
     if alone:
         summary = run.summary() or train(args.jobs[0], run, data)
         print_table([summary])
     else:
-        with experiment.many_runs():
+        with common.many_runs():
             summary = compare(args, run, parts)
     run.summarise(summary)
     print(f"Files in {run.out}: {', '.join(sorted(p.name for p in run.out.iterdir()))}")

@@ -46,25 +46,19 @@ sum over so many components, all alike, and is convex's number of them.
 
 import argparse
 import dataclasses
-import os
 import pathlib
 import time
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-
+import common
 import keras
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import tensorflow as tf
 
 import tfbilevel as tb
-from tfbilevel import experiment
 
 METHODS = ("ls", "ns", "rhg", "bda", "ia-gm", "iaptt-gm", "ia-gm-a")
 LEARNED_START = ("ia-gm", "iaptt-gm", "ia-gm-a")
@@ -196,8 +190,8 @@ class Path(NamedTuple):
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = experiment.Parser(description=__doc__)
-    add, above = parser.add_argument, experiment.positive
+    parser = common.Parser(description=__doc__)
+    add, above = parser.add_argument, common.positive
     add("--example", choices=EXAMPLES, nargs="+", help="default: all with the --method")
     add("--method", choices=METHODS, nargs="+", help="default: all the examples have")
     add("--outer-steps", type=above(int))
@@ -205,8 +199,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--upper-lr", type=above(float), help="of x and of a learned start")
     add("--inner-lr", type=above(float))
     add("--settle", type=float, help="last part of the steps, at a tenth of the rate")
-    add("--alpha", type=experiment.share, help="bda: weight of F at the first step")
-    add("--alpha-decay", type=experiment.share, help="bda: its factor per step")
+    add("--alpha", type=common.share, help="bda: weight of F at the first step")
+    add("--alpha-decay", type=common.share, help="bda: its factor per step")
     add("--solver-steps", type=above(int), help="ls, ns: products")
     add(
         "--project-inner",
@@ -215,7 +209,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     add(
         "--start",
-        type=experiment.finite,
+        type=common.finite,
         nargs=2,
         action="append",
         metavar=("X", "Y"),
@@ -228,7 +222,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def check(parser: experiment.Parser, args: argparse.Namespace) -> None:
+def check(parser: common.Parser, args: argparse.Namespace) -> None:
     """Refuse what no run would use; fill in the methods and each example's settings."""
     if args.example is None:  # those that have one of the methods
         args.example = [
@@ -253,7 +247,7 @@ def check(parser: experiment.Parser, args: argparse.Namespace) -> None:
     for knob, users in USERS.items():
         if getattr(args, knob) is not None and not {*users} & {*args.method}:
             parser.error(
-                f"{experiment.flag(knob)} means nothing to --method "
+                f"{common.flag(knob)} means nothing to --method "
                 f"{' '.join(args.method)}: leave it out"
             )
     if args.project_inner and "sine" not in args.example:
@@ -275,7 +269,7 @@ def check(parser: experiment.Parser, args: argparse.Namespace) -> None:
     }
 
 
-def check_start(parser: experiment.Parser, name: str, start: list[float]) -> None:
+def check_start(parser: common.Parser, name: str, start: list[float]) -> None:
     """An error for a start that the example's projections would move."""
     bounds = EXAMPLES[name].bounds()
     for value, (axis, (least, most)) in zip(start, bounds.items(), strict=True):
@@ -403,7 +397,7 @@ def distances(example: Example, path: Path) -> dict[str, np.ndarray]:
     }
 
 
-def log(run: experiment.Run, labels: dict, example: Example, path: Path) -> None:
+def log(run: common.Run, labels: dict, example: Example, path: Path) -> None:
     """One row per outer step; x and y only where they are single numbers."""
     columns = {"x": path.x, "y": path.y, "y_last": path.y_last}
     columns |= {"F": path.upper, "f": path.lower, **distances(example, path)}
@@ -529,7 +523,7 @@ def print_table(summary: dict) -> None:
                 print(f"{name:9s}{method:10s}{start:9s}{away}{arrived}")
 
 
-def solve_all(args: argparse.Namespace, run: experiment.Run) -> dict[str, Paths]:
+def solve_all(args: argparse.Namespace, run: common.Run) -> dict[str, Paths]:
     jobs = [
         (name, method, start)
         for name in args.example
@@ -537,10 +531,10 @@ def solve_all(args: argparse.Namespace, run: experiment.Run) -> dict[str, Paths]
         if method in EXAMPLES[name].methods
         for start in args.examples[name].starts
     ]
-    progress = experiment.Progress(run.out, len(jobs), "paths")
+    progress = common.Progress(run.out, len(jobs), "paths")
     found: dict[str, Paths] = {}
     for done, (name, method, start) in enumerate(jobs, 1):
-        with experiment.one_line_nonfinite():
+        with common.one_line_nonfinite():
             path = solve(args.examples[name], method, start, args.settings[name])
         labels = {"example": name, "method": method, "start": start}
         log(run, labels, args.examples[name], path)
@@ -554,11 +548,11 @@ def main(argv: list[str] | None = None) -> dict:
     kept = ("example", "method", "start", "dimension", "tolerance", "seed")
     config = {name: getattr(args, name) for name in kept}
     config |= {name: dataclasses.asdict(s) for name, s in args.settings.items()}
-    with experiment.one_line_errors(__file__):
-        run = experiment.Run(args.out, config, args.resume)
+    with common.one_line_errors(__file__):
+        run = common.Run(args.out, config, args.resume)
     run.rewind(-1)  # a resumed run starts again: it takes seconds
     begun = time.perf_counter()
-    with experiment.many_runs():
+    with common.many_runs():
         found = solve_all(args, run)
     draw(run.out, args.examples, found)
     ends = {

@@ -17,22 +17,16 @@ arXiv:2302.05185, with the correct gradient (the published script's is wrong).
 import argparse
 import csv
 import json
-import os
 import pathlib
 import time
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-
+import common
 import keras
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import tensorflow as tf
 
 import tfbilevel as tb
-from tfbilevel import experiment
 
 UPPER_BOUNDS = (0.0, 3.0)
 
@@ -57,8 +51,8 @@ PROBLEM = tb.Problem(
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = experiment.Parser(description=__doc__)
-    add, above = parser.add_argument, experiment.positive
+    parser = common.Parser(description=__doc__)
+    add, above = parser.add_argument, common.positive
     add("--method", choices=("v-pbgd", "g-pbgd"), default="v-pbgd")
     add(
         "--gammas", type=above(float), nargs="+", default=[10.0], help="stages' weights"
@@ -140,8 +134,8 @@ def clusters(x: np.ndarray, y: np.ndarray, width: float = 0.05) -> list[dict]:
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
-    with experiment.one_line_errors(__file__):
-        run = experiment.Run(args.out, experiment.settings(args), args.resume)
+    with common.one_line_errors(__file__):
+        run = common.Run(args.out, common.settings(args), args.resume)
     run.rewind(0)  # a resumed toy starts again: it takes seconds
     generator = np.random.default_rng(args.seed)
     x = tf.constant(generator.uniform(0, 3.5, args.starts))
@@ -149,7 +143,7 @@ def main(argv: list[str] | None = None) -> dict:
     steps = np.zeros(args.starts, int)
     stopped, start, done = np.ones(args.starts, bool), time.perf_counter(), 0
     for gamma in args.gammas:
-        with experiment.one_line_nonfinite():
+        with common.one_line_nonfinite():
             result = solve(args, gamma, x, y)
         x, y = result.upper, result.lower
         steps += result.steps.numpy()

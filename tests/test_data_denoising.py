@@ -5,18 +5,18 @@ import json
 import pathlib
 from unittest import mock
 
+import common
 import keras
 import numpy as np
 import pytest
 import scipy.io
 import tensorflow as tf
+from common import callbacks
 from experiment_scripts import arrays_of, load_experiment
 from published_files import prepare_with_tfds
 
 import tfbilevel as tb
 from data_prep import images, svhn
-from tfbilevel import experiment
-from tfbilevel.experiment import _callbacks as callbacks
 
 denoising = load_experiment("data_denoising")
 SIZES = ["--train-size", "60", "--validation-size", "40", "--test-size", "30"]
@@ -123,7 +123,7 @@ def test_the_parts_share_no_image(dataset, monkeypatch):
 
 
 def test_the_best_row_is_that_of_validation_data(tmp_path):
-    run = experiment.Run(tmp_path / "run", {}, False)
+    run = common.Run(tmp_path / "run", {}, False)
     for step, validation, test in ((1, 50.0, 90.0), (2, 80.0, 60.0), (3, 70.0, 70.0)):
         row = {"step": step, "seconds": step, "validation_accuracy": validation}
         run.log(row | {"test_accuracy": test, "f1_at_0.5": 1.0})

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from typing import Any
 
+import common
 import keras
 import matplotlib.pyplot as plt
 import numpy as np
@@ -19,7 +20,6 @@ from published_files import prepare_cifar100
 
 import tfbilevel as tb
 from data_prep import glyphs
-from tfbilevel import experiment
 
 few_shot = load_experiment("few_shot")
 SMALL = ["--filters", "4", "--outer-steps", "4", "--eval-every", "2", "--tasks", "2"]
@@ -368,7 +368,7 @@ def test_every_class_of_a_confusion_matrix_can_be_read(ways):
 
 
 def test_curves_name_the_run_and_share_their_seconds(tmp_path, monkeypatch):
-    run = experiment.Run(tmp_path / "run", {}, False)
+    run = common.Run(tmp_path / "run", {}, False)
     for step, loss in ((0, float("nan")), (2, 1.5)):
         accuracy = {"validation_accuracy": 40.0, "validation_accuracy_ci95": 2.0}
         losses = {"upper_loss": loss, "lower_loss": loss}

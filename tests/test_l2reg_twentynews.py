@@ -8,17 +8,17 @@ import types
 import zlib
 from typing import Any
 
+import common
 import keras
 import numpy as np
 import pytest
 import scipy.special
 import sklearn.utils
 import tensorflow as tf
+from common import callbacks
 from experiment_scripts import drawn, load_experiment
 
 import tfbilevel as tb
-from tfbilevel import experiment
-from tfbilevel.experiment import _callbacks as callbacks
 
 news = load_experiment("l2reg_twentynews")
 
@@ -317,7 +317,7 @@ def test_bars_are_of_coefficients_that_have_moved(
     size: float, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ):
     """After a step they are 1 within rounding: it is their logarithms that differ."""
-    run = experiment.Run(tmp_path / "run", {}, False)
+    run = common.Run(tmp_path / "run", {}, False)
     words = np.array([f"word {number}" for number in range(60)])
     logits = np.zeros(60, np.float32)
     logits[[7, 9, 11]] = -size, -3 * size, 2 * size
@@ -346,7 +346,7 @@ def test_bars_are_of_coefficients_that_have_moved(
 def test_no_bars_before_a_coefficient_has_moved(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ):
-    run = experiment.Run(tmp_path / "run", {}, False)
+    run = common.Run(tmp_path / "run", {}, False)
     words, logits = np.array(["a", "b"]), np.zeros(2)
     figure = drawn(monkeypatch, lambda: news.draw_coefficients(run, logits, words))
     assert [len(axes.patches) for axes in figure.axes] == [0, 0]
@@ -421,7 +421,7 @@ def test_an_interrupted_run_resumes_to_the_same_numbers(
     monkeypatch.setattr(news, "EPOCH", 3)
     news.main([*flags, "--out", str(tmp_path / "whole")])
 
-    class Interrupted(experiment.Evaluate):
+    class Interrupted(common.Evaluate):
         def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
             super().on_train_batch_end(batch, logs)
             if self.model.outer_step == 5:
@@ -474,7 +474,7 @@ def test_a_comparison_runs_each_method_and_collects_the_rows(
 ):
     calls = []
 
-    def train(args: Any, run: experiment.Run, data: Any) -> dict:
+    def train(args: Any, run: common.Run, data: Any) -> dict:
         """Stands for training: three rows and a summary."""
         rows = [
             {"step": k, "seconds": k / 10, "method": args.method, "test_loss": 0.5 - k,

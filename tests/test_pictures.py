@@ -1,11 +1,10 @@
 """Pages of images."""
 
+import common
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from matplotlib import image
-
-from tfbilevel import experiment
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (8, 8, 1), (8, 8, 3)])
@@ -15,7 +14,7 @@ def test_a_page_holds_every_image(shape, kind, tmp_path):
     whites = []
     for count in (1, 5):
         path = tmp_path / f"{count}.png"
-        experiment.draw_images(
+        common.draw_images(
             path,
             np.zeros((count, *shape)),
             ["x"] * count,
@@ -32,7 +31,7 @@ def test_captions_in_red(tmp_path):
     pixels = np.ones((2, 4, 4))
     for name, red in (("none", ()), ("one", [True, False])):
         path = tmp_path / f"{name}.png"
-        experiment.draw_images(path, pixels, ["label", "label"], "title", red)
+        common.draw_images(path, pixels, ["label", "label"], "title", red)
         page = image.imread(path)[..., :3]
         reddish = (page[..., 0] > 0.7) & (page[..., 1] < 0.4)
         assert reddish.any() == (name == "one")
@@ -49,7 +48,7 @@ def test_captions_in_red(tmp_path):
 )
 def test_a_curve_of_few_points_shows_them(y, known, marked):
     figure, axes = plt.subplots()
-    experiment.draw_line(axes, range(len(y)), y, label="x", color="C3")
+    common.draw_line(axes, range(len(y)), y, label="x", color="C3")
     (line,) = axes.lines
     assert [tuple(point) for point in line.get_xydata()] == known
     assert (line.get_marker() != "None") == marked

@@ -8,9 +8,9 @@ import numpy as np
 import protocol
 import tensorflow as tf
 from tensorflow_losses import use_threads, wait
+from tfbilevel.experiment import networks
 
 import tfbilevel as tb
-from tfbilevel.experiment import networks
 
 
 def cross_entropy(network: keras.Model, batch: tuple) -> tf.Tensor:

@@ -10,7 +10,7 @@ import platform
 from collections.abc import Mapping
 from typing import Any
 
-from tfbilevel._version import __version__
+import tfbilevel as tb
 
 fcntl: Any
 try:
@@ -164,7 +164,7 @@ def write_json(path: pathlib.Path, values: Mapping[str, Any]) -> None:
 def _versions() -> dict[str, str]:
     names = ("tensorflow", "keras", "numpy")
     return {
-        "tfbilevel": __version__,
+        "tfbilevel": tb.__version__,
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in names},
     }

@@ -11,8 +11,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tfbilevel.experiment._flags import settings
-from tfbilevel.experiment._run import Run
+from common.flags import settings
+from common.run import Run
 
 
 def trials(
