@@ -647,7 +647,7 @@ def main(argv: list[str] | None = None) -> dict:
     for name, value in summary.items():
         shown = f"{value:.2f}" if isinstance(value, float) else value
         print(f"{name:28s}{shown}")
-    print(f"Files in {run.out}: {', '.join(sorted(p.name for p in run.out.iterdir()))}")
+    print(run.files())
     return summary
 
 

@@ -28,7 +28,6 @@ minute.
 import argparse
 import dataclasses
 import functools
-import itertools
 import math
 import pathlib
 from collections.abc import Callable
@@ -36,151 +35,14 @@ from typing import Any
 
 import common
 import keras
-import matplotlib.pyplot as plt
 import numpy as np
 import tensorflow as tf
+from common import cleaning
+from settings.data_hyper_cleaning import BASELINES, DEFAULTS, METHODS, NETS, Settings
 
 import tfbilevel as tb
 from data_prep import images, label_noise
 
-NETS = ("linear", "mlp", "mlp-linear")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings(common.InversionFree):
-    """A method's published settings on one net; `None` where it has no such knob."""
-
-    outer_steps: int | None
-    upper_optimizer: str | None = "sgd"
-    eval_every: int | None = 10
-    reg: float | None = 0.0
-    jit: str | None = "auto"
-    auxiliary: str | None = None
-    memory: str | None = None
-    inner_lr: float | None = None
-    last: int | None = None
-    gamma_init: float | None = None
-    gamma_max: float | None = None
-    gamma_steps: int | None = None
-    solver_steps: int | None = None
-    start_lr: float | None = None
-    alpha: float | None = None
-    alpha_decay: float | None = None
-    bda_rule: str | None = None
-
-
-def v_pbgd(lower_lr: float, gamma_max: float, gamma_steps: int, outer: int) -> Settings:
-    return Settings(
-        outer_steps=outer,
-        upper_lr=0.1,
-        lower_lr=lower_lr,
-        inner_lr=0.01,
-        inner_steps=1,
-        gamma_init=0.0,
-        gamma_max=gamma_max,
-        gamma_steps=gamma_steps,
-        auxiliary="persistent",
-    )
-
-
-def g_pbgd(upper_lr: float, gamma_steps: int, outer: int) -> Settings:
-    return Settings(
-        outer_steps=outer,
-        upper_lr=upper_lr,
-        lower_lr=0.5,
-        gamma_init=0.0,
-        gamma_max=37.0,
-        gamma_steps=gamma_steps,
-    )
-
-
-def rhg(inner_lr: float, last: int | None = None) -> Settings:
-    return Settings(
-        outer_steps=100,
-        upper_lr=0.001,
-        inner_lr=inner_lr,
-        inner_steps=500,
-        last=last,
-        eval_every=1,
-        memory="replay",
-    )
-
-
-def aid(inner_lr: float, **settings: float) -> Settings:
-    return Settings(
-        outer_steps=500,
-        upper_lr=0.03,
-        inner_lr=inner_lr,
-        inner_steps=20,
-        solver_steps=10,
-        upper_optimizer="adam",
-        eval_every=5,
-        **settings,
-    )
-
-
-def dynamic(inner_lr: float, **settings: Any) -> Settings:
-    """What iaptt-gm and bda share."""
-    return Settings(
-        outer_steps=3000,
-        upper_lr=0.01,
-        inner_lr=inner_lr,
-        inner_steps=100,
-        upper_optimizer="adam",
-        memory="replay",
-        **settings,
-    )
-
-
-def inversion_free(**settings: float) -> Settings:
-    """What penalty and approxgrad share."""
-    return Settings(
-        outer_steps=1000,
-        upper_lr=0.1,
-        lower_lr=1e-3,
-        inner_steps=20,
-        upper_optimizer="adam",
-        **settings,
-    )
-
-
-DEFAULTS = {
-    ("v-pbgd", "linear"): v_pbgd(0.1, 0.2, 30_000, 40_000),
-    ("v-pbgd", "mlp"): v_pbgd(0.01, 0.1, 10_000, 80_000),
-    ("g-pbgd", "linear"): g_pbgd(0.3, 5_000, 40_000),
-    ("g-pbgd", "mlp"): g_pbgd(0.5, 30_000, 50_000),
-    ("rhg", "linear"): rhg(0.1),
-    ("rhg", "mlp"): rhg(0.4),
-    ("t-rhg", "linear"): rhg(0.1, 100),
-    ("t-rhg", "mlp"): rhg(0.4, 100),
-    ("aid-cg", "linear"): aid(0.5, damping=1e-3),
-    ("aid-cg", "mlp"): aid(0.4, damping=1e-3),
-    ("aid-fp", "linear"): aid(0.5),
-    ("aid-fp", "mlp"): aid(0.4),
-    ("neumann", "linear"): aid(0.5),
-    ("neumann", "mlp"): aid(0.4),
-}
-for _net in NETS:
-    DEFAULTS["iaptt-gm", _net] = dynamic(0.03, start_lr=0.03)
-    # The rate of BDA's own code: it begins at the first weights, and 100 steps of
-    # iaptt-gm's 0.03 from there end at 75 percent on MNIST.
-    DEFAULTS["bda", _net] = dynamic(
-        0.4, alpha=0.5, alpha_decay=0.9, bda_rule="aggregated"
-    )
-    DEFAULTS["penalty", _net] = inversion_free(
-        weight=0.01, lower_weight=0.01, tolerance=0.1, multiplier=0.0
-    )
-    DEFAULTS["approxgrad", _net] = inversion_free(
-        solver_lr=1e-2, damping=1e-3, halve_every=500
-    )
-# No published run has both: the settings of the other two-layer net.
-for _method in ("v-pbgd", "g-pbgd", "rhg", "t-rhg", "aid-cg", "aid-fp", "neumann"):
-    DEFAULTS[_method, "mlp-linear"] = DEFAULTS[_method, "mlp"]
-METHODS = tuple(dict.fromkeys(method for method, _ in DEFAULTS))
-BASELINES = ("oracle", "val-only", "train+val", "kept+val")
-_fields = [field.name for field in dataclasses.fields(Settings)]
-for _method, _net in itertools.product(BASELINES, NETS):
-    DEFAULTS[_method, _net] = Settings(**dict.fromkeys(_fields))
 SCORES = ("test_accuracy", "precision", "recall", "f1")
 PARTS = ("train", "validation", "test", "selection")
 SIZES = {"digits": (2000, 1000, 1500, 500)}
@@ -398,15 +260,8 @@ def train_plainly(
     args: argparse.Namespace, network: keras.Model, parts: list[tuple], *callbacks: Any
 ) -> None:
     """Adam on everything in the parts, every label believed."""
-    pixels, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-    network.compile(
-        keras.optimizers.Adam(1e-3),
-        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-    )
-    callbacks = (*callbacks, common.FitProgress(f"{args.out}, plain training"))
-    network.fit(
-        pixels, labels, 100, args.baseline_epochs, callbacks=callbacks, verbose=0
-    )
+    optimizer, name = keras.optimizers.Adam(1e-3), f"{args.out}, plain training"
+    cleaning.fit(network, parts, optimizer, 100, args.baseline_epochs, name, callbacks)
 
 
 def train_baseline(
@@ -470,37 +325,29 @@ def before_cleaning(args: argparse.Namespace, data: dict) -> dict[str, float]:
 
 
 def draw_curves(run: common.Run, args: argparse.Namespace) -> None:
-    steps = run.column("step")
     unit = "epoch" if args.method in BASELINES else "outer step"
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
-    for part in PARTS[1:]:
-        common.draw_line(left, steps, run.column(f"{part}_accuracy"), label=part)
-    for name in ("f1", "precision", "recall"):
-        common.draw_line(right, steps, run.column(name), label=name)
-    for axes, title in ((left, "accuracy"), (right, "clean examples kept")):
-        axes.set(xlabel=unit, ylabel="percent", title=title)
-        axes.grid(alpha=0.3)
-        axes.legend()
-    figure.suptitle(f"{args.method}, {args.net}, {args.dataset}")
-    figure.tight_layout()
-    figure.savefig(run.out / "curves.png", dpi=110)
-    plt.close(figure)
+    accuracies = {part: f"{part}_accuracy" for part in PARTS[1:]}
+    scores = {name: name for name in ("f1", "precision", "recall")}
+    panels = [
+        common.Panel(accuracies, "accuracy", "percent"),
+        common.Panel(scores, "clean examples kept", "percent"),
+    ]
+    title = f"{args.method}, {args.net}, {args.dataset}"
+    common.plot_columns(run, panels, title, ("step", unit))
 
 
 def draw_distrusted(
     run: common.Run, data: dict, trust: np.ndarray, network: keras.Model
 ) -> None:
-    """The 48 training images trusted least, with given and predicted label."""
-    worst = np.argsort(trust, kind="stable")[:48]
-    pixels = data["train"][0].numpy()[worst]
-    predicted = np.argmax(network(pixels), axis=1)
-    given = data["train"][1].numpy()[worst]
-    common.draw_images(
+    """The training images trusted least, with given and predicted label."""
+    pixels, given = (tensor.numpy() for tensor in data["train"])
+    cleaning.draw_distrusted(
         run.out / "distrusted.png",
-        data["train_images"][worst] / data["train_images"].max(),
-        [f"given {a}, looks {b}" for a, b in zip(given, predicted, strict=True)],
-        "Most distrusted labels (red: the label is wrong)",
-        red=data["true_labels"][worst] != given,
+        data["train_images"] / data["train_images"].max(),
+        trust,
+        given,
+        data["true_labels"] != given,
+        lambda worst: np.argmax(network(pixels[worst]), axis=1),
     )
 
 
@@ -542,16 +389,14 @@ def inner_curve(model: tb.BilevelModel, data: dict) -> Callable[[], np.ndarray]:
 def draw_inner_curve(run: common.Run, curve: np.ndarray) -> dict[str, float]:
     """Accuracy of every inner iterate at the final weights."""
     selection, test = curve
-    figure, axes = plt.subplots(figsize=(5.5, 4))
-    for part, values in (("selection", selection), ("test", test)):
-        steps = np.arange(1, len(values) + 1)
-        common.draw_line(axes, steps, values, label=part)
-    axes.set(xlabel="inner step", ylabel="percent", title="accuracy at the end")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(run.out / "inner_curve.png", dpi=110)
-    plt.close(figure)
+    steps = np.arange(1, len(test) + 1)
+    with common.figure(run.out / "inner_curve.png", (5.5, 4)) as page:
+        axes = page.subplots()
+        for part, values in (("selection", selection), ("test", test)):
+            common.draw_line(axes, steps, values, label=part)
+        axes.set(xlabel="inner step", ylabel="percent", title="accuracy at the end")
+        axes.grid(alpha=0.3)
+        axes.legend()
     chosen = int(selection.argmax())
     return {
         "best_inner_step": chosen + 1,
@@ -583,11 +428,6 @@ def load_data(args: argparse.Namespace) -> dict:
     }
 
 
-def best(rows: list[dict], by: str) -> dict:
-    """The first row that is best by a column."""
-    return max(rows, key=lambda row: row[by])
-
-
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
     with common.one_line_errors(__file__):
@@ -600,7 +440,7 @@ def main(argv: list[str] | None = None) -> dict:
 
     summary = common.trials(args, run, one)
     print_table(summary)
-    print(f"Files in {run.out}: {', '.join(sorted(p.name for p in run.out.iterdir()))}")
+    print(run.files())
     return summary
 
 
@@ -692,7 +532,7 @@ def clean(
         epoch=args.eval_every * max(1, min(100, evaluations // 20)),
         steps=args.outer_steps,
     )
-    rows = [{k: float(v) for k, v in row.items()} for row in run.rows()]
+    rows = common.numbers(run.rows())
     draw_curves(run, args)
     draw_distrusted(run, data, weights.logits.numpy(), network)
     np.savez_compressed(
@@ -706,15 +546,14 @@ def clean(
     if unrolled:
         made |= draw_inner_curve(run, curve())
     if redrawn:
-        made["best_inner_test_accuracy"] = best(rows, "best_inner_test_accuracy")[
-            "best_inner_test_accuracy"
-        ]
+        name = "best_inner_test_accuracy"
+        made[name] = common.best_row(rows, name)[name]
     return made | {"before": before_cleaning(args, data)}
 
 
 def summarise(args: argparse.Namespace, rows: list[dict]) -> dict:
-    final, chosen = rows[-1], best(rows, "selection_accuracy")
-    published = best(rows, "test_accuracy")
+    final, chosen = rows[-1], common.best_row(rows, "selection_accuracy")
+    published = common.best_row(rows, "test_accuracy")
     return {
         "method": args.method,
         "net": args.net,
@@ -727,7 +566,7 @@ def summarise(args: argparse.Namespace, rows: list[dict]) -> dict:
         "final": {name: final[name] for name in SCORES},
         "best_test_accuracy": published["test_accuracy"],
         "f1_at_best_test_accuracy": published["f1"],
-        "best_f1": best(rows, "f1")["f1"],
+        "best_f1": common.best_row(rows, "f1")["f1"],
         **{k: chosen[k] for k in ("start_test_accuracy",) if k in chosen},
     }
 

@@ -636,7 +636,7 @@ def main(argv: list[str] | None = None) -> dict:
         summaries = list(summary["methods"].values())
     run.summarise(summary)
     print_table(summaries)
-    print(f"Files in {run.out}: {', '.join(sorted(p.name for p in run.out.iterdir()))}")
+    print(run.files())
     return summary
 
 

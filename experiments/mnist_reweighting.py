@@ -580,7 +580,7 @@ def main(argv: list[str] | None = None) -> dict:
         with common.many_runs():
             summary = compare(args, run, parts)
     run.summarise(summary)
-    print(f"Files in {run.out}: {', '.join(sorted(p.name for p in run.out.iterdir()))}")
+    print(run.files())
     return summary
 
 

@@ -45,16 +45,16 @@ sum over so many components, all alike, and is convex's number of them.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import pathlib
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import common
 import keras
-import matplotlib.pyplot as plt
 import numpy as np
 import tensorflow as tf
 
@@ -426,20 +426,20 @@ def draw_sine(out: pathlib.Path, example: Example, paths: Paths) -> None:
     solution = example.point(*example.solution)
     size, best = np.linalg.norm(solution[0]), float(example.upper_objective(*solution))
     count = len(example.starts)
-    figure, grid = plt.subplots(
-        2, count, figsize=(1 + 4 * count, 6.5), sharex=True, squeeze=False
-    )
-    for (above, below), start in zip(grid.T, example.starts, strict=True):
-        above.set(title=f"from (x, y) = {start}")
-        below.set(xlabel="outer step")
-        for thinner, (method, of_start) in enumerate(paths.items()):
-            path, width = of_start[start], 4 - 0.6 * thinner  # many lines coincide
-            away = distances(example, path)["x_distance"]
-            above.plot(away / size, label=method, lw=width)
-            below.plot(np.abs(path.upper - best) / abs(best), label=method, lw=width)
-    grid[0, 0].set(ylabel="|x - x*| / |x*|")
-    grid[1, 0].set(ylabel="|F - F*| / |F*|")
-    finish(figure, grid, out / "sine.png", "A follower that is not convex")
+    title, area = "A follower that is not convex", (1 + 4 * count, 6.5)
+    with panels(out / "sine.png", title, (2, count), area, sharex=True) as grid:
+        for (above, below), start in zip(grid.T, example.starts, strict=True):
+            above.set(title=f"from (x, y) = {start}")
+            below.set(xlabel="outer step")
+            for thinner, (method, of_start) in enumerate(paths.items()):
+                path, width = of_start[start], 4 - 0.6 * thinner  # many lines coincide
+                away = distances(example, path)["x_distance"]
+                above.plot(away / size, label=method, lw=width)
+                below.plot(
+                    np.abs(path.upper - best) / abs(best), label=method, lw=width
+                )
+        grid[0, 0].set(ylabel="|x - x*| / |x*|")
+        grid[1, 0].set(ylabel="|F - F*| / |F*|")
 
 
 def draw_truncation(
@@ -447,41 +447,38 @@ def draw_truncation(
 ) -> None:
     """How many inner steps lead to the iterate of largest F."""
     count = len(example.starts)
-    figure, grid = plt.subplots(
-        1, count, figsize=(1 + 4 * count, 3.6), sharey=True, squeeze=False
-    )
-    for axes, start in zip(grid[0], example.starts, strict=True):
-        indices = paths["iaptt-gm"][start].truncation
-        means = [
-            indices[max(0, k - window + 1) : k + 1].mean() for k in range(len(indices))
-        ]
-        axes.plot(indices, ".", markersize=2, color="tab:gray", label="k*")
-        axes.plot(means, label=f"mean of the last {window}")
-        axes.set(xlabel="outer step", title=f"from (x, y) = {start}")
-    grid[0, 0].set(ylabel="truncation index k*")
-    finish(figure, grid, out / "truncation.png", "Where iaptt-gm's inner steps end")
+    title, size = "Where iaptt-gm's inner steps end", (1 + 4 * count, 3.6)
+    with panels(out / "truncation.png", title, (1, count), size, sharey=True) as grid:
+        for axes, start in zip(grid[0], example.starts, strict=True):
+            indices = paths["iaptt-gm"][start].truncation
+            means = [
+                indices[max(0, k - window + 1) : k + 1].mean()
+                for k in range(len(indices))
+            ]
+            axes.plot(indices, ".", markersize=2, color="tab:gray", label="k*")
+            axes.plot(means, label=f"mean of the last {window}")
+            axes.set(xlabel="outer step", title=f"from (x, y) = {start}")
+        grid[0, 0].set(ylabel="truncation index k*")
 
 
 def draw_counter(out: pathlib.Path, example: Example, paths: Paths) -> None:
-    figure, axes = plt.subplots(figsize=(6, 4))
-    for label, path in lines(paths):
-        axes.plot(path.x, label=label)
-    axes.axhline(1, color="black", linestyle=":", label="solution")
-    axes.set(xlabel="outer step", ylabel="x")
     title = "BDA's counter-example: f leaves y2 undetermined"
-    finish(figure, np.array(axes), out / "counter.png", title)
+    with panels(out / "counter.png", title, (1, 1), (6, 4)) as grid:
+        for label, path in lines(paths):
+            grid[0, 0].plot(path.x, label=label)
+        grid[0, 0].axhline(1, color="black", linestyle=":", label="solution")
+        grid[0, 0].set(xlabel="outer step", ylabel="x")
 
 
 def draw_convex(out: pathlib.Path, example: Example, paths: Paths) -> None:
-    figure, grid = plt.subplots(1, 2, figsize=(10, 4))
-    for label, path in lines(paths):
-        away = distances(example, path)
-        grid[0].plot(away["x_distance"], label=label)
-        grid[1].plot(away["y_distance"], label=label)
-    for axes, name in zip(grid, "xy", strict=True):
-        axes.set(xlabel="outer step", ylabel=f"|{name} - {name}*|", yscale="log")
     title = f"A convex follower in {example.dimension} dimensions"
-    finish(figure, grid, out / "convex.png", title)
+    with panels(out / "convex.png", title, (1, 2), (10, 4)) as grid:
+        for label, path in lines(paths):
+            away = distances(example, path)
+            grid[0, 0].plot(away["x_distance"], label=label)
+            grid[0, 1].plot(away["y_distance"], label=label)
+        for axes, name in zip(grid[0], "xy", strict=True):
+            axes.set(xlabel="outer step", ylabel=f"|{name} - {name}*|", yscale="log")
 
 
 def lines(paths: Paths) -> list[tuple[str, Path]]:
@@ -493,14 +490,18 @@ def lines(paths: Paths) -> list[tuple[str, Path]]:
     ]
 
 
-def finish(figure: Any, grid: np.ndarray, file: pathlib.Path, title: str) -> None:
-    for axes in grid.flat:
-        axes.grid(alpha=0.3)
-    grid.flat[0].legend(fontsize=8)
-    figure.suptitle(title)
-    figure.tight_layout()
-    figure.savefig(file, dpi=110)
-    plt.close(figure)
+@contextlib.contextmanager
+def panels(
+    file: pathlib.Path, title: str, shape: tuple, size: tuple, **shared: bool
+) -> Iterator[np.ndarray]:
+    """A picture's axes, [rows, columns], with grids, and a legend in the first."""
+    with common.figure(file, size) as page:
+        grid = page.subplots(*shape, squeeze=False, **shared)
+        yield grid
+        for axes in grid.flat:
+            axes.grid(alpha=0.3)
+        grid.flat[0].legend(fontsize=8)
+        page.suptitle(title)
 
 
 def draw(

@@ -37,7 +37,6 @@ from typing import Any, NamedTuple
 
 import common
 import keras
-import matplotlib.pyplot as plt
 import numpy as np
 import tensorflow as tf
 
@@ -478,21 +477,13 @@ def draw_poisons(path: pathlib.Path, start: images.Part, pixels: np.ndarray) -> 
 
 
 def draw_curves(run: common.Run, args: argparse.Namespace) -> None:
-    steps = run.column("step")
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), sharex=True)
-    common.draw_line(left, steps, run.column("upper_loss"))
-    left.set(xlabel="outer step", title="f of the classifier that follows")
-    for name in ATTACKS[args.attack]:
-        label = name.replace("_", " ")
-        common.draw_line(right, steps, run.column(name), label=label)
-    right.set(xlabel="outer step", ylabel="percent", title="the same classifier")
-    right.legend()
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-    figure.suptitle(f"{args.attack}, {args.method}")
-    figure.tight_layout()
-    figure.savefig(run.out / "curves.png", dpi=110)
-    plt.close(figure)
+    found = {name.replace("_", " "): name for name in ATTACKS[args.attack]}
+    panels = [
+        common.Panel({"": "upper_loss"}, "f of the classifier that follows"),
+        common.Panel(found, "the same classifier", "percent"),
+    ]
+    title = f"{args.attack}, {args.method}"
+    common.plot_columns(run, panels, title, ("step", "outer step"))
 
 
 def table(
@@ -550,7 +541,7 @@ def main(argv: list[str] | None = None) -> dict:
         )
         for count, seed in jobs
     }
-    done, failed = common.sweep(run, parts, one)
+    done, failed = common.sweep(run, parts, common.in_folder(one))
     summaries = list(done.values())
     rows = table(args, summaries)
     print_table(args, rows)

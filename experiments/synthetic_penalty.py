@@ -42,7 +42,6 @@ from typing import Any, NamedTuple
 
 import common
 import keras
-import matplotlib.pyplot as plt
 import numpy as np
 import tensorflow as tf
 
@@ -108,8 +107,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--growth",
         type=common.at_least(float, 1),
-        help="penalty: factor at a notch; 1.1",
+        help="penalty: factor at a schedule update; 1.1",
     )
+    add("--jit", choices=("on", "off"), default="on")
     args = parser.parse_args(argv)
     for method, own in KNOBS.items():
         need = method in args.method, f"--method {method}"
@@ -249,7 +249,7 @@ def solve(args: argparse.Namespace, job: Job, path: pathlib.Path) -> None:
             args.outer_steps // parts,
             trace=trace,
             state=state,
-            jit_compile=True,
+            jit_compile=args.jit == "on",
         )
         u, v, state = result.upper, result.lower, result.state
         traces.append({name: value.numpy() for name, value in result.trace.items()})
@@ -279,29 +279,26 @@ def draw_curves(out: pathlib.Path, problem: str, found: dict[Job, Any]) -> None:
     jobs = [job for job in found if job.problem == problem]
     counts = sorted({job.inner_steps for job in jobs})
     methods = [m for m in METHODS if any(job.method == m for job in jobs)]
-    figure, panels = plt.subplots(
-        len(counts),
-        len(methods),
-        figsize=(3 * len(methods), 2.3 * len(counts)),
-        sharex=True,
-        sharey=True,
-        squeeze=False,
-    )
-    for axes, count in zip(panels, counts, strict=True):
-        for panel, method in zip(axes, methods, strict=True):
-            curves = found[Job(problem, method, count)]
-            panel.plot(curves["step"], curves["error"], "y", linewidth=0.6, alpha=0.5)
-            panel.plot(curves["step"], curves["error"].mean(axis=1), "b", linewidth=2)
-            panel.set(title=f"{method}, T = {count}", ylim=(0, 40))
-            panel.grid(alpha=0.3)
-    for panel in panels[-1]:
-        panel.set_xlabel("updates of u")
-    for panel in panels[:, 0]:
-        panel.set_ylabel("error")
-    figure.suptitle(f"{problem}: every start, and their mean")
-    figure.tight_layout()
-    figure.savefig(out / f"{problem}.png", dpi=110)
-    plt.close(figure)
+    shape = len(counts), len(methods)
+    size = 3 * len(methods), 2.3 * len(counts)
+    with common.figure(out / f"{problem}.png", size) as page:
+        panels = page.subplots(*shape, sharex=True, sharey=True, squeeze=False)
+        for axes, count in zip(panels, counts, strict=True):
+            for panel, method in zip(axes, methods, strict=True):
+                curves = found[Job(problem, method, count)]
+                panel.plot(
+                    curves["step"], curves["error"], "y", linewidth=0.6, alpha=0.5
+                )
+                panel.plot(
+                    curves["step"], curves["error"].mean(axis=1), "b", linewidth=2
+                )
+                panel.set(title=f"{method}, T = {count}", ylim=(0, 40))
+                panel.grid(alpha=0.3)
+        for panel in panels[-1]:
+            panel.set_xlabel("updates of u")
+        for panel in panels[:, 0]:
+            panel.set_ylabel("error")
+        page.suptitle(f"{problem}: every start, and their mean")
 
 
 def summarise(job: Job, curves: Any) -> dict[str, Any]:

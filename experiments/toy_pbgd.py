@@ -22,7 +22,6 @@ import time
 
 import common
 import keras
-import matplotlib.pyplot as plt
 import numpy as np
 import tensorflow as tf
 
@@ -100,23 +99,22 @@ def draw(out: pathlib.Path, x: np.ndarray, y: np.ndarray) -> None:
     along = upper_objective(tf.constant(line), tf.constant(-line)).numpy()
     ends = upper_objective(tf.constant(x), tf.constant(y)).numpy()
 
-    figure = plt.figure(figsize=(12, 5))
-    axes = figure.add_subplot(1, 2, 1, projection="3d", computed_zorder=False)
-    axes.plot_surface(grid_x, grid_y, surface, cmap="viridis", alpha=0.6)
-    axes.plot(line, -line, along, "k--", zorder=5, label="f(x, -x)")
-    axes.scatter(x, y, zs=ends, color="red", s=24, zorder=6, label="end points")
-    axes.set(xlabel="x", ylabel="y", zlabel="f")
-    axes.legend(loc="upper right")  # "best" tries places among all the points
-    axes.view_init(elev=35, azim=-60)
-    flat = figure.add_subplot(1, 2, 2)
-    flat.plot(line, along, "k--", label="hyper-objective f(x, -x)")
-    flat.scatter(x, ends, color="red", s=24, zorder=3, label="end points (x, f(x, y))")
-    flat.set(xlabel="x", ylabel="f")
-    flat.grid(alpha=0.3)
-    flat.legend(loc="upper left")
-    figure.tight_layout()
-    figure.savefig(out / "end_points.png", dpi=110)
-    plt.close(figure)
+    with common.figure(out / "end_points.png", (12, 5)) as page:
+        axes = page.add_subplot(1, 2, 1, projection="3d", computed_zorder=False)
+        axes.plot_surface(grid_x, grid_y, surface, cmap="viridis", alpha=0.6)
+        axes.plot(line, -line, along, "k--", zorder=5, label="f(x, -x)")
+        axes.scatter(x, y, zs=ends, color="red", s=24, zorder=6, label="end points")
+        axes.set(xlabel="x", ylabel="y", zlabel="f")
+        axes.legend(loc="upper right")  # "best" tries places among all the points
+        axes.view_init(elev=35, azim=-60)
+        flat = page.add_subplot(1, 2, 2)
+        flat.plot(line, along, "k--", label="hyper-objective f(x, -x)")
+        flat.scatter(
+            x, ends, color="red", s=24, zorder=3, label="end points (x, f(x, y))"
+        )
+        flat.set(xlabel="x", ylabel="f")
+        flat.grid(alpha=0.3)
+        flat.legend(loc="upper left")
 
 
 def clusters(x: np.ndarray, y: np.ndarray, width: float = 0.05) -> list[dict]:

@@ -113,6 +113,8 @@ def test_every_flag_is_documented(script: pathlib.Path) -> None:
     sections = re.split(r"^## ", text, flags=re.MULTILINE)
     (own,) = (part for part in sections if f"`experiments/{script.name}`" in part)
     source, add = script.read_text(), r'add\(\s*"(--[a-z-]+)"'
+    if "add_flags(parser)" in source:  # its flags stand beside its settings
+        source += (script.parent / "settings" / script.name).read_text()
     flags = {*re.findall(add, source)}
     if "Settings.add_flags(parser" in source:
         shared = ROOT / "experiments" / "common" / "inversion_free.py"
