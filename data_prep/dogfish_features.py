@@ -11,11 +11,12 @@ not fit into memory; a killed run goes on when it is started again.
 
 import argparse
 import contextlib
+import os
 import pathlib
 import sys
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import keras
@@ -288,6 +289,55 @@ def load(path: pathlib.Path) -> dict[str, Features]:
         )
         for part in PARTS
     }
+
+
+class Pictures(NamedTuple):
+    """Images [n, height, width, channels], their features [n, width], classes 0, 1."""
+
+    images: np.ndarray
+    features: np.ndarray
+    labels: np.ndarray
+
+
+def load_pictures(data: pathlib.Path, features: pathlib.Path) -> dict[str, Pictures]:
+    """Both parts of an .npz of images, with the features that were made of them."""
+    bundle, pictures = Bundle(data), {}
+    for part, made in load(features).items():
+        pixels = bundle.array(f"X_{part}").astype(np.float32)
+        labels = bundle.array(f"Y_{part}").ravel().astype(np.int32)
+        if len(pixels) != len(made.labels) or (labels != made.labels).any():
+            raise ValueError(
+                f"{features} was not made from {data}: their {part} classes differ. "
+                f"Make it again with {TOOL}"
+            )
+        pictures[part] = Pictures(pixels, made.features, labels)
+    return pictures
+
+
+def require_same(
+    path: pathlib.Path, images: np.ndarray, stored: np.ndarray, extractor: keras.Model
+) -> None:
+    """Raise unless the file's features of some images are those of this network."""
+    made = extractor(images, training=False).numpy()
+    if made.shape != stored.shape or not np.allclose(
+        made, stored, rtol=1e-2, atol=1e-2 * np.abs(made).max()
+    ):
+        raise ValueError(
+            f"{path} holds features of another network or other images. Make it again "
+            f"with {TOOL}, with the --weights or --model given here"
+        )
+
+
+def write_bundle(
+    path: pathlib.Path, parts: Mapping[str, tuple[np.ndarray, np.ndarray]]
+) -> None:
+    """Images and classes of both parts as an .npz of the published layout."""
+    arrays = {}
+    for part, (pixels, labels) in parts.items():
+        arrays[f"X_{part}"], arrays[f"Y_{part}"] = pixels, labels
+    partial = path.with_name("partial.npz")
+    np.savez_compressed(partial, **arrays)
+    os.replace(partial, path)
 
 
 def main(argv: list[str] | None = None) -> dict[str, tuple[int, ...]]:

@@ -33,27 +33,19 @@ import os
 import pathlib
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import common
 import keras
-import matplotlib.pyplot as plt
 import numpy as np
 import tensorflow as tf
 
 import tfbilevel as tb
 from data_prep import dogfish_features, hdf5, images
+from data_prep.dogfish_features import Pictures
 
 METHODS = ("penalty", "feature-collision")
 PARTS = dogfish_features.PARTS
-
-
-class Pictures(NamedTuple):
-    """Images [n, height, width, channels], their features [n, width], classes 0, 1."""
-
-    images: np.ndarray
-    features: np.ndarray
-    labels: np.ndarray
 
 
 DATASETS = ("digits", "mnist", "fashion_mnist")
@@ -117,6 +109,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--head-steps", type=above(int), default=2001, help="of a head's training")
     add("--head-lr", type=above(float), default=1e-3)
     add("--retrain-seeds", type=above(int), default=3, help="heads that are asked")
+    add("--jit", choices=("on", "off"), default="on", help="XLA, of heads' training")
     args = parser.parse_args(argv)
     bundle, penalty = args.data is not None, args.method == "penalty"
     files = not bundle and args.dataset not in (None, "digits")
@@ -222,42 +215,18 @@ def prepare_pictures(
         if not model.exists():
             train_feature_model(args, load_files(args)[0], model)
         if not data.exists():
-            write_bundle(data, chosen)
+            dogfish_features.write_bundle(data, chosen)
     if features is None:
         features = out / "features.h5"
         if not features.exists():
             dogfish_features.prepare(data, features, args.weights, model)
-    bundle = dogfish_features.Bundle(data)
-    pictures = {}
-    for part, made in dogfish_features.load(features).items():
-        pixels = bundle.array(f"X_{part}").astype(np.float32)
-        labels = bundle.array(f"Y_{part}").ravel().astype(np.int32)
-        if len(pixels) != len(made.labels) or (labels != made.labels).any():
-            raise ValueError(
-                f"{features} was not made from {data}: their {part} classes differ. "
-                f"Make it anew with {dogfish_features.TOOL}"
-            )
-        pictures[part] = Pictures(pixels, made.features, labels)
+    pictures = dogfish_features.load_pictures(data, features)
     if extractor is None:
         extractor = dogfish_features.build_extractor(args.weights, model)
     extractor.trainable = False
-    require_same_features(pictures["train"], extractor, features)
+    some = pictures["train"].images[:4], pictures["train"].features[:4]
+    dogfish_features.require_same(features, *some, extractor)
     return pictures, extractor
-
-
-def require_same_features(
-    clean: Pictures, extractor: keras.Model, path: pathlib.Path
-) -> None:
-    """Raise unless the file's features are those of this network."""
-    made = extractor(clean.images[:4], training=False).numpy()
-    stored = clean.features[:4]
-    if made.shape != stored.shape or not np.allclose(
-        made, stored, rtol=1e-2, atol=1e-2 * np.abs(made).max()
-    ):
-        raise ValueError(
-            f"{path} holds features of another network or other images. Make it anew "
-            f"with {dogfish_features.TOOL}, with the --weights or --model given here"
-        )
 
 
 def require_targets(args: argparse.Namespace, part: str, labels: np.ndarray) -> None:
@@ -298,16 +267,6 @@ def extractor_of(args: argparse.Namespace) -> keras.Model:
     return extractor
 
 
-def write_bundle(path: pathlib.Path, chosen: dict[str, images.Part]) -> None:
-    """The two classes in the published layout."""
-    arrays = {}
-    for part, (pixels, labels) in chosen.items():
-        arrays[f"X_{part}"], arrays[f"Y_{part}"] = pixels, labels
-    partial = path.with_name("partial.npz")
-    np.savez_compressed(partial, **arrays)
-    os.replace(partial, path)
-
-
 # Heads.
 
 
@@ -333,21 +292,11 @@ def mean_loss(heads: list, features: Any, labels: Any) -> tf.Tensor:
 
 
 def head_trainer(args: argparse.Namespace) -> Callable:
-    """(features, labels, heads at the start) -> heads trained on all of them."""
-    optimizer = keras.optimizers.RMSprop(args.head_lr)
-    inner = tb.InnerSolver(optimizer, args.head_steps)
-    problem = tb.Problem(
-        lambda x, heads, batch: mean_loss(heads, *batch),
-        lambda x, heads, batch: mean_loss(heads, *batch),
+    """((features, labels), heads at the start) -> heads trained on all of them."""
+    optimizer, jit = keras.optimizers.RMSprop(args.head_lr), args.jit == "on"
+    return common.trainer(
+        lambda heads, batch: mean_loss(heads, *batch), optimizer, args.head_steps, jit
     )
-
-    @tf.function(autograph=False, jit_compile=True)
-    def train(features: Any, labels: Any, heads: list) -> list:
-        state = inner.init(problem, (), heads)
-        batch = tb.Batches(None, (features, labels))
-        return inner.solve(problem, (), heads, batch, state)[0]
-
-    return train
 
 
 # The attack.
@@ -406,13 +355,13 @@ class Attack:
         )
         self.optimizer = common.adam(args.upper_lr)
         # Feature collision is one level: the poison is what an inner solver moves.
-        self.single = tb.Problem(
-            lambda x, u, batch: collision(u, extractor(u, training=False), batch),
-            lambda x, u, batch: collision(u, extractor(u, training=False), batch),
-            project_lower=box,
+        self._collide = common.trainer(
+            lambda u, batch: collision(u, extractor(u, training=False), batch),
+            self.optimizer,
+            args.outer_steps,
+            jit=False,
+            project=box,
         )
-        self.inner = tb.InnerSolver(self.optimizer, args.outer_steps)
-        self._collide = tf.function(self._collide_once, autograph=False)
 
     def base_of(self, target: np.ndarray, label: int) -> np.ndarray:
         """The numbers of the nearest training images of the other class."""
@@ -430,7 +379,7 @@ class Attack:
             "base": tf.constant(self.clean.images[base]),
         }
         if self.args.method == "feature-collision":
-            return self._collide(upper["base"], upper).numpy()
+            return self._collide(upper, upper["base"]).numpy()
         lower = {
             "features": tf.constant(self.clean.features),
             "labels": tf.constant(self.clean.labels),
@@ -454,11 +403,6 @@ class Attack:
         )
         return result.upper.numpy()
 
-    def _collide_once(self, base: tf.Tensor, batch: dict) -> tf.Tensor:
-        state = self.inner.init(self.single, (), base)
-        batches = tb.Batches(None, batch)
-        return self.inner.solve(self.single, (), base, batches, state)[0]
-
 
 def run_attack(
     args: argparse.Namespace,
@@ -478,7 +422,7 @@ def run_attack(
         return likely[:, np.arange(len(test.labels)), test.labels]
 
     fresh = draw_heads(args.retrain_seeds, width, [args.seed, 0])
-    before = ask(train(tf.constant(clean.features), labels, fresh))
+    before = ask(train((tf.constant(clean.features), labels), fresh))
     read = np.flatnonzero((before > 0.5).all(axis=0))
     targets = read[read >= args.start][: args.max_targets]
     if not len(targets):
@@ -520,8 +464,10 @@ def attack_one(
     poison = attack.poison(features, label, target)
     made = attack.extractor(poison, training=False).numpy()
     heads = train(
-        tf.constant(np.concatenate([clean.features, made])),
-        tf.constant(np.concatenate([clean.labels, clean.labels[base]])),
+        (
+            tf.constant(np.concatenate([clean.features, made])),
+            tf.constant(np.concatenate([clean.labels, clean.labels[base]])),
+        ),
         draw_heads(args.retrain_seeds, features.shape[0], [args.seed, 2, target]),
     )
     after = ask(heads)
@@ -585,18 +531,16 @@ def draw_curve(run: common.Run, method: str) -> None:
     """Share of targets flipped at no more than a distortion."""
     success, distortion = map(np.array, map(run.column, ("success", "distortion")))
     order = np.argsort(distortion)
-    figure, axes = plt.subplots(figsize=(5.5, 4))
     # From nothing at no distortion on: one target alone would have no line.
     share = 100 * np.cumsum([0, *success[order]]) / len(success)
-    axes.step([0, *distortion[order]], share, where="post")
-    axes.set(
-        xlabel="|u - b|, Euclidean", ylabel="percent of all targets", ylim=(0, 100)
-    )
-    axes.set_title(f"{method}: flipped at this distortion or less")
-    axes.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(run.out / "distortion.png", dpi=110)
-    plt.close(figure)
+    with common.figure(run.out / "distortion.png", (5.5, 4)) as page:
+        axes = page.subplots()
+        axes.step([0, *distortion[order]], share, where="post")
+        axes.set(
+            xlabel="|u - b|, Euclidean", ylabel="percent of all targets", ylim=(0, 100)
+        )
+        axes.set_title(f"{method}: flipped at this distortion or less")
+        axes.grid(alpha=0.3)
 
 
 def draw_attacks(run: common.Run) -> None:

@@ -315,18 +315,13 @@ def build_model(args: argparse.Namespace, data: Data, seed: int) -> tb.BilevelMo
 
 def trainer(args: argparse.Namespace) -> Callable:
     """(digits, seed) -> W trained on them from scratch; compiled once per shape."""
-    inner = tb.InnerSolver(common.adam(args.train_lr), args.train_steps)
 
-    def loss(upper: tuple, lower: list, batch: images.Part) -> tf.Tensor:
+    def loss(lower: list, batch: images.Part) -> tf.Tensor:
         losses = tb.sparse_cross_entropy(batch.images @ lower[0], batch.labels)
         return tf.reduce_mean(losses) + DECAY * tf.reduce_sum(tf.square(lower[0]))
 
-    problem = tb.Problem(loss, loss)
-
-    @tf.function(autograph=False, jit_compile=args.jit != "off")
-    def solve(part: images.Part, start: list) -> list:
-        state = inner.init(problem, (), start)
-        return inner.solve(problem, (), start, tb.Batches(None, part), state)[0]
+    optimizer = common.adam(args.train_lr)
+    solve = common.trainer(loss, optimizer, args.train_steps, args.jit != "off")
 
     def train(part: images.Part, seed: int) -> keras.Model:
         net = build_net(part.images.shape[1], seed)

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import scipy.io
 import tensorflow as tf
-from common import callbacks
 from experiment_scripts import arrays_of, load_experiment
 from published_files import prepare_with_tfds
 
@@ -328,7 +327,7 @@ def test_a_killed_run_resumes_to_the_same_numbers(tmp_path, monkeypatch):
     denoising.main([*flags, "--out", str(tmp_path / "whole")])
     monkeypatch.setattr(denoising, "SAVED", 2)
 
-    class Dying(callbacks.Backup):
+    class Dying(tb.Backup):
         def on_epoch_end(self, epoch, logs=None):
             super().on_epoch_end(epoch, logs)
             if epoch == 1:
@@ -336,7 +335,7 @@ def test_a_killed_run_resumes_to_the_same_numbers(tmp_path, monkeypatch):
 
     broken = ["--out", str(tmp_path / "broken")]
     with monkeypatch.context() as patch:
-        patch.setattr(callbacks, "Backup", Dying)
+        patch.setattr(tb, "Backup", Dying)
         with pytest.raises(KeyboardInterrupt):
             denoising.main([*flags, *broken])
     # Pretraining is not done again.

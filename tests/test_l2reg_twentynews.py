@@ -13,12 +13,14 @@ import keras
 import numpy as np
 import pytest
 import scipy.special
+import sklearn.datasets
 import sklearn.utils
 import tensorflow as tf
 from common import callbacks
 from experiment_scripts import drawn, load_experiment
 
 import tfbilevel as tb
+from data_prep import twentynews
 
 news = load_experiment("l2reg_twentynews")
 
@@ -64,7 +66,8 @@ def home(corpus: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def load(*flags: str) -> Any:
-    return news.load_data(news.parse_args(["--out", "x", *flags]))
+    args = news.parse_args(["--out", "x", *flags])
+    return twentynews.load(args.data_dir, args.features, args.max_features, args.seed)
 
 
 # Data.
@@ -112,12 +115,12 @@ def test_other_features():
 
 def test_minibatches_are_a_fresh_order_every_pass():
     part = load().train
-    batches = news.Minibatches(part, 6, (0, 0))
+    batches = twentynews.Minibatches(part, 6, (0, 0))
     passes = [[batches.documents(3 * p + i) for i in range(3)] for p in range(2)]
     for order in map(np.concatenate, passes):
         assert len(set(order)) == 18  # 21 documents: three are left out
     assert not np.array_equal(passes[0], passes[1])
-    resumed = news.Minibatches(part, 6, (0, 0))
+    resumed = twentynews.Minibatches(part, 6, (0, 0))
     np.testing.assert_array_equal(resumed.documents(4), passes[1][1])
     features, labels = batches.stack(2, 3)
     for draw in range(3):
@@ -145,7 +148,7 @@ def in_float64(data: Any) -> tuple[tb.Problem, tb.Batches, tf.Tensor, tf.Tensor]
     )
 
     def batch(part: Any) -> tuple:
-        features, labels = news.tensors(part)
+        features, labels = twentynews.tensors(part)
         return tf.cast(features, tf.float64), labels
 
     generator = np.random.default_rng(3)
@@ -362,8 +365,8 @@ def test_training_follows_the_formulas(tmp_path: Any, monkeypatch: pytest.Monkey
     data = load()
     features = len(data.words)
     y, x = np.zeros((features, CLASSES)), np.zeros(features)
-    lower = news.Minibatches(data.train, 6, (0, 0))
-    upper = news.Minibatches(data.validation, 8, (0, 1))
+    lower = twentynews.Minibatches(data.train, 6, (0, 0))
+    upper = twentynews.Minibatches(data.validation, 8, (0, 1))
 
     def batch(part: Any, chosen: np.ndarray) -> tuple:
         dense = part.features[chosen].toarray()
@@ -602,7 +605,9 @@ def test_a_data_folder_that_cannot_be_written_is_named(
     def fetch(**keywords: Any) -> None:
         raise PermissionError
 
-    monkeypatch.setattr(news.sklearn.datasets, "fetch_20newsgroups_vectorized", fetch)
+    monkeypatch.setattr(
+        twentynews.sklearn.datasets, "fetch_20newsgroups_vectorized", fetch
+    )
     with pytest.raises(SystemExit) as stop:
         news.main(["--out", str(tmp_path / "run")])
     assert stop.value.code == 2
@@ -617,7 +622,9 @@ def test_a_copy_that_a_kill_has_cut_short_is_named(
     def fetch(**keywords: Any) -> None:
         raise EOFError
 
-    monkeypatch.setattr(news.sklearn.datasets, "fetch_20newsgroups_vectorized", fetch)
+    monkeypatch.setattr(
+        twentynews.sklearn.datasets, "fetch_20newsgroups_vectorized", fetch
+    )
     flags = ["--out", str(tmp_path / "run"), "--data-dir", str(tmp_path)]
     with pytest.raises(SystemExit) as stop:
         news.main(flags)

@@ -44,6 +44,7 @@ from common.run import best_row as best_row
 from common.run import numbers as numbers
 from common.run import rows_of as rows_of
 from common.run import write_json as write_json
+from common.training import trainer as trainer
 from common.trials import concluded as concluded
 from common.trials import in_folder as in_folder
 from common.trials import many_runs as many_runs
