@@ -366,17 +366,15 @@ def inner_curve(model: tb.BilevelModel, data: dict) -> Callable[[], np.ndarray]:
         state = inner.init(here.problem, x, first)
         if "step" in state:
             state["step"] = step
-        iterate = inner.begin(here.problem, x, first, state)
-        rows = tf.TensorArray(tf.float32, inner.steps, element_shape=[2])
-        for t in tf.range(inner.steps):
-            iterate, _ = inner.advance(here.problem, x, here.batches, iterate, t)
 
-            def predict(pixels: tf.Tensor, training: bool) -> tf.Tensor:
-                return network(iterate.lower, pixels, training)  # noqa: B023
-
+        def measured(weights: list) -> tf.Tensor:
+            predict = functools.partial(network, weights)
             parts = [data["selection"], data["test"]]
-            rows = rows.write(t, tf.stack([accuracy(predict, part) for part in parts]))
-        return rows.stack()
+            return tf.stack([accuracy(predict, part) for part in parts])
+
+        return inner.trajectory(
+            here.problem, here.upper, first, here.batches, state, of=measured
+        )
 
     def curve() -> np.ndarray:
         x = [tf.identity(v.value) for v in model.upper_variables]

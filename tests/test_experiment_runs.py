@@ -1,5 +1,6 @@
 """What every experiment shares: its folder, its rows, its clock, its backup."""
 
+import argparse
 import logging
 import pathlib
 import subprocess
@@ -11,6 +12,7 @@ import common
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from common import callbacks
 from experiment_scripts import ROOT
 
@@ -69,6 +71,7 @@ def test_a_folder_has_one_writer(tmp_path):
     with pytest.raises(ValueError, match="--out must not be in use"):
         common.Run(tmp_path, {}, resume=True)
     other.communicate(b"")
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
     common.Run(tmp_path, {}, resume=True)
     common.Run(tmp_path, {}, resume=True)  # one process may come back
 
@@ -162,8 +165,6 @@ def test_backup_never_leaves_a_partial_file(tmp_path):
 
 
 def test_many_runs_trace_without_warnings_and_warnings_come_back(capsys):
-    import tensorflow as tf
-
     logger, written = tf.get_logger(), []
     before = logger.level
 
@@ -189,3 +190,55 @@ def test_many_runs_trace_without_warnings_and_warnings_come_back(capsys):
         assert any("triggered tf.function retracing" in line for line in written)
     finally:
         logger.removeHandler(keep)
+
+
+def test_rows_of_another_run_as_numbers_and_the_best_of_them(tmp_path):
+    run = common.Run(tmp_path / "run", {}, resume=False)
+    run.replace([{"method": "a", "loss": 3}, {"method": "b", "loss": 1}])
+    run.log({"method": "c", "loss": 1})
+    rows = common.numbers(common.rows_of(tmp_path / "run"))
+    assert rows[0] == {"method": "a", "loss": 3.0} and len(rows) == 3
+    assert common.best_row(rows, "loss") is rows[0]
+    assert common.best_row(rows, "loss", lowest=True) is rows[1]
+    run.replace([])
+    assert common.rows_of(tmp_path / "run") == run.rows() == []
+    assert run.files() == f"Files in {run.out}: config.json"
+
+
+def test_a_sweep_goes_past_what_fails_and_does_nothing_again(tmp_path, capsys):
+    run, made, told = common.Run(tmp_path, {}, False), [], []
+
+    def one(args, own):
+        made.append(own.out.name)
+        if args.loss > 2:
+            raise SystemExit(1)
+        return {"loss": args.loss}
+
+    jobs = {f"run-{n}": argparse.Namespace(loss=n) for n in (1, 3, 2)}
+    for _ in range(2):  # the second time only what failed
+        done, failed = common.sweep(run, jobs, common.in_folder(one), told.append)
+        assert done == {"run-1": {"loss": 1}, "run-2": {"loss": 2}}
+        assert failed == ["run-3"]
+    assert made == ["run-1", "run-3", "run-2", "run-3"]
+    assert told == 2 * [{"loss": 1}, {"loss": 2}]
+    with pytest.raises(SystemExit) as stop:
+        common.concluded(run, {"runs": 2}, failed)
+    assert stop.value.code == 1 and "failed: run-3" in capsys.readouterr().err
+    assert run.summary() == {"runs": 2, "failed": ["run-3"]}
+    assert common.concluded(run, {"runs": 3}, []) == run.summary() == {"runs": 3}
+
+
+def test_plain_training_by_an_inner_solver_is_that_of_numpy():
+    """Gradient descent on (y - b)^2 / 2, y kept above 0."""
+    train = common.trainer(
+        lambda y, b: tf.reduce_sum(0.5 * (y - b) ** 2),
+        keras.optimizers.SGD(0.25),
+        3,
+        jit=False,
+        project=tf.nn.relu,
+    )
+    b, y = np.array([2.0, -3.0]), np.array([1.0, 1.0])
+    found = train(tf.constant(b), tf.constant(y))
+    for _ in range(3):
+        y = np.maximum(y - 0.25 * (y - b), 0)
+    np.testing.assert_allclose(found, y)

@@ -1,6 +1,8 @@
 """tfbilevel on few-shot tasks. Variants: plain, xla (one `Method.step` per call)."""
 
 import argparse
+import pathlib
+import sys
 
 import few_shot_protocol
 import keras
@@ -8,9 +10,11 @@ import numpy as np
 import protocol
 import tensorflow as tf
 from tensorflow_losses import use_threads, wait
-from tfbilevel.experiment import networks
 
 import tfbilevel as tb
+
+sys.path.append(str(pathlib.Path(__file__).resolve().parents[2] / "experiments/common"))
+import networks  # noqa: E402
 
 
 def cross_entropy(network: keras.Model, batch: tuple) -> tf.Tensor:
