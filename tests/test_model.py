@@ -15,7 +15,6 @@ import tensorflow as tf
 from experiment_scripts import arrays_of
 
 import tfbilevel as tb
-from tfbilevel import experiment
 
 TRAIN, VALIDATION, FEATURES, CLASSES = 7, 6, 4, 3
 
@@ -420,7 +419,7 @@ import pathlib, sys
 import keras, numpy as np
 sys.path.insert(0, {tests!r})
 import test_model
-from tfbilevel import experiment
+import tfbilevel as tb
 out = pathlib.Path({out!r})
 model = test_model.make(test_model.value_gap(), jit_compile="auto")
 class Tell(keras.callbacks.Callback):
@@ -430,7 +429,7 @@ class Tell(keras.callbacks.Callback):
             self.begun = model.outer_step
     def on_epoch_end(self, epoch, logs=None):
         (out / "epoch").write_text(str(epoch))
-backup = [experiment.Backup(out / "backup", 5)] if {backup} else []
+backup = [tb.Backup(out / "backup", 5)] if {backup} else []
 model.fit(test_model.full_batch(5), epochs={epochs}, verbose=0,
           callbacks=[*backup, tell := Tell()])
 np.savez(out / "done.npz", *test_model.weights(model), jit=model.jit_compile,
@@ -476,7 +475,7 @@ def test_a_fit_after_a_resumed_one_trains(tmp_path):
     """Keras's own callback leaves the model believing that it has begun already."""
     for _ in range(2):  # the second one resumes
         model = make()
-        backup = experiment.Backup(tmp_path, 2)
+        backup = tb.Backup(tmp_path, 2)
         model.fit(full_batch(2), epochs=3, verbose=0, callbacks=[backup])
     assert model.outer_step == 6
     model.fit(full_batch(2), epochs=2, verbose=0)

@@ -24,6 +24,10 @@ from tfbilevel._functional import functional as functional
 from tfbilevel._gradient_norm import GradientNorm as GradientNorm
 from tfbilevel._implicit import Implicit as Implicit
 from tfbilevel._inner import InnerSolver as InnerSolver
+from tfbilevel._keras.backup import Backup as Backup
+from tfbilevel._keras.index_batches import index_batches as index_batches
+from tfbilevel._keras.losses import soft_cross_entropy as soft_cross_entropy
+from tfbilevel._keras.losses import sparse_cross_entropy as sparse_cross_entropy
 from tfbilevel._layers import ExampleWeights as ExampleWeights
 from tfbilevel._layers import FeaturePenalties as FeaturePenalties
 from tfbilevel._lazy_adam import LazyAdam as LazyAdam

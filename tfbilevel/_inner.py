@@ -13,6 +13,7 @@ from tfbilevel import _nesterov as nesterov
 from tfbilevel import _structure as structure
 from tfbilevel._arguments import require_choice, require_count
 from tfbilevel._differentiable import OptimizerState, differentiable
+from tfbilevel._inner_trajectory import trajectory
 from tfbilevel._learned_rate import rated, stretched
 from tfbilevel._loops import serial_loop
 from tfbilevel._prepared import Prepared
@@ -335,6 +336,48 @@ class InnerSolver:
         if "step" in state:
             after["step"] = state["step"] + 1
         return after
+
+    def trajectory(
+        self,
+        here: Prepared,
+        lower: Any,
+        state: dict,
+        of: Callable[[Any], Any] | None = None,
+    ) -> Any:
+        """The iterates y_1, ..., y_T that `solve` goes through, T = `steps`.
+
+        For looking at them: how the loss or an accuracy develops over the inner steps,
+        which step is best, where they diverge. Methods need none of this. Costs T
+        gradients, as `solve`, and memory for T copies of what is kept.
+
+        Args:
+            here: the problem of this outer step, `problem.prepared(upper, batches)`.
+            lower: the lower variables before it.
+            state: what the solver carries, at first `init(problem, upper, lower)`. It
+                is not moved on.
+            of: lower variables -> what to keep of every iterate, such as an accuracy;
+                `None`: the variables.
+
+        Returns:
+            What is kept, with a leading axis of T entries; the last one belongs to
+            what `solve` returns.
+
+        Raises:
+            ValueError: if the solver has a `tolerance`, whose steps may be fewer.
+
+        Example:
+            >>> inner = tb.InnerSolver(keras.optimizers.SGD(0.5), steps=3)
+            >>> problem = tb.Problem(
+            ...     upper_loss=lambda x, y, batch: y**2,
+            ...     lower_loss=lambda x, y, batch: 0.5 * (y - x) ** 2,
+            ... )
+            >>> x, y = tf.constant(8.0), tf.constant(0.0)
+            >>> state = inner.init(problem, x, y)
+            >>> here = problem.prepared(x, tb.Batches(None, None))
+            >>> inner.trajectory(here, y, state).numpy()
+            array([4., 6., 7.], dtype=float32)
+        """
+        return trajectory(self, here, lower, state, of)
 
 
 def _of_former(
