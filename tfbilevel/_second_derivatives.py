@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import keras
 import numpy as np
 import tensorflow as tf
 
@@ -14,7 +15,6 @@ from tfbilevel._batches import Batches, require_batches
 from tfbilevel._float64 import in_float64, leaves_float64, to_float64
 from tfbilevel._look import one_task, operations
 from tfbilevel._lost_derivatives import MissingSecondDerivativeError, Operation
-from tfbilevel._model import BilevelModel
 from tfbilevel._problem import Problem, require_problem
 
 # Of central differences, relative to the size of what is moved. The one is taken that
@@ -120,7 +120,7 @@ class SecondDerivativesReport:
 
 
 def check_second_derivatives(
-    problem: Problem | BilevelModel,
+    problem: Any,
     batches: Batches,
     upper: Any = None,
     lower: Any = None,
@@ -172,7 +172,8 @@ def check_second_derivatives(
     require_batches(batches)
     models = ()
     given = upper is not None, lower is not None
-    if isinstance(problem, BilevelModel):
+    if isinstance(problem, keras.Model):
+        _require_bilevel(problem)
         if any(given):
             raise ValueError(
                 "`upper` and `lower` must be left out with a tb.BilevelModel: they are "
@@ -201,6 +202,15 @@ def check_second_derivatives(
         except MissingSecondDerivativeError as error:
             found = [*found, *error.operations]
     return SecondDerivativesReport(tuple(found), (), "float64")
+
+
+def _require_bilevel(model: keras.Model) -> None:
+    """Raise unless it holds a problem, as a `tb.BilevelModel` does."""
+    if not isinstance(getattr(model, "problem", None), Problem):
+        raise ValueError(
+            "`problem` must be a tb.Problem or a tb.BilevelModel. Make one of the "
+            f"network and its two losses. Received: {type(model)}"
+        )
 
 
 def _probed(
