@@ -4,10 +4,10 @@ from collections.abc import Callable
 from typing import Any
 
 from tfbilevel._arguments import require_callable
+from tfbilevel._batches import Batches, apart, require_batches
 from tfbilevel._inner import InnerSolver, require_inner
-from tfbilevel._over_tasks import OverTasks, apart
-from tfbilevel._problem import Batches, Problem, require_batches
-from tfbilevel._task_loss import map_tasks, outcome
+from tfbilevel._over_tasks import OverTasks
+from tfbilevel._problem import Problem
 
 
 def require_adaptable(tasks: Any, batches: Any, inner: Any, function: Any) -> None:
@@ -47,16 +47,11 @@ def adapted(
     if problem.prepare is not None:
         batches = problem.prepare(x, batches)
     problem = problem.prepared_before()
-    here = problem.prepared(x, batches)
     state = inner.init(problem, x, y)
-    y, _, _ = inner.solve(here.problem, here.upper, y, here.batches, state)
+    y, _, _ = inner.solve(problem.prepared(x, batches), y, state)
 
     def one(task: Any) -> Any:
         lower, upper_batch, lower_batch = task
         return function(x, lower, type(batches)(upper_batch, lower_batch))
 
-    tasks = (y, *apart(batches))
-    if problem.one_in_turn(y) is None:
-        return map_tasks(one, tasks)
-    traced, results = outcome(one, tasks)
-    return map_tasks(traced, tasks, results)
+    return problem.each(one, y, *apart(batches))

@@ -14,12 +14,12 @@ from tfbilevel._arguments import (
     require_number,
     share,
 )
+from tfbilevel._batches import Batches
 from tfbilevel._differentiable import configuration
 from tfbilevel._finite import NonFiniteError, first_nonfinite
 from tfbilevel._inner import InnerSolver
 from tfbilevel._levels import Levels
 from tfbilevel._look import require_second_derivatives
-from tfbilevel._problem import Batches
 from tfbilevel._unroll import Unroll
 from tfbilevel._workarounds.memory_optimizer import without_memory_rewrites
 
@@ -189,7 +189,7 @@ class Dynamic:
             problem = self._levels.problem_at(call)
             models = (self.ul_model, self.ll_model)
             require_second_derivatives(self.problem, method, x, y, batches, models)
-            return method.step(problem, x, y, batches, state)
+            return problem.step(method, x, y, batches, state)
 
         self._step = tf.function(step, autograph=False)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from tfbilevel._problem import Batches
+from tfbilevel._batches import Batches
 
 
 def require_dataset_of_batches(x: Any) -> None:

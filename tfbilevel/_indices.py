@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tfbilevel._over_tasks import OverTasks, apart
-from tfbilevel._problem import Batches, Problem, StackedBatches, count_tasks
+from tfbilevel._batches import Batches, StackedBatches, apart, count_tasks
+from tfbilevel._over_tasks import OverTasks
+from tfbilevel._problem import Problem
 
 NONE = -1
 SEARCHED = 1000  # elements of a dataset at most

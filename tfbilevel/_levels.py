@@ -15,12 +15,13 @@ from tfbilevel._arguments import (
     require_count,
     takes_two,
 )
+from tfbilevel._batches import Batches, first_task
 from tfbilevel._derivatives import UnconnectedGradientError
 from tfbilevel._fixed_state import moved_on
 from tfbilevel._functional import require_built
 from tfbilevel._model_arguments import require_apart, require_no_constraints
-from tfbilevel._over_tasks import first_task, over_tasks
-from tfbilevel._problem import Batches, Problem
+from tfbilevel._over_tasks import over_tasks
+from tfbilevel._problem import Problem
 from tfbilevel._random_operations import fixed_randomness
 from tfbilevel._randomness import LOWER_LOSS, ROLE, as_seed, folded
 from tfbilevel._regularizers import CHOICES as REGULARIZERS
@@ -60,6 +61,7 @@ class Levels:
         start: the variables of a learned start; `None` without one.
         problem: the problem, of one task or over tasks.
         tasks: how many tasks; `None`: the problem has none.
+        mapping: how they are mapped.
         base: a seed generator, for what the losses sample without a seed of their own.
         prepare: the user's function of the upper model and batches.
     """
@@ -110,8 +112,10 @@ class Levels:
             prepare=prepare and self._at_upper_variables(prepare),
             reads=self._rate,
         )
+        self.mapping = mapping
         if tasks is not None:
             self.problem = over_tasks(self.problem, mapping)
+            self.mapping = self.problem.mapping  # by its present name
         with tf.device(self.device):
             self.base = keras.random.SeedGenerator()
 
@@ -190,8 +194,7 @@ class Levels:
         here = self.problem.prepared(x, batches)
         losses = {"upper_loss": here.upper_loss(y)}
         if any(leaf is not None for leaf in tf.nest.flatten(batches.lower)):
-            batch = here.batches.lower_at(0)
-            losses["lower_loss"] = here.problem.lower_loss(here.upper, y, batch)
+            losses["lower_loss"] = here.lower_loss(y)
         return losses
 
     def advance(

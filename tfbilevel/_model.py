@@ -9,6 +9,7 @@ import keras
 from tfbilevel import _structure as structure
 from tfbilevel._adapt import adapted, require_adaptable
 from tfbilevel._arguments import require_choice
+from tfbilevel._batches import Batches, count_tasks, require_batches
 from tfbilevel._differentiable import optimizer_of
 from tfbilevel._elements import first_of, not_empty, require_dataset_of_batches, tensors
 from tfbilevel._indices import IndexWatch
@@ -27,7 +28,6 @@ from tfbilevel._model_arguments import (
     require_optimizers,
 )
 from tfbilevel._outer_step import OuterStep
-from tfbilevel._problem import Batches, count_tasks, require_batches
 from tfbilevel._saved_model import (
     arguments_of,
     compile_config_of,
@@ -150,7 +150,8 @@ class BilevelModel(keras.Model):
         self._functions = tuple(k for k, v in functions.items() if callable(v))
         self.upper, self.lower, self.start = upper, lower, levels.start
         self.problem = levels.problem
-        self.tasks, self.mapping, self.regularizers = tasks, mapping, regularizers
+        self.tasks, self.regularizers = tasks, regularizers
+        self.mapping = levels.mapping
         self._progress = Progress(levels)
         self._carried: Carried | None = None  # here, so that Keras saves it
         self._trackers = Trackers(levels.device)

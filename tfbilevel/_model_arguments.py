@@ -5,8 +5,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from tfbilevel._batches import Batches
 from tfbilevel._method import require_method
-from tfbilevel._problem import Batches
 
 
 def require_apart(upper: Any, lower: Any) -> None:

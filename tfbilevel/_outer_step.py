@@ -7,6 +7,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from tfbilevel._batches import Batches
 from tfbilevel._compilation import faster_with_xla
 from tfbilevel._derivatives import UnconnectedGradientError
 from tfbilevel._finite import NonFiniteError, warn_diverged
@@ -16,7 +17,6 @@ from tfbilevel._look import require_second_derivatives
 from tfbilevel._lost_derivatives import MissingSecondDerivativeError
 from tfbilevel._method import Method
 from tfbilevel._outer_update import OuterUpdate
-from tfbilevel._problem import Batches
 from tfbilevel._resident import Resident
 from tfbilevel._training_state import SKIPPED, Carried, Progress, Trackers, kept
 from tfbilevel._workarounds.abandoned_iterators import without_frames
@@ -109,7 +109,7 @@ class OuterStep:
         problem, carried = self.levels.problem, self.begun()
 
         def trial(x: list, y: list, state: Any, batches: Batches) -> Any:
-            return self.method.step(problem, x, y, batches, state)
+            return problem.step(self.method, x, y, batches, state)
 
         with contextlib.suppress(UnconnectedGradientError), self.levels.placed():
             arguments = (*self.levels.read(), carried.read())
@@ -127,7 +127,7 @@ class OuterStep:
         (x, y), state = self.levels.read(), self.carried.read()
         try:
             problem = self.levels.problem_at(self.progress.step.value)
-            step = self.method.step(problem, x, y, data, state)
+            step = problem.step(self.method, x, y, data, state)
         except UnconnectedGradientError as error:
             raise self.levels.named(error) from None
         update = OuterUpdate(

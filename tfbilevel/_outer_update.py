@@ -6,12 +6,12 @@ import keras
 import tensorflow as tf
 
 from tfbilevel import _structure as structure
+from tfbilevel._batches import Batches
 from tfbilevel._finite import UPPER_VARIABLES, first_nonfinite
 from tfbilevel._indices import IndexWatch
 from tfbilevel._levels import Levels
 from tfbilevel._method import Step
 from tfbilevel._model_arguments import require_no_average
-from tfbilevel._problem import Batches
 from tfbilevel._training_state import Carried, Progress
 
 
