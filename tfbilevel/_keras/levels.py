@@ -51,12 +51,10 @@ class Levels:
     """Two Keras models as one `Problem`.
 
     The user's functions take models; the problem's take tensors. While one of them is
-    called, the models' variables have these tensors as values, whoever reads them. No
-    function of the problem assigns a variable.
+    called, the models' variables have these tensors as values, whoever reads them. The
+    functions of the problem assign no variable; `advance` alone does.
 
-    Args:
-        upper: a built Keras layer or model, as everything else as `tb.BilevelModel`
-            has it.
+    Args: those of `tb.BilevelModel`.
 
     Attributes:
         upper, lower: the models.
@@ -64,8 +62,8 @@ class Levels:
         problem: the problem, of one task or over tasks.
         tasks: how many tasks; `None`: the problem has none.
         mapping: how they are mapped.
-        base: the seed generator of what the losses sample without a seed of their own.
-        prepare: the user's, of models.
+        base: a seed generator, for what the losses sample without a seed of their own.
+        prepare: the user's function of the upper model and batches.
     """
 
     def __init__(

@@ -106,13 +106,13 @@ class OuterStep:
 
         `None` if it has no gradient: the step itself names the variable.
         """
-        problem = self.levels.problem
+        problem, carried = self.levels.problem, self.begun()
 
         def trial(x: list, y: list, state: Any, batches: Batches) -> Any:
             return problem.step(self.method, x, y, batches, state)
 
-        arguments = (*self.levels.read(), self.begun().read())
         with contextlib.suppress(UnconnectedGradientError), self.levels.placed():
+            arguments = (*self.levels.read(), carried.read())
             return faster_with_xla(trial, arguments, batches, announce)
         return None
 
