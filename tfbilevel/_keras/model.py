@@ -12,6 +12,7 @@ from tfbilevel._core.arguments import require_choice
 from tfbilevel._core.batches import Batches, count_tasks, require_batches
 from tfbilevel._core.inner_solver import InnerSolver
 from tfbilevel._core.method import Method
+from tfbilevel._keras import elements
 from tfbilevel._keras.arguments import (
     losses_are_minimised,
     no_export,
@@ -22,12 +23,6 @@ from tfbilevel._keras.arguments import (
     require_nothing_else,
     require_one_replica,
     require_optimizers,
-)
-from tfbilevel._keras.elements import (
-    first_of,
-    not_empty,
-    require_dataset_of_batches,
-    tensors,
 )
 from tfbilevel._keras.levels import Levels
 from tfbilevel._keras.outer_step import OuterStep
@@ -290,7 +285,7 @@ class BilevelModel(keras.Model):
                 done then.
             tb.NonFiniteError: at the first NaN or infinity, unless they are skipped.
         """
-        require_dataset_of_batches(x)
+        elements.require_dataset_of_batches(x)
         self._assert_compile_called("fit")
         require_no_weights(keywords)
         if on_nonfinite is not None and on_nonfinite != self.on_nonfinite:
@@ -306,7 +301,7 @@ class BilevelModel(keras.Model):
         losses_are_minimised(callbacks)
         verbose = (*arguments, None, None, None, "auto")[3]
         silent = keywords.get("verbose", verbose) in (0, "0")
-        self._ready(x.element_spec, lambda: first_of(x), announce=not silent)
+        self._ready(x.element_spec, lambda: elements.first_of(x), announce=not silent)
         keywords.setdefault("shuffle", False)
         run = functools.partial(super().fit, x, *arguments, **keywords)
         return self._outer.run(run, x)
@@ -342,15 +337,19 @@ class BilevelModel(keras.Model):
         """
         self._assert_compile_called("warm_up")
         if isinstance(x, Batches):
-            x = tensors(x)
+            x = elements.tensors(x)
             elements, like, first = [x], x, lambda: x
         else:
-            require_dataset_of_batches(x)
-            elements, like, first = x.take(1), x.element_spec, lambda: first_of(x)
+            elements.require_dataset_of_batches(x)
+            elements, like, first = (
+                x.take(1),
+                x.element_spec,
+                lambda: elements.first_of(x),
+            )
         early = self._outer.early
         self._ready(like, first)
         try:
-            with not_empty(x), self._outer.undone(self.variables):
+            with elements.not_empty(x), self._outer.undone(self.variables):
                 self._outer.run(lambda: self.train_function(iter(elements)), x)
         finally:
             self._outer.early = early
@@ -372,7 +371,7 @@ class BilevelModel(keras.Model):
         require_batches(x, "`x`")
         require_nothing_else(arguments, keywords)
         self._assert_compile_called("train_on_batch")
-        x = tensors(x)
+        x = elements.tensors(x)
         self._ready(x, lambda: x)
         self.reset_metrics()
         logs = self.train_function(iter([x]))
