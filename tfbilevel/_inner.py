@@ -1,7 +1,6 @@
 """The inner solver: a number of optimizer steps on the lower loss."""
 
 import dataclasses
-import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ from tfbilevel import _nesterov as nesterov
 from tfbilevel import _structure as structure
 from tfbilevel._arguments import require_choice, require_count
 from tfbilevel._differentiable import OptimizerState, differentiable
+from tfbilevel._former_solve import of_former
 from tfbilevel._inner_trajectory import trajectory
 from tfbilevel._learned_rate import rated, stretched
 from tfbilevel._loops import serial_loop
@@ -148,17 +148,16 @@ class InnerSolver:
 
     def begin(self, here: Prepared, lower: Any, state: dict) -> Iterate:
         """The iterate that this outer step starts from."""
-        problem = here.problem
-        if problem.lower_start is not None:
-            start = problem._started(here.upper, structure.to_tensors(lower))
+        if here.problem.lower_start is not None:
+            start = here.problem._started(here.upper, structure.to_tensors(lower))
         elif callable(self.start):
-            start = problem._sampled(self.start, state["step"], lower)
+            start = here.problem._sampled(self.start, state["step"], lower)
         else:
             start = structure.to_tensors(state.get("start", lower))
         if "optimizer" in state:
             optimizer = state["optimizer"]
         else:
-            optimizer = self.fresh(problem, start)
+            optimizer = self.fresh(here.problem, start)
         if isinstance(self.learning_rate, Schedule):
             rate = tf.cast(
                 self.learning_rate(state["step"]), optimizer.learning_rate.dtype
@@ -288,7 +287,7 @@ class InnerSolver:
             last step (over tasks the mean).
         """
         if former:
-            here, lower, state = _of_former(here, lower, state, *former)
+            here, lower, state = of_former(here, lower, state, *former)
         iterate, value = self.settle(here, lower, state)
         return iterate.lower, self.carried(iterate, state), value
 
@@ -378,25 +377,6 @@ class InnerSolver:
             array([4., 6., 7.], dtype=float32)
         """
         return trajectory(self, here, lower, state, of)
-
-
-def _of_former(
-    problem: Any, upper: Any, lower: Any, batches: Any, state: dict
-) -> tuple[Prepared, Any, dict]:
-    """The arguments of `InnerSolver.solve` from those of the release before."""
-    warnings.warn(
-        "solve(problem, upper, lower, batches, state) of tb.InnerSolver will go: call "
-        "solve(problem.prepared(upper, batches), lower, state)",
-        DeprecationWarning,
-        stacklevel=3,
-    )
-    # Not prepared here: it may be the problem of a `Prepared`, with its batches.
-    return Prepared(problem, upper, batches, _total), lower, state
-
-
-def _total(partial: Any, response: Any) -> Any:
-    del partial, response
-    raise AssertionError("an inner solve takes no upper gradient")
 
 
 def require_inner(inner: Any) -> None:
