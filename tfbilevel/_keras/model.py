@@ -338,19 +338,16 @@ class BilevelModel(keras.Model):
         self._assert_compile_called("warm_up")
         if isinstance(x, Batches):
             x = elements.tensors(x)
-            elements, like, first = [x], x, lambda: x
+            data, like, first = [x], x, lambda: x
         else:
             elements.require_dataset_of_batches(x)
-            elements, like, first = (
-                x.take(1),
-                x.element_spec,
-                lambda: elements.first_of(x),
-            )
+            data, like = x.take(1), x.element_spec
+            first = functools.partial(elements.first_of, x)
         early = self._outer.early
         self._ready(like, first)
         try:
             with elements.not_empty(x), self._outer.undone(self.variables):
-                self._outer.run(lambda: self.train_function(iter(elements)), x)
+                self._outer.run(lambda: self.train_function(iter(data)), x)
         finally:
             self._outer.early = early
 
