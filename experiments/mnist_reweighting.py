@@ -73,7 +73,7 @@ COLUMNS = ("method", "seed", "step", "seconds", "train_loss", "validation_loss")
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """A method's settings; `None` where it has no such knob."""
+    """A method's settings; `None` where it has no such setting."""
 
     outer_steps: int = 50
     inner_steps: int | None = 200
