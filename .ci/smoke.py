@@ -1,4 +1,4 @@
-"""What the installed package must do in an empty environment, outside of the checkout."""
+"""What the installed package must do in an empty environment, off the checkout."""
 
 import pathlib
 
@@ -42,9 +42,7 @@ model = tb.BilevelModel(
     upper_loss=lambda weights, net, batch: tf.reduce_mean(losses(net, batch)),
     lower_loss=lambda weights, net, batch: weights.mean(losses(net, batch)),
 )
-model.compile(
-    tb.Implicit(inner, tb.ConjugateGradient(5)), keras.optimizers.Adam(0.1)
-)
+model.compile(tb.Implicit(inner, tb.ConjugateGradient(5)), keras.optimizers.Adam(0.1))
 validation, training = (
     tf.data.Dataset.from_tensors((x[half], y[half]))
     for half in (slice(32), slice(32, 64))

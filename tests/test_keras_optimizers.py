@@ -86,7 +86,9 @@ def moved(kind: type) -> list[str]:
     """What of an optimizer is no longer as `_differentiable.py` expects it."""
     found = compared(kind, "update_step", UPDATE_STEPS[kind.__name__])
     optimizer = kind(learning_rate=0.5)
-    found += [f"`{name}` is gone" for name in ATTRIBUTES if not hasattr(optimizer, name)]
+    found += [
+        f"`{name}` is gone" for name in ATTRIBUTES if not hasattr(optimizer, name)
+    ]
     if issubclass(kind, optimizers.Adam) and not hasattr(optimizer, "beta_2"):
         found.append("`beta_2` is gone")
     if found:
