@@ -329,3 +329,12 @@ def test_bad_flags_are_one_line_and_leave_nothing(flags, message, tmp_path, caps
     error = capsys.readouterr().err.strip()
     assert message in error and "\n" not in error
     assert not out.exists()
+
+
+@pytest.mark.parametrize(("flags", "jit"), [([], True), (["--jit", "off"], False)])
+def test_jit_is_that_of_the_heads_training(flags, jit, monkeypatch):
+    seen = []
+    monkeypatch.setattr(common, "trainer", lambda *given: seen.append(given))
+    attack.head_trainer(attack.parse_args(["--out", "x", *flags]))
+    ((_, _, steps, given),) = seen
+    assert (steps, given) == (2001, jit)

@@ -186,7 +186,7 @@ def test_new_tasks_are_learned_as_in_training_unless_asked():
     [
         (["--method", "anil", "--last", "2"], "--last means nothing to --method anil"),
         (["--method", "maml", "--head", "conv"], "--head must be linear or cosine"),
-        (["--method", "penalty", "--head", "conv"], "which draws it anew"),
+        (["--method", "penalty", "--head", "conv"], "which makes a new one"),
         (["--method", "t-rhg", "--last", "11"], "--last must not exceed"),
         (["--data-file", "x.npz"], "--data-file needs a --dataset with files"),
         (

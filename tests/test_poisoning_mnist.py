@@ -97,7 +97,7 @@ def test_f_sees_validation_data_and_g_training_data(monkeypatch, tmp_path):
         seen.append(next(iter(batches(0))))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(poisoning.experiment, "train", train)
+    monkeypatch.setattr(common, "train", train)
     clean = poisoning.build_model(args, data, seed=1).lower
     run = common.Run(tmp_path / "run", {}, False)
     with pytest.raises(KeyboardInterrupt):

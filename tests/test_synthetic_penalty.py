@@ -181,3 +181,18 @@ def test_bad_flags(flags, message, tmp_path, capsys):
     error = capsys.readouterr().err.strip()
     assert message in error and "\n" not in error
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(("flags", "jit"), [([], True), (["--jit", "off"], False)])
+def test_jit_reaches_the_loop(flags, jit, tmp_path, monkeypatch):
+    seen = []
+
+    def minimize(*given, **options):
+        seen.append(options["jit_compile"])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tb, "minimize", minimize)
+    args = synthetic.parse_args(["--out", "x", "--trials", "1", *flags])
+    with pytest.raises(KeyboardInterrupt):
+        synthetic.solve(args, synthetic.Job("ex1", "gd", 1), tmp_path / "x.npz")
+    assert seen == [jit]
