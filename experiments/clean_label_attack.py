@@ -352,8 +352,8 @@ def head_trainer(args: argparse.Namespace) -> Callable:
     @tf.function(autograph=False, jit_compile=True)
     def train(features: Any, labels: Any, heads: list) -> list:
         state = inner.init(problem, (), heads)
-        batch = tb.Batches(None, (features, labels))
-        return inner.solve(problem, (), heads, batch, state)[0]
+        here = problem.prepared((), tb.Batches(None, (features, labels)))
+        return inner.solve(here, heads, state)[0]
 
     return train
 
@@ -464,8 +464,8 @@ class Attack:
 
     def _collide_once(self, base: tf.Tensor, batch: dict) -> tf.Tensor:
         state = self.inner.init(self.single, (), base)
-        batches = tb.Batches(None, batch)
-        return self.inner.solve(self.single, (), base, batches, state)[0]
+        here = self.single.prepared((), tb.Batches(None, batch))
+        return self.inner.solve(here, base, state)[0]
 
 
 def run_attack(

@@ -528,10 +528,10 @@ def inner_curve(model: tb.BilevelModel, data: dict) -> Callable[[], np.ndarray]:
         state = inner.init(here.problem, x, first)
         if "step" in state:
             state["step"] = step
-        iterate = inner.begin(here.problem, x, first, state)
+        iterate = inner.begin(here, first, state)
         rows = tf.TensorArray(tf.float32, inner.steps, element_shape=[2])
         for t in tf.range(inner.steps):
-            iterate, _ = inner.advance(here.problem, x, here.batches, iterate, t)
+            iterate, _ = inner.advance(here, iterate, t)
 
             def predict(pixels: tf.Tensor, training: bool) -> tf.Tensor:
                 return network(iterate.lower, pixels, training)  # noqa: B023

@@ -484,7 +484,8 @@ def retrain(args: argparse.Namespace, model: tb.BilevelModel, data: Data) -> dic
 
     @tf.function(autograph=False)
     def advance(weights: list, state: dict) -> tuple:
-        weights, state, _ = inner.solve(model.problem, x, weights, batches, state)
+        here = model.problem.prepared(x, batches)
+        weights, state, _ = inner.solve(here, weights, state)
         return weights, state
 
     test, losses, accuracies = tensors(data.test), [], []

@@ -334,7 +334,8 @@ def trainer(args: argparse.Namespace) -> Callable:
     @tf.function(autograph=False, jit_compile=args.jit != "off")
     def solve(part: images.Part, start: list) -> list:
         state = inner.init(problem, (), start)
-        return inner.solve(problem, (), start, tb.Batches(None, part), state)[0]
+        here = problem.prepared((), tb.Batches(None, part))
+        return inner.solve(here, start, state)[0]
 
     def train(part: images.Part, seed: int) -> keras.Model:
         net = build_net(part.images.shape[1], seed)

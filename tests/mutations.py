@@ -176,7 +176,7 @@ FAULTS = [
     Fault(
         "inner-solver",
         "inner steps are not projected",
-        "lower = problem.projected_lower(upper, lower)",
+        "lower = here.problem.projected_lower(here.upper, lower)",
         "lower = structure.to_tensors(lower)",
         ("test_unroll.py -k projection",),
     ),
@@ -231,7 +231,7 @@ FAULTS = [
     ),
     Fault(
         "tasks",
-        "the upper gradient of tasks taken in turn is their sum",
+        "the upper gradient of sequential tasks is their sum",
         "tf.reduce_mean(g, axis=0)",
         "tf.reduce_sum(g, axis=0)",
         ("test_over_tasks.py -k in_turn",),

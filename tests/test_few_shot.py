@@ -277,7 +277,7 @@ def central_difference(model: Any, args: Any, width: float = 1e-7) -> float:
     ]
     state = model.method.init(model.problem, x, y)
     step = tf.function(
-        lambda x: model.method.step(model.problem, x, y, batch, state).upper_gradient,
+        lambda x: model.problem.step(model.method, x, y, batch, state).upper_gradient,
         autograph=False,
     )
     objective = model.method.objective(model.problem, x, y, batch, state)
@@ -413,7 +413,7 @@ def test_imaml_solves_its_proximal_system():
     problem, method = model.problem, model.method
     state = method.init(problem, x, y)
     step = tf.function(
-        lambda: method.step(problem, x, y, batch, state), autograph=False
+        lambda: problem.step(method, x, y, batch, state), autograph=False
     )()
     v = [gradient / 40 for gradient in step.upper_gradient]
     end = [leaf[0] for leaf in step.lower]
@@ -449,7 +449,7 @@ def test_approxgrad_is_the_implicit_gradient_where_its_solver_ends():
         method = dataclasses.replace(model.method, solver=solver)
         state = method.init(model.problem, x, y)
         step = tf.function(
-            lambda m=method, s=state: m.step(model.problem, x, y, batch, s),
+            lambda m=method, s=state: model.problem.step(m, x, y, batch, s),
             autograph=False,
         )()
         found.append(np.concatenate([np.ravel(g) for g in step.upper_gradient]))
@@ -521,7 +521,7 @@ def test_features_of_both_sets_share_statistics_only_where_published():
         (queries, _), (supports, _) = task = tf.nest.map_structure(
             lambda leaf: leaf[0], batch
         )
-        made = model._prepare(model.upper, task).lower[0]
+        made = model._levels.prepare(model.upper, task).lower[0]
         alone = model.upper(supports)
         both = model.upper(tf.concat([queries, supports], axis=0))[len(queries) :]
         assert np.abs(alone - both).max() > 1e-3

@@ -200,18 +200,18 @@ def test_automatic_compilation_takes_batches_that_cannot_be_turned(batch):
 
 @pytest.mark.parametrize("xla", [True, False])
 def test_automatic_compilation_takes_what_was_faster(xla, monkeypatch):
-    monkeypatch.setattr(tb._model, "faster_with_xla", lambda *arguments: xla)
+    monkeypatch.setattr(tb._outer_step, "faster_with_xla", lambda *arguments: xla)
     model = make(jit_compile="auto")
-    model._ensure_carried()
-    model._choose_compilation(next(iter(full_batch())))
+    batches = next(iter(full_batch()))
+    model._ready(batches, lambda: batches)
     assert model.jit_compile is xla
 
 
 def test_automatic_compilation_decides_without_touching_variables():
     auto, plain = make(jit_compile="auto"), make()
     auto._ensure_carried()
-    before = weights(auto)
-    auto._choose_compilation(next(iter(full_batch())))
+    before, batches = weights(auto), next(iter(full_batch()))
+    auto._ready(batches, lambda: batches)
     assert_same(before, weights(auto))
     assert int(auto._progress.compilation.numpy()) in (1, 2)
     auto.fit(full_batch(5), verbose=0)
@@ -756,7 +756,7 @@ def test_a_saved_choice_of_compilation_holds_after_loading(tmp_path):
     model.save_weights(str(tmp_path / "a.weights.h5"))
     other = make(jit_compile="auto")
     other.load_weights(str(tmp_path / "a.weights.h5"))
-    other._choose_compilation = lambda data: pytest.fail("timed again")
+    other._outer.faster_with_xla = lambda *arguments: pytest.fail("timed again")
     other.fit(full_batch(), verbose=0)
     assert other.jit_compile is False
 
@@ -769,7 +769,7 @@ def test_a_saved_xla_is_used_without_timing(whole, tmp_path, monkeypatch):
     model._ensure_carried()
     model._progress.compilation.assign(2)
     (model.save if whole else model.save_weights)(path)
-    monkeypatch.setattr(tb._model, "faster_with_xla", lambda *arguments: False)
+    monkeypatch.setattr(tb._outer_step, "faster_with_xla", lambda *arguments: False)
     if whole:
         objects = {"upper_loss": upper_loss, "lower_loss": lower_loss}
         objects["method"] = model.method

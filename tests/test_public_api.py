@@ -54,6 +54,7 @@ NAMES = {
     "NormalConjugateGradient",
     "OptimizerState",
     "Point",
+    "Prepared",
     "Problem",
     "RankOne",
     "Result",

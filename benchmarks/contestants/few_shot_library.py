@@ -96,7 +96,7 @@ class Steps:
         state = method.init(model.problem, self.now, y)
 
         def step(x: list) -> tuple:
-            done = method.step(model.problem, x, y, batches, state)
+            done = model.problem.step(method, x, y, batches, state)
             pairs = zip(x, done.upper_gradient, strict=True)
             after = [v - few_shot_protocol.UPPER_RATE * g for v, g in pairs]
             return done.upper_gradient, after
