@@ -227,7 +227,7 @@ FAULTS = [
         "tasks, draws and roles share their seeds",
         "np.array([wrapped(factor), 0], np.int32)",
         "np.array([1, 0], np.int32)",
-        ("test_random_losses.py -k 'stacked or own'",),
+        ("test_random_losses.py -k 'share or stacked'",),
     ),
     Fault(
         "tasks",
