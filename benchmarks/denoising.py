@@ -94,7 +94,7 @@ def build(method: str, steps: int) -> tuple[Any, tuple]:
 def compiled(model: Any, xla: bool) -> Callable:
     @tf.function(autograph=False, jit_compile=xla)
     def step(x: list, y: list, batches: tb.Batches, state: Any) -> tb.Step:
-        return model.method.step(model.problem, x, y, batches, state)
+        return model.problem.step(model.method, x, y, batches, state)
 
     return step
 

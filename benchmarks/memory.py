@@ -102,7 +102,7 @@ def measure(case: Case, threads: int) -> dict:
     @tf.function(autograph=False)
     def hypergradient(x: tf.Tensor, y: list) -> tf.Tensor:
         state = method.init(problem, x, y)
-        return method.step(problem, x, y, batches, state).upper_gradient
+        return problem.step(method, x, y, batches, state).upper_gradient
 
     start = time.perf_counter()
     gradient = hypergradient(x, y)

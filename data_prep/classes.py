@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from data_prep.command_line import one_line_errors
 from data_prep.errors import one_line
-from tfbilevel import experiment
 
 SPLITS = ("train", "validation", "test")
 
@@ -196,7 +196,7 @@ def prepare(
     Returns:
         split -> number of classes.
     """
-    with experiment.one_line_errors(script):
+    with one_line_errors(script):
         splits = read()
         save(out, splits, source)
     counts = {split: len(classes.names) for split, classes in splits.items()}

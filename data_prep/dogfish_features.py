@@ -11,11 +11,12 @@ not fit into memory; a killed run goes on when it is started again.
 
 import argparse
 import contextlib
+import os
 import pathlib
 import sys
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import keras
@@ -25,7 +26,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from data_prep import hdf5
-from tfbilevel import experiment
+from data_prep.command_line import one_line_errors, positive, seed
 
 KIND = "tfbilevel image features 1"
 TOOL = "python data_prep/dogfish_features.py --data FILE.npz --out FILE.h5"
@@ -290,6 +291,55 @@ def load(path: pathlib.Path) -> dict[str, Features]:
     }
 
 
+class Pictures(NamedTuple):
+    """Images [n, height, width, channels], their features [n, width], classes 0, 1."""
+
+    images: np.ndarray
+    features: np.ndarray
+    labels: np.ndarray
+
+
+def load_pictures(data: pathlib.Path, features: pathlib.Path) -> dict[str, Pictures]:
+    """Both parts of an .npz of images, with the features that were made of them."""
+    bundle, pictures = Bundle(data), {}
+    for part, made in load(features).items():
+        pixels = bundle.array(f"X_{part}").astype(np.float32)
+        labels = bundle.array(f"Y_{part}").ravel().astype(np.int32)
+        if len(pixels) != len(made.labels) or (labels != made.labels).any():
+            raise ValueError(
+                f"{features} was not made from {data}: their {part} classes differ. "
+                f"Make it again with {TOOL}"
+            )
+        pictures[part] = Pictures(pixels, made.features, labels)
+    return pictures
+
+
+def require_same(
+    path: pathlib.Path, images: np.ndarray, stored: np.ndarray, extractor: keras.Model
+) -> None:
+    """Raise unless the file's features of some images are those of this network."""
+    made = extractor(images, training=False).numpy()
+    if made.shape != stored.shape or not np.allclose(
+        made, stored, rtol=1e-2, atol=1e-2 * np.abs(made).max()
+    ):
+        raise ValueError(
+            f"{path} holds features of another network or other images. Make it again "
+            f"with {TOOL}, with the --weights or --model given here"
+        )
+
+
+def write_bundle(
+    path: pathlib.Path, parts: Mapping[str, tuple[np.ndarray, np.ndarray]]
+) -> None:
+    """Images and classes of both parts as an .npz of the published layout."""
+    arrays = {}
+    for part, (pixels, labels) in parts.items():
+        arrays[f"X_{part}"], arrays[f"Y_{part}"] = pixels, labels
+    partial = path.with_name("partial.npz")
+    np.savez_compressed(partial, **arrays)
+    os.replace(partial, path)
+
+
 def main(argv: list[str] | None = None) -> dict[str, tuple[int, ...]]:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -303,11 +353,11 @@ def main(argv: list[str] | None = None) -> dict[str, tuple[int, ...]]:
         help="of Inception-v3: imagenet (downloaded), a file, or none (random)",
     )
     add("--model", type=pathlib.Path, help="another feature model, saved by Keras")
-    add("--batch", type=experiment.positive(int), default=100)
+    add("--batch", type=positive(int), default=100)
     add("--range", type=float, nargs=2, default=(-1.0, 1.0), help="of the pixels")
-    add("--seed", type=experiment.seed, default=0, help="of random weights")
+    add("--seed", type=seed, default=0, help="of random weights")
     args = parser.parse_args(argv)
-    with experiment.one_line_errors(__file__):
+    with one_line_errors(__file__):
         shapes = prepare(
             args.data,
             args.out,

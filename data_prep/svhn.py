@@ -21,9 +21,9 @@ if __name__ == "__main__":
     sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from data_prep import hdf5, idx
+from data_prep.command_line import one_line_errors, positive, seed
 from data_prep.errors import one_line
 from data_prep.images import Part
-from tfbilevel import experiment
 
 KIND = "tfbilevel svhn 1"
 TOOL = "python data_prep/svhn.py --mat-dir DIR --out FILE"
@@ -203,15 +203,13 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
     )
     parser.add_argument("--mat-dir", type=pathlib.Path, required=True)
     parser.add_argument("--out", type=pathlib.Path, required=True)
-    parser.add_argument(
-        "--validation-per-class", type=experiment.positive(int), default=100
-    )
-    parser.add_argument("--seed", type=experiment.seed, default=0)
+    parser.add_argument("--validation-per-class", type=positive(int), default=100)
+    parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument(
         "--any-size", action="store_true", help="accept a sample of the digits"
     )
     args = parser.parse_args(argv)
-    with experiment.one_line_errors(__file__):
+    with one_line_errors(__file__):
         counts = prepare(
             args.mat_dir, args.out, args.validation_per_class, args.seed, args.any_size
         )

@@ -31,37 +31,21 @@ data_prep/dogfish_features.py or here.
 import argparse
 import os
 import pathlib
-import sys
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-
+import common
 import keras
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import tensorflow as tf
 
 import tfbilevel as tb
-from tfbilevel import experiment
-
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from data_prep import dogfish_features, hdf5, images
+from data_prep.dogfish_features import Pictures
 
 METHODS = ("penalty", "feature-collision")
 PARTS = dogfish_features.PARTS
-
-
-class Pictures(NamedTuple):
-    """Images [n, height, width, channels], their features [n, width], classes 0, 1."""
-
-    images: np.ndarray
-    features: np.ndarray
-    labels: np.ndarray
 
 
 DATASETS = ("digits", "mnist", "fashion_mnist")
@@ -84,8 +68,8 @@ OWN_IMAGES = {
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = experiment.Parser(description=__doc__)
-    add, above = parser.add_argument, experiment.positive
+    parser = common.Parser(description=__doc__)
+    add, above = parser.add_argument, common.positive
     add("--data", type=pathlib.Path, help=".npz with X_train, Y_train, X_test, Y_test")
     add("--features", type=pathlib.Path, help="of --data, by dogfish_features.py")
     add("--weights", help="of Inception-v3: imagenet (default), FILE, none")
@@ -101,7 +85,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--max-targets", type=above(int), help="default: all correctly read ones")
     add(
         "--start",
-        type=experiment.at_least(int, 0),
+        type=common.at_least(int, 0),
         default=0,
         help="first test image to look at",
     )
@@ -112,19 +96,20 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--weight", type=above(float), help="penalty: rho at the start; default 1")
     add(
         "--lower-weight",
-        type=experiment.at_least(float, 0),
+        type=common.at_least(float, 0),
         help="penalty: lambda at the start; default 1",
     )
     add("--tolerance", type=above(float), help="penalty: epsilon; default 1")
     add(
         "--beta",
-        type=experiment.at_least(float, 0),
+        type=common.at_least(float, 0),
         default=0.01,
         help="weight of the distance to the base",
     )
     add("--head-steps", type=above(int), default=2001, help="of a head's training")
     add("--head-lr", type=above(float), default=1e-3)
     add("--retrain-seeds", type=above(int), default=3, help="heads that are asked")
+    add("--jit", choices=("on", "off"), default="on", help="XLA, of heads' training")
     args = parser.parse_args(argv)
     bundle, penalty = args.data is not None, args.method == "penalty"
     files = not bundle and args.dataset not in (None, "digits")
@@ -134,7 +119,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         **dict.fromkeys(PENALTY, (penalty, "--method penalty")),
         "data_dir": (files, "--dataset mnist or fashion_mnist"),
     }
-    parser.refuse_idle(args, needs)
+    parser.reject_ineffective_flags(args, needs)
     if args.weights is not None and args.model is not None:
         parser.error("--weights are of Inception-v3, --model is another: give one")
     for name, value in (PENALTY | OWN_IMAGES | {"weights": "imagenet"}).items():
@@ -210,7 +195,7 @@ def train_feature_model(
         keras.optimizers.Adam(1e-3),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
     )
-    shown = experiment.FitProgress(f"{path.parent}, training of the feature network")
+    shown = common.FitProgress(f"{path.parent}, training of the feature network")
     network.fit(pixels, labels, 128, args.feature_epochs, callbacks=[shown], verbose=0)
     partial = path.with_name("partial.keras")
     keras.Model(inputs, features).save(partial)
@@ -230,42 +215,18 @@ def prepare_pictures(
         if not model.exists():
             train_feature_model(args, load_files(args)[0], model)
         if not data.exists():
-            write_bundle(data, chosen)
+            dogfish_features.write_bundle(data, chosen)
     if features is None:
         features = out / "features.h5"
         if not features.exists():
             dogfish_features.prepare(data, features, args.weights, model)
-    bundle = dogfish_features.Bundle(data)
-    pictures = {}
-    for part, made in dogfish_features.load(features).items():
-        pixels = bundle.array(f"X_{part}").astype(np.float32)
-        labels = bundle.array(f"Y_{part}").ravel().astype(np.int32)
-        if len(pixels) != len(made.labels) or (labels != made.labels).any():
-            raise ValueError(
-                f"{features} was not made from {data}: their {part} classes differ. "
-                f"Make it anew with {dogfish_features.TOOL}"
-            )
-        pictures[part] = Pictures(pixels, made.features, labels)
+    pictures = dogfish_features.load_pictures(data, features)
     if extractor is None:
         extractor = dogfish_features.build_extractor(args.weights, model)
     extractor.trainable = False
-    require_same_features(pictures["train"], extractor, features)
+    some = pictures["train"].images[:4], pictures["train"].features[:4]
+    dogfish_features.require_same(features, *some, extractor)
     return pictures, extractor
-
-
-def require_same_features(
-    clean: Pictures, extractor: keras.Model, path: pathlib.Path
-) -> None:
-    """Raise unless the file's features are those of this network."""
-    made = extractor(clean.images[:4], training=False).numpy()
-    stored = clean.features[:4]
-    if made.shape != stored.shape or not np.allclose(
-        made, stored, rtol=1e-2, atol=1e-2 * np.abs(made).max()
-    ):
-        raise ValueError(
-            f"{path} holds features of another network or other images. Make it anew "
-            f"with {dogfish_features.TOOL}, with the --weights or --model given here"
-        )
 
 
 def require_targets(args: argparse.Namespace, part: str, labels: np.ndarray) -> None:
@@ -306,16 +267,6 @@ def extractor_of(args: argparse.Namespace) -> keras.Model:
     return extractor
 
 
-def write_bundle(path: pathlib.Path, chosen: dict[str, images.Part]) -> None:
-    """The two classes in the published layout."""
-    arrays = {}
-    for part, (pixels, labels) in chosen.items():
-        arrays[f"X_{part}"], arrays[f"Y_{part}"] = pixels, labels
-    partial = path.with_name("partial.npz")
-    np.savez_compressed(partial, **arrays)
-    os.replace(partial, path)
-
-
 # Heads.
 
 
@@ -336,26 +287,16 @@ def mean_loss(heads: list, features: Any, labels: Any) -> tf.Tensor:
     logits = logits_of(heads, features)
     count = tf.shape(logits)[0]
     labels = tf.tile(labels[None], [count, 1])
-    losses = experiment.cross_entropy(logits, labels)
+    losses = tb.sparse_cross_entropy(logits, labels)
     return tf.reduce_sum(tf.reduce_mean(losses, axis=1))
 
 
 def head_trainer(args: argparse.Namespace) -> Callable:
-    """(features, labels, heads at the start) -> heads trained on all of them."""
-    optimizer = keras.optimizers.RMSprop(args.head_lr)
-    inner = tb.InnerSolver(optimizer, args.head_steps)
-    problem = tb.Problem(
-        lambda x, heads, batch: mean_loss(heads, *batch),
-        lambda x, heads, batch: mean_loss(heads, *batch),
+    """((features, labels), heads at the start) -> heads trained on all of them."""
+    optimizer, jit = keras.optimizers.RMSprop(args.head_lr), args.jit == "on"
+    return common.trainer(
+        lambda heads, batch: mean_loss(heads, *batch), optimizer, args.head_steps, jit
     )
-
-    @tf.function(autograph=False, jit_compile=True)
-    def train(features: Any, labels: Any, heads: list) -> list:
-        state = inner.init(problem, (), heads)
-        batch = tb.Batches(None, (features, labels))
-        return inner.solve(problem, (), heads, batch, state)[0]
-
-    return train
 
 
 # The attack.
@@ -404,7 +345,7 @@ class Attack:
             upper_loss, lower_loss, project_upper=box, prepare=prepare
         )
         self.method = tb.AugmentedLagrangian(
-            experiment.adam(args.lower_lr),
+            common.adam(args.lower_lr),
             args.inner_steps,
             weight=args.weight,
             lower_weight=args.lower_weight,
@@ -412,15 +353,15 @@ class Attack:
             # The published test compares fourth powers: see data_denoising.py.
             tolerance_decay=0.9**0.5,
         )
-        self.optimizer = experiment.adam(args.upper_lr)
+        self.optimizer = common.adam(args.upper_lr)
         # Feature collision is one level: the poison is what an inner solver moves.
-        self.single = tb.Problem(
-            lambda x, u, batch: collision(u, extractor(u, training=False), batch),
-            lambda x, u, batch: collision(u, extractor(u, training=False), batch),
-            project_lower=box,
+        self._collide = common.trainer(
+            lambda u, batch: collision(u, extractor(u, training=False), batch),
+            self.optimizer,
+            args.outer_steps,
+            jit=False,
+            project=box,
         )
-        self.inner = tb.InnerSolver(self.optimizer, args.outer_steps)
-        self._collide = tf.function(self._collide_once, autograph=False)
 
     def base_of(self, target: np.ndarray, label: int) -> np.ndarray:
         """The numbers of the nearest training images of the other class."""
@@ -438,7 +379,7 @@ class Attack:
             "base": tf.constant(self.clean.images[base]),
         }
         if self.args.method == "feature-collision":
-            return self._collide(upper["base"], upper).numpy()
+            return self._collide(upper, upper["base"]).numpy()
         lower = {
             "features": tf.constant(self.clean.features),
             "labels": tf.constant(self.clean.labels),
@@ -462,15 +403,10 @@ class Attack:
         )
         return result.upper.numpy()
 
-    def _collide_once(self, base: tf.Tensor, batch: dict) -> tf.Tensor:
-        state = self.inner.init(self.single, (), base)
-        batches = tb.Batches(None, batch)
-        return self.inner.solve(self.single, (), base, batches, state)[0]
-
 
 def run_attack(
     args: argparse.Namespace,
-    run: experiment.Run,
+    run: common.Run,
     pictures: dict[str, Pictures],
     extractor: keras.Model,
 ) -> dict:
@@ -486,7 +422,7 @@ def run_attack(
         return likely[:, np.arange(len(test.labels)), test.labels]
 
     fresh = draw_heads(args.retrain_seeds, width, [args.seed, 0])
-    before = ask(train(tf.constant(clean.features), labels, fresh))
+    before = ask(train((tf.constant(clean.features), labels), fresh))
     read = np.flatnonzero((before > 0.5).all(axis=0))
     targets = read[read >= args.start][: args.max_targets]
     if not len(targets):
@@ -499,7 +435,7 @@ def run_attack(
     folder.mkdir(exist_ok=True)
     seconds = run.rewind(len(test.labels))  # drops a row that a kill has cut short
     done = {int(row["target"]) for row in run.rows()}
-    progress = experiment.Progress(run.out, len(targets), "targets")
+    progress = common.Progress(run.out, len(targets), "targets")
     for number, target in enumerate(targets):
         if int(target) not in done:
             begun = time.perf_counter()
@@ -528,8 +464,10 @@ def attack_one(
     poison = attack.poison(features, label, target)
     made = attack.extractor(poison, training=False).numpy()
     heads = train(
-        tf.constant(np.concatenate([clean.features, made])),
-        tf.constant(np.concatenate([clean.labels, clean.labels[base]])),
+        (
+            tf.constant(np.concatenate([clean.features, made])),
+            tf.constant(np.concatenate([clean.labels, clean.labels[base]])),
+        ),
         draw_heads(args.retrain_seeds, features.shape[0], [args.seed, 2, target]),
     )
     after = ask(heads)
@@ -566,7 +504,7 @@ def distance(differences: np.ndarray) -> float:
 
 
 def summarise(
-    args: argparse.Namespace, run: experiment.Run, before: np.ndarray
+    args: argparse.Namespace, run: common.Run, before: np.ndarray
 ) -> dict[str, Any]:
     success = np.array(run.column("success"))
     names = ("distortion", "feature_distance", "feature_distance_before",
@@ -589,25 +527,23 @@ def summarise(
     return made
 
 
-def draw_curve(run: experiment.Run, method: str) -> None:
+def draw_curve(run: common.Run, method: str) -> None:
     """Share of targets flipped at no more than a distortion."""
     success, distortion = map(np.array, map(run.column, ("success", "distortion")))
     order = np.argsort(distortion)
-    figure, axes = plt.subplots(figsize=(5.5, 4))
     # From nothing at no distortion on: one target alone would have no line.
     share = 100 * np.cumsum([0, *success[order]]) / len(success)
-    axes.step([0, *distortion[order]], share, where="post")
-    axes.set(
-        xlabel="|u - b|, Euclidean", ylabel="percent of all targets", ylim=(0, 100)
-    )
-    axes.set_title(f"{method}: flipped at this distortion or less")
-    axes.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(run.out / "distortion.png", dpi=110)
-    plt.close(figure)
+    with common.figure(run.out / "distortion.png", (5.5, 4)) as page:
+        axes = page.subplots()
+        axes.step([0, *distortion[order]], share, where="post")
+        axes.set(
+            xlabel="|u - b|, Euclidean", ylabel="percent of all targets", ylim=(0, 100)
+        )
+        axes.set_title(f"{method}: flipped at this distortion or less")
+        axes.grid(alpha=0.3)
 
 
-def draw_attacks(run: experiment.Run) -> None:
+def draw_attacks(run: common.Run) -> None:
     """Target, base, poison and what was changed, of up to eight attacks."""
     rows = sorted(run.rows(), key=lambda row: -int(row["success"]))[:8]
     pixels, captions, red = [], [], []
@@ -620,7 +556,7 @@ def draw_attacks(run: experiment.Run) -> None:
         outcome = "flipped" if int(row["success"]) else "not flipped"
         captions += [f"target: {outcome}", "base", "poison", "its change"]
         red += [not int(row["success"]), False, False, False]
-    experiment.draw_images(
+    common.draw_images(
         run.out / "attacks.png",
         np.stack(pixels),
         captions,
@@ -632,7 +568,7 @@ def draw_attacks(run: experiment.Run) -> None:
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
-    with experiment.one_line_errors(__file__):
+    with common.one_line_errors(__file__):
         chosen, extractor = {}, None
         if args.data is None:
             chosen = choose_images(args)
@@ -642,12 +578,12 @@ def main(argv: list[str] | None = None) -> dict:
         if args.features is not None:
             # There is nothing to make, and what is wrong shows before the folder is.
             pictures, extractor = prepare_pictures(args, args.out, chosen, extractor)
-        run = experiment.Run(args.out, experiment.settings(args), args.resume)
+        run = common.Run(args.out, common.settings(args), args.resume)
         summary = run.summary()
         if summary is None:
             if not pictures:
                 pictures, extractor = prepare_pictures(args, run.out, chosen, extractor)
-            with experiment.one_line_nonfinite():
+            with common.one_line_nonfinite():
                 summary = run_attack(args, run, pictures, extractor)
             run.summarise(summary)
     draw_curve(run, args.method)
@@ -655,7 +591,7 @@ def main(argv: list[str] | None = None) -> dict:
     for name, value in summary.items():
         shown = f"{value:.2f}" if isinstance(value, float) else value
         print(f"{name:28s}{shown}")
-    print(f"Files in {run.out}: {', '.join(sorted(p.name for p in run.out.iterdir()))}")
+    print(run.files())
     return summary
 
 

@@ -37,113 +37,31 @@ data_prep/svhn.py.
 """
 
 import argparse
-import dataclasses
 import functools
 import os
 import pathlib
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-
+import common
 import keras
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import sklearn.metrics
 import tensorflow as tf
+from common import cleaning
+from common.classifiers import NETS
+from settings.data_denoising import (
+    BASELINES,
+    DATASETS,
+    DEFAULTS,
+    METHODS,
+    Settings,
+)
 
 import tfbilevel as tb
-from tfbilevel import experiment
-
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from data_prep import images, label_noise, svhn
 
 SAVED = 60  # updates between backups, if an epoch has more: what a kill can cost
-METHODS = ("penalty", "approxgrad")
-BASELINES = ("oracle", "val-only", "train+val")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings(experiment.InversionFree):
-    """A method's settings on a data set; `None` where it has no such knob."""
-
-    epochs: int | None = None
-
-
-def penalty(epochs: int, multiplier: float, lower_lr: float = 1e-4) -> Settings:
-    return Settings(
-        epochs=epochs,
-        inner_steps=20,
-        upper_lr=3.0,
-        lower_lr=lower_lr,
-        weight=0.01,
-        lower_weight=0.01,
-        tolerance=0.1,
-        multiplier=multiplier,
-    )
-
-
-def approxgrad(
-    epochs: int, lower_lr: float, solver_lr: float, steps: int = 20
-) -> Settings:
-    return Settings(
-        epochs=epochs,
-        inner_steps=steps,
-        upper_lr=1.0,
-        lower_lr=lower_lr,
-        solver_lr=solver_lr,
-        damping=1e-3,
-        halve_every=20,
-    )
-
-
-DEFAULTS = {
-    ("penalty", "mnist-small"): penalty(100, 1e-4),
-    ("penalty", "mnist"): penalty(101, 1e-6),
-    ("penalty", "cifar10"): penalty(200, 1e-4),
-    ("penalty", "svhn"): penalty(101, 0.0, 1e-5),
-    ("penalty", "digits"): penalty(100, 1e-4),
-    ("approxgrad", "mnist-small"): approxgrad(100, 1e-6, 1e-5),
-    ("approxgrad", "mnist"): approxgrad(100, 1e-6, 1e-5),
-    ("approxgrad", "cifar10"): approxgrad(201, 1e-5, 1e-4, steps=1),
-    ("approxgrad", "svhn"): approxgrad(101, 1e-6, 1e-5),
-    ("approxgrad", "digits"): approxgrad(100, 1e-6, 1e-5),
-}
-
-
-class Dataset(NamedTuple):
-    """What a data set's experiment is, whatever the method.
-
-    Attributes:
-        net: of NETS.
-        noise: share of wrong training labels.
-        sizes: training and validation examples.
-        pretrain_epochs: on validation data.
-        low, high: importances at the start where the network disagrees, and agrees.
-        retrain_threshold: importance from which an example counts at the end; `None`:
-            no retraining.
-    """
-
-    net: str
-    noise: float
-    sizes: tuple[int, int]
-    pretrain_epochs: int
-    low: float
-    high: float
-    retrain_threshold: float | None = None
-
-
-DATASETS = {
-    "digits": Dataset("logistic", 0.5, (2000, 1000), 100, 0.4, 0.6, 0.9),
-    "mnist-small": Dataset("logistic", 0.5, (5000, 5000), 100, 0.4, 0.6, 0.9),
-    "mnist": Dataset("mnist-cnn", 0.25, (59_000, 1000), 100, 0.4, 0.6),
-    "cifar10": Dataset("cifar-cnn", 0.25, (40_000, 10_000), 101, 0.2, 0.8),
-    "svhn": Dataset("svhn-cnn", 0.5, (72_257, 1000), 200, 0.2, 0.8),
-}
 
 
 class Data(NamedTuple):
@@ -167,8 +85,8 @@ class Data(NamedTuple):
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = experiment.Parser(description=__doc__)
-    add, above = parser.add_argument, experiment.positive
+    parser = common.Parser(description=__doc__)
+    add, above = parser.add_argument, common.positive
     add("--dataset", choices=DATASETS, default="digits")
     add("--data-dir", type=pathlib.Path, help="tensorflow-datasets folder")
     add("--data-file", type=pathlib.Path, help="svhn: made by data_prep/svhn.py")
@@ -200,12 +118,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="turn, shift, zoom and flip; default for cifar10 only",
     )
     add("--dropout", action=argparse.BooleanOptionalAction, help="default: none")
-    add("--jit", choices=experiment.JIT, help="default auto")
+    add("--jit", choices=common.JIT, help="default auto")
     args = parser.parse_args(argv)
     return complete(parser, args)
 
 
-def refuse_idle(parser: experiment.Parser, args: argparse.Namespace) -> None:
+def reject_ineffective_flags(parser: common.Parser, args: argparse.Namespace) -> None:
     bilevel = args.method in METHODS
     threshold = args.retrain_threshold
     if threshold is None:
@@ -214,7 +132,7 @@ def refuse_idle(parser: experiment.Parser, args: argparse.Namespace) -> None:
     retraining = bilevel and bool(threshold)
     dropping = (args.net or DATASETS[args.dataset].net) != "logistic"
     files = args.dataset not in ("digits", "svhn")
-    parser.refuse_idle(
+    parser.reject_ineffective_flags(
         args,
         {
             **dict.fromkeys(for_methods, (bilevel, "a bilevel --method")),
@@ -231,15 +149,15 @@ def refuse_idle(parser: experiment.Parser, args: argparse.Namespace) -> None:
     )
 
 
-def complete(parser: experiment.Parser, args: argparse.Namespace) -> argparse.Namespace:
+def complete(parser: common.Parser, args: argparse.Namespace) -> argparse.Namespace:
     """What follows from the data set and the method; errors."""
     dataset = DATASETS[args.dataset]
     published = DEFAULTS.get((args.method, args.dataset), Settings())
-    parser.refuse_meaningless(args, [published], f"--method {args.method}")
-    refuse_idle(parser, args)
+    parser.reject_unused_flags(args, [published], f"--method {args.method}")
+    reject_ineffective_flags(parser, args)
     if args.noise is not None and args.method == "val-only":
         parser.warn("--noise changes nothing: --method val-only sees no training label")
-    args = experiment.filled(args, published)
+    args = common.filled(args, published)
     defaults = {
         "pretrain_lr": 1e-3,
         "baseline_epochs": 100,
@@ -351,7 +269,7 @@ def scaled(part: images.Part) -> images.Part:
 def batches(args: argparse.Namespace, data: Data, first_step: int) -> tf.data.Dataset:
     """An update's batches: fresh validation examples with every training batch."""
     level = {
-        name: experiment.index_batches(
+        name: tb.index_batches(
             len(part.labels), args.batch_size, 2 * args.seed + number, first_step
         ).map(gather(part))
         for number, (name, part) in enumerate(
@@ -388,69 +306,6 @@ def augmentation(seed: int) -> list[keras.layers.Layer]:
     ]
 
 
-# Networks; all end in logits.
-
-
-def logistic() -> list:
-    return [keras.layers.Flatten(), keras.layers.Dense(10)]
-
-
-def mnist_cnn() -> list:
-    """1,389,578 parameters."""
-    layers = []
-    for filters in (64, 128):
-        layers += [
-            keras.layers.Conv2D(filters, 5, activation="relu"),
-            keras.layers.MaxPooling2D(),
-            keras.layers.Dropout(0.25),
-        ]
-    return [*layers, keras.layers.Flatten(), *dense(512, 256, rate=0.5)]
-
-
-def cifar_cnn() -> list:
-    """1,172,410 parameters."""
-    layers = []
-    for filters in (48, 96, 192):
-        layers += [
-            keras.layers.Conv2D(filters, 3, padding="same", activation="relu"),
-            keras.layers.Conv2D(filters, 3, activation="relu"),
-            keras.layers.MaxPooling2D(),
-            keras.layers.Dropout(0.25),
-        ]
-    return [*layers, keras.layers.Flatten(), *dense(512, 256, rate=0.5)]
-
-
-def svhn_cnn() -> list:
-    """1,340,650 parameters."""
-    layers = []
-    for filters in (32, 64, 128):
-        layers += [
-            keras.layers.Conv2D(filters, 3, padding="same", activation="relu"),
-            keras.layers.Conv2D(filters, 3, padding="same", activation="relu"),
-            keras.layers.MaxPooling2D(),
-            keras.layers.Dropout(0.3),
-        ]
-    return [*layers, keras.layers.Flatten(), *dense(512, rate=0.3)]
-
-
-def dense(*widths: int, rate: float) -> list:
-    hidden = []
-    for width in widths:
-        hidden += [
-            keras.layers.Dense(width, activation="relu"),
-            keras.layers.Dropout(rate),
-        ]
-    return [*hidden, keras.layers.Dense(10)]
-
-
-NETS = {
-    "logistic": logistic,
-    "mnist-cnn": mnist_cnn,
-    "cifar-cnn": cifar_cnn,
-    "svhn-cnn": svhn_cnn,
-}
-
-
 def build_net(net: str, shape: tuple[int, ...], seed: int) -> keras.Model:
     keras.utils.set_random_seed(seed)
     return keras.Sequential([keras.Input(shape), *NETS[net]()])
@@ -466,17 +321,12 @@ def fit_plainly(
     callbacks: Sequence[keras.callbacks.Callback] = (),
 ) -> None:
     """Adam on everything in the parts, every label believed."""
-    pixels, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     # Not net(inputs, training=False) as a model: its `fit` would train it all the same.
     layers = augmentation(args.seed) if augment else []
     layers += net.layers if args.dropout else without_dropout(net)
     trained = keras.Sequential([keras.Input(net.input_shape[1:]), *layers])
-    trained.compile(
-        experiment.adam(rate),
-        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-    )
-    callbacks = [*callbacks, experiment.FitProgress(f"{args.out}, plain training")]
-    trained.fit(pixels, labels, args.batch_size, epochs, callbacks=callbacks, verbose=0)
+    optimizer, name = common.adam(rate), f"{args.out}, plain training"
+    cleaning.fit(trained, parts, optimizer, args.batch_size, epochs, name, callbacks)
 
 
 def without_dropout(net: keras.Model) -> list:
@@ -531,11 +381,11 @@ def build_model(
     def upper_loss(upper: tb.ExampleWeights, lower: keras.Model, batch: tuple):
         pixels, labels = batch
         logits = lower(pixels, training=args.dropout)
-        return tf.reduce_mean(experiment.cross_entropy(logits, labels))
+        return tf.reduce_mean(tb.sparse_cross_entropy(logits, labels))
 
     def lower_loss(upper: tb.ExampleWeights, lower: keras.Model, batch: tuple):
         pixels, labels, index = batch
-        losses = experiment.cross_entropy(lower(pixels, training=args.dropout), labels)
+        losses = tb.sparse_cross_entropy(lower(pixels, training=args.dropout), labels)
         s = upper(index)
         return tf.reduce_sum(s * losses) / (tf.reduce_sum(s) + 1e-12)
 
@@ -543,7 +393,7 @@ def build_model(
     model.compile(
         Settings.method(args, per_epoch),
         tb.LazyAdam(Settings.upper_rate(args, per_epoch), epsilon=1e-8),
-        jit_compile=experiment.JIT[args.jit],
+        jit_compile=common.JIT[args.jit],
     )
     return model
 
@@ -573,7 +423,7 @@ def measure(
     return evaluate
 
 
-def pretrain(args: argparse.Namespace, run: experiment.Run, data: Data) -> keras.Model:
+def pretrain(args: argparse.Namespace, run: common.Run, data: Data) -> keras.Model:
     """The network trained on validation data; kept, so that --resume finds it."""
     shape, path = data.train.images.shape[1:], run.out / "pretrained.weights.h5"
     if not path.exists():
@@ -589,7 +439,7 @@ def pretrain(args: argparse.Namespace, run: experiment.Run, data: Data) -> keras
     return net
 
 
-def denoise(args: argparse.Namespace, run: experiment.Run, data: Data) -> dict:
+def denoise(args: argparse.Namespace, run: common.Run, data: Data) -> dict:
     """The bilevel methods: train, measure, draw, retrain."""
     net = pretrain(args, run, data)
     dataset = DATASETS[args.dataset]
@@ -598,7 +448,7 @@ def denoise(args: argparse.Namespace, run: experiment.Run, data: Data) -> dict:
     start = np.where(agrees, dataset.high, dataset.low)
     pretrained = accuracy(net, data.test)
     model = build_model(args, net, start, per_epoch)
-    experiment.train(
+    common.train(
         model,
         lambda first: batches(args, data, first),
         run,
@@ -632,7 +482,7 @@ def denoise(args: argparse.Namespace, run: experiment.Run, data: Data) -> dict:
     return summary
 
 
-def train_baseline(args: argparse.Namespace, run: experiment.Run, data: Data) -> dict:
+def train_baseline(args: argparse.Namespace, run: common.Run, data: Data) -> dict:
     pixels, labels = data.train
     right = images.Part(pixels[data.clean], labels[data.clean])
     parts = {
@@ -649,7 +499,7 @@ def train_baseline(args: argparse.Namespace, run: experiment.Run, data: Data) ->
             "validation_accuracy": accuracy(net, data.validation),
         }
 
-    log = experiment.EvaluateEpochs(run, evaluate)
+    log = common.EvaluateEpochs(run, evaluate)
     fit_plainly(args, net, parts, rate, epochs, args.augment, [log])
     draw_curves(run, args)
     final = {name: run.column(name)[-1] for name in evaluate()}
@@ -664,10 +514,10 @@ def about(args: argparse.Namespace) -> dict:
     return {name: getattr(args, name) for name in names}
 
 
-def summarise(args: argparse.Namespace, run: experiment.Run) -> dict:
-    rows = [{k: float(v) for k, v in row.items()} for row in run.rows()]
+def summarise(args: argparse.Namespace, run: common.Run) -> dict:
+    rows = common.numbers(run.rows())
     final = rows[-1]
-    chosen = max(rows, key=lambda row: row["validation_accuracy"])
+    chosen = common.best_row(rows, "validation_accuracy")
     hidden = ("step", "seconds")
     return {
         **about(args),
@@ -683,62 +533,40 @@ def summarise(args: argparse.Namespace, run: experiment.Run) -> dict:
 
 
 def draw_importances(path: pathlib.Path, s: np.ndarray, clean: np.ndarray) -> None:
-    figure, axes = plt.subplots(figsize=(6, 4))
-    bins = np.linspace(0, 1, 51).tolist()
-    for name, mask in (("true label", clean), ("wrong label", ~clean)):
-        axes.hist(s[mask], bins, alpha=0.6, label=name)
-    axes.set(xlabel="importance", ylabel="training examples", yscale="log")
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    with common.figure(path, (6, 4)) as page:
+        axes = page.subplots()
+        cleaning.draw_histograms(axes, s, clean, np.linspace(0, 1, 51))
+        axes.set(xlabel="importance", ylabel="training examples")
 
 
 def draw_distrusted(
     path: pathlib.Path, s: np.ndarray, data: Data, net: keras.Model
 ) -> None:
-    """The 48 training images of least importance."""
-    worst = np.argsort(s, kind="stable")[:48]
-    pixels, given = data.train.images[worst], data.train.labels[worst]
-    looks = predict(net, pixels)
-    captions = [f"given {a}, looks {b}" for a, b in zip(given, looks, strict=True)]
-    title = "Most distrusted labels (red: the label is wrong)"
-    red = (~data.clean[worst]).tolist()
-    experiment.draw_images(path, pixels, captions, title, red)
+    """The training images of least importance."""
+    pixels, given = data.train
+    cleaning.draw_distrusted(
+        path, pixels, s, given, ~data.clean, lambda worst: predict(net, pixels[worst])
+    )
 
 
-def draw_curves(run: experiment.Run, args: argparse.Namespace) -> None:
+def draw_curves(run: common.Run, args: argparse.Namespace) -> None:
     measured = ("test", "validation", "clean_train", "train")
     scores = ("precision", "recall", "f1")
-    panels = {
-        "accuracy": [f"{name}_accuracy" for name in measured],
-        "examples of importance above 0.5": [f"{name}_at_0.5" for name in scores],
+    columns = {
+        "accuracy": {m.replace("_", " "): f"{m}_accuracy" for m in measured},
+        "examples of importance above 0.5": {name: f"{name}_at_0.5" for name in scores},
     }
     # A baseline has no importances, and is not measured on the training data.
-    known = {
-        title: [name for name in names if name in run.rows()[0]]
-        for title, names in panels.items()
-    }
-    known = {title: names for title, names in known.items() if names}
-    seconds = run.column("seconds")
-    figure, grid = plt.subplots(
-        1, len(known), figsize=(5.5 * len(known), 4), squeeze=False
-    )
-    for axes, (title, names) in zip(grid[0], known.items(), strict=True):
-        for name in names:
-            label = name.rpartition("_a")[0].replace("_", " ")
-            experiment.draw_line(axes, seconds, run.column(name), label=label)
-        axes.set(xlabel="seconds of training", ylabel="percent", title=title)
-        axes.grid(alpha=0.3)
-        axes.legend()
-    figure.suptitle(f"{args.method}, {args.net}, {args.dataset}")
-    figure.tight_layout()
-    figure.savefig(run.out / "curves.png", dpi=110)
-    plt.close(figure)
+    known, panels = run.rows()[0], []
+    for title, names in columns.items():
+        names = {label: name for label, name in names.items() if name in known}
+        if names:
+            panels.append(common.Panel(names, title, "percent"))
+    common.plot_columns(run, panels, f"{args.method}, {args.net}, {args.dataset}")
 
 
 def one_trial(
-    args: argparse.Namespace, run: experiment.Run, parts: list[images.Part]
+    args: argparse.Namespace, run: common.Run, parts: list[images.Part]
 ) -> dict:
     data = with_noise(args, parts)
     if args.method in BASELINES:
@@ -748,17 +576,17 @@ def one_trial(
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
-    with experiment.one_line_errors(__file__):
+    with common.one_line_errors(__file__):
         parts = load_parts(args)
-        run = experiment.Run(args.out, experiment.settings(args), args.resume)
+        run = common.Run(args.out, common.settings(args), args.resume)
     one = functools.partial(one_trial, parts=parts)
-    summary = experiment.trials(args, run, one)
+    summary = common.trials(args, run, one)
     for name in ("test_accuracy", "test_accuracy_std", "last_epoch_test_accuracy",
                  "pretrained_test_accuracy", "auc", "precision_at_0.5",
                  "recall_at_0.5"):  # fmt: skip
         if name in summary:
             print(f"{name:28s}{summary[name]:8.2f}")
-    print(f"Files in {run.out}: {', '.join(sorted(p.name for p in run.out.iterdir()))}")
+    print(run.files())
     return summary
 
 

@@ -28,176 +28,29 @@ minute.
 import argparse
 import dataclasses
 import functools
-import itertools
 import math
-import os
 import pathlib
-import sys
 from collections.abc import Callable
 from typing import Any
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-
+import common
 import keras
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import tensorflow as tf
+from common import cleaning
+from settings.data_hyper_cleaning import BASELINES, DEFAULTS, METHODS, NETS, Settings
 
 import tfbilevel as tb
-from tfbilevel import experiment
-
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from data_prep import images, label_noise
 
-NETS = ("linear", "mlp", "mlp-linear")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings(experiment.InversionFree):
-    """A method's published settings on one net; `None` where it has no such knob."""
-
-    outer_steps: int | None
-    upper_optimizer: str | None = "sgd"
-    eval_every: int | None = 10
-    reg: float | None = 0.0
-    jit: str | None = "auto"
-    auxiliary: str | None = None
-    memory: str | None = None
-    inner_lr: float | None = None
-    last: int | None = None
-    gamma_init: float | None = None
-    gamma_max: float | None = None
-    gamma_steps: int | None = None
-    solver_steps: int | None = None
-    start_lr: float | None = None
-    alpha: float | None = None
-    alpha_decay: float | None = None
-    bda_rule: str | None = None
-
-
-def v_pbgd(lower_lr: float, gamma_max: float, gamma_steps: int, outer: int) -> Settings:
-    return Settings(
-        outer_steps=outer,
-        upper_lr=0.1,
-        lower_lr=lower_lr,
-        inner_lr=0.01,
-        inner_steps=1,
-        gamma_init=0.0,
-        gamma_max=gamma_max,
-        gamma_steps=gamma_steps,
-        auxiliary="persistent",
-    )
-
-
-def g_pbgd(upper_lr: float, gamma_steps: int, outer: int) -> Settings:
-    return Settings(
-        outer_steps=outer,
-        upper_lr=upper_lr,
-        lower_lr=0.5,
-        gamma_init=0.0,
-        gamma_max=37.0,
-        gamma_steps=gamma_steps,
-    )
-
-
-def rhg(inner_lr: float, last: int | None = None) -> Settings:
-    return Settings(
-        outer_steps=100,
-        upper_lr=0.001,
-        inner_lr=inner_lr,
-        inner_steps=500,
-        last=last,
-        eval_every=1,
-        memory="replay",
-    )
-
-
-def aid(inner_lr: float, **settings: float) -> Settings:
-    return Settings(
-        outer_steps=500,
-        upper_lr=0.03,
-        inner_lr=inner_lr,
-        inner_steps=20,
-        solver_steps=10,
-        upper_optimizer="adam",
-        eval_every=5,
-        **settings,
-    )
-
-
-def dynamic(inner_lr: float, **settings: Any) -> Settings:
-    """What iaptt-gm and bda share."""
-    return Settings(
-        outer_steps=3000,
-        upper_lr=0.01,
-        inner_lr=inner_lr,
-        inner_steps=100,
-        upper_optimizer="adam",
-        memory="replay",
-        **settings,
-    )
-
-
-def inversion_free(**settings: float) -> Settings:
-    """What penalty and approxgrad share."""
-    return Settings(
-        outer_steps=1000,
-        upper_lr=0.1,
-        lower_lr=1e-3,
-        inner_steps=20,
-        upper_optimizer="adam",
-        **settings,
-    )
-
-
-DEFAULTS = {
-    ("v-pbgd", "linear"): v_pbgd(0.1, 0.2, 30_000, 40_000),
-    ("v-pbgd", "mlp"): v_pbgd(0.01, 0.1, 10_000, 80_000),
-    ("g-pbgd", "linear"): g_pbgd(0.3, 5_000, 40_000),
-    ("g-pbgd", "mlp"): g_pbgd(0.5, 30_000, 50_000),
-    ("rhg", "linear"): rhg(0.1),
-    ("rhg", "mlp"): rhg(0.4),
-    ("t-rhg", "linear"): rhg(0.1, 100),
-    ("t-rhg", "mlp"): rhg(0.4, 100),
-    ("aid-cg", "linear"): aid(0.5, damping=1e-3),
-    ("aid-cg", "mlp"): aid(0.4, damping=1e-3),
-    ("aid-fp", "linear"): aid(0.5),
-    ("aid-fp", "mlp"): aid(0.4),
-    ("neumann", "linear"): aid(0.5),
-    ("neumann", "mlp"): aid(0.4),
-}
-for _net in NETS:
-    DEFAULTS["iaptt-gm", _net] = dynamic(0.03, start_lr=0.03)
-    # The rate of BDA's own code: it begins at the first weights, and 100 steps of
-    # iaptt-gm's 0.03 from there end at 75 percent on MNIST.
-    DEFAULTS["bda", _net] = dynamic(
-        0.4, alpha=0.5, alpha_decay=0.9, bda_rule="aggregated"
-    )
-    DEFAULTS["penalty", _net] = inversion_free(
-        weight=0.01, lower_weight=0.01, tolerance=0.1, multiplier=0.0
-    )
-    DEFAULTS["approxgrad", _net] = inversion_free(
-        solver_lr=1e-2, damping=1e-3, halve_every=500
-    )
-# No published run has both: the settings of the other two-layer net.
-for _method in ("v-pbgd", "g-pbgd", "rhg", "t-rhg", "aid-cg", "aid-fp", "neumann"):
-    DEFAULTS[_method, "mlp-linear"] = DEFAULTS[_method, "mlp"]
-METHODS = tuple(dict.fromkeys(method for method, _ in DEFAULTS))
-BASELINES = ("oracle", "val-only", "train+val", "kept+val")
-_fields = [field.name for field in dataclasses.fields(Settings)]
-for _method, _net in itertools.product(BASELINES, NETS):
-    DEFAULTS[_method, _net] = Settings(**dict.fromkeys(_fields))
 SCORES = ("test_accuracy", "precision", "recall", "f1")
 PARTS = ("train", "validation", "test", "selection")
 SIZES = {"digits": (2000, 1000, 1500, 500)}
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = experiment.Parser(description=__doc__)
-    add, above = parser.add_argument, experiment.positive
+    parser = common.Parser(description=__doc__)
+    add, above = parser.add_argument, common.positive
     add("--dataset", choices=images.DATASETS, default="digits")
     add("--data-dir", type=pathlib.Path, help="tensorflow-datasets folder")
     add("--net", choices=NETS, default="linear")
@@ -215,20 +68,20 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--upper-optimizer", choices=("sgd", "adam"))
     add("--inner-lr", type=above(float))
     add("--start-lr", type=above(float), help="iaptt-gm: rate of the learned start")
-    add("--alpha", type=experiment.share, help="bda: weight of the upper loss")
-    add("--alpha-decay", type=experiment.share, help="bda: its factor per step")
+    add("--alpha", type=common.share, help="bda: weight of the upper loss")
+    add("--alpha-decay", type=common.share, help="bda: its factor per step")
     add(
         "--bda-rule",
         choices=("aggregated", "bda-repo"),
         help="bda: weight of g; 1 - that of f, or constant as in BDA's own code",
     )
     add("--dynamics", choices=("gd", "nesterov-t", "nesterov-m"), default="gd")
-    add("--momentum", type=experiment.fraction, help="nesterov-m; default 0.9")
-    add("--gamma-init", type=experiment.at_least(float, 0))
+    add("--momentum", type=common.fraction, help="nesterov-m; default 0.9")
+    add("--gamma-init", type=common.at_least(float, 0))
     add("--gamma-max", type=above(float))
     add("--gamma-steps", type=above(int), help="length of gamma's ramp")
     add("--auxiliary", choices=("persistent", "copy"), help="v-pbgd: where z starts")
-    add("--reg", type=experiment.at_least(float, 0), help="L2 coefficient of g")
+    add("--reg", type=common.at_least(float, 0), help="L2 coefficient of g")
     add("--eval-every", type=above(int), help="outer steps between evaluations")
     add(
         "--baseline-epochs",
@@ -239,7 +92,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--kept", type=pathlib.Path, help="kept+val: .npz of labels and what to keep")
     add("--trials", type=above(int), default=1, help="runs at successive seeds")
     add("--memory", choices=("replay", "checkpoint", "tape"), help="of unrolled steps")
-    add("--jit", choices=experiment.JIT)
+    add("--jit", choices=common.JIT)
     args = parser.parse_args(argv)
     sizes = SIZES.get(args.dataset, (5000, 5000, 10_000, 5000))
     for part, size in zip(PARTS, sizes, strict=True):
@@ -249,7 +102,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def fill_defaults(
-    parser: experiment.Parser, args: argparse.Namespace
+    parser: common.Parser, args: argparse.Namespace
 ) -> argparse.Namespace:
     published = DEFAULTS[args.method, args.net]
     if args.dataset == "digits" and published.gamma_steps and published.outer_steps:
@@ -259,10 +112,10 @@ def fill_defaults(
             outer_steps=published.outer_steps // 4,
             gamma_steps=published.gamma_steps // 4,
         )
-    parser.refuse_meaningless(args, [published], f"--method {args.method}")
+    parser.reject_unused_flags(args, [published], f"--method {args.method}")
     files = args.dataset != "digits", "a --dataset with files"
     of_file = args.method == "kept+val"
-    parser.refuse_idle(
+    parser.reject_ineffective_flags(
         args, {"data_dir": files, "kept": (of_file, "--method kept+val")}
     )
     if of_file and (args.kept is None or args.trials > 1):
@@ -270,7 +123,7 @@ def fill_defaults(
             "--method kept+val needs --kept FILE, which is of one seed: give it, and "
             "no --trials"
         )
-    given, args = args, experiment.filled(args, published)
+    given, args = args, common.filled(args, published)
     if given.last is None and args.last is not None:
         args.last = min(args.last, args.inner_steps)
     if args.last is not None and args.last > args.inner_steps:
@@ -295,7 +148,7 @@ def fill_defaults(
         )
     with_momentum = args.dynamics == "nesterov-m"
     needs = {"momentum": (with_momentum, "--dynamics nesterov-m")}
-    parser.refuse_idle(args, needs)
+    parser.reject_ineffective_flags(args, needs)
     if with_momentum and args.momentum is None:
         args.momentum = 0.9
     return args
@@ -353,7 +206,7 @@ def draw_weights(shapes: list[tuple], seed: int, step: tf.Tensor) -> list[tf.Ten
 
 def cross_entropy(network: keras.Model, batch: tuple) -> tf.Tensor:
     pixels, labels = batch
-    return experiment.cross_entropy(network(pixels), labels)
+    return tb.sparse_cross_entropy(network(pixels), labels)
 
 
 def build_method(args: argparse.Namespace, network: keras.Model) -> tb.Method:
@@ -407,19 +260,12 @@ def train_plainly(
     args: argparse.Namespace, network: keras.Model, parts: list[tuple], *callbacks: Any
 ) -> None:
     """Adam on everything in the parts, every label believed."""
-    pixels, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-    network.compile(
-        keras.optimizers.Adam(1e-3),
-        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-    )
-    callbacks = (*callbacks, experiment.FitProgress(f"{args.out}, plain training"))
-    network.fit(
-        pixels, labels, 100, args.baseline_epochs, callbacks=callbacks, verbose=0
-    )
+    optimizer, name = keras.optimizers.Adam(1e-3), f"{args.out}, plain training"
+    cleaning.fit(network, parts, optimizer, 100, args.baseline_epochs, name, callbacks)
 
 
 def train_baseline(
-    args: argparse.Namespace, run: experiment.Run, data: dict, network: keras.Model
+    args: argparse.Namespace, run: common.Run, data: dict, network: keras.Model
 ) -> dict:
     """A classifier trained on what the baseline may see, and what it would keep: what
     it was told to, or the training examples whose given label it predicts."""
@@ -445,7 +291,7 @@ def train_baseline(
             **label_noise.cleaning_scores(kept(), data["clean"]),
         }
 
-    epochs = experiment.EvaluateEpochs(run, evaluate)
+    epochs = common.EvaluateEpochs(run, evaluate)
     train_plainly(args, network, parts, epochs)
     probabilities = tf.nn.softmax(network(pixels)).numpy()
     np.savez_compressed(
@@ -478,38 +324,30 @@ def before_cleaning(args: argparse.Namespace, data: dict) -> dict[str, float]:
     }
 
 
-def draw_curves(run: experiment.Run, args: argparse.Namespace) -> None:
-    steps = run.column("step")
+def draw_curves(run: common.Run, args: argparse.Namespace) -> None:
     unit = "epoch" if args.method in BASELINES else "outer step"
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
-    for part in PARTS[1:]:
-        experiment.draw_line(left, steps, run.column(f"{part}_accuracy"), label=part)
-    for name in ("f1", "precision", "recall"):
-        experiment.draw_line(right, steps, run.column(name), label=name)
-    for axes, title in ((left, "accuracy"), (right, "clean examples kept")):
-        axes.set(xlabel=unit, ylabel="percent", title=title)
-        axes.grid(alpha=0.3)
-        axes.legend()
-    figure.suptitle(f"{args.method}, {args.net}, {args.dataset}")
-    figure.tight_layout()
-    figure.savefig(run.out / "curves.png", dpi=110)
-    plt.close(figure)
+    accuracies = {part: f"{part}_accuracy" for part in PARTS[1:]}
+    scores = {name: name for name in ("f1", "precision", "recall")}
+    panels = [
+        common.Panel(accuracies, "accuracy", "percent"),
+        common.Panel(scores, "clean examples kept", "percent"),
+    ]
+    title = f"{args.method}, {args.net}, {args.dataset}"
+    common.plot_columns(run, panels, title, ("step", unit))
 
 
 def draw_distrusted(
-    run: experiment.Run, data: dict, trust: np.ndarray, network: keras.Model
+    run: common.Run, data: dict, trust: np.ndarray, network: keras.Model
 ) -> None:
-    """The 48 training images trusted least, with given and predicted label."""
-    worst = np.argsort(trust, kind="stable")[:48]
-    pixels = data["train"][0].numpy()[worst]
-    predicted = np.argmax(network(pixels), axis=1)
-    given = data["train"][1].numpy()[worst]
-    experiment.draw_images(
+    """The training images trusted least, with given and predicted label."""
+    pixels, given = (tensor.numpy() for tensor in data["train"])
+    cleaning.draw_distrusted(
         run.out / "distrusted.png",
-        data["train_images"][worst] / data["train_images"].max(),
-        [f"given {a}, looks {b}" for a, b in zip(given, predicted, strict=True)],
-        "Most distrusted labels (red: the label is wrong)",
-        red=data["true_labels"][worst] != given,
+        data["train_images"] / data["train_images"].max(),
+        trust,
+        given,
+        data["true_labels"] != given,
+        lambda worst: np.argmax(network(pixels[worst]), axis=1),
     )
 
 
@@ -528,17 +366,13 @@ def inner_curve(model: tb.BilevelModel, data: dict) -> Callable[[], np.ndarray]:
         state = inner.init(here.problem, x, first)
         if "step" in state:
             state["step"] = step
-        iterate = inner.begin(here.problem, x, first, state)
-        rows = tf.TensorArray(tf.float32, inner.steps, element_shape=[2])
-        for t in tf.range(inner.steps):
-            iterate, _ = inner.advance(here.problem, x, here.batches, iterate, t)
 
-            def predict(pixels: tf.Tensor, training: bool) -> tf.Tensor:
-                return network(iterate.lower, pixels, training)  # noqa: B023
-
+        def measured(weights: list) -> tf.Tensor:
+            predict = functools.partial(network, weights)
             parts = [data["selection"], data["test"]]
-            rows = rows.write(t, tf.stack([accuracy(predict, part) for part in parts]))
-        return rows.stack()
+            return tf.stack([accuracy(predict, part) for part in parts])
+
+        return inner.trajectory(here, first, state, of=measured)
 
     def curve() -> np.ndarray:
         x = [tf.identity(v.value) for v in model.upper_variables]
@@ -548,19 +382,17 @@ def inner_curve(model: tb.BilevelModel, data: dict) -> Callable[[], np.ndarray]:
     return curve
 
 
-def draw_inner_curve(run: experiment.Run, curve: np.ndarray) -> dict[str, float]:
+def draw_inner_curve(run: common.Run, curve: np.ndarray) -> dict[str, float]:
     """Accuracy of every inner iterate at the final weights."""
     selection, test = curve
-    figure, axes = plt.subplots(figsize=(5.5, 4))
-    for part, values in (("selection", selection), ("test", test)):
-        steps = np.arange(1, len(values) + 1)
-        experiment.draw_line(axes, steps, values, label=part)
-    axes.set(xlabel="inner step", ylabel="percent", title="accuracy at the end")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(run.out / "inner_curve.png", dpi=110)
-    plt.close(figure)
+    steps = np.arange(1, len(test) + 1)
+    with common.figure(run.out / "inner_curve.png", (5.5, 4)) as page:
+        axes = page.subplots()
+        for part, values in (("selection", selection), ("test", test)):
+            common.draw_line(axes, steps, values, label=part)
+        axes.set(xlabel="inner step", ylabel="percent", title="accuracy at the end")
+        axes.grid(alpha=0.3)
+        axes.legend()
     chosen = int(selection.argmax())
     return {
         "best_inner_step": chosen + 1,
@@ -592,28 +424,23 @@ def load_data(args: argparse.Namespace) -> dict:
     }
 
 
-def best(rows: list[dict], by: str) -> dict:
-    """The first row that is best by a column."""
-    return max(rows, key=lambda row: row[by])
-
-
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
-    with experiment.one_line_errors(__file__):
+    with common.one_line_errors(__file__):
         data = load_data(args)
-        run = experiment.Run(args.out, experiment.settings(args), args.resume)
+        run = common.Run(args.out, common.settings(args), args.resume)
     drawn = {args.seed: data}
 
-    def one(own: argparse.Namespace, run: experiment.Run) -> dict:
+    def one(own: argparse.Namespace, run: common.Run) -> dict:
         return one_trial(own, run, drawn.pop(own.seed, None) or load_data(own))
 
-    summary = experiment.trials(args, run, one)
+    summary = common.trials(args, run, one)
     print_table(summary)
-    print(f"Files in {run.out}: {', '.join(sorted(p.name for p in run.out.iterdir()))}")
+    print(run.files())
     return summary
 
 
-def one_trial(args: argparse.Namespace, run: experiment.Run, data: dict) -> dict:
+def one_trial(args: argparse.Namespace, run: common.Run, data: dict) -> dict:
     keras.utils.set_random_seed(args.seed)
     network = build_net(args.net, data["train"][0].shape[1], args.seed)
     if args.method in BASELINES:
@@ -646,10 +473,10 @@ def lower_loss(
 
 
 def clean(
-    args: argparse.Namespace, run: experiment.Run, data: dict, network: keras.Model
+    args: argparse.Namespace, run: common.Run, data: dict, network: keras.Model
 ) -> dict:
     weights = tb.ExampleWeights(args.train_size)
-    optimizer = {"sgd": keras.optimizers.SGD, "adam": experiment.adam}
+    optimizer = {"sgd": keras.optimizers.SGD, "adam": common.adam}
     learned = args.method == "iaptt-gm"
     model = tb.BilevelModel(
         weights,
@@ -661,7 +488,7 @@ def clean(
     model.compile(
         build_method(args, network),
         optimizer[args.upper_optimizer](Settings.upper_rate(args)),
-        jit_compile=experiment.JIT[args.jit],
+        jit_compile=common.JIT[args.jit],
         steps_per_execution=math.gcd(args.outer_steps, args.eval_every),
         start_optimizer=keras.optimizers.SGD(args.start_lr) if learned else None,
     )
@@ -692,7 +519,7 @@ def clean(
     # A kill costs at most a twentieth of the run.
     full = tf.data.Dataset.from_tensors
     batches = tb.pair(full(data["validation"]), full(data["train"]))
-    experiment.train(
+    common.train(
         model,
         lambda first: batches.repeat(),
         run,
@@ -701,7 +528,7 @@ def clean(
         epoch=args.eval_every * max(1, min(100, evaluations // 20)),
         steps=args.outer_steps,
     )
-    rows = [{k: float(v) for k, v in row.items()} for row in run.rows()]
+    rows = common.numbers(run.rows())
     draw_curves(run, args)
     draw_distrusted(run, data, weights.logits.numpy(), network)
     np.savez_compressed(
@@ -715,15 +542,14 @@ def clean(
     if unrolled:
         made |= draw_inner_curve(run, curve())
     if redrawn:
-        made["best_inner_test_accuracy"] = best(rows, "best_inner_test_accuracy")[
-            "best_inner_test_accuracy"
-        ]
+        name = "best_inner_test_accuracy"
+        made[name] = common.best_row(rows, name)[name]
     return made | {"before": before_cleaning(args, data)}
 
 
 def summarise(args: argparse.Namespace, rows: list[dict]) -> dict:
-    final, chosen = rows[-1], best(rows, "selection_accuracy")
-    published = best(rows, "test_accuracy")
+    final, chosen = rows[-1], common.best_row(rows, "selection_accuracy")
+    published = common.best_row(rows, "test_accuracy")
     return {
         "method": args.method,
         "net": args.net,
@@ -736,7 +562,7 @@ def summarise(args: argparse.Namespace, rows: list[dict]) -> dict:
         "final": {name: final[name] for name in SCORES},
         "best_test_accuracy": published["test_accuracy"],
         "f1_at_best_test_accuracy": published["f1"],
-        "best_f1": best(rows, "f1")["f1"],
+        "best_f1": common.best_row(rows, "f1")["f1"],
         **{k: chosen[k] for k in ("start_test_accuracy",) if k in chosen},
     }
 

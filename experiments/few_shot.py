@@ -39,29 +39,27 @@ the width of its 95 percent interval.
 """
 
 import argparse
-import dataclasses
 import functools
 import os
 import pathlib
-import sys
 from collections.abc import Callable
 from typing import Any
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-
+import common
 import keras
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import tensorflow as tf
+from common import networks
+from settings.few_shot import (
+    FOLLOWERS,
+    FRESH,
+    LEARNED,
+    WHOLE,
+    add_flags,
+    completed,
+)
 
 import tfbilevel as tb
-from tfbilevel import experiment
-from tfbilevel.experiment import networks
-
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from data_prep import (
     classes,
     fc100,
@@ -72,346 +70,11 @@ from data_prep import (
 )
 from data_prep.episodes import episodes
 
-DATASETS = (
-    "glyphs",
-    "omniglot",
-    "mini-imagenet",
-    "tiered-imagenet",
-    "fc100",
-    "cifar-fs",
-)
-CHARACTERS = ("glyphs", "omniglot")
-WHOLE = ("maml", "fomaml", "meta-sgd", "imaml")  # all weights are lower variables
-FRESH = ("fo-itd-bio", "approxgrad", "penalty")  # heads are drawn anew
-LEARNED = ("anil", "iaptt-gm")  # head starts are upper variables
-FOLLOWERS = ("rhg", "t-rhg", "bda", "iaptt-gm")  # of the IAPTT-GM paper
-METHODS = (
-    *WHOLE,
-    *("anil", "itd-bio", "fo-itd-bio"),
-    *FOLLOWERS,
-    *("approxgrad", "penalty"),
-)
-NETWORKS = (
-    "norm-relu-pool",
-    "pool-norm-relu",
-    "relu-pool-norm",
-    "shifted",
-    "resnet12",
-    "residual",
-)
-VECTORS = ("resnet12", "residual")  # networks without a feature map to convolve
-HEADS = ("linear", "conv", "blocks", "cosine")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings(experiment.InversionFree):
-    """A method's settings on a data set; `None` where it has no such knob.
-
-    `inner_lr` is the rate of the inner steps, `final_lr` what its cosine decay ends at;
-    approxgrad and penalty have `lower_lr` instead, of Adam.
-    """
-
-    network: str
-    filters: int | None = 64
-    head: str
-    queries: int
-    tasks: int
-    outer_steps: int
-    inner_lr: float | None = None
-    final_lr: float | None = None
-    start_lr: float | None = None
-    last: int | None = None
-    alpha: float | None = None
-    alpha_decay: float | None = None
-    bda_rule: str | None = None
-    proximal: float | None = None
-    cg_steps: int | None = None
-    test_steps: int
-    test_lr: float | None = None
-    test_tasks: int
-
-
-def stocbio(
-    upper_lr: float, inner_lr: float, steps: int, outer_steps: int, **other: Any
-) -> Settings:
-    """Meta-learning of the stocBiO paper, and what follows it."""
-    return Settings(
-        **{
-            "network": "norm-relu-pool",
-            "head": "linear",
-            "queries": 5,
-            "tasks": 32,
-            "upper_lr": upper_lr,
-            "inner_lr": inner_lr,
-            "inner_steps": steps,
-            "outer_steps": outer_steps,
-            "test_steps": steps,
-            "test_lr": inner_lr,
-            "test_tasks": 600,
-            **other,
-        }
-    )
-
-
-def imaml(proximal: float, steps: int, outer_steps: int, filters: int) -> Settings:
-    """Of hypertorch's example; `outer_steps`, where it has no end: iMAML's paper."""
-    return stocbio(
-        1e-3,
-        0.1,
-        steps,
-        outer_steps,
-        proximal=proximal,
-        cg_steps=5,
-        tasks=16,
-        queries=15,
-        test_tasks=1000,
-        network="relu-pool-norm",
-        filters=filters,
-    )
-
-
-def iaptt(dataset: str, network: str | None, **other: Any) -> Settings:
-    """Few-shot learning of the IAPTT-GM paper; head and rates for characters: ours."""
-    images: dict[str, Any] = {
-        "network": "pool-norm-relu",
-        "filters": 32,
-        "head": "linear" if network in VECTORS else "conv",
-        "inner_lr": 0.01,
-        "final_lr": 0.001,
-        "test_lr": 0.1,
-    }
-    characters: dict[str, Any] = {
-        "network": "relu-pool-norm",
-        "filters": 64,
-        "head": "cosine",
-        "inner_lr": 0.4,
-        "final_lr": 0.04,
-        "test_lr": 0.4,
-    }
-    return Settings(
-        **(characters if dataset in CHARACTERS else images),
-        queries=15,
-        tasks=4,
-        upper_lr=1e-3,
-        inner_steps=10,
-        outer_steps=80_000,
-        test_steps=10,
-        test_tasks=1000,
-        **other,
-    )
-
-
-def inversion_free(
-    method: str, dataset: str, ways: int, shots: int, network: str | None
-) -> Settings:
-    """Few-shot learning of the penalty paper."""
-    character, penalty = dataset in CHARACTERS, method == "penalty"
-    rate = 1e-2 if character else 1e-3
-    filters = 64 if character else 32  # 32: the paper's other network for images
-    if character:
-        tasks, outer_steps = (15, 10_000) if ways == 20 else (30, 5000)
-    else:
-        tasks = 4 if network == "shifted" else 2
-        outer_steps = 10_001 if method == "approxgrad" and shots == 5 else 20_001
-    own: dict[str, Any]
-    if penalty:
-        own = {
-            "weight": 0.01,
-            "lower_weight": 0.01,
-            "tolerance": 0.01**0.5,
-            "multiplier": 1e-4,
-        }
-    else:
-        own = {"solver_lr": rate, "damping": 1e-3}
-    return Settings(
-        network="shifted" if character else "residual",
-        filters=filters,
-        head="cosine",
-        queries=15,
-        tasks=tasks,
-        upper_lr=rate,
-        lower_lr=rate,
-        inner_steps=20,
-        outer_steps=outer_steps,
-        test_steps=100,
-        test_lr=1e-3 if penalty else rate,
-        test_tasks=600,
-        **own,
-    )
-
-
-def published(
-    method: str, dataset: str, ways: int, shots: int = 1, network: str | None = None
-) -> Settings:
-    """The method's own settings; ours where its paper has none for the data set."""
-    if method in ("approxgrad", "penalty"):
-        return inversion_free(method, dataset, ways, shots, network)
-    if method in FOLLOWERS:
-        own: dict[str, Any] = {
-            "t-rhg": {"last": 5},
-            "bda": {"alpha": 0.4, "alpha_decay": 0.9, "bda_rule": "aggregated"},
-            "iaptt-gm": {"start_lr": 1e-3},
-        }
-        return iaptt(dataset, network, **own.get(method, {}))
-    learned = {"test_lr": None} if method == "meta-sgd" else {}  # its rates
-    if dataset in CHARACTERS:
-        # MAML's own paper; head: ours.
-        if method == "imaml":
-            return imaml(2.0, 16, 20_000, filters=64)
-        if method in WHOLE:
-            few = {"inner_lr": 0.4, "steps": 1, "tasks": 32, "test_steps": 3}
-            many = {"inner_lr": 0.1, "steps": 5, "tasks": 16}
-            own = (many if ways >= 20 else few) | learned
-            return stocbio(1e-3, outer_steps=60_000, **own)
-        return stocbio(2e-3, 0.4, 5, 10_000, head="cosine", tasks=8)
-    small = dataset in ("fc100", "cifar-fs")
-    if method == "imaml":
-        return imaml(0.5, 10, 60_000, filters=32)
-    if method in WHOLE:
-        if small:
-            return stocbio(1e-3, 0.5, 3, 1200, **learned)
-        return stocbio(3e-3, 0.01, 5, 1200, filters=32, **learned)
-    if small:
-        rate, outer_steps = (0.05, 1000) if method == "anil" else (0.1, 1500)
-        return stocbio(1e-3, rate, 20, outer_steps)
-    return stocbio(2e-3, 0.05, 10, 3000 if method == "fo-itd-bio" else 2000)
-
-
-# Flags.
-
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = experiment.Parser(description=__doc__)
-    add, above = parser.add_argument, experiment.positive
-    add("--dataset", choices=DATASETS, default="glyphs")
-    add(
-        "--data-dir",
-        type=pathlib.Path,
-        help="folder of the data set's files, or of tensorflow-datasets",
-    )
-    add("--data-file", type=pathlib.Path, help=".npz made by its data_prep command")
-    add("--split", choices=omniglot.RULES, help="of omniglot; default: vinyals")
-    add(
-        "--rotations",
-        action=argparse.BooleanOptionalAction,
-        help="turned images are classes of their own; default for characters",
-    )
-    add("--method", choices=METHODS, default="anil")
-    add("--ways", type=above(int), default=5)
-    add("--shots", type=above(int), default=1)
-    add("--queries", type=above(int), help="query images of a class; by method")
-    add("--tasks", type=above(int), help="of a meta-batch; by method")
-    add("--outer-steps", type=above(int), help="meta-iterations; by method")
-    add("--seconds", type=above(float), help="of training, after which to stop")
-    add("--network", choices=NETWORKS, help="by method and data set")
-    add("--filters", type=above(int), help="of a four-block network")
-    add("--head", choices=HEADS, help="by method and data set")
-    add("--head-blocks", type=above(int), help="--head blocks: how many; default 1")
-    Settings.add_flags(parser, None)
-    add("--inner-lr", type=above(float), help="of the inner steps; by method")
-    add("--final-lr", type=above(float), help="rhg to iaptt-gm: of the inner steps")
-    add("--start-lr", type=above(float), help="iaptt-gm: of the head's start")
-    add("--last", type=above(int), help="t-rhg: inner steps to differentiate")
-    add("--alpha", type=experiment.share, help="bda: weight of f at the first step")
-    add("--alpha-decay", type=experiment.share, help="bda: its factor per step")
-    add("--bda-rule", choices=("aggregated", "bda-repo"), help="bda: weight of g")
-    add("--proximal", type=above(float), help="imaml: weight of |y - x|^2 / 2 in g")
-    add("--cg-steps", type=above(int), help="imaml")
-    add(
-        "--regulariser",
-        choices=("none", "distance", "quasi-norm", "quasi-norm-published"),
-        default="none",
-        help="added to g: to the start, or the sum of |p|^q over all tensors, or the "
-        "published script's form of it",
-    )
-    add("--quasi-norm-power", type=experiment.share, help="q; default 0.5")
-    add("--quasi-norm-epsilon", type=above(float), help="smooths it at 0; default 0.1")
-    add("--regularisation", type=above(float), help="its weight; default 0.25")
-    add("--test-steps", type=above(int), help="inner steps on a new task; by method")
-    add("--test-lr", type=above(float), help="their rate; by method")
-    several = experiment.at_least(int, 2)  # fewer have no interval
-    add("--test-tasks", type=several, help="by method")
-    add("--validation-tasks", type=several, default=100, help="per evaluation")
-    add("--eval-every", type=above(int), default=200, help="meta-iterations")
-    add("--trials", type=above(int), default=1, help="runs at successive seeds")
-    add("--jit", choices=experiment.JIT, default="off")
-    args = parser.parse_args(argv)
-    own = published(args.method, args.dataset, args.ways, args.shots, args.network)
-    parser.refuse_meaningless(args, [own], f"--method {args.method}")
-    refuse_idle(parser, args, args.network or own.network)
-    args = with_defaults(args, own)
-    if args.rotations is None:
-        args.rotations = args.dataset in CHARACTERS
-    if args.method in WHOLE and args.head not in ("linear", "cosine"):
-        parser.error(
-            f"--head must be linear or cosine for --method {args.method}, whose lower "
-            f"variables are all weights, got {args.head}"
-        )
-    if args.method in FRESH and args.head not in ("linear", "cosine"):
-        parser.error(
-            f"--head must be linear or cosine for --method {args.method}, which draws "
-            f"it anew, got {args.head}"
-        )
-    if args.head == "conv" and (args.network in VECTORS or args.dataset in CHARACTERS):
-        parser.error(
-            "--head conv needs a feature map of at least 2 x 2: images larger than "
-            f"characters and a four-block network, got --dataset {args.dataset} "
-            f"--network {args.network}"
-        )
-    if args.regulariser == "distance" and args.method in FRESH:
-        parser.error("--regulariser distance needs a head that has one start")
-    if args.last is not None and args.last > args.inner_steps:
-        parser.error(
-            f"--last must not exceed --inner-steps, got {args.last} of "
-            f"{args.inner_steps}"
-        )
-    if args.head_blocks > 3:
-        parser.error(f"--head-blocks must be at most 3 of 4, got {args.head_blocks}")
-    return args
-
-
-def refuse_idle(
-    parser: experiment.Parser, args: argparse.Namespace, network: str
-) -> None:
-    quasi = args.regulariser.startswith("quasi-norm")
-    omniglot_itself = args.dataset == "omniglot" and args.data_file is None
-    needs = {
-        "data_file": (args.dataset != "glyphs", "a --dataset with files"),
-        "data_dir": (
-            args.dataset != "glyphs" and args.data_file is None,
-            "a --dataset with files, without --data-file",
-        ),
-        "split": (omniglot_itself, "--dataset omniglot without --data-file"),
-        "filters": (network not in VECTORS, "a four-block --network"),
-        "head_blocks": (args.head == "blocks", "--head blocks"),
-        "regularisation": (args.regulariser != "none", "--regulariser"),
-        "quasi_norm_power": (quasi, "--regulariser quasi-norm"),
-        "quasi_norm_epsilon": (quasi, "--regulariser quasi-norm"),
-    }
-    parser.refuse_idle(args, needs)
-
-
-def with_defaults(args: argparse.Namespace, own: Settings) -> argparse.Namespace:
-    """What was not given: published, or what follows from what was given."""
-    made = experiment.filled(args, own)
-    made.head_blocks = args.head_blocks or 1
-    if args.dataset == "omniglot" and args.data_file is None:
-        made.split = args.split or "vinyals"
-    made.regularisation = args.regularisation or 0.25
-    if args.regulariser.startswith("quasi-norm"):
-        made.quasi_norm_power = args.quasi_norm_power or 0.5
-        made.quasi_norm_epsilon = args.quasi_norm_epsilon or 0.1
-    if made.last is not None and args.last is None:
-        made.last = min(made.last, made.inner_steps)
-    if args.method in (*FOLLOWERS, "penalty"):
-        return made
-    # New tasks are learned as in training, where the papers do so.
-    if args.test_steps is None and own.test_steps == own.inner_steps:
-        made.test_steps = made.inner_steps
-    for name in ("inner_lr", "lower_lr"):
-        if args.test_lr is None and own.test_lr and own.test_lr == getattr(own, name):
-            made.test_lr = getattr(made, name)
-    return made
+    parser = common.Parser(description=__doc__)
+    add_flags(parser)
+    return completed(parser, parser.parse_args(argv))
 
 
 # Data.
@@ -543,7 +206,7 @@ def fresh_heads(args: argparse.Namespace, head: keras.Model, tasks: int) -> Call
 def inner_optimizer(args: argparse.Namespace) -> keras.optimizers.Optimizer:
     """Of the inner steps."""
     if args.method in ("approxgrad", "penalty"):
-        return experiment.adam(args.lower_lr)
+        return common.adam(args.lower_lr)
     if args.method == "meta-sgd":
         return keras.optimizers.SGD(1.0)
     return keras.optimizers.SGD(args.inner_lr)
@@ -591,7 +254,7 @@ def build_method(
         return tb.Implicit(inner, tb.ConjugateGradient(args.cg_steps))
     if args.method == "approxgrad":
         solver = tb.GradientSolver(
-            experiment.adam(args.solver_lr),
+            common.adam(args.solver_lr),
             args.inner_steps,
             "residual",
             warm_start=False,
@@ -683,15 +346,15 @@ def compile_model(
 ) -> None:
     model.compile(
         build_method(args, model, fresh),
-        experiment.adam(args.upper_lr),
-        start_optimizer=args.start_lr and experiment.adam(args.start_lr),
-        jit_compile=experiment.JIT[args.jit],
+        common.adam(args.upper_lr),
+        start_optimizer=args.start_lr and common.adam(args.start_lr),
+        jit_compile=common.JIT[args.jit],
     )
 
 
 def mean_loss(network: keras.Model, batch: tuple) -> tf.Tensor:
     images, labels = batch
-    return tf.reduce_mean(experiment.cross_entropy(network(images), labels))
+    return tf.reduce_mean(tb.sparse_cross_entropy(network(images), labels))
 
 
 def squared_distance(network: keras.Model, start: list) -> tf.Tensor:
@@ -725,7 +388,7 @@ def test_solver(
 ) -> tb.InnerSolver:
     """The inner solver on new tasks, the meta-batch of this number."""
     inversion_free = args.method in ("approxgrad", "penalty")
-    kind = experiment.adam if inversion_free else keras.optimizers.SGD
+    kind = common.adam if inversion_free else keras.optimizers.SGD
     rate = 1.0 if args.method == "meta-sgd" else args.test_lr
     start: Any = "warm"
     if args.method in FRESH:
@@ -774,7 +437,7 @@ class Judge:
     def accuracies(self, name: str | None = None) -> np.ndarray:
         """Percent right of every task's query images; with a name it shows how far
         it is."""
-        progress = name and experiment.Progress(name, self.calls, "meta-batches")
+        progress = name and common.Progress(name, self.calls, "meta-batches")
         parts = []
         for number, batch in enumerate(self.data):
             right = self.predicted(number, batch) == batch.upper[1]
@@ -792,7 +455,7 @@ def interval(accuracies: np.ndarray) -> float:
 class Best:
     """Keeps the upper variables of best validation accuracy, past a kill too."""
 
-    def __init__(self, run: experiment.Run, model: tb.BilevelModel):
+    def __init__(self, run: common.Run, model: tb.BilevelModel):
         self.run, self.model = run, model
         self.path = run.out / "best.weights.h5"
 
@@ -808,7 +471,7 @@ class Best:
 # One run.
 
 
-def train(args: argparse.Namespace, run: experiment.Run, splits: dict) -> dict:
+def train(args: argparse.Namespace, run: common.Run, splits: dict) -> dict:
     keras.utils.set_random_seed(args.seed)
     model = build_model(args, splits["train"].images.shape[1:])
     judge = Judge(args, model, splits["validation"], args.validation_tasks, 1)
@@ -823,7 +486,7 @@ def train(args: argparse.Namespace, run: experiment.Run, splits: dict) -> dict:
             "validation_accuracy_ci95": interval(accuracies),
         }
 
-    experiment.train(
+    common.train(
         model,
         lambda first: draw(args, splits["train"], 1000 + args.seed, first),
         run,
@@ -872,40 +535,20 @@ def about_tasks(args: argparse.Namespace) -> str:
     return f"{args.method}, {args.ways}-way {args.shots}-shot {args.dataset}"
 
 
-def draw_curves(run: experiment.Run, args: argparse.Namespace) -> None:
-    seconds = run.column("seconds")
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), sharex=True)
-    accuracy = run.column("validation_accuracy")
-    margin = np.array(run.column("validation_accuracy_ci95"))
-    experiment.draw_line(left, seconds, accuracy)
-    left.fill_between(seconds, accuracy - margin, accuracy + margin, alpha=0.2)
-    left.set(title="accuracy on validation classes", ylabel="percent")
-    for name, label in (("upper_loss", "f, query"), ("lower_loss", "g, support")):
-        experiment.draw_line(right, seconds, run.column(name), label=label)
-    right.set(title="losses on training tasks", ylabel="loss")
-    right.legend()
-    for axes in (left, right):
-        axes.set_xlabel("seconds of training")
-        axes.grid(alpha=0.3)
-    figure.suptitle(about_tasks(args))
-    figure.tight_layout()
-    figure.savefig(run.out / "curves.png", dpi=110)
-    plt.close(figure)
-
-
-def draw_matrix(axes: Any, matrix: np.ndarray, most: int) -> None:
-    """Counts from 0 to `most` in shades of blue, the same ones in every picture."""
-    axes.imshow(matrix, cmap="Blues", vmin=0, vmax=most)
-    size = 9 if len(matrix) <= 10 else 6
-    for row, column in np.ndindex(*matrix.shape):
-        if count := int(matrix[row, column]):
-            color = "white" if count > most / 2 else "black"
-            place = {"ha": "center", "va": "center"}
-            axes.text(column, row, str(count), color=color, fontsize=size, **place)
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_ticks(range(len(matrix)))
-    axes.tick_params(labelsize=size)
-    axes.set(xlabel="predicted class", ylabel="true class")
+def draw_curves(run: common.Run, args: argparse.Namespace) -> None:
+    accuracy, losses = (
+        {"": "validation_accuracy"},
+        {
+            "f, query": "upper_loss",
+            "g, support": "lower_loss",
+        },
+    )
+    margin = "validation_accuracy_ci95"
+    panels = [
+        common.Panel(accuracy, "accuracy on validation classes", "percent", margin),
+        common.Panel(losses, "losses on training tasks", "loss"),
+    ]
+    common.plot_columns(run, panels, about_tasks(args))
 
 
 def draw_confusion(path: pathlib.Path, args: argparse.Namespace, judge: Judge) -> None:
@@ -913,36 +556,29 @@ def draw_confusion(path: pathlib.Path, args: argparse.Namespace, judge: Judge) -
     batch = next(iter(judge.data))
     predicted = judge.predicted(0, batch)
     count = min(3, args.tasks)
-    figure, grid = plt.subplots(
-        2,
-        count,
-        figsize=(4 * count, 5),
-        squeeze=False,
-        gridspec_kw={"height_ratios": [1, 3]},
-    )
-    for task in range(count):
-        supports = batch.lower[0][task].numpy()[:: args.shots]
-        strip = np.concatenate(list(supports), axis=1)
-        grid[0, task].imshow(np.squeeze(strip), cmap="gray", vmin=0, vmax=1)
-        grid[0, task].set_axis_off()
-        grid[0, task].set_title(f"test task {task + 1}: its classes", fontsize=9)
-        matrix = np.zeros((args.ways, args.ways), int)
-        np.add.at(matrix, (batch.upper[1][task].numpy(), predicted[task]), 1)
-        draw_matrix(grid[1, task], matrix, args.queries)
-    figure.suptitle(f"{about_tasks(args)}: query images of each class")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    with common.figure(path, (4 * count, 5)) as page:
+        ratios = {"height_ratios": [1, 3]}
+        grid = page.subplots(2, count, squeeze=False, gridspec_kw=ratios)
+        for task in range(count):
+            supports = batch.lower[0][task].numpy()[:: args.shots]
+            strip = np.concatenate(list(supports), axis=1)
+            grid[0, task].imshow(np.squeeze(strip), cmap="gray", vmin=0, vmax=1)
+            grid[0, task].set_axis_off()
+            grid[0, task].set_title(f"test task {task + 1}: its classes", fontsize=9)
+            matrix = np.zeros((args.ways, args.ways), int)
+            np.add.at(matrix, (batch.upper[1][task].numpy(), predicted[task]), 1)
+            common.draw_matrix(grid[1, task], matrix, args.queries)
+        page.suptitle(f"{about_tasks(args)}: query images of each class")
 
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
-    with experiment.one_line_errors(__file__):
+    with common.one_line_errors(__file__):
         splits = load_splits(args)
         for some in splits.values():
             draw(args, some, 0)  # too many ways or shots: said before any work
-        run = experiment.Run(args.out, experiment.settings(args), args.resume)
-    summary = experiment.trials(args, run, functools.partial(train, splits=splits))
+        run = common.Run(args.out, common.settings(args), args.resume)
+    summary = common.trials(args, run, functools.partial(train, splits=splits))
     spread = "test_accuracy_ci95" if args.trials == 1 else "test_accuracy_std"
     print(
         f"{about_tasks(args)}: "
@@ -951,7 +587,7 @@ def main(argv: list[str] | None = None) -> dict:
         f"{summary['outer_steps']:.0f} meta-iterations, {summary['seconds']:.0f} s"
         + (f"; means of {args.trials} runs, +- over them" if args.trials > 1 else "")
     )
-    print(f"Files in {run.out}: {', '.join(sorted(p.name for p in run.out.iterdir()))}")
+    print(run.files())
     return summary
 
 

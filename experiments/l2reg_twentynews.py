@@ -30,36 +30,25 @@ With --eta 20 --upper-lr 2000 stocbio learns them too, and stays ahead.
 """
 
 import argparse
-import csv
 import dataclasses
 import itertools
 import json
-import os
 import pathlib
-import pickle
 import resource
 import subprocess
 import sys
-import zlib
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-
+import common
 import keras
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
-import sklearn.datasets
-import sklearn.feature_extraction.text
-import sklearn.model_selection
 import tensorflow as tf
 from scipy import sparse
 
 import tfbilevel as tb
-from tfbilevel import experiment
+from data_prep import twentynews
+from data_prep.twentynews import Data, Minibatches, Part, take, tensors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,29 +87,9 @@ TIMES = ("seconds", "step")
 MARKS = (1, 2, 5, 10, 20, 30, 60, 120)  # seconds at which a table compares methods
 
 
-class Part(NamedTuple):
-    """Some of the documents.
-
-    Attributes:
-        features: [documents, features] float32, a SciPy CSR matrix, rows of length 1.
-        labels: [documents] int32.
-    """
-
-    features: Any
-    labels: np.ndarray
-
-
-class Data(NamedTuple):
-    train: Part
-    validation: Part
-    test: Part
-    words: np.ndarray
-    classes: int
-
-
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = experiment.Parser(description=__doc__)
-    add, above = parser.add_argument, experiment.positive
+    parser = common.Parser(description=__doc__)
+    add, above = parser.add_argument, common.positive
     add(
         "--method",
         nargs="+",
@@ -136,9 +105,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--inner-steps", type=above(int), help="T (hoag: at most)")
     add("--solver-steps", type=above(int), help="Q; reverse: steps differentiated")
     add("--inner-lr", type=above(float))
-    add("--inner-momentum", type=experiment.fraction, default=0.0)
+    add("--inner-momentum", type=common.fraction, default=0.0)
     add("--upper-lr", type=above(float))
-    add("--upper-momentum", type=experiment.fraction, default=0.0)
+    add("--upper-momentum", type=common.fraction, default=0.0)
     add("--eta", type=above(float), help="stocbio: rate of the series")
     add("--batch-size", type=above(int), help="stocbio: training documents")
     add("--validation-batch-size", type=above(int), help="stocbio")
@@ -152,14 +121,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args.method = list(dict.fromkeys(args.method))
     published = [DEFAULTS[method] for method in args.method]
     chosen = f"--method {' '.join(args.method)}"
-    parser.refuse_meaningless(args, published, chosen, IGNORED)
+    parser.reject_unused_flags(args, published, chosen, IGNORED)
     return args
 
 
 def with_defaults(args: argparse.Namespace, method: str) -> argparse.Namespace:
     """The settings of one method's run: the flags that mean something to it, its
     published settings, and one of the two limits."""
-    plan = experiment.filled(args, DEFAULTS[method])
+    plan = common.filled(args, DEFAULTS[method])
     plan.method = method
     if method == "reverse" and args.solver_steps is None:
         plan.solver_steps = min(plan.solver_steps, plan.inner_steps)
@@ -169,128 +138,6 @@ def with_defaults(args: argparse.Namespace, method: str) -> argparse.Namespace:
         else:
             plan.seconds = SECONDS
     return plan
-
-
-# Data.
-
-
-def load_data(args: argparse.Namespace) -> Data:
-    """The three parts; the split depends on the seed alone.
-
-    Raises:
-        FileNotFoundError: if scikit-learn does not find the data set.
-        ValueError: if it cannot be split.
-    """
-    train, test, words, classes = fetch(args)
-    first, second = sklearn.model_selection.train_test_split(
-        np.arange(len(train.labels)),
-        test_size=0.5,
-        stratify=train.labels,
-        random_state=args.seed,
-    )
-    return Data(
-        take(train, first),
-        take(train, second),
-        test,
-        words,
-        classes,
-    )
-
-
-def fetch(args: argparse.Namespace) -> tuple[Part, Part, np.ndarray, int]:
-    """Both official parts, the feature names and the number of classes."""
-    default = os.environ.get("SCIKIT_LEARN_DATA", "~/scikit_learn_data")
-    home = pathlib.Path(args.data_dir or default).expanduser()
-    try:
-        if not home.is_dir():  # scikit-learn would make it
-            raise FileNotFoundError
-        train, test = (
-            sklearn.datasets.fetch_20newsgroups_vectorized(
-                subset=subset,
-                data_home=str(home),
-                download_if_missing=False,
-                normalize=args.features == "counts",
-            )
-            for subset in ("train", "test")
-        )
-    except PermissionError as error:
-        raise FileNotFoundError(
-            f"scikit-learn keeps its vectorised copy beside the data, and {home} "
-            "cannot be written. Copy the folder and set SCIKIT_LEARN_DATA to the copy"
-        ) from error
-    except (EOFError, pickle.UnpicklingError, zlib.error, ValueError) as error:
-        raise ValueError(
-            f"a file of 20 Newsgroups in {home} is damaged ({error}). Delete "
-            "20newsgroup_vectorized*.pkl there, or copy the folder anew"
-        ) from None
-    except OSError as error:
-        raise FileNotFoundError(
-            f"20 Newsgroups is not in {home}. Set SCIKIT_LEARN_DATA (or --data-dir) to "
-            "a folder that has it, or download it once: python -c 'import "
-            "sklearn.datasets as d; d.fetch_20newsgroups_vectorized()'"
-        ) from error
-    features, test_features = train.data, test.data
-    words = np.asarray(train.feature_names)
-    if args.max_features is not None:
-        frequent = np.argsort(-features.getnnz(axis=0), kind="stable")
-        kept = np.sort(frequent[: args.max_features])
-        features, test_features = features[:, kept], test_features[:, kept]
-        words = words[kept]
-    if args.features == "tfidf":
-        weigh = sklearn.feature_extraction.text.TfidfTransformer().fit(features)
-        features, test_features = map(weigh.transform, (features, test_features))
-    return (
-        Part(features.tocsr().astype("float32"), train.target.astype("int32")),
-        Part(test_features.tocsr().astype("float32"), test.target.astype("int32")),
-        words,
-        len(train.target_names),
-    )
-
-
-def tensors(part: Part) -> tuple[tf.SparseTensor, tf.Tensor]:
-    """All documents of a part as one batch: (features, labels)."""
-    entries = part.features.tocoo()
-    indices = np.stack([entries.row, entries.col], axis=1).astype("int64")
-    features = tf.SparseTensor(indices, entries.data, part.features.shape)
-    return features, tf.constant(part.labels)
-
-
-def take(part: Part, numbers: np.ndarray) -> Part:
-    return Part(part.features[numbers], part.labels[numbers])
-
-
-class Minibatches:
-    """A part's documents in minibatches without end, in a fresh order every pass.
-
-    Which documents make minibatch n depends on the seed and n alone, so a resumed
-    run draws what the uninterrupted one would have. The last documents of a pass,
-    too few for a minibatch, are left out of it.
-    """
-
-    def __init__(self, part: Part, size: int, seed: tuple[int, int]):
-        self.part, self.size, self.seed = part, size, seed
-        self.passes: dict[int, np.ndarray] = {}
-
-    def documents(self, number: int) -> np.ndarray:
-        """The document numbers of a minibatch, [size]."""
-        each_pass, within = divmod(number, len(self.part.labels) // self.size)
-        if each_pass not in self.passes:
-            generator = np.random.default_rng([*self.seed, each_pass])
-            order = generator.permutation(len(self.part.labels))
-            self.passes = {each_pass: order}
-        start = within * self.size
-        return self.passes[each_pass][start : start + self.size]
-
-    def stack(self, first: int, count: int) -> tuple[tf.SparseTensor, np.ndarray]:
-        """`count` minibatches in one batch: features [count, size, features]."""
-        chosen = np.stack([self.documents(first + i) for i in range(count)])
-        rows = self.part.features[chosen.ravel()]
-        entries = rows.tocoo()
-        batch, row = np.divmod(entries.row, self.size)
-        indices = np.stack([batch, row, entries.col], axis=1).astype("int64")
-        shape = (count, self.size, rows.shape[1])
-        features = tf.SparseTensor(indices, entries.data, shape)
-        return features, self.part.labels[chosen]
 
 
 # The problem.
@@ -304,7 +151,7 @@ def logits_of(classifier: keras.layers.Dense, features: Any) -> tf.Tensor:
 def cross_entropy(classifier: keras.layers.Dense, batch: tuple) -> tf.Tensor:
     features, labels = batch
     logits = logits_of(classifier, features)
-    return tf.reduce_mean(experiment.cross_entropy(logits, labels))
+    return tf.reduce_mean(tb.sparse_cross_entropy(logits, labels))
 
 
 def penalty(upper: tb.FeaturePenalties, lower: keras.layers.Dense) -> tf.Tensor:
@@ -392,7 +239,7 @@ def peak_memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def train(args: argparse.Namespace, run: experiment.Run, data: Data) -> dict:
+def train(args: argparse.Namespace, run: common.Run, data: Data) -> dict:
     """One method, from zero weights to the last outer step or second."""
     model = build_model(data)
     model.compile(
@@ -409,7 +256,7 @@ def train(args: argparse.Namespace, run: experiment.Run, data: Data) -> dict:
 
     measure()  # so that tracing it is not in the peak of training
     before = peak_memory()
-    experiment.train(
+    common.train(
         model,
         batches,
         run,
@@ -420,12 +267,12 @@ def train(args: argparse.Namespace, run: experiment.Run, data: Data) -> dict:
         seconds=args.seconds,
     )
     memory = {"peak_memory_mb": peak_memory(), "peak_memory_before_training_mb": before}
-    draw_curves(run.out / "curves.png", {args.method: numbers(run.rows())})
+    draw_curves(run.out / "curves.png", {args.method: common.numbers(run.rows())})
     coefficients = model.upper.coefficients.numpy()
     np.save(run.out / "coefficients.npy", coefficients)
     draw_coefficients(run, model.upper.logits.numpy(), data.words)
     retrained = retrain(args, model, data) if args.final_steps else {}
-    return summarise(args, numbers(run.rows())) | memory | retrained
+    return summarise(args, common.numbers(run.rows())) | memory | retrained
 
 
 def largest_divisor(number: int, most: int) -> int:
@@ -484,11 +331,12 @@ def retrain(args: argparse.Namespace, model: tb.BilevelModel, data: Data) -> dic
 
     @tf.function(autograph=False)
     def advance(weights: list, state: dict) -> tuple:
-        weights, state, _ = inner.solve(model.problem, x, weights, batches, state)
+        here = model.problem.prepared(x, batches)
+        weights, state, _ = inner.solve(here, weights, state)
         return weights, state
 
     test, losses, accuracies = tensors(data.test), [], []
-    progress = experiment.Progress(args.out, args.final_steps, "steps of retraining")
+    progress = common.Progress(args.out, args.final_steps, "steps of retraining")
     for part in range(args.final_steps // every):
         weights, state = advance(weights, state)
         model.lower.kernel.assign(weights[0])
@@ -507,18 +355,11 @@ def retrain(args: argparse.Namespace, model: tb.BilevelModel, data: Data) -> dic
 # Results.
 
 
-def numbers(rows: list[dict]) -> list[dict]:
-    """Rows of a file, with numbers for strings."""
-    return [
-        {k: v if k == "method" else float(v) for k, v in row.items()} for row in rows
-    ]
-
-
 def summarise(args: argparse.Namespace, rows: list[dict]) -> dict:
     final = rows[-1]
     seconds, steps = (np.diff([row[name] for row in rows]) for name in TIMES)
-    chosen = min(rows, key=lambda row: row["validation_loss"])
-    best = min(rows, key=lambda row: row["test_loss"])
+    chosen = common.best_row(rows, "validation_loss", lowest=True)
+    best = common.best_row(rows, "test_loss", lowest=True)
     return {
         "method": args.method,
         "outer_steps": int(final["step"]),
@@ -553,46 +394,44 @@ def at(rows: list[dict], seconds: float) -> dict:
 
 def draw_curves(path: pathlib.Path, curves: dict[str, list[dict]]) -> None:
     """Test loss and accuracy against seconds, a line for every method."""
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4))
-    for axes, name in zip(panels, ("test_loss", "test_accuracy"), strict=True):
-        for method, rows in curves.items():
-            seconds = [row["seconds"] for row in rows]
-            values = [row[name] for row in rows]
-            experiment.draw_line(axes, seconds, values, label=method)
-        axes.set(xlabel="seconds of training", ylabel=name.replace("_", " "))
-        axes.grid(alpha=0.3)
-        axes.legend()
-    panels[0].axhline(1.0, color="black", linewidth=0.7, linestyle=":")
-    panels[1].set(ylabel="test accuracy, percent")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    with common.figure(path, (11, 4)) as page:
+        panels = page.subplots(1, 2)
+        for axes, name in zip(panels, ("test_loss", "test_accuracy"), strict=True):
+            for method, rows in curves.items():
+                seconds = [row["seconds"] for row in rows]
+                values = [row[name] for row in rows]
+                common.draw_line(axes, seconds, values, label=method)
+            axes.set(xlabel="seconds of training", ylabel=name.replace("_", " "))
+            axes.grid(alpha=0.3)
+            axes.legend()
+        panels[0].axhline(1.0, color="black", linewidth=0.7, linestyle=":")
+        panels[1].set(ylabel="test accuracy, percent")
 
 
-def draw_coefficients(
-    run: experiment.Run, logits: np.ndarray, words: np.ndarray
-) -> None:
+def draw_coefficients(run: common.Run, logits: np.ndarray, words: np.ndarray) -> None:
     """The words whose weights are held back less than at the start, and those held
     back more, where x = 0: up to 20 each."""
     order = np.argsort(logits, kind="stable")
-    figure, panels = plt.subplots(1, 2, figsize=(9, 5))
     # The logarithm: of coefficients that have just left 1 the bars would look alike.
     groups = {
         "smallest": [word for word in order[:20][::-1] if logits[word] < 0],
         "largest": [word for word in order[-20:] if logits[word] > 0],
     }
-    for axes, (name, group) in zip(panels, groups.items(), strict=True):
-        places = np.arange(len(group))
-        # The text may hold characters that mean something to matplotlib.
-        labels = [str(word).replace("$", r"\$") for word in words[group]]
-        axes.barh(places, logits[group])
-        axes.set_yticks(places, labels, fontsize=8)
-        title = f"{name} coefficients" if group else f"no {name}: none has moved there"
-        axes.set(title=title, xlabel="x, logarithm of the coefficient; 0 at the start")
-        axes.locator_params("x", nbins=4)
-    figure.tight_layout()
-    figure.savefig(run.out / "coefficients.png", dpi=110)
-    plt.close(figure)
+    with common.figure(run.out / "coefficients.png", (9, 5)) as page:
+        panels = page.subplots(1, 2)
+        for axes, (name, group) in zip(panels, groups.items(), strict=True):
+            places = np.arange(len(group))
+            # The text may hold characters that mean something to matplotlib.
+            labels = [str(word).replace("$", r"\$") for word in words[group]]
+            axes.barh(places, logits[group])
+            axes.set_yticks(places, labels, fontsize=8)
+            title = (
+                f"{name} coefficients" if group else f"no {name}: none has moved there"
+            )
+            axes.set(
+                title=title, xlabel="x, logarithm of the coefficient; 0 at the start"
+            )
+            axes.locator_params("x", nbins=4)
 
 
 def print_table(summaries: list[dict]) -> None:
@@ -625,13 +464,15 @@ def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
     plans = [with_defaults(args, method) for method in args.method]
     alone = plans[0] if len(plans) == 1 else None
-    with experiment.one_line_errors(__file__):
-        data = load_data(args)
+    with common.one_line_errors(__file__):
+        data = twentynews.load(
+            args.data_dir, args.features, args.max_features, args.seed
+        )
         for plan in plans:
             require_sizes(plan, data)
             require_steps(plan)
-        config = experiment.settings(alone or args)
-        run = experiment.Run(args.out, config, args.resume)
+        config = common.settings(alone or args)
+        run = common.Run(args.out, config, args.resume)
     keras.utils.set_random_seed(args.seed)
     if alone:
         # Not anew: the peak of memory would be that of a process that trains nothing.
@@ -643,7 +484,7 @@ def main(argv: list[str] | None = None) -> dict:
         summaries = list(summary["methods"].values())
     run.summarise(summary)
     print_table(summaries)
-    print(f"Files in {run.out}: {', '.join(sorted(p.name for p in run.out.iterdir()))}")
+    print(run.files())
     return summary
 
 
@@ -654,7 +495,7 @@ def require_sizes(plan: argparse.Namespace, data: Data) -> None:
         size = getattr(plan, name)
         if size is not None and size > len(part.labels):
             raise ValueError(
-                f"{experiment.flag(name)} must not exceed the documents of its "
+                f"{common.flag(name)} must not exceed the documents of its "
                 f"half, got {size} of {len(part.labels)}: lower it"
             )
 
@@ -670,37 +511,31 @@ def require_steps(plan: argparse.Namespace) -> None:
 
 
 def compare(
-    args: argparse.Namespace, plans: list[argparse.Namespace], run: experiment.Run
+    args: argparse.Namespace, plans: list[argparse.Namespace], run: common.Run
 ) -> dict:
     """Every method in a process of its own, one after the other."""
-    run.rewind(-1)
-    summaries, curves, failed = {}, {}, []
-    rows: list[dict] = []
-    for plan in plans:
-        out = run.out / plan.method
+
+    def one(plan: argparse.Namespace, out: pathlib.Path) -> dict:
         if not (out / "summary.json").exists():
             resume = ["--resume"] if (out / "config.json").exists() else []
             if run_alone([*flags_of(args, plan), "--out", str(out), *resume]):
-                failed.append(plan.method)
-                continue
-        summaries[plan.method] = json.loads((out / "summary.json").read_text())
-        with (out / "metrics.csv").open(newline="") as file:
-            own = list(csv.DictReader(file))
-        curves[plan.method] = numbers(own)
-        rows += own
+                raise SystemExit(1)
+        return json.loads((out / "summary.json").read_text())
+
+    done, failed = common.sweep(run, {plan.method: plan for plan in plans}, one)
+    curves = {method: common.rows_of(run.out / method) for method in done}
+    rows = [row for own in curves.values() for row in own]
+    # Methods have metrics of their own.
+    shared = (
+        [name for name in rows[0] if all(map({name}.issubset, rows))] if rows else []
+    )
+    run.replace([{name: row[name] for name in shared} for row in rows])
     if rows:
-        # Methods have metrics of their own.
-        shared = [name for name in rows[0] if all(name in row for row in rows)]
-        for row in rows:
-            run.log({name: row[name] for name in shared})
-        draw_curves(run.out / "curves.png", curves)
-    made: dict[str, Any] = {"methods": summaries}
+        numbers = {method: common.numbers(own) for method, own in curves.items()}
+        draw_curves(run.out / "curves.png", numbers)
     if failed:
-        run.summarise(made | {"failed": failed})
-        print_table(list(summaries.values()))
-        print(f"failed: {', '.join(failed)}; --resume tries again", file=sys.stderr)
-        raise SystemExit(1)
-    return made
+        print_table(list(done.values()))
+    return common.concluded(run, {"methods": done}, failed)
 
 
 def flags_of(args: argparse.Namespace, plan: argparse.Namespace) -> list[str]:
@@ -709,10 +544,10 @@ def flags_of(args: argparse.Namespace, plan: argparse.Namespace) -> list[str]:
     flags = ["--method", plan.method]
     if args.seconds is None and plan.seconds is not None:
         flags += ["--seconds", str(plan.seconds)]
-    for name, value in experiment.settings(args).items():
+    for name, value in common.settings(args).items():
         meaningless = getattr(plan, name) is None
         if name != "method" and value is not None and not meaningless:
-            flags += [experiment.flag(name), str(value)]
+            flags += [common.flag(name), str(value)]
     return flags
 
 

@@ -49,30 +49,20 @@ cures that.
 """
 
 import argparse
-import csv
 import dataclasses
 import math
-import os
 import pathlib
-import sys
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-
+import common
 import keras
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import tensorflow as tf
+from common import cleaning
 
 import tfbilevel as tb
-from tfbilevel import experiment
-
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from data_prep import images, label_noise
 
 REGULARISATION = 0.001
@@ -139,8 +129,8 @@ class Data(NamedTuple):
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = experiment.Parser(description=__doc__)
-    add, above = parser.add_argument, experiment.positive
+    parser = common.Parser(description=__doc__)
+    add, above = parser.add_argument, common.positive
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--method", choices=(*METHODS, "all"), default="stocbio")
     which.add_argument("--compare", action="store_true", help="as --method all")
@@ -175,9 +165,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         args.seconds = 150.0
     methods = METHODS if args.method == "all" else [args.method]
     published = [DEFAULTS[method] for method in methods]
-    parser.refuse_meaningless(args, published, f"--method {args.method}", IGNORED)
+    parser.reject_unused_flags(args, published, f"--method {args.method}", IGNORED)
     files = args.dataset != "digits", "a --dataset with files"
-    parser.refuse_idle(args, {"data_dir": files})
+    parser.reject_ineffective_flags(args, {"data_dir": files})
     try:
         args.jobs = [
             job_of(args, method, args.seed + trial)
@@ -191,7 +181,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def job_of(args: argparse.Namespace, method: str, seed: int) -> argparse.Namespace:
     """The flags of one run: one method, one seed, every setting filled in."""
-    job = experiment.filled(args, DEFAULTS[method])
+    job = common.filled(args, DEFAULTS[method])
     job.method, job.seed = method, seed
     if method == "reverse" and args.hessian_q is None:
         job.hessian_q = min(job.hessian_q, job.inner_steps)
@@ -340,7 +330,7 @@ def index_batches(
     """Which examples to look at; `None` for the size: all, so it does not matter."""
     if size is None:
         return tf.data.Dataset.from_tensors(tf.zeros([], tf.int32)).repeat()
-    return experiment.index_batches(count, size, seed, first)
+    return tb.index_batches(count, size, seed, first)
 
 
 def outer_batches(
@@ -367,7 +357,7 @@ def warm_up(model: tb.BilevelModel, batches: tf.data.Dataset, steps: int) -> flo
         before = [v.numpy() for v in model.variables]
 
     callback = keras.callbacks.LambdaCallback(on_train_batch_begin=remember)
-    with experiment.one_line_nonfinite():
+    with common.one_line_nonfinite():
         model.fit(batches, steps_per_epoch=steps, callbacks=[callback], verbose=0)
     for variable, value in zip(model.variables, before or [], strict=True):
         variable.assign(value)
@@ -397,7 +387,7 @@ def measure(model: tb.BilevelModel, data: Data) -> Callable[[], dict[str, Any]]:
     return evaluate
 
 
-def train(job: argparse.Namespace, run: experiment.Run, data: Data) -> dict:
+def train(job: argparse.Namespace, run: common.Run, data: Data) -> dict:
     """One method, one seed: rows in `run`, a summary returned."""
     model = build_model(job, data)
     compile_seconds = warm_up(
@@ -408,7 +398,7 @@ def train(job: argparse.Namespace, run: experiment.Run, data: Data) -> dict:
     def labelled() -> dict[str, Any]:
         return {"method": job.method, "seed": job.seed, **evaluate()}
 
-    experiment.train(
+    common.train(
         model,
         lambda first: outer_batches(job, model.method, first),
         run,
@@ -420,18 +410,13 @@ def train(job: argparse.Namespace, run: experiment.Run, data: Data) -> dict:
     )
     draw_run(run, job, data, model.upper.logits.numpy())
     summary = summarise(job, run.rows()) | {"compile_seconds": compile_seconds}
-    run.summarise(summary)
     return summary
 
 
-def numbers(row: dict[str, str]) -> dict[str, float]:
-    return {name: float(value) for name, value in row.items() if name != "method"}
-
-
 def summarise(job: argparse.Namespace, rows: list[dict[str, str]]) -> dict:
-    first, *later = map(numbers, rows)
+    first, *later = common.numbers(rows)
     final = later[-1]
-    chosen = min(later, key=lambda row: row["validation_loss"])
+    chosen = common.best_row(later, "validation_loss", lowest=True)
     names = ("train_loss", "validation_loss", *SCORES)
     growth = [row["growth"] for row in later if "growth" in row]
     return {
@@ -454,96 +439,76 @@ def summarise(job: argparse.Namespace, rows: list[dict[str, str]]) -> dict:
 
 
 def draw_run(
-    run: experiment.Run, job: argparse.Namespace, data: Data, logits: np.ndarray
+    run: common.Run, job: argparse.Namespace, data: Data, logits: np.ndarray
 ) -> None:
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4))
     seconds = run.column("seconds")
-    for part in ("train", "validation", "test"):
-        experiment.draw_line(axes[0], seconds, run.column(f"{part}_loss"), label=part)
-    axes[0].set(title="cross-entropy, true labels", yscale="log")
-    for name in ("test_accuracy", "f1", "precision", "recall"):
-        experiment.draw_line(
-            axes[1], seconds, run.column(name), label=name.replace("_", " ")
-        )
-    axes[1].set(title="test accuracy and examples kept", ylabel="percent")
-    bins = np.linspace(logits.min(), logits.max() + 1e-9, 60).tolist()
-    for name, mask in (("true label", data.clean), ("wrong label", ~data.clean)):
-        axes[2].hist(logits[mask], bins, alpha=0.6, label=name)
-    axes[2].set(xlabel="x_i", title="logits of the weights", yscale="log")
-    for plot in axes:
-        plot.grid(alpha=0.3)
-        plot.legend()
-    for plot in axes[:2]:
-        plot.set_xlabel("seconds")
-    figure.suptitle(f"{job.method}, {job.dataset}, {job.noise_rate:.0%} wrong labels")
-    figure.tight_layout()
-    figure.savefig(run.out / "curves.png", dpi=110)
-    plt.close(figure)
+    losses = {part: f"{part}_loss" for part in ("train", "validation", "test")}
+    scores = ("test_accuracy", "f1", "precision", "recall")
+    scores = {name.replace("_", " "): name for name in scores}
+    panels = [
+        common.Panel(losses, "cross-entropy, true labels"),
+        common.Panel(scores, "test accuracy and examples kept", "percent"),
+    ]
+    with common.figure(run.out / "curves.png", (15, 4)) as page:
+        *curves, weights = page.subplots(1, 3)
+        for axes, panel in zip(curves, panels, strict=True):
+            panel.draw(axes, run, seconds)
+            axes.set_xlabel("seconds")
+        curves[0].set(yscale="log")
+        bins = np.linspace(logits.min(), logits.max() + 1e-9, 60)
+        cleaning.draw_histograms(weights, logits, data.clean, bins)
+        weights.set(xlabel="x_i", title="logits of the weights")
+        weights.grid(alpha=0.3)
+        page.suptitle(f"{job.method}, {job.dataset}, {job.noise_rate:.0%} wrong labels")
 
 
 def draw_comparison(args: argparse.Namespace, rows: list[dict[str, str]]) -> None:
     """Test loss and accuracy of every run against seconds."""
-    figure, axes = plt.subplots(1, 2, figsize=(12, 4.5))
-    for number, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
-        for seed in dict.fromkeys(row["seed"] for row in rows):
-            chosen = [r for r in rows if (r["method"], r["seed"]) == (method, seed)]
-            seconds = [float(row["seconds"]) for row in chosen]
-            for plot, name in zip(axes, ("test_loss", "test_accuracy"), strict=True):
-                values = [float(row[name]) for row in chosen]
-                label = method if seed == rows[0]["seed"] else None
-                options = {"color": f"C{number}", "label": label, "alpha": 0.8}
-                experiment.draw_line(plot, seconds, values, **options)
-    axes[0].set(xlabel="seconds", title="test loss", yscale="log")
-    axes[1].set(xlabel="seconds", ylabel="percent", title="test accuracy")
-    for plot in axes:
-        plot.grid(alpha=0.3)
-        plot.legend()
-    figure.suptitle(f"{args.dataset}, {args.noise_rate:.0%} wrong labels")
-    figure.tight_layout()
-    figure.savefig(args.out / "comparison.png", dpi=110)
-    plt.close(figure)
+    with common.figure(args.out / "comparison.png", (12, 4.5)) as page:
+        axes = page.subplots(1, 2)
+        for number, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
+            for seed in dict.fromkeys(row["seed"] for row in rows):
+                chosen = [r for r in rows if (r["method"], r["seed"]) == (method, seed)]
+                seconds = [float(row["seconds"]) for row in chosen]
+                for plot, name in zip(
+                    axes, ("test_loss", "test_accuracy"), strict=True
+                ):
+                    values = [float(row[name]) for row in chosen]
+                    label = method if seed == rows[0]["seed"] else None
+                    options = {"color": f"C{number}", "label": label, "alpha": 0.8}
+                    common.draw_line(plot, seconds, values, **options)
+        axes[0].set(xlabel="seconds", title="test loss", yscale="log")
+        axes[1].set(xlabel="seconds", ylabel="percent", title="test accuracy")
+        for plot in axes:
+            plot.grid(alpha=0.3)
+            plot.legend()
+        page.suptitle(f"{args.dataset}, {args.noise_rate:.0%} wrong labels")
 
 
 def compare(
-    args: argparse.Namespace, run: experiment.Run, parts: list[images.Part]
+    args: argparse.Namespace, run: common.Run, parts: list[images.Part]
 ) -> dict:
     """Every method at every seed, each in a folder of its own; means over seeds."""
-    summaries, rows, failed = [], [], []
-    for job in args.jobs:
-        folder = args.out / f"{job.method}-{job.seed}"
-        one = experiment.Run(
-            folder, settings(job), resume=(folder / "config.json").exists()
-        )
-        try:
-            summary = one.summary() or train(job, one, add_noise(parts, job))
-        except SystemExit:  # NaN, said already: the others go on
-            failed.append(folder.name)
-            continue
-        keras.backend.clear_session()
-        print_table([summary], header=not summaries)
-        summaries.append(summary)
-        columns = (*COLUMNS, *SCORES)
-        rows += [{name: row[name] for name in columns} for row in one.rows()]
+    shown: list[dict] = []
+
+    def show(summary: dict) -> None:
+        print_table([summary], header=not shown)
+        shown.append(summary)
+
+    one = common.in_folder(lambda job, own: train(job, own, add_noise(parts, job)))
+    jobs = {f"{job.method}-{job.seed}": job for job in args.jobs}
+    done, failed = common.sweep(run, jobs, one, show)
+    columns = (*COLUMNS, *SCORES)
+    rows = [
+        {name: row[name] for name in columns}
+        for folder in done
+        for row in common.rows_of(run.out / folder)
+    ]
     if rows:
-        write_comparison(args, run, rows)
-    made = {"methods": means(summaries), "runs": summaries}
-    if failed:
-        run.summarise(made | {"failed": failed})
-        print(f"failed: {', '.join(failed)}", file=sys.stderr)
-        raise SystemExit(1)
-    return made
-
-
-def write_comparison(
-    args: argparse.Namespace, run: experiment.Run, rows: list[dict[str, str]]
-) -> None:
-    draw_comparison(args, rows)
-    partial = run.out / "metrics.csv.partial"
-    with partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(partial, run.out / "metrics.csv")
+        draw_comparison(args, rows)
+        run.replace(rows)
+    made = {"methods": means(shown), "runs": shown}
+    return common.concluded(run, made, failed)
 
 
 def means(summaries: list[dict]) -> dict[str, dict[str, float]]:
@@ -568,26 +533,21 @@ def print_table(summaries: list[dict], header: bool = True) -> None:
         print(f"{summary['method']:10s}{values}", flush=True)
 
 
-def settings(args: argparse.Namespace) -> dict:
-    return experiment.settings(args, "jobs")
-
-
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
     alone = len(args.jobs) == 1
-    with experiment.one_line_errors(__file__):
+    with common.one_line_errors(__file__):
         parts = load_parts(args)
         data = add_noise(parts, args.jobs[0])
-        config = settings(args.jobs[0] if alone else args)
-        run = experiment.Run(args.out, config, args.resume)
+        config = common.settings(args.jobs[0] if alone else args, "jobs")
+        run = common.Run(args.out, config, args.resume)
     if alone:
         summary = run.summary() or train(args.jobs[0], run, data)
         print_table([summary])
     else:
-        with experiment.many_runs():
-            summary = compare(args, run, parts)
+        summary = compare(args, run, parts)
     run.summarise(summary)
-    print(f"Files in {run.out}: {', '.join(sorted(p.name for p in run.out.iterdir()))}")
+    print(run.files())
     return summary
 
 

@@ -45,26 +45,20 @@ sum over so many components, all alike, and is convex's number of them.
 """
 
 import argparse
+import contextlib
 import dataclasses
-import os
 import pathlib
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-
+import common
 import keras
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import tensorflow as tf
 
 import tfbilevel as tb
-from tfbilevel import experiment
 
 METHODS = ("ls", "ns", "rhg", "bda", "ia-gm", "iaptt-gm", "ia-gm-a")
 LEARNED_START = ("ia-gm", "iaptt-gm", "ia-gm-a")
@@ -196,8 +190,8 @@ class Path(NamedTuple):
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = experiment.Parser(description=__doc__)
-    add, above = parser.add_argument, experiment.positive
+    parser = common.Parser(description=__doc__)
+    add, above = parser.add_argument, common.positive
     add("--example", choices=EXAMPLES, nargs="+", help="default: all with the --method")
     add("--method", choices=METHODS, nargs="+", help="default: all the examples have")
     add("--outer-steps", type=above(int))
@@ -205,8 +199,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--upper-lr", type=above(float), help="of x and of a learned start")
     add("--inner-lr", type=above(float))
     add("--settle", type=float, help="last part of the steps, at a tenth of the rate")
-    add("--alpha", type=experiment.share, help="bda: weight of F at the first step")
-    add("--alpha-decay", type=experiment.share, help="bda: its factor per step")
+    add("--alpha", type=common.share, help="bda: weight of F at the first step")
+    add("--alpha-decay", type=common.share, help="bda: its factor per step")
     add("--solver-steps", type=above(int), help="ls, ns: products")
     add(
         "--project-inner",
@@ -215,7 +209,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     add(
         "--start",
-        type=experiment.finite,
+        type=common.finite,
         nargs=2,
         action="append",
         metavar=("X", "Y"),
@@ -228,7 +222,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def check(parser: experiment.Parser, args: argparse.Namespace) -> None:
+def check(parser: common.Parser, args: argparse.Namespace) -> None:
     """Refuse what no run would use; fill in the methods and each example's settings."""
     if args.example is None:  # those that have one of the methods
         args.example = [
@@ -253,7 +247,7 @@ def check(parser: experiment.Parser, args: argparse.Namespace) -> None:
     for knob, users in USERS.items():
         if getattr(args, knob) is not None and not {*users} & {*args.method}:
             parser.error(
-                f"{experiment.flag(knob)} means nothing to --method "
+                f"{common.flag(knob)} means nothing to --method "
                 f"{' '.join(args.method)}: leave it out"
             )
     if args.project_inner and "sine" not in args.example:
@@ -275,7 +269,7 @@ def check(parser: experiment.Parser, args: argparse.Namespace) -> None:
     }
 
 
-def check_start(parser: experiment.Parser, name: str, start: list[float]) -> None:
+def check_start(parser: common.Parser, name: str, start: list[float]) -> None:
     """An error for a start that the example's projections would move."""
     bounds = EXAMPLES[name].bounds()
     for value, (axis, (least, most)) in zip(start, bounds.items(), strict=True):
@@ -403,7 +397,7 @@ def distances(example: Example, path: Path) -> dict[str, np.ndarray]:
     }
 
 
-def log(run: experiment.Run, labels: dict, example: Example, path: Path) -> None:
+def log(run: common.Run, labels: dict, example: Example, path: Path) -> None:
     """One row per outer step; x and y only where they are single numbers."""
     columns = {"x": path.x, "y": path.y, "y_last": path.y_last}
     columns |= {"F": path.upper, "f": path.lower, **distances(example, path)}
@@ -432,20 +426,20 @@ def draw_sine(out: pathlib.Path, example: Example, paths: Paths) -> None:
     solution = example.point(*example.solution)
     size, best = np.linalg.norm(solution[0]), float(example.upper_objective(*solution))
     count = len(example.starts)
-    figure, grid = plt.subplots(
-        2, count, figsize=(1 + 4 * count, 6.5), sharex=True, squeeze=False
-    )
-    for (above, below), start in zip(grid.T, example.starts, strict=True):
-        above.set(title=f"from (x, y) = {start}")
-        below.set(xlabel="outer step")
-        for thinner, (method, of_start) in enumerate(paths.items()):
-            path, width = of_start[start], 4 - 0.6 * thinner  # many lines coincide
-            away = distances(example, path)["x_distance"]
-            above.plot(away / size, label=method, lw=width)
-            below.plot(np.abs(path.upper - best) / abs(best), label=method, lw=width)
-    grid[0, 0].set(ylabel="|x - x*| / |x*|")
-    grid[1, 0].set(ylabel="|F - F*| / |F*|")
-    finish(figure, grid, out / "sine.png", "A follower that is not convex")
+    title, area = "A follower that is not convex", (1 + 4 * count, 6.5)
+    with panels(out / "sine.png", title, (2, count), area, sharex=True) as grid:
+        for (above, below), start in zip(grid.T, example.starts, strict=True):
+            above.set(title=f"from (x, y) = {start}")
+            below.set(xlabel="outer step")
+            for thinner, (method, of_start) in enumerate(paths.items()):
+                path, width = of_start[start], 4 - 0.6 * thinner  # many lines coincide
+                away = distances(example, path)["x_distance"]
+                above.plot(away / size, label=method, lw=width)
+                below.plot(
+                    np.abs(path.upper - best) / abs(best), label=method, lw=width
+                )
+        grid[0, 0].set(ylabel="|x - x*| / |x*|")
+        grid[1, 0].set(ylabel="|F - F*| / |F*|")
 
 
 def draw_truncation(
@@ -453,41 +447,38 @@ def draw_truncation(
 ) -> None:
     """How many inner steps lead to the iterate of largest F."""
     count = len(example.starts)
-    figure, grid = plt.subplots(
-        1, count, figsize=(1 + 4 * count, 3.6), sharey=True, squeeze=False
-    )
-    for axes, start in zip(grid[0], example.starts, strict=True):
-        indices = paths["iaptt-gm"][start].truncation
-        means = [
-            indices[max(0, k - window + 1) : k + 1].mean() for k in range(len(indices))
-        ]
-        axes.plot(indices, ".", markersize=2, color="tab:gray", label="k*")
-        axes.plot(means, label=f"mean of the last {window}")
-        axes.set(xlabel="outer step", title=f"from (x, y) = {start}")
-    grid[0, 0].set(ylabel="truncation index k*")
-    finish(figure, grid, out / "truncation.png", "Where iaptt-gm's inner steps end")
+    title, size = "Where iaptt-gm's inner steps end", (1 + 4 * count, 3.6)
+    with panels(out / "truncation.png", title, (1, count), size, sharey=True) as grid:
+        for axes, start in zip(grid[0], example.starts, strict=True):
+            indices = paths["iaptt-gm"][start].truncation
+            means = [
+                indices[max(0, k - window + 1) : k + 1].mean()
+                for k in range(len(indices))
+            ]
+            axes.plot(indices, ".", markersize=2, color="tab:gray", label="k*")
+            axes.plot(means, label=f"mean of the last {window}")
+            axes.set(xlabel="outer step", title=f"from (x, y) = {start}")
+        grid[0, 0].set(ylabel="truncation index k*")
 
 
 def draw_counter(out: pathlib.Path, example: Example, paths: Paths) -> None:
-    figure, axes = plt.subplots(figsize=(6, 4))
-    for label, path in lines(paths):
-        axes.plot(path.x, label=label)
-    axes.axhline(1, color="black", linestyle=":", label="solution")
-    axes.set(xlabel="outer step", ylabel="x")
     title = "BDA's counter-example: f leaves y2 undetermined"
-    finish(figure, np.array(axes), out / "counter.png", title)
+    with panels(out / "counter.png", title, (1, 1), (6, 4)) as grid:
+        for label, path in lines(paths):
+            grid[0, 0].plot(path.x, label=label)
+        grid[0, 0].axhline(1, color="black", linestyle=":", label="solution")
+        grid[0, 0].set(xlabel="outer step", ylabel="x")
 
 
 def draw_convex(out: pathlib.Path, example: Example, paths: Paths) -> None:
-    figure, grid = plt.subplots(1, 2, figsize=(10, 4))
-    for label, path in lines(paths):
-        away = distances(example, path)
-        grid[0].plot(away["x_distance"], label=label)
-        grid[1].plot(away["y_distance"], label=label)
-    for axes, name in zip(grid, "xy", strict=True):
-        axes.set(xlabel="outer step", ylabel=f"|{name} - {name}*|", yscale="log")
     title = f"A convex follower in {example.dimension} dimensions"
-    finish(figure, grid, out / "convex.png", title)
+    with panels(out / "convex.png", title, (1, 2), (10, 4)) as grid:
+        for label, path in lines(paths):
+            away = distances(example, path)
+            grid[0, 0].plot(away["x_distance"], label=label)
+            grid[0, 1].plot(away["y_distance"], label=label)
+        for axes, name in zip(grid[0], "xy", strict=True):
+            axes.set(xlabel="outer step", ylabel=f"|{name} - {name}*|", yscale="log")
 
 
 def lines(paths: Paths) -> list[tuple[str, Path]]:
@@ -499,14 +490,18 @@ def lines(paths: Paths) -> list[tuple[str, Path]]:
     ]
 
 
-def finish(figure: Any, grid: np.ndarray, file: pathlib.Path, title: str) -> None:
-    for axes in grid.flat:
-        axes.grid(alpha=0.3)
-    grid.flat[0].legend(fontsize=8)
-    figure.suptitle(title)
-    figure.tight_layout()
-    figure.savefig(file, dpi=110)
-    plt.close(figure)
+@contextlib.contextmanager
+def panels(
+    file: pathlib.Path, title: str, shape: tuple, size: tuple, **shared: bool
+) -> Iterator[np.ndarray]:
+    """A picture's axes, [rows, columns], with grids, and a legend in the first."""
+    with common.figure(file, size) as page:
+        grid = page.subplots(*shape, squeeze=False, **shared)
+        yield grid
+        for axes in grid.flat:
+            axes.grid(alpha=0.3)
+        grid.flat[0].legend(fontsize=8)
+        page.suptitle(title)
 
 
 def draw(
@@ -529,7 +524,7 @@ def print_table(summary: dict) -> None:
                 print(f"{name:9s}{method:10s}{start:9s}{away}{arrived}")
 
 
-def solve_all(args: argparse.Namespace, run: experiment.Run) -> dict[str, Paths]:
+def solve_all(args: argparse.Namespace, run: common.Run) -> dict[str, Paths]:
     jobs = [
         (name, method, start)
         for name in args.example
@@ -537,10 +532,10 @@ def solve_all(args: argparse.Namespace, run: experiment.Run) -> dict[str, Paths]
         if method in EXAMPLES[name].methods
         for start in args.examples[name].starts
     ]
-    progress = experiment.Progress(run.out, len(jobs), "paths")
+    progress = common.Progress(run.out, len(jobs), "paths")
     found: dict[str, Paths] = {}
     for done, (name, method, start) in enumerate(jobs, 1):
-        with experiment.one_line_nonfinite():
+        with common.one_line_nonfinite():
             path = solve(args.examples[name], method, start, args.settings[name])
         labels = {"example": name, "method": method, "start": start}
         log(run, labels, args.examples[name], path)
@@ -554,11 +549,11 @@ def main(argv: list[str] | None = None) -> dict:
     kept = ("example", "method", "start", "dimension", "tolerance", "seed")
     config = {name: getattr(args, name) for name in kept}
     config |= {name: dataclasses.asdict(s) for name, s in args.settings.items()}
-    with experiment.one_line_errors(__file__):
-        run = experiment.Run(args.out, config, args.resume)
+    with common.one_line_errors(__file__):
+        run = common.Run(args.out, config, args.resume)
     run.rewind(-1)  # a resumed run starts again: it takes seconds
     begun = time.perf_counter()
-    with experiment.many_runs():
+    with common.many_runs():
         found = solve_all(args, run)
     draw(run.out, args.examples, found)
     ends = {

@@ -31,26 +31,16 @@ as threes. `digits`, for a try, ships with the installed packages.
 import argparse
 import dataclasses
 import math
-import os
 import pathlib
-import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-
+import common
 import keras
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import tensorflow as tf
 
 import tfbilevel as tb
-from tfbilevel import experiment
-
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from data_prep import images
 
 # What each attack is measured by; the last one is what it is after.
@@ -64,7 +54,7 @@ SCORES = ("clean", "label_flip", "poisoned")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings(experiment.InversionFree):
+class Settings(common.InversionFree):
     """A method's settings; `None` where it has no such knob."""
 
     outer_steps: int | None = None
@@ -132,8 +122,8 @@ class Data(NamedTuple):
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = experiment.Parser(description=__doc__)
-    add, above = parser.add_argument, experiment.positive
+    parser = common.Parser(description=__doc__)
+    add, above = parser.add_argument, common.positive
     add("--attack", choices=ATTACKS, default="untargeted")
     add("--method", choices=METHODS, default="penalty")
     add("--dataset", choices=("mnist", "digits"), default="mnist")
@@ -144,24 +134,26 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     Settings.add_flags(parser, "outer steps")
     add(
         "--stay-close",
-        type=experiment.at_least(float, 0),
+        type=common.at_least(float, 0),
         help="weight of |u - u_0|^2 in f; default 0",
     )
     add("--train-steps", type=above(int), default=10_001, help="of W, plain training")
     add("--train-lr", type=above(float), default=1e-3)
     add("--eval-every", type=above(int), help="outer steps; default 100")
-    add("--jit", choices=experiment.JIT, help="default auto")
+    add("--jit", choices=common.JIT, help="default auto")
     args = parser.parse_args(argv)
     moved = args.method != "label-flip", "a --method that moves images"
     idle = {"stay_close": 0.0, "eval_every": 100, "jit": "auto"}
     files = args.dataset != "digits", "--dataset mnist"
-    parser.refuse_idle(args, dict.fromkeys(idle, moved) | {"data_dir": files})
+    parser.reject_ineffective_flags(
+        args, dict.fromkeys(idle, moved) | {"data_dir": files}
+    )
     for name, value in idle.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     published = DEFAULTS[args.method, args.attack]
-    parser.refuse_meaningless(args, [published], f"--method {args.method}")
-    args = experiment.filled(args, published)
+    parser.reject_unused_flags(args, [published], f"--method {args.method}")
+    args = common.filled(args, published)
     most = SIZES[args.dataset, args.attack][0] // (
         5 if args.attack == "targeted" else 1
     )
@@ -295,7 +287,7 @@ def build_model(args: argparse.Namespace, data: Data, seed: int) -> tb.BilevelMo
 
     def upper_loss(upper: Poisons, lower: keras.Model, batch: tuple) -> tf.Tensor:
         pixels, labels = batch
-        loss = tf.reduce_mean(experiment.cross_entropy(lower(pixels), labels))
+        loss = tf.reduce_mean(tb.sparse_cross_entropy(lower(pixels), labels))
         if args.attack == "untargeted":
             loss = -loss
         if args.stay_close:
@@ -306,7 +298,7 @@ def build_model(args: argparse.Namespace, data: Data, seed: int) -> tb.BilevelMo
     def lower_loss(upper: Poisons, lower: keras.Model, batch: tuple) -> tf.Tensor:
         parts = [batch, (tf.convert_to_tensor(upper.images), upper.labels)]
         losses = [
-            tf.reduce_sum(experiment.cross_entropy(lower(pixels), labels))
+            tf.reduce_sum(tb.sparse_cross_entropy(lower(pixels), labels))
             for pixels, labels in parts
         ]
         squares = tf.reduce_sum(tf.square(lower.trainable_variables[0]))
@@ -323,18 +315,13 @@ def build_model(args: argparse.Namespace, data: Data, seed: int) -> tb.BilevelMo
 
 def trainer(args: argparse.Namespace) -> Callable:
     """(digits, seed) -> W trained on them from scratch; compiled once per shape."""
-    inner = tb.InnerSolver(experiment.adam(args.train_lr), args.train_steps)
 
-    def loss(upper: tuple, lower: list, batch: images.Part) -> tf.Tensor:
-        losses = experiment.cross_entropy(batch.images @ lower[0], batch.labels)
+    def loss(lower: list, batch: images.Part) -> tf.Tensor:
+        losses = tb.sparse_cross_entropy(batch.images @ lower[0], batch.labels)
         return tf.reduce_mean(losses) + DECAY * tf.reduce_sum(tf.square(lower[0]))
 
-    problem = tb.Problem(loss, loss)
-
-    @tf.function(autograph=False, jit_compile=args.jit != "off")
-    def solve(part: images.Part, start: list) -> list:
-        state = inner.init(problem, (), start)
-        return inner.solve(problem, (), start, tb.Batches(None, part), state)[0]
+    optimizer = common.adam(args.train_lr)
+    solve = common.trainer(loss, optimizer, args.train_steps, args.jit != "off")
 
     def train(part: images.Part, seed: int) -> keras.Model:
         net = build_net(part.images.shape[1], seed)
@@ -380,7 +367,7 @@ def scores(args: argparse.Namespace, net: keras.Model, data: Data) -> dict[str, 
 
 def attack(
     args: argparse.Namespace,
-    run: experiment.Run,
+    run: common.Run,
     data: Data,
     seed: int,
     train: Callable,
@@ -417,7 +404,7 @@ def attack(
 
 def optimise(
     args: argparse.Namespace,
-    run: experiment.Run,
+    run: common.Run,
     data: Data,
     clean: keras.Model,
     seed: int,
@@ -427,13 +414,13 @@ def optimise(
     model.lower.set_weights(clean.get_weights())
     model.compile(
         Settings.method(args),
-        experiment.adam(Settings.upper_rate(args)),
-        jit_compile=experiment.JIT[args.jit],
+        common.adam(Settings.upper_rate(args)),
+        jit_compile=common.JIT[args.jit],
         steps_per_execution=math.gcd(args.outer_steps, args.eval_every),
     )
     full = tf.data.Dataset.from_tensors
     pairs = tb.pair(full(tuple(data.validation)), full(tuple(data.train)))
-    experiment.train(
+    common.train(
         model,
         lambda first: pairs.repeat(),
         run,
@@ -475,7 +462,7 @@ def draw_poisons(path: pathlib.Path, start: images.Part, pixels: np.ndarray) -> 
         for text in (f"before, as {label}", "after")
     ]
     side = round(pixels.shape[1] ** 0.5)
-    experiment.draw_images(
+    common.draw_images(
         path,
         pairs.reshape(-1, side, side),
         captions,
@@ -484,22 +471,14 @@ def draw_poisons(path: pathlib.Path, start: images.Part, pixels: np.ndarray) -> 
     )
 
 
-def draw_curves(run: experiment.Run, args: argparse.Namespace) -> None:
-    steps = run.column("step")
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), sharex=True)
-    experiment.draw_line(left, steps, run.column("upper_loss"))
-    left.set(xlabel="outer step", title="f of the classifier that follows")
-    for name in ATTACKS[args.attack]:
-        label = name.replace("_", " ")
-        experiment.draw_line(right, steps, run.column(name), label=label)
-    right.set(xlabel="outer step", ylabel="percent", title="the same classifier")
-    right.legend()
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-    figure.suptitle(f"{args.attack}, {args.method}")
-    figure.tight_layout()
-    figure.savefig(run.out / "curves.png", dpi=110)
-    plt.close(figure)
+def draw_curves(run: common.Run, args: argparse.Namespace) -> None:
+    found = {name.replace("_", " "): name for name in ATTACKS[args.attack]}
+    panels = [
+        common.Panel({"": "upper_loss"}, "f of the classifier that follows"),
+        common.Panel(found, "the same classifier", "percent"),
+    ]
+    title = f"{args.attack}, {args.method}"
+    common.plot_columns(run, panels, title, ("step", "outer step"))
 
 
 def table(
@@ -530,7 +509,7 @@ def print_table(args: argparse.Namespace, rows: dict[str, dict[str, float]]) -> 
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
-    with experiment.one_line_errors(__file__):
+    with common.one_line_errors(__file__):
         files = load_files(args)
         jobs = [
             (count, args.seed + trial)
@@ -539,10 +518,10 @@ def main(argv: list[str] | None = None) -> dict:
         ]
         # The first one's data are drawn before anything is written.
         draw_data(args, files, *jobs[0])
-        run = experiment.Run(args.out, experiment.settings(args), args.resume)
+        run = common.Run(args.out, common.settings(args), args.resume)
     train = trainer(args)
 
-    def one(own: argparse.Namespace, run: experiment.Run) -> dict:
+    def one(own: argparse.Namespace, run: common.Run) -> dict:
         data = draw_data(own, files, own.poisons[0], own.seed)
         return attack(own, run, data, own.seed, train)
 
@@ -557,12 +536,12 @@ def main(argv: list[str] | None = None) -> dict:
         )
         for count, seed in jobs
     }
-    done, failed = experiment.sweep(run, parts, one)
+    done, failed = common.sweep(run, parts, common.in_folder(one))
     summaries = list(done.values())
     rows = table(args, summaries)
     print_table(args, rows)
     made = {"by_poisons": rows, "runs": summaries}
-    return experiment.concluded(run, made, failed)
+    return common.concluded(run, made, failed)
 
 
 if __name__ == "__main__":

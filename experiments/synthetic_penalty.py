@@ -40,18 +40,12 @@ import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-
+import common
 import keras
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import tensorflow as tf
 
 import tfbilevel as tb
-from tfbilevel import experiment
 
 METHODS = ("gd", "rmd", "approxgrad", "penalty")
 BLOCK, BOUND = 10, 5.0
@@ -91,8 +85,8 @@ class Job(NamedTuple):
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = experiment.Parser(description=__doc__)
-    add, above = parser.add_argument, experiment.positive
+    parser = common.Parser(description=__doc__)
+    add, above = parser.add_argument, common.positive
     names = ("ex1", "ex2", "ex3", "ex4")
     add("--problem", nargs="+", choices=names, default=list(names))
     add("--method", nargs="+", choices=METHODS, default=list(METHODS))
@@ -102,23 +96,24 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--record-every", type=above(int), default=10)
     add("--upper-lr", type=above(float), default=1e-3)
     add("--lower-lr", type=above(float), default=1e-4, help="of v, and of p")
-    add("--damping", type=experiment.at_least(float, 0), help="approxgrad; 1e-6")
+    add("--damping", type=common.at_least(float, 0), help="approxgrad; 1e-6")
     add("--weight", type=above(float), help="penalty: rho at the start; 1")
     add(
         "--lower-weight",
-        type=experiment.at_least(float, 0),
+        type=common.at_least(float, 0),
         help="penalty: lambda at the start; 10",
     )
     add("--tolerance", type=above(float), help="penalty: epsilon at the start; 1")
     add(
         "--growth",
-        type=experiment.at_least(float, 1),
-        help="penalty: factor at a notch; 1.1",
+        type=common.at_least(float, 1),
+        help="penalty: factor at a schedule update; 1.1",
     )
+    add("--jit", choices=("on", "off"), default="on")
     args = parser.parse_args(argv)
     for method, own in KNOBS.items():
         need = method in args.method, f"--method {method}"
-        parser.refuse_idle(args, dict.fromkeys(own, need))
+        parser.reject_ineffective_flags(args, dict.fromkeys(own, need))
         for name, value in own.items():
             if getattr(args, name) is None:
                 setattr(args, name, value)
@@ -188,19 +183,19 @@ def build_method(
         sgd = keras.optimizers.SGD
         return tb.Unroll(inner(sgd(args.lower_lr))), sgd(args.upper_lr)
     if job.method == "gd":
-        method = tb.Unroll(inner(experiment.adam(args.lower_lr)), first_order=True)
+        method = tb.Unroll(inner(common.adam(args.lower_lr)), first_order=True)
     elif job.method == "approxgrad":
         solver = tb.GradientSolver(
-            experiment.adam(args.lower_lr),
+            common.adam(args.lower_lr),
             steps,
             "residual",
             tolerance=0.0,
             damping=args.damping,
         )
-        method = tb.Implicit(inner(experiment.adam(args.lower_lr)), solver)
+        method = tb.Implicit(inner(common.adam(args.lower_lr)), solver)
     else:
         method = tb.AugmentedLagrangian(
-            experiment.adam(args.lower_lr),
+            common.adam(args.lower_lr),
             steps,
             weight=args.weight,
             lower_weight=args.lower_weight,
@@ -211,7 +206,7 @@ def build_method(
             rate_decay=1 / args.growth,
             starts=args.trials,
         )
-    return method, experiment.adam(args.upper_lr)
+    return method, common.adam(args.upper_lr)
 
 
 def errors(example: Example, u: Any, v: Any) -> dict[str, tf.Tensor]:
@@ -254,7 +249,7 @@ def solve(args: argparse.Namespace, job: Job, path: pathlib.Path) -> None:
             args.outer_steps // parts,
             trace=trace,
             state=state,
-            jit_compile=True,
+            jit_compile=args.jit == "on",
         )
         u, v, state = result.upper, result.lower, result.state
         traces.append({name: value.numpy() for name, value in result.trace.items()})
@@ -284,29 +279,26 @@ def draw_curves(out: pathlib.Path, problem: str, found: dict[Job, Any]) -> None:
     jobs = [job for job in found if job.problem == problem]
     counts = sorted({job.inner_steps for job in jobs})
     methods = [m for m in METHODS if any(job.method == m for job in jobs)]
-    figure, panels = plt.subplots(
-        len(counts),
-        len(methods),
-        figsize=(3 * len(methods), 2.3 * len(counts)),
-        sharex=True,
-        sharey=True,
-        squeeze=False,
-    )
-    for axes, count in zip(panels, counts, strict=True):
-        for panel, method in zip(axes, methods, strict=True):
-            curves = found[Job(problem, method, count)]
-            panel.plot(curves["step"], curves["error"], "y", linewidth=0.6, alpha=0.5)
-            panel.plot(curves["step"], curves["error"].mean(axis=1), "b", linewidth=2)
-            panel.set(title=f"{method}, T = {count}", ylim=(0, 40))
-            panel.grid(alpha=0.3)
-    for panel in panels[-1]:
-        panel.set_xlabel("updates of u")
-    for panel in panels[:, 0]:
-        panel.set_ylabel("error")
-    figure.suptitle(f"{problem}: every start, and their mean")
-    figure.tight_layout()
-    figure.savefig(out / f"{problem}.png", dpi=110)
-    plt.close(figure)
+    shape = len(counts), len(methods)
+    size = 3 * len(methods), 2.3 * len(counts)
+    with common.figure(out / f"{problem}.png", size) as page:
+        panels = page.subplots(*shape, sharex=True, sharey=True, squeeze=False)
+        for axes, count in zip(panels, counts, strict=True):
+            for panel, method in zip(axes, methods, strict=True):
+                curves = found[Job(problem, method, count)]
+                panel.plot(
+                    curves["step"], curves["error"], "y", linewidth=0.6, alpha=0.5
+                )
+                panel.plot(
+                    curves["step"], curves["error"].mean(axis=1), "b", linewidth=2
+                )
+                panel.set(title=f"{method}, T = {count}", ylim=(0, 40))
+                panel.grid(alpha=0.3)
+        for panel in panels[-1]:
+            panel.set_xlabel("updates of u")
+        for panel in panels[:, 0]:
+            panel.set_ylabel("error")
+        page.suptitle(f"{problem}: every start, and their mean")
 
 
 def summarise(job: Job, curves: Any) -> dict[str, Any]:
@@ -341,7 +333,7 @@ def print_table(summaries: list[dict], name: str, unit: str) -> None:
         print(f"{problem}, T = {steps:<3d}{line}")
 
 
-def log(run: experiment.Run, found: dict[Job, Any]) -> None:
+def log(run: common.Run, found: dict[Job, Any]) -> None:
     """About forty rows of every run: mean and standard deviation over its starts."""
     run.rewind(-1)
     for job, curves in found.items():
@@ -358,8 +350,8 @@ def log(run: experiment.Run, found: dict[Job, Any]) -> None:
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
-    with experiment.one_line_errors(__file__):
-        run = experiment.Run(args.out, experiment.settings(args), args.resume)
+    with common.one_line_errors(__file__):
+        run = common.Run(args.out, common.settings(args), args.resume)
     # approxgrad's T steps follow a solution that moves faster than they do: its
     # residual, which is in the results, is the point of the comparison.
     warnings.simplefilter("ignore", tb.DivergenceWarning)
@@ -371,11 +363,11 @@ def main(argv: list[str] | None = None) -> dict:
         for steps in args.inner_steps
         for method in args.method
     ]
-    progress = experiment.Progress(run.out, len(jobs), "runs")
+    progress = common.Progress(run.out, len(jobs), "runs")
     for number, job in enumerate(jobs, 1):
         path = folder / f"{job.name}.npz"
         if not path.exists():
-            with experiment.one_line_nonfinite():
+            with common.one_line_nonfinite():
                 solve(args, job, path)
         progress.update(number)
     found = {}

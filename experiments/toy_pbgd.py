@@ -17,22 +17,15 @@ arXiv:2302.05185, with the correct gradient (the published script's is wrong).
 import argparse
 import csv
 import json
-import os
 import pathlib
 import time
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-
+import common
 import keras
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import tensorflow as tf
 
 import tfbilevel as tb
-from tfbilevel import experiment
 
 UPPER_BOUNDS = (0.0, 3.0)
 
@@ -57,8 +50,8 @@ PROBLEM = tb.Problem(
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = experiment.Parser(description=__doc__)
-    add, above = parser.add_argument, experiment.positive
+    parser = common.Parser(description=__doc__)
+    add, above = parser.add_argument, common.positive
     add("--method", choices=("v-pbgd", "g-pbgd"), default="v-pbgd")
     add(
         "--gammas", type=above(float), nargs="+", default=[10.0], help="stages' weights"
@@ -106,23 +99,22 @@ def draw(out: pathlib.Path, x: np.ndarray, y: np.ndarray) -> None:
     along = upper_objective(tf.constant(line), tf.constant(-line)).numpy()
     ends = upper_objective(tf.constant(x), tf.constant(y)).numpy()
 
-    figure = plt.figure(figsize=(12, 5))
-    axes = figure.add_subplot(1, 2, 1, projection="3d", computed_zorder=False)
-    axes.plot_surface(grid_x, grid_y, surface, cmap="viridis", alpha=0.6)
-    axes.plot(line, -line, along, "k--", zorder=5, label="f(x, -x)")
-    axes.scatter(x, y, zs=ends, color="red", s=24, zorder=6, label="end points")
-    axes.set(xlabel="x", ylabel="y", zlabel="f")
-    axes.legend(loc="upper right")  # "best" tries places among all the points
-    axes.view_init(elev=35, azim=-60)
-    flat = figure.add_subplot(1, 2, 2)
-    flat.plot(line, along, "k--", label="hyper-objective f(x, -x)")
-    flat.scatter(x, ends, color="red", s=24, zorder=3, label="end points (x, f(x, y))")
-    flat.set(xlabel="x", ylabel="f")
-    flat.grid(alpha=0.3)
-    flat.legend(loc="upper left")
-    figure.tight_layout()
-    figure.savefig(out / "end_points.png", dpi=110)
-    plt.close(figure)
+    with common.figure(out / "end_points.png", (12, 5)) as page:
+        axes = page.add_subplot(1, 2, 1, projection="3d", computed_zorder=False)
+        axes.plot_surface(grid_x, grid_y, surface, cmap="viridis", alpha=0.6)
+        axes.plot(line, -line, along, "k--", zorder=5, label="f(x, -x)")
+        axes.scatter(x, y, zs=ends, color="red", s=24, zorder=6, label="end points")
+        axes.set(xlabel="x", ylabel="y", zlabel="f")
+        axes.legend(loc="upper right")  # "best" tries places among all the points
+        axes.view_init(elev=35, azim=-60)
+        flat = page.add_subplot(1, 2, 2)
+        flat.plot(line, along, "k--", label="hyper-objective f(x, -x)")
+        flat.scatter(
+            x, ends, color="red", s=24, zorder=3, label="end points (x, f(x, y))"
+        )
+        flat.set(xlabel="x", ylabel="f")
+        flat.grid(alpha=0.3)
+        flat.legend(loc="upper left")
 
 
 def clusters(x: np.ndarray, y: np.ndarray, width: float = 0.05) -> list[dict]:
@@ -140,8 +132,8 @@ def clusters(x: np.ndarray, y: np.ndarray, width: float = 0.05) -> list[dict]:
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
-    with experiment.one_line_errors(__file__):
-        run = experiment.Run(args.out, experiment.settings(args), args.resume)
+    with common.one_line_errors(__file__):
+        run = common.Run(args.out, common.settings(args), args.resume)
     run.rewind(0)  # a resumed toy starts again: it takes seconds
     generator = np.random.default_rng(args.seed)
     x = tf.constant(generator.uniform(0, 3.5, args.starts))
@@ -149,7 +141,7 @@ def main(argv: list[str] | None = None) -> dict:
     steps = np.zeros(args.starts, int)
     stopped, start, done = np.ones(args.starts, bool), time.perf_counter(), 0
     for gamma in args.gammas:
-        with experiment.one_line_nonfinite():
+        with common.one_line_nonfinite():
             result = solve(args, gamma, x, y)
         x, y = result.upper, result.lower
         steps += result.steps.numpy()

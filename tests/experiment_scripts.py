@@ -1,8 +1,7 @@
 """Experiment scripts as modules: they are run as files, not installed."""
 
-import importlib.util
+import importlib
 import pathlib
-import sys
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -16,14 +15,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 def load_experiment(name: str) -> ModuleType:
     """The script `experiments/<name>.py`, imported once."""
-    if name not in sys.modules:
-        path = ROOT / "experiments" / f"{name}.py"
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        spec.loader.exec_module(module)
-    return sys.modules[name]
+    return importlib.import_module(name)
 
 
 def drawn(monkeypatch: Any, draw: Callable[[], Any]) -> Figure:

@@ -258,7 +258,7 @@ def test_no_false_alarm(name: str) -> None:
         )
     else:
         model = bilevel(*layers)
-    x, y, _ = model._read(state=False)
+    x, y = model._levels.read()
     found = operations(model.problem, x, y, BATCHES)
     assert [one for one in found if one.verdict in ("missing", "wrong")] == []
 
@@ -269,7 +269,7 @@ def test_no_false_alarm_of_an_embedding() -> None:
     )
     model = tb.BilevelModel(tb.ExampleWeights(2), network, upper_loss, lower_loss)
     words = np.array([[1, 2, 3], [4, 0, 1]], "int32"), TARGETS[:2]
-    x, y, _ = model._read(state=False)
+    x, y = model._levels.read()
     assert operations(model.problem, x, y, tb.Batches(words, words)) == []
 
 
@@ -307,7 +307,7 @@ def test_looked_at_once_per_compile() -> None:
 
     model = bilevel(loss=counted)
     model.compile(unroll(), SGD(0.1), jit_compile=False)
-    model._look(BATCHES)
+    model._outer.look(BATCHES, eager=False)
     assert len(calls) == 1
     model.fit(data(), verbose=0)
     model.fit(data(), verbose=0)
@@ -315,7 +315,7 @@ def test_looked_at_once_per_compile() -> None:
     model.fit(data(), verbose=0)
     assert len(calls) == once
     model.compile(unroll(), SGD(0.1), jit_compile=False)
-    model._look(BATCHES)
+    model._outer.look(BATCHES, eager=False)
     assert len(calls) == once + 1
 
 

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 
+import common
 import keras
 import numpy as np
 import pytest
@@ -11,7 +12,6 @@ import tensorflow as tf
 from experiment_scripts import arrays_of, drawn, load_experiment
 
 import tfbilevel as tb
-from tfbilevel import experiment
 
 attack = load_experiment("clean_label_attack")
 SMALL = ["--train-size", "30", "--test-size", "10", "--feature-epochs", "1"]
@@ -49,7 +49,7 @@ def tiny(method="penalty", poisons=1):
 def test_the_curve_of_distortions_begins_at_nothing(
     distortions, successes, points, tmp_path, monkeypatch
 ):
-    run = experiment.Run(tmp_path / "run", {}, False)
+    run = common.Run(tmp_path / "run", {}, False)
     for step, (far, won) in enumerate(zip(distortions, successes, strict=True)):
         run.log({"step": step, "success": won, "distortion": far})
     figure = drawn(monkeypatch, lambda: attack.draw_curve(run, "penalty"))

@@ -5,6 +5,7 @@ import json
 import pathlib
 from unittest import mock
 
+import common
 import keras
 import numpy as np
 import pytest
@@ -15,8 +16,6 @@ from published_files import prepare_with_tfds
 
 import tfbilevel as tb
 from data_prep import images, svhn
-from tfbilevel import experiment
-from tfbilevel.experiment import _callbacks as callbacks
 
 denoising = load_experiment("data_denoising")
 SIZES = ["--train-size", "60", "--validation-size", "40", "--test-size", "30"]
@@ -123,7 +122,7 @@ def test_the_parts_share_no_image(dataset, monkeypatch):
 
 
 def test_the_best_row_is_that_of_validation_data(tmp_path):
-    run = experiment.Run(tmp_path / "run", {}, False)
+    run = common.Run(tmp_path / "run", {}, False)
     for step, validation, test in ((1, 50.0, 90.0), (2, 80.0, 60.0), (3, 70.0, 70.0)):
         row = {"step": step, "seconds": step, "validation_accuracy": validation}
         run.log(row | {"test_accuracy": test, "f1_at_0.5": 1.0})
@@ -328,7 +327,7 @@ def test_a_killed_run_resumes_to_the_same_numbers(tmp_path, monkeypatch):
     denoising.main([*flags, "--out", str(tmp_path / "whole")])
     monkeypatch.setattr(denoising, "SAVED", 2)
 
-    class Dying(callbacks.Backup):
+    class Dying(tb.Backup):
         def on_epoch_end(self, epoch, logs=None):
             super().on_epoch_end(epoch, logs)
             if epoch == 1:
@@ -336,7 +335,7 @@ def test_a_killed_run_resumes_to_the_same_numbers(tmp_path, monkeypatch):
 
     broken = ["--out", str(tmp_path / "broken")]
     with monkeypatch.context() as patch:
-        patch.setattr(callbacks, "Backup", Dying)
+        patch.setattr(tb, "Backup", Dying)
         with pytest.raises(KeyboardInterrupt):
             denoising.main([*flags, *broken])
     # Pretraining is not done again.

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from typing import Any
 
+import common
 import keras
 import matplotlib.pyplot as plt
 import numpy as np
@@ -16,10 +17,10 @@ import pytest
 import tensorflow as tf
 from experiment_scripts import ROOT, drawn, load_experiment
 from published_files import prepare_cifar100
+from settings.few_shot import FRESH, METHODS
 
 import tfbilevel as tb
 from data_prep import glyphs
-from tfbilevel import experiment
 
 few_shot = load_experiment("few_shot")
 SMALL = ["--filters", "4", "--outer-steps", "4", "--eval-every", "2", "--tasks", "2"]
@@ -277,7 +278,7 @@ def central_difference(model: Any, args: Any, width: float = 1e-7) -> float:
     ]
     state = model.method.init(model.problem, x, y)
     step = tf.function(
-        lambda x: model.method.step(model.problem, x, y, batch, state).upper_gradient,
+        lambda x: model.problem.step(model.method, x, y, batch, state).upper_gradient,
         autograph=False,
     )
     objective = model.method.objective(model.problem, x, y, batch, state)
@@ -351,7 +352,7 @@ def test_every_class_of_a_confusion_matrix_can_be_read(ways):
     matrix = 15 * np.eye(ways, dtype=int)
     matrix[0, 1] = matrix[1, 0] = 2
     figure, axes = plt.subplots()
-    few_shot.draw_matrix(axes, matrix, 15)
+    common.draw_matrix(axes, matrix, 15)
     assert axes.get_xticks().tolist() == list(range(ways))
     assert axes.get_yticks().tolist() == list(range(ways))
     # The same blue for the same count in every task, whatever the largest one is.
@@ -368,7 +369,7 @@ def test_every_class_of_a_confusion_matrix_can_be_read(ways):
 
 
 def test_curves_name_the_run_and_share_their_seconds(tmp_path, monkeypatch):
-    run = experiment.Run(tmp_path / "run", {}, False)
+    run = common.Run(tmp_path / "run", {}, False)
     for step, loss in ((0, float("nan")), (2, 1.5)):
         accuracy = {"validation_accuracy": 40.0, "validation_accuracy_ci95": 2.0}
         losses = {"upper_loss": loss, "lower_loss": loss}
@@ -413,7 +414,7 @@ def test_imaml_solves_its_proximal_system():
     problem, method = model.problem, model.method
     state = method.init(problem, x, y)
     step = tf.function(
-        lambda: method.step(problem, x, y, batch, state), autograph=False
+        lambda: problem.step(method, x, y, batch, state), autograph=False
     )()
     v = [gradient / 40 for gradient in step.upper_gradient]
     end = [leaf[0] for leaf in step.lower]
@@ -449,7 +450,7 @@ def test_approxgrad_is_the_implicit_gradient_where_its_solver_ends():
         method = dataclasses.replace(model.method, solver=solver)
         state = method.init(model.problem, x, y)
         step = tf.function(
-            lambda m=method, s=state: m.step(model.problem, x, y, batch, s),
+            lambda m=method, s=state: model.problem.step(m, x, y, batch, s),
             autograph=False,
         )()
         found.append(np.concatenate([np.ravel(g) for g in step.upper_gradient]))
@@ -489,7 +490,7 @@ def test_fresh_heads_differ_between_tasks_and_steps_and_are_seeded():
 def test_methods_are_what_they_are_called():
     """Two flags and an argument are all that tells many of them apart."""
     built = {}
-    for method in few_shot.METHODS:
+    for method in METHODS:
         args = small(method, "--filters", "3", "--outer-steps", "10")
         built[method] = few_shot.build_model(args, SHAPE).method
     unrolled = {n: m for n, m in built.items() if isinstance(m, tb.Unroll)}
@@ -508,7 +509,7 @@ def test_methods_are_what_they_are_called():
             assert callable(rate) == (name == "meta-sgd")
     for name, method in built.items():
         inner = method.inner
-        assert callable(inner.start) == (name in few_shot.FRESH), name
+        assert callable(inner.start) == (name in FRESH), name
     assert isinstance(built["imaml"].solver, tb.ConjugateGradient)
     assert isinstance(built["approxgrad"].solver, tb.GradientSolver)
     assert built["penalty"].optimizer_state == built["penalty"].multipliers == "reset"
@@ -521,7 +522,7 @@ def test_features_of_both_sets_share_statistics_only_where_published():
         (queries, _), (supports, _) = task = tf.nest.map_structure(
             lambda leaf: leaf[0], batch
         )
-        made = model._prepare(model.upper, task).lower[0]
+        made = model._levels.prepare(model.upper, task).lower[0]
         alone = model.upper(supports)
         both = model.upper(tf.concat([queries, supports], axis=0))[len(queries) :]
         assert np.abs(alone - both).max() > 1e-3

@@ -6,8 +6,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-
-from tfbilevel.experiment import networks
+from common import networks
 
 
 def standardised(inputs: np.ndarray, epsilon: float) -> np.ndarray:

@@ -102,7 +102,7 @@ METHODS = {
 def gradient(problem: tb.Problem, method: tb.Method, x: Any, y: Any) -> Any:
     def step() -> Any:
         state = method.init(problem, x, y)
-        return method.step(problem, x, y, tb.Batches(0.0, 0.0), state).upper_gradient
+        return problem.step(method, x, y, tb.Batches(0.0, 0.0), state).upper_gradient
 
     return float(tf.nest.flatten(tf.function(step, autograph=False)())[0])
 
@@ -149,12 +149,12 @@ def test_a_plain_problem_hands_x_to_a_projection_of_two_parameters():
         prepare=lambda x, batches: batches,
     )
     assert gradient(with_prepare, method, x, y) == pytest.approx(slope(), rel=1e-6)
-    for mapping in ("vectorized", "in-turn"):
+    for mapping in ("vectorized", "sequential"):
         tasks = tb.over_tasks(problem, mapping)
         stacked = tf.stack([y, y])
         state = method.init(tasks, x, stacked)
         batches = tb.Batches(tf.zeros([2]), tf.zeros([2]))
-        step = method.step(tasks, x, stacked, batches, state)
+        step = tasks.step(method, x, stacked, batches, state)
         assert float(step.upper_gradient) == pytest.approx(slope(), rel=1e-6)
 
 

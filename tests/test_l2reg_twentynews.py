@@ -8,17 +8,19 @@ import types
 import zlib
 from typing import Any
 
+import common
 import keras
 import numpy as np
 import pytest
 import scipy.special
+import sklearn.datasets
 import sklearn.utils
 import tensorflow as tf
+from common import callbacks
 from experiment_scripts import drawn, load_experiment
 
 import tfbilevel as tb
-from tfbilevel import experiment
-from tfbilevel.experiment import _callbacks as callbacks
+from data_prep import twentynews
 
 news = load_experiment("l2reg_twentynews")
 
@@ -64,7 +66,8 @@ def home(corpus: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def load(*flags: str) -> Any:
-    return news.load_data(news.parse_args(["--out", "x", *flags]))
+    args = news.parse_args(["--out", "x", *flags])
+    return twentynews.load(args.data_dir, args.features, args.max_features, args.seed)
 
 
 # Data.
@@ -112,12 +115,12 @@ def test_other_features():
 
 def test_minibatches_are_a_fresh_order_every_pass():
     part = load().train
-    batches = news.Minibatches(part, 6, (0, 0))
+    batches = twentynews.Minibatches(part, 6, (0, 0))
     passes = [[batches.documents(3 * p + i) for i in range(3)] for p in range(2)]
     for order in map(np.concatenate, passes):
         assert len(set(order)) == 18  # 21 documents: three are left out
     assert not np.array_equal(passes[0], passes[1])
-    resumed = news.Minibatches(part, 6, (0, 0))
+    resumed = twentynews.Minibatches(part, 6, (0, 0))
     np.testing.assert_array_equal(resumed.documents(4), passes[1][1])
     features, labels = batches.stack(2, 3)
     for draw in range(3):
@@ -145,7 +148,7 @@ def in_float64(data: Any) -> tuple[tb.Problem, tb.Batches, tf.Tensor, tf.Tensor]
     )
 
     def batch(part: Any) -> tuple:
-        features, labels = news.tensors(part)
+        features, labels = twentynews.tensors(part)
         return tf.cast(features, tf.float64), labels
 
     generator = np.random.default_rng(3)
@@ -317,7 +320,7 @@ def test_bars_are_of_coefficients_that_have_moved(
     size: float, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ):
     """After a step they are 1 within rounding: it is their logarithms that differ."""
-    run = experiment.Run(tmp_path / "run", {}, False)
+    run = common.Run(tmp_path / "run", {}, False)
     words = np.array([f"word {number}" for number in range(60)])
     logits = np.zeros(60, np.float32)
     logits[[7, 9, 11]] = -size, -3 * size, 2 * size
@@ -346,7 +349,7 @@ def test_bars_are_of_coefficients_that_have_moved(
 def test_no_bars_before_a_coefficient_has_moved(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ):
-    run = experiment.Run(tmp_path / "run", {}, False)
+    run = common.Run(tmp_path / "run", {}, False)
     words, logits = np.array(["a", "b"]), np.zeros(2)
     figure = drawn(monkeypatch, lambda: news.draw_coefficients(run, logits, words))
     assert [len(axes.patches) for axes in figure.axes] == [0, 0]
@@ -362,8 +365,8 @@ def test_training_follows_the_formulas(tmp_path: Any, monkeypatch: pytest.Monkey
     data = load()
     features = len(data.words)
     y, x = np.zeros((features, CLASSES)), np.zeros(features)
-    lower = news.Minibatches(data.train, 6, (0, 0))
-    upper = news.Minibatches(data.validation, 8, (0, 1))
+    lower = twentynews.Minibatches(data.train, 6, (0, 0))
+    upper = twentynews.Minibatches(data.validation, 8, (0, 1))
 
     def batch(part: Any, chosen: np.ndarray) -> tuple:
         dense = part.features[chosen].toarray()
@@ -421,7 +424,7 @@ def test_an_interrupted_run_resumes_to_the_same_numbers(
     monkeypatch.setattr(news, "EPOCH", 3)
     news.main([*flags, "--out", str(tmp_path / "whole")])
 
-    class Interrupted(experiment.Evaluate):
+    class Interrupted(common.Evaluate):
         def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
             super().on_train_batch_end(batch, logs)
             if self.model.outer_step == 5:
@@ -474,7 +477,7 @@ def test_a_comparison_runs_each_method_and_collects_the_rows(
 ):
     calls = []
 
-    def train(args: Any, run: experiment.Run, data: Any) -> dict:
+    def train(args: Any, run: common.Run, data: Any) -> dict:
         """Stands for training: three rows and a summary."""
         rows = [
             {"step": k, "seconds": k / 10, "method": args.method, "test_loss": 0.5 - k,
@@ -602,7 +605,9 @@ def test_a_data_folder_that_cannot_be_written_is_named(
     def fetch(**keywords: Any) -> None:
         raise PermissionError
 
-    monkeypatch.setattr(news.sklearn.datasets, "fetch_20newsgroups_vectorized", fetch)
+    monkeypatch.setattr(
+        twentynews.sklearn.datasets, "fetch_20newsgroups_vectorized", fetch
+    )
     with pytest.raises(SystemExit) as stop:
         news.main(["--out", str(tmp_path / "run")])
     assert stop.value.code == 2
@@ -617,7 +622,9 @@ def test_a_copy_that_a_kill_has_cut_short_is_named(
     def fetch(**keywords: Any) -> None:
         raise EOFError
 
-    monkeypatch.setattr(news.sklearn.datasets, "fetch_20newsgroups_vectorized", fetch)
+    monkeypatch.setattr(
+        twentynews.sklearn.datasets, "fetch_20newsgroups_vectorized", fetch
+    )
     flags = ["--out", str(tmp_path / "run"), "--data-dir", str(tmp_path)]
     with pytest.raises(SystemExit) as stop:
         news.main(flags)

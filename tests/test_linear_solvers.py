@@ -448,7 +448,7 @@ def test_implicit_reports_stationarity() -> None:
     ],
     ids=lambda solver: type(solver).__name__,
 )
-def test_steps_written_out_are_those_of_the_loop(solver, kind, monkeypatch) -> None:
+def test_unrolled_steps_are_those_of_the_loop(solver, kind, monkeypatch) -> None:
     """Without a tolerance, few of them: the same to the last digits, in every mode,
     also where a solve ends before: at negative curvature, at b = 0, tasks apart."""
     generator = np.random.default_rng(0)
@@ -467,7 +467,7 @@ def test_steps_written_out_are_those_of_the_loop(solver, kind, monkeypatch) -> N
 
     found = [mode(solved)() for mode in (lambda f: f, tf.function)]
     found.append(tf.function(solved, jit_compile=True)())
-    monkeypatch.setattr(_base, "WRITTEN_OUT", 0)
+    monkeypatch.setattr(_base, "UNROLLED", 0)
     loop = solved()
     assert kind in ("solved", "indefinite") or int(loop[2]) in (3, 4)
     for one in found:

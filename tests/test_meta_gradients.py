@@ -81,7 +81,7 @@ def test_meta_gradients_are_those_of_higher(name, memory):
     tasks, method = tb.over_tasks(one), method_of(name, memory=memory)
     state = method.init(tasks, x, y)
     run = tf.function(
-        lambda x: method.step(tasks, x, y, batches(), state), autograph=False
+        lambda x: tasks.step(method, x, y, batches(), state), autograph=False
     )
     for got, want in zip(run(x).upper_gradient, EXPECTED[name], strict=True):
         np.testing.assert_allclose(np.ravel(got), want, rtol=1e-9, atol=1e-12)
@@ -111,7 +111,7 @@ def test_itd_bio_at_rate_zero_is_first_order():
     gradients = []
     for method in (tb.Unroll(solver), tb.Unroll(solver, first_order=True)):
         state = method.init(tasks, encoder, heads)
-        step = method.step(tasks, encoder, heads, batches(), state)
+        step = tasks.step(method, encoder, heads, batches(), state)
         gradients.append(step.upper_gradient)
     for a, b in zip(*gradients, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-12)

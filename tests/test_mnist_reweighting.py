@@ -11,7 +11,6 @@ from experiment_scripts import load_experiment
 
 import tfbilevel as tb
 from data_prep import images
-from tfbilevel import experiment
 
 reweighting = load_experiment("mnist_reweighting")
 
@@ -244,7 +243,7 @@ def test_pixels_and_start_are_the_published_ones():
 
 def test_index_batches_go_through_whole_permutations():
     def take(first, number):
-        dataset = experiment.index_batches(11, 3, seed=4, first=first)
+        dataset = tb.index_batches(11, 3, seed=4, first=first)
         return np.array([batch.numpy() for batch in dataset.take(number)])
 
     whole = take(0, 12)
@@ -255,7 +254,7 @@ def test_index_batches_go_through_whole_permutations():
     for first in (2, 3, 7):
         np.testing.assert_array_equal(take(first, 5), whole[first : first + 5])
     with pytest.raises(ValueError, match="`size` must be .* size=12, count=11"):
-        experiment.index_batches(11, 12, seed=4)
+        tb.index_batches(11, 12, seed=4)
 
 
 def step_of(model, batches):

@@ -15,7 +15,6 @@ import tensorflow as tf
 from experiment_scripts import arrays_of
 
 import tfbilevel as tb
-from tfbilevel import experiment
 
 TRAIN, VALIDATION, FEATURES, CLASSES = 7, 6, 4, 3
 
@@ -200,18 +199,18 @@ def test_automatic_compilation_takes_batches_that_cannot_be_turned(batch):
 
 @pytest.mark.parametrize("xla", [True, False])
 def test_automatic_compilation_takes_what_was_faster(xla, monkeypatch):
-    monkeypatch.setattr(tb._model, "faster_with_xla", lambda *arguments: xla)
+    monkeypatch.setattr(tb._outer_step, "faster_with_xla", lambda *arguments: xla)
     model = make(jit_compile="auto")
-    model._ensure_carried()
-    model._choose_compilation(next(iter(full_batch())))
+    batches = next(iter(full_batch()))
+    model._ready(batches, lambda: batches)
     assert model.jit_compile is xla
 
 
 def test_automatic_compilation_decides_without_touching_variables():
     auto, plain = make(jit_compile="auto"), make()
     auto._ensure_carried()
-    before = weights(auto)
-    auto._choose_compilation(next(iter(full_batch())))
+    before, batches = weights(auto), next(iter(full_batch()))
+    auto._ready(batches, lambda: batches)
     assert_same(before, weights(auto))
     assert int(auto._progress.compilation.numpy()) in (1, 2)
     auto.fit(full_batch(5), verbose=0)
@@ -420,7 +419,7 @@ import pathlib, sys
 import keras, numpy as np
 sys.path.insert(0, {tests!r})
 import test_model
-from tfbilevel import experiment
+import tfbilevel as tb
 out = pathlib.Path({out!r})
 model = test_model.make(test_model.value_gap(), jit_compile="auto")
 class Tell(keras.callbacks.Callback):
@@ -430,7 +429,7 @@ class Tell(keras.callbacks.Callback):
             self.begun = model.outer_step
     def on_epoch_end(self, epoch, logs=None):
         (out / "epoch").write_text(str(epoch))
-backup = [experiment.Backup(out / "backup", 5)] if {backup} else []
+backup = [tb.Backup(out / "backup", 5)] if {backup} else []
 model.fit(test_model.full_batch(5), epochs={epochs}, verbose=0,
           callbacks=[*backup, tell := Tell()])
 np.savez(out / "done.npz", *test_model.weights(model), jit=model.jit_compile,
@@ -476,7 +475,7 @@ def test_a_fit_after_a_resumed_one_trains(tmp_path):
     """Keras's own callback leaves the model believing that it has begun already."""
     for _ in range(2):  # the second one resumes
         model = make()
-        backup = experiment.Backup(tmp_path, 2)
+        backup = tb.Backup(tmp_path, 2)
         model.fit(full_batch(2), epochs=3, verbose=0, callbacks=[backup])
     assert model.outer_step == 6
     model.fit(full_batch(2), epochs=2, verbose=0)
@@ -756,7 +755,7 @@ def test_a_saved_choice_of_compilation_holds_after_loading(tmp_path):
     model.save_weights(str(tmp_path / "a.weights.h5"))
     other = make(jit_compile="auto")
     other.load_weights(str(tmp_path / "a.weights.h5"))
-    other._choose_compilation = lambda data: pytest.fail("timed again")
+    other._outer.faster_with_xla = lambda *arguments: pytest.fail("timed again")
     other.fit(full_batch(), verbose=0)
     assert other.jit_compile is False
 
@@ -769,7 +768,7 @@ def test_a_saved_xla_is_used_without_timing(whole, tmp_path, monkeypatch):
     model._ensure_carried()
     model._progress.compilation.assign(2)
     (model.save if whole else model.save_weights)(path)
-    monkeypatch.setattr(tb._model, "faster_with_xla", lambda *arguments: False)
+    monkeypatch.setattr(tb._outer_step, "faster_with_xla", lambda *arguments: False)
     if whole:
         objects = {"upper_loss": upper_loss, "lower_loss": lower_loss}
         objects["method"] = model.method

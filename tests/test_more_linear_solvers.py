@@ -199,11 +199,12 @@ def test_inner_steps_end_where_the_gradient_is_small() -> None:
     )
     x, y = tf.constant(0.0, tf.float64), tf.constant(1.0, tf.float64)
     inner = tb.InnerSolver(SGD(0.5), steps=100, tolerance=0.07)
-    end, _, _ = inner.solve(problem, x, y, tb.Batches(None, None), {})
+    here = problem.prepared(x, tb.Batches(None, None))
+    end, _, _ = inner.solve(here, y, {})
     # 0.5^4 = 0.0625 is the first below: step 4 is made with it, and ends the loop.
     assert float(end) == pytest.approx(0.5**5)
     capped = tb.InnerSolver(SGD(0.5), steps=3, tolerance=1e-9)
-    end, _, _ = capped.solve(problem, x, y, tb.Batches(None, None), {})
+    end, _, _ = capped.solve(here, y, {})
     assert float(end) == pytest.approx(0.5**3)
 
 

@@ -166,7 +166,7 @@ def test_tensorflow_is_left_as_it_was():
     other.start()
     assert inside.wait(30)
     # This one comes and goes while the other one is still at work.
-    method.step(problem, x, y, batches, method.init(problem, x, y))
+    problem.step(method, x, y, batches, method.init(problem, x, y))
     leave.set()
     other.join()
     assert seen[-1] is seen[0] and tf.nn.moments is before
@@ -185,6 +185,6 @@ def test_over_tasks_whoever_evaluates_a_loss_first() -> None:
             tasks.lower_loss(x, many, stacked.lower)
             tasks.upper_loss(x, many, stacked.upper)
         state = method.init(tasks, x, many)
-        return method.step(tasks, x, many, stacked, state).upper_gradient.numpy()
+        return tasks.step(method, x, many, stacked, state).upper_gradient.numpy()
 
     np.testing.assert_allclose(gradient(True), gradient(False), rtol=1e-9)

@@ -51,7 +51,7 @@ def first_step(problem: tb.Problem, method: tb.Method, *inputs: Any) -> tb.Step:
     x, y, _ = inputs
     state = method.init(problem, x, y)
     run = tf.function(
-        lambda *arguments: method.step(problem, *arguments, state), autograph=False
+        lambda *arguments: problem.step(method, *arguments, state), autograph=False
     )
     return run(*inputs)
 
@@ -179,10 +179,10 @@ def test_tasks_in_turn_are_the_tasks_at_once(name):
     x, y, batches = data()
     method = METHODS[name]()
     ends = []
-    for mapping in ("vectorized", "in-turn"):
+    for mapping in ("vectorized", "sequential"):
         tasks = tb.over_tasks(ridge(), mapping)
         run = tf.function(
-            lambda *arguments, tasks=tasks: method.step(tasks, *arguments),
+            lambda *arguments, tasks=tasks: tasks.step(method, *arguments),
             autograph=False,
         )
         first = run(x, y, batches, method.init(tasks, x, y))
@@ -267,7 +267,7 @@ def test_eager_steps_trace_the_losses_no_more_than_once_each():
     x, y, batches = data()
     method = METHODS["unroll"]()
     for _ in range(2):
-        method.step(tasks, x, y, batches, method.init(tasks, x, y))
+        tasks.step(method, x, y, batches, method.init(tasks, x, y))
     assert len(traces) == 1
 
 
@@ -295,7 +295,7 @@ def test_eager_is_graph_is_xla(name, dtype):
     tasks, method = tb.over_tasks(ridge()), METHODS[name]()
 
     def step(x: Any, y: Any, batches: tb.Batches, state: Any) -> Any:
-        made = method.step(tasks, x, y, batches, state)
+        made = tasks.step(method, x, y, batches, state)
         return made.upper_gradient, made.lower
 
     arguments = (x, y, batches, method.init(tasks, x, y))
@@ -323,7 +323,7 @@ def test_xla_compiles_for_all_values_at_once(name):
     tasks, method = tb.over_tasks(ridge()), METHODS[name]()
 
     def step(x: Any, y: Any, batches: tb.Batches, state: Any) -> Any:
-        made = method.step(tasks, x, y, batches, state)
+        made = tasks.step(method, x, y, batches, state)
         return made.upper_gradient, made.lower, made.state
 
     arguments = (x, y, batches, method.init(tasks, x, y))
@@ -387,7 +387,7 @@ def test_convolution_kernels_in_turn_are_the_tasks_alone(compiled):
     y = [tf.zeros([TASKS, *leaf.shape]) for leaf in x]
 
     def step(x: Any, batches: tb.Batches) -> Any:
-        made = method.step(tasks, x, y, batches, method.init(tasks, x, y))
+        made = tasks.step(method, x, y, batches, method.init(tasks, x, y))
         return made.upper_gradient, made.lower
 
     run = tf.function(step, autograph=False) if compiled else step
@@ -416,7 +416,7 @@ def test_both_mappings_agree_and_auto_takes_kernels_in_turn(monkeypatch):
         step = first_step(tasks, method, x, y, batches)
         return step.upper_gradient, bool(in_turn)
 
-    turned, by_turns = gradient("in-turn")
+    turned, by_turns = gradient("sequential")
     auto, by_auto = gradient("auto")
     assert by_turns and by_auto
     vectorized, mapped = gradient("vectorized")
@@ -468,7 +468,7 @@ def test_prepare_sees_one_task_and_is_differentiated_through():
     np.testing.assert_allclose(results[0].upper_gradient, mean, rtol=1e-11)
 
 
-@pytest.mark.parametrize("mapping", ["vectorized", "in-turn"])
+@pytest.mark.parametrize("mapping", ["vectorized", "sequential"])
 @pytest.mark.parametrize("prepared", [False, True])
 def test_every_inner_step_takes_its_slice_of_stacked_lower_batches(prepared, mapping):
     x, y, batches = data()
@@ -509,7 +509,7 @@ def test_every_inner_step_takes_its_slice_of_stacked_lower_batches(prepared, map
     ],
     ids=["unroll", "implicit", "rank-one", "augmented-lagrangian"],
 )
-@pytest.mark.parametrize("mapping", ["vectorized", "in-turn"])
+@pytest.mark.parametrize("mapping", ["vectorized", "sequential"])
 def test_a_start_drawn_by_a_function_is_that_of_every_task(build, mapping):
     """Other at every outer step, too: what a task does alone from there."""
     x, y, batches = data()
@@ -521,7 +521,7 @@ def test_a_start_drawn_by_a_function_is_that_of_every_task(build, mapping):
     method = build(inner(4, start=start))
     state = method.init(tasks, x, y)
     run = tf.function(
-        lambda state: method.step(tasks, x, y, batches, state), autograph=False
+        lambda state: tasks.step(method, x, y, batches, state), autograph=False
     )
     for step in range(2):
         found = run(state)
@@ -621,7 +621,7 @@ def test_learned_rates_per_entry_are_meta_sgd():
     upper = {"start": tf.constant(x), "rates": tf.constant(r)}
     y = {"w": tf.zeros([TASKS, 5], tf.float64)}
     batches = tb.Batches(upper=tf.constant(a), lower=tf.constant(b))
-    step = method.step(tasks, upper, y, batches, method.init(tasks, upper, y))
+    step = tasks.step(method, upper, y, batches, method.init(tasks, upper, y))
     moved = x - r * (x - b)
     np.testing.assert_allclose(step.lower["w"], moved, rtol=1e-12)
     np.testing.assert_allclose(
@@ -678,7 +678,7 @@ def test_one_tensor_of_rates_for_several_variables_is_refused():
     method = tb.Unroll(inner(1, learning_rate=lambda x: x))
     x, y = tf.ones([2]), [tf.ones([2]), tf.constant(1.0)]
     with pytest.raises(ValueError, match="in a nest like theirs"):
-        method.step(problem, x, y, tb.Batches(None, None), method.init(problem, x, y))
+        problem.step(method, x, y, tb.Batches(None, None), method.init(problem, x, y))
 
 
 def test_rates_that_fit_no_variable_are_refused():
@@ -696,9 +696,9 @@ def test_what_carries_no_tasks_is_refused():
     tasks, method = tb.over_tasks(ridge()), METHODS["unroll"]()
     state = method.init(tasks, x, y)
     with pytest.raises(ValueError, match="must carry the tasks along a leading axis"):
-        method.step(tasks, x, y, tb.Batches(None, None), state)
+        tasks.step(method, x, y, tb.Batches(None, None), state)
     with pytest.raises(ValueError, match="must carry the same tasks"):
-        method.step(tasks, x, y[:2], batches, method.init(tasks, x, y[:2]))
+        tasks.step(method, x, y[:2], batches, method.init(tasks, x, y[:2]))
     with pytest.raises(ValueError, match="must be dense"):
         sparse = tf.sparse.from_dense(batches.lower[0])
         method.step(
@@ -723,7 +723,7 @@ def test_a_loss_of_one_task_must_be_a_scalar():
     tasks = tb.over_tasks(tb.Problem(lambda x, y, b: y, ridge().lower_loss))
     method = METHODS["unroll"]()
     with pytest.raises(ValueError, match="must be a floating-point scalar"):
-        method.step(tasks, x, y, batches, method.init(tasks, x, y))
+        tasks.step(method, x, y, batches, method.init(tasks, x, y))
 
 
 def test_a_schedule_of_the_outer_step_is_the_inner_rate():
@@ -751,7 +751,7 @@ def test_every_leaf_must_carry_the_tasks() -> None:
             tasks.lower_loss(x, y, (broken, targets))
 
 
-@pytest.mark.parametrize("mapping", ["vectorized", "in-turn"])
+@pytest.mark.parametrize("mapping", ["vectorized", "sequential"])
 def test_a_task_that_has_ended_stays_where_it_is(mapping: str) -> None:
     """With momentum its next step, not made, would go past the solution."""
     x, y, batches = data()
@@ -855,7 +855,7 @@ def counted_in_numpy(kind: str, rate: float, tolerance: float, most: int) -> tup
     return np.stack(ends), np.array(counts)
 
 
-@pytest.mark.parametrize("mapping", ["vectorized", "in-turn"])
+@pytest.mark.parametrize("mapping", ["vectorized", "sequential"])
 @pytest.mark.parametrize("kind", ["adam", "accelerated"])
 def test_carried_moments_and_sequences_count_each_task_s_own_steps(kind, mapping):
     rate, tolerance = (0.2 if kind == "adam" else 0.03), 0.1
@@ -873,7 +873,7 @@ def test_carried_moments_and_sequences_count_each_task_s_own_steps(kind, mapping
     )
     x, y, batches = data(4)
     tasks = tb.over_tasks(ridge(), mapping)
-    run = tf.function(lambda *a: method.step(tasks, *a), autograph=False)
+    run = tf.function(lambda *a: tasks.step(method, *a), autograph=False)
     first = run(x, y, batches, method.init(tasks, x, y))
     second = run(x, first.lower, batches, first.state)
     # Keras rounds Adam's constants to float32: 1e-5 in its first steps.
@@ -896,7 +896,7 @@ def test_two_outer_steps_over_tasks_are_each_task_s_own(name):
     x, y, batches = data(4)
 
     def two(problem: tb.Problem, y: Any, batches: tb.Batches) -> tb.Step:
-        run = tf.function(lambda *a: method.step(problem, *a), autograph=False)
+        run = tf.function(lambda *a: problem.step(method, *a), autograph=False)
         first = run(x, y, batches, method.init(problem, x, y))
         return run(0.8 * x, first.lower, batches, first.state)
 

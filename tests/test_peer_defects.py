@@ -212,7 +212,7 @@ def test_d15_a_nan_in_the_matrix_of_a_linear_solve_stays_a_nan(solver: Any) -> N
         tb.minimize(problem, method, x, y, SGD(0.1), NO_DATA, steps=1)
 
 
-@pytest.mark.parametrize("mapping", ["vectorized", "in-turn"])
+@pytest.mark.parametrize("mapping", ["vectorized", "sequential"])
 def test_d19_a_mean_over_tasks_is_a_mean(mapping: str) -> None:
     """D19: task gradients were summed though an average was meant: three copies of one
     task have that task's hypergradient."""

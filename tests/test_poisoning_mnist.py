@@ -3,6 +3,7 @@
 import csv
 import json
 
+import common
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -10,7 +11,6 @@ from experiment_scripts import arrays_of, drawn, load_experiment
 
 import tfbilevel as tb
 from data_prep import images
-from tfbilevel import experiment
 
 poisoning = load_experiment("poisoning_mnist")
 SMALL = ["--dataset", "digits", "--outer-steps", "4", "--eval-every", "2"]
@@ -99,7 +99,7 @@ def test_f_sees_validation_data_and_g_training_data(monkeypatch, tmp_path):
 
     monkeypatch.setattr(poisoning.experiment, "train", train)
     clean = poisoning.build_model(args, data, seed=1).lower
-    run = experiment.Run(tmp_path / "run", {}, False)
+    run = common.Run(tmp_path / "run", {}, False)
     with pytest.raises(KeyboardInterrupt):
         poisoning.optimise(args, run, data, clean, 0)
     for level, part in (("upper", data.validation), ("lower", data.train)):
@@ -157,7 +157,7 @@ def test_scores_count_eights_read_as_threes():
 @pytest.mark.parametrize("attack", poisoning.ATTACKS)
 def test_curves_of_one_evaluation(attack, tmp_path, monkeypatch):
     """f is not known before training: what is left of it is one point."""
-    run = experiment.Run(tmp_path / "run", {}, False)
+    run = common.Run(tmp_path / "run", {}, False)
     for step in (0, 3):
         numbers = {"test_accuracy": 80 + step, "attack_success": step}
         known = {"step": step, "upper_loss": step or float("nan")}
@@ -312,7 +312,7 @@ def test_projected_images_stay_in_the_box_at_every_step():
         method,
         x,
         y,
-        experiment.adam(5.0),
+        common.adam(5.0),
         tb.Batches(*[tuple(map(tf.constant, part))] * 2),
         20,
         trace=lambda point: point.upper[0],

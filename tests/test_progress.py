@@ -4,11 +4,10 @@ import sys
 import time
 import types
 
+import common
 import keras
 import numpy as np
 import pytest
-
-from tfbilevel import experiment
 
 
 @pytest.fixture
@@ -19,7 +18,7 @@ def clock(monkeypatch):
 
 
 def test_a_line_every_half_minute_off_a_terminal(clock, capsys):
-    progress = experiment.Progress("runs/a", 1000, "outer steps")
+    progress = common.Progress("runs/a", 1000, "outer steps")
     for done in range(1, 91):  # one second each
         clock[0] += 1
         progress.update(done)
@@ -31,7 +30,7 @@ def test_a_line_every_half_minute_off_a_terminal(clock, capsys):
 
 
 def test_a_short_job_says_nothing_off_a_terminal(clock, capsys):
-    progress = experiment.Progress("runs/a", 10, "outer steps")
+    progress = common.Progress("runs/a", 10, "outer steps")
     for done in range(1, 11):
         clock[0] += 2.9
         progress.update(done)
@@ -40,7 +39,7 @@ def test_a_short_job_says_nothing_off_a_terminal(clock, capsys):
 
 def test_a_bar_and_no_lines_on_a_terminal(clock, capsys, monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    progress = experiment.Progress("runs/a", 10, "outer steps")
+    progress = common.Progress("runs/a", 10, "outer steps")
     for done in (5, 12):
         clock[0] += 40
         progress.update(done)
@@ -58,7 +57,7 @@ def test_plain_training_counts_its_batches(clock, capsys):
 
     model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
     model.compile("sgd", "mse")
-    shown = experiment.FitProgress("fit")
+    shown = common.FitProgress("fit")
     x, y = np.ones((7, 2)), np.ones((7, 1))
     for _ in range(2):  # it may be used again
         model.fit(x, y, 2, 2, callbacks=[Late(), shown], verbose=0)
@@ -80,11 +79,11 @@ def test_training_shows_how_far_it_is(
     """Outer steps of 10 seconds, and 2 more between them; the seconds of training are
     those of the steps alone."""
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
-    run = experiment.Run(tmp_path / "run", {}, False)
+    run = common.Run(tmp_path / "run", {}, False)
     model = types.SimpleNamespace(
         outer_step=0, stop_training=False, reset_metrics=lambda: None
     )
-    evaluate = experiment.Evaluate(run, lambda: {"a": 1}, every=100, **limits)
+    evaluate = common.Evaluate(run, lambda: {"a": 1}, every=100, **limits)
     evaluate.set_model(model)
     for step in range(1, 8):
         clock[0] += 2

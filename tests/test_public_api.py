@@ -18,6 +18,7 @@ NAMES = {
     "AugmentedLagrangian",
     "BAMM",
     "BSA",
+    "Backup",
     "Batches",
     "BilevelModel",
     "ConjugateGradient",
@@ -54,6 +55,7 @@ NAMES = {
     "NormalConjugateGradient",
     "OptimizerState",
     "Point",
+    "Prepared",
     "Problem",
     "RankOne",
     "Result",
@@ -71,9 +73,12 @@ NAMES = {
     "check_second_derivatives",
     "differentiable",
     "functional",
+    "index_batches",
     "minimize",
     "over_tasks",
     "pair",
+    "soft_cross_entropy",
+    "sparse_cross_entropy",
 }
 PACKAGE = pathlib.Path(tb.__file__).parent
 MODULES = sorted(

@@ -63,7 +63,7 @@ def compiled(function: Callable, mode: str) -> Callable:
 
 def gradient_of(method: tb.Method, problem: tb.Problem, mode: str = "graph") -> float:
     def gradient(x: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
-        step = method.step(problem, x, y, NOTHING, method.init(problem, x, y))
+        step = problem.step(method, x, y, NOTHING, method.init(problem, x, y))
         return step.upper_gradient
 
     return float(compiled(gradient, mode)(tf.constant(1.0), tf.zeros([MANY])))
@@ -274,7 +274,7 @@ def test_every_pass_of_a_loop_samples_its_own() -> None:
         @tf.function(autograph=False)
         def solved(method=method, problem=problem) -> tf.Tensor:
             x, y = tf.constant(0.0), tf.zeros([50])
-            return method.step(problem, x, y, NOTHING, method.init(problem, x, y)).lower
+            return problem.step(method, x, y, NOTHING, method.init(problem, x, y)).lower
 
         made = solved().numpy()
         assert len(np.unique(made)) == 50, name
@@ -325,13 +325,13 @@ def test_tasks_have_noise_of_their_own_whichever_the_mapping(
     }
     for name, method in methods.items():
         found = []
-        for mapping in ("vectorized", "in-turn"):
+        for mapping in ("vectorized", "sequential"):
             problem = tb.over_tasks(task_problem(prepared), mapping)
 
             @tf.function(autograph=False)
             def stepped(method=method, problem=problem) -> tb.Step:
                 state = method.init(problem, x, y)
-                return method.step(problem, x, y, TASK_BATCHES[kind], state)
+                return problem.step(method, x, y, TASK_BATCHES[kind], state)
 
             found.append(stepped())
         assert len(np.unique(found[0].lower)) == TASKS * SIZE

@@ -147,7 +147,7 @@ def test_an_accelerated_map_over_tasks_is_refused() -> None:
 
 
 @pytest.mark.parametrize("xla", [False, True])
-@pytest.mark.parametrize("mapping", ["vectorized", "in-turn"])
+@pytest.mark.parametrize("mapping", ["vectorized", "sequential"])
 @pytest.mark.parametrize("prepared", [False, True])
 @pytest.mark.parametrize("known", [False, True])
 @pytest.mark.parametrize(("upper", "lower"), [(1, 1), (2, 2), (1, 4), (4, 1), (6, 6)])
@@ -178,7 +178,7 @@ def test_batches_of_other_tasks_are_an_error(
         )
         def gradient(batches: tb.Batches) -> tf.Tensor:
             state = method.init(problem, x, y)
-            return method.step(problem, x, y, batches, state).upper_gradient
+            return problem.step(method, x, y, batches, state).upper_gradient
 
         return gradient
 
@@ -211,4 +211,4 @@ def test_learned_rates_one_per_inner_step_get_one_line() -> None:
     )
     x, y, method = tf.fill([3], 0.1), {"a": tf.ones([4])}, tb.Unroll(inner)
     with pytest.raises(ValueError, match="per inner step cannot be learned"):
-        method.step(problem, x, y, tb.Batches(None, None), {})
+        problem.step(method, x, y, tb.Batches(None, None), {})

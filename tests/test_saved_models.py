@@ -1,7 +1,11 @@
 """What saving keeps: a model that is loaded goes on as if nothing had happened."""
 
+import collections
+import io
+import zipfile
 from typing import Any
 
+import h5py
 import keras
 import numpy as np
 import pytest
@@ -222,6 +226,84 @@ def test_callbacks_that_keep_the_best_need_no_mode(tmp_path: Any) -> None:
         path, custom_objects=OBJECTS | {"method": value_gap()}
     )
     assert loaded.outer_step in (2, 4)
+
+
+# What 0.1 writes, so that later versions load it: a name or a number that changes here
+# loses its users' files.
+LAYOUT = {
+    "layers/carried": 7,
+    "layers/example_weights": 1,
+    "layers/progress": 5,
+    "layers/sequential/layers/batch_normalization": 4,
+    "layers/sequential/layers/dense": 2,
+    "layers/start": 4,
+    "optimizer": 4,
+    "start_optimizer": 2,
+}
+
+
+def layout(path: Any) -> dict[str, int]:
+    """How many variables every group of a file holds."""
+    names: list[str] = []
+    with h5py.File(path) as file:
+        file.visititems(
+            lambda name, value: (
+                names.append(name) if isinstance(value, h5py.Dataset) else None
+            )
+        )
+    return dict(collections.Counter(name.rpartition("/vars/")[0] for name in names))
+
+
+def build_of_every_kind() -> tb.BilevelModel:
+    """With all that a file can hold."""
+    model = tb.BilevelModel(
+        tb.ExampleWeights(EXAMPLES),
+        network(keras.layers.BatchNormalization(), keras.layers.Dropout(0.5)),
+        upper_loss,
+        lower_loss,
+        lower_start="learned",
+    )
+    adam = keras.optimizers.Adam(0.1)
+    model.compile(value_gap(), adam, start_optimizer=SGD(0.1), jit_compile=False)
+    return model
+
+
+def test_the_layout_of_files_stays(tmp_path: Any) -> None:
+    model, path = build_of_every_kind(), tmp_path / "one.weights.h5"
+    model.save_weights(path)
+    assert layout(path) == LAYOUT
+    model.save(tmp_path / "one.keras")
+    with zipfile.ZipFile(tmp_path / "one.keras") as file:
+        assert layout(io.BytesIO(file.read("model.weights.h5"))) == LAYOUT
+    # Which is which: Dropout's seed, the losses' seed, and three numbers.
+    shapes = [tuple(v.shape) for v in model._progress.weights]
+    assert shapes == [(2,), (2,), (), (), ()]
+    names = [v.name for v in model._progress.weights[2:]]
+    assert names == ["step", "bad_code", "compilation"]
+
+
+def test_weights_of_before_the_seed_of_the_losses(tmp_path: Any) -> None:
+    """They had one variable less, the second of `progress`."""
+    path = str(tmp_path / "old.weights.h5")
+    old = build_of_every_kind()
+    for variable in old.lower.trainable_variables:
+        variable.assign(tf.fill(variable.shape, 0.25))
+    old.save_weights(path)
+    with h5py.File(path, "a") as file:
+        group = file["layers/progress/vars"]
+        del group["1"]
+        for number in ("2", "3", "4"):
+            group.move(number, str(int(number) - 1))
+    model = build_of_every_kind()
+    with pytest.raises(ValueError, match=r"before 0\.1.*skip_mismatch=True.*these 5"):
+        model.load_weights(path)
+    with pytest.warns(UserWarning, match="could not be loaded"):
+        model.load_weights(path, skip_mismatch=True)
+    for one, other in zip(
+        model.lower.trainable_variables, old.lower.trainable_variables, strict=True
+    ):
+        np.testing.assert_array_equal(one.numpy(), other.numpy())
+    assert model.outer_step == 0
 
 
 class Unserialisable(tb.ExampleWeights):

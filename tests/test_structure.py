@@ -124,3 +124,37 @@ def test_paths_of_an_ordered_dictionary_are_those_of_its_leaves() -> None:
         zip(structure.paths(nest, "x"), map(len, tf.nest.flatten(nest)), strict=True)
     )
     assert names == {"x['weights']": 3, "x['bias'][0]": 1, "x['bias'][1]": 2}
+
+
+def test_stepped_keeps_entries_that_are_done() -> None:
+    before, after = (
+        (tf.zeros([3, 2]), tf.constant(1)),
+        (tf.ones([3, 2]), tf.constant(2)),
+    )
+    going = tf.constant([True, False, True])
+    rows, count = structure.stepped(going, before, after)
+    assert rows.numpy().tolist() == [[1, 1], [0, 0], [1, 1]]
+    assert int(count) == 2  # one number for all
+    # One answer for all: the loop that asks has ended where it is no.
+    assert structure.stepped(tf.constant(False), before, after) is after
+
+
+def test_the_inner_product_of_every_entry_is_its_own() -> None:
+    generator = np.random.default_rng(0)
+    rows = [generator.normal(size=(2, 10)) for _ in range(2)]
+    a, b = ({"z": v[:, :4], "a": [v[:, 4:].reshape(2, 3, 2)]} for v in rows)
+    # `tf.nest` sorts the keys of a dictionary.
+    p, q = (np.concatenate([v[:, 4:], v[:, :4]], axis=1) for v in rows)
+    u, v = cast(a, "float64"), cast(b, "float64")
+    whole, each = structure.InnerProduct(), structure.InnerProduct(leading=1)
+    np.testing.assert_allclose(each.dot(u, v), (p * q).sum(1), rtol=1e-12)
+    np.testing.assert_allclose(whole.dot(u, v), (p * q).sum(), rtol=1e-12)
+    np.testing.assert_allclose(each.norm(u), np.linalg.norm(p, axis=1), rtol=1e-12)
+    assert (each.shape(u), whole.shape(u)) == ([2], [])
+    np.testing.assert_array_equal(each.to_vector(u), p)
+    np.testing.assert_array_equal(whole.to_vector(u), flat(a))
+    for space in (each, whole):
+        made = space.from_vector(space.to_vector(u), u)
+        np.testing.assert_array_equal(flat(made), flat(a))
+        normed = space.each(lambda s, t: structure.dot(s, t), u, v)
+        np.testing.assert_allclose(normed, space.dot(u, v), rtol=1e-12)

@@ -112,7 +112,7 @@ def test_fit_is_the_mean_of_the_tasks_own_gradients(build):
     method = tb.Unroll(inner())
     start = method.init(problem, x, y)
     alone = tf.function(
-        lambda own: method.step(problem, x, y, own, start), autograph=False
+        lambda own: problem.step(method, x, y, own, start), autograph=False
     )
     for task in range(TASKS):
         own = tf.nest.map_structure(lambda leaf, t=task: leaf[t : t + 1], batch)
@@ -246,13 +246,13 @@ def test_a_killed_run_over_tasks_resumes_bit_identically(tmp_path):
 
 @pytest.mark.parametrize("build", [maml, anil])
 def test_a_saved_model_keeps_its_tasks_and_functions(build, tmp_path):
-    model = build("in-turn")
+    model = build("sequential")
     model.compile(tb.Unroll(inner()), keras.optimizers.SGD(0.5), jit_compile=False)
     model.save(tmp_path / "model.keras")
     objects = FUNCTIONS[build] | {"method": tb.Unroll(inner())}
     path = tmp_path / "model.keras"
     loaded = keras.saving.load_model(path, custom_objects=objects)
-    assert (loaded.tasks, loaded.mapping) == (TASKS, "in-turn")
+    assert (loaded.tasks, loaded.mapping) == (TASKS, "sequential")
     for one in (model, loaded):
         one.fit(meta_batches(2), verbose=0)
     for a, b in zip(model.upper_variables, loaded.upper_variables, strict=True):

@@ -55,7 +55,7 @@ def step(
 
     def run(x: Any, y: Any, batches: Any) -> Any:
         problem = model.problem
-        made = method.step(problem, x, y, batches, method.init(problem, x, y))
+        made = problem.step(method, x, y, batches, method.init(problem, x, y))
         return [*made.upper_gradient, *made.lower]
 
     if mode != "eager":
@@ -279,7 +279,7 @@ def test_problems_of_tensors(mode):
 
         def run(x: Any, y: Any, b: Any) -> Any:
             state = method.init(problem, x, y)
-            return method.step(problem, x, y, b, state).upper_gradient
+            return problem.step(method, x, y, b, state).upper_gradient
 
         if mode != "eager":
             run = tf.function(run, autograph=False, jit_compile=mode == "xla")
@@ -341,10 +341,10 @@ def test_over_tasks_runs_them_inline_too():
 
     # y1 = y0 - 0.1 x (y0 - b), f = x (y1 - b)^2 / 2, both tasks from y0 = 0.
     x, y, b = tf.constant(2.0), tf.zeros([2, 1]), tf.constant([[1.0], [3.0]])
-    problem = tb.over_tasks(tb.Problem(loss, loss), "in-turn")
+    problem = tb.over_tasks(tb.Problem(loss, loss), "sequential")
     method = tb.Unroll(tb.InnerSolver(keras.optimizers.SGD(0.1), 1))
     state = method.init(problem, x, y)
-    made = method.step(problem, x, y, tb.Batches(b, b), state)
+    made = problem.step(method, x, y, tb.Batches(b, b), state)
     # y1 - b = -(1 - 0.1 x) b; d/dx of the mean of x (1 - 0.1 x)^2 b^2 / 2
     want = np.mean((0.8**2 - 0.2 * 2.0 * 0.8) * np.array([1.0, 9.0]) / 2)
     np.testing.assert_allclose(made.upper_gradient, want, rtol=1e-5)

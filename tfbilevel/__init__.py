@@ -4,6 +4,8 @@ from tfbilevel._aggregation import Aggregation as Aggregation
 from tfbilevel._augmented_lagrangian import (
     AugmentedLagrangian as AugmentedLagrangian,
 )
+from tfbilevel._batches import Batches as Batches
+from tfbilevel._batches import StackedBatches as StackedBatches
 from tfbilevel._check import HypergradientReport as HypergradientReport
 from tfbilevel._check import check_hypergradient as check_hypergradient
 from tfbilevel._derivatives import UnconnectedGradientError as UnconnectedGradientError
@@ -22,6 +24,10 @@ from tfbilevel._functional import functional as functional
 from tfbilevel._gradient_norm import GradientNorm as GradientNorm
 from tfbilevel._implicit import Implicit as Implicit
 from tfbilevel._inner import InnerSolver as InnerSolver
+from tfbilevel._keras.backup import Backup as Backup
+from tfbilevel._keras.index_batches import index_batches as index_batches
+from tfbilevel._keras.losses import soft_cross_entropy as soft_cross_entropy
+from tfbilevel._keras.losses import sparse_cross_entropy as sparse_cross_entropy
 from tfbilevel._layers import ExampleWeights as ExampleWeights
 from tfbilevel._layers import FeaturePenalties as FeaturePenalties
 from tfbilevel._lazy_adam import LazyAdam as LazyAdam
@@ -48,9 +54,8 @@ from tfbilevel._minimize import minimize as minimize
 from tfbilevel._model import BilevelModel as BilevelModel
 from tfbilevel._over_tasks import over_tasks as over_tasks
 from tfbilevel._pair import pair as pair
-from tfbilevel._problem import Batches as Batches
+from tfbilevel._prepared import Prepared as Prepared
 from tfbilevel._problem import Problem as Problem
-from tfbilevel._problem import StackedBatches as StackedBatches
 from tfbilevel._rank_one import RankOne as RankOne
 from tfbilevel._schedules import Constant as Constant
 from tfbilevel._schedules import CosineDecay as CosineDecay

@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from tfbilevel._arguments import require_number, share
-from tfbilevel._problem import Batches, Prepared
+from tfbilevel._batches import Batches
+from tfbilevel._loss import TaskLoss, losses
+from tfbilevel._prepared import Prepared
 from tfbilevel._schedules import Schedule, as_schedule, at_ends
-from tfbilevel._task_loss import TaskLoss, losses
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -84,8 +85,9 @@ class Aggregation:
             first = tf.cast(self.weight(0), g.dtype) if self.constant_lower else a
             return (1 - first) * g + a * f
 
-        mixed = TaskLoss(mixture) if here.problem.leading else mixture
-        return here._replace(
+        mixed = TaskLoss(mixture) if here.problem.has_tasks else mixture
+        return dataclasses.replace(
+            here,
             problem=dataclasses.replace(here.problem, lower_loss=mixed),
             batches=_NumberedBatches(here.batches.upper, here.batches),
         )

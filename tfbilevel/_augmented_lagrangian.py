@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from tfbilevel import _derivatives as derivatives
 from tfbilevel import _structure as structure
 from tfbilevel._arguments import (
     not_negative,
@@ -18,10 +17,13 @@ from tfbilevel._arguments import (
     require_number,
     share,
 )
+from tfbilevel._batches import Batches
 from tfbilevel._differentiable import UpdateRule
-from tfbilevel._inner import SERIAL, InnerSolver
+from tfbilevel._inner import InnerSolver
+from tfbilevel._loops import serial_loop
 from tfbilevel._method import Method, Step
-from tfbilevel._problem import Batches, Prepared, Problem
+from tfbilevel._prepared import Prepared
+from tfbilevel._problem import Problem
 from tfbilevel._projection import fixed_projection
 
 SCHEDULE = ("weight", "lower_weight", "tolerance", "rate_scale")
@@ -148,8 +150,13 @@ class AugmentedLagrangian(Method):
         if self.starts is not None:
             require_count(self.starts, "starts")
 
+    @property
+    def couples_tasks(self) -> bool:
+        # One schedule for all, which looks at the mean of their sizes.
+        return True
+
     def init(self, problem: Problem, upper: Any, lower: Any) -> Any:
-        if self.starts is not None and problem.leading:
+        if self.starts is not None and problem.has_tasks:
             raise ValueError(
                 "`starts` cannot be many over tasks: the leading axis holds the tasks. "
                 f"Leave it out. Received: starts={self.starts} and a problem over tasks"
@@ -189,7 +196,7 @@ class AugmentedLagrangian(Method):
         self, problem: Problem, upper: Any, lower: Any, batches: Batches, state: Any
     ) -> Step:
         here = problem.prepared(upper, batches)
-        iterate = self.inner.begin(here.problem, here.upper, lower, state["inner"])
+        iterate = self.inner.begin(here, lower, state["inner"])
 
         def body(t: tf.Tensor, y: Any, optimizer: Any) -> tuple:
             _, along = self._directions(here, y, t, state)
@@ -202,12 +209,11 @@ class AugmentedLagrangian(Method):
                 optimizer,
             )
 
-        _, lower, optimizer = tf.while_loop(
+        _, lower, optimizer = serial_loop(
             lambda t, *_: t < self.steps,
             body,
             (tf.constant(0), iterate.lower, iterate.optimizer),
-            maximum_iterations=self.steps,
-            parallel_iterations=SERIAL,
+            self.steps,
         )
         end, along = self._directions(here, lower, self.steps, state)
         gradient = here.gradient(end.partial, end.mixed)
@@ -219,18 +225,17 @@ class AugmentedLagrangian(Method):
             along_y = _projected(
                 lambda y: problem.projected_lower(upper, y), lower, along
             )
-        leading = 0 if self.starts is None else 1
-        size = self._dot(problem, along_y, along_y)
-        size += tf.cast(structure.dot(along_x, along_x, leading), size.dtype)
+        size = self._dot(here, along_y, along_y)
+        size += tf.cast(self._starts.dot(along_x, along_x), size.dtype)
         after, size = self._schedule(state, end.gradient, size)
         after["inner"] = self.inner.carried(
             iterate._replace(lower=lower, optimizer=optimizer), state["inner"]
         )
-        norms = self._dot(problem, end.gradient, end.gradient)
+        norms = self._dot(here, end.gradient, end.gradient)
         terms = {
             "stationarity": tf.sqrt(norms),
             "penalty": 0.5 * state["weight"] * norms,
-            "multiplier_term": self._dot(problem, state["multiplier"], end.gradient),
+            "multiplier_term": self._dot(here, state["multiplier"], end.gradient),
             "kkt_residual": tf.sqrt(size),
             **{name: state[name] for name in SCHEDULE},
         }
@@ -240,7 +245,7 @@ class AugmentedLagrangian(Method):
             state=after,
             metrics={
                 "upper_loss": end.upper_loss,
-                "lower_loss": here.mean(end.lower_loss),
+                "lower_loss": end.lower_loss,
                 **{name: tf.reduce_mean(term) for name, term in terms.items()},
             },
             upper_scale=state["rate_scale"],
@@ -251,9 +256,7 @@ class AugmentedLagrangian(Method):
     ) -> tuple["_Point", Any]:
         """All derivatives at a point, and d_y."""
         upper_loss, partial, direct = here.upper_partials(lower)
-        lower_loss, gradient, pullback = derivatives.lower_gradient_pullback(
-            here.problem.lower_loss, here.upper, lower, here.batches.lower_at(draw)
-        )
+        lower_loss, gradient, pullback = here.lower_gradient_pullback(lower, draw)
         vector = structure.add_scaled(state["multiplier"], state["weight"], gradient)
         mixed, curvature = pullback(vector)
         along = structure.add_scaled(direct, state["lower_weight"], gradient)
@@ -284,11 +287,16 @@ class AugmentedLagrangian(Method):
         after["mean"] = tf.where(near, tf.constant(math.inf, dtype), mean)
         return after, mean
 
-    def _dot(self, problem: Problem, a: Any, b: Any) -> tf.Tensor:
+    @property
+    def _starts(self) -> structure.InnerProduct:
+        """The inner product of variables: one per start."""
+        return structure.InnerProduct(0 if self.starts is None else 1)
+
+    def _dot(self, here: Prepared, a: Any, b: Any) -> tf.Tensor:
         """Of lower variables: one per start, and over tasks their mean."""
-        leading = problem.leading if self.starts is None else 1
-        product = structure.dot(a, b, leading)
-        return tf.reduce_mean(product) if problem.leading else product
+        if not here.problem.has_tasks:
+            return self._starts.dot(a, b)
+        return tf.reduce_mean(here.dot(a, b))
 
     def objective(
         self, problem: Problem, upper: Any, lower: Any, batches: Batches, state: Any
@@ -298,14 +306,9 @@ class AugmentedLagrangian(Method):
         def value(x: Any) -> tf.Tensor:
             here = problem.prepared(x, batches)
             upper_loss = here.upper_loss(reached)
-            _, gradient = derivatives.lower_gradient(
-                here.problem.lower_loss,
-                here.upper,
-                reached,
-                here.batches.lower_at(self.steps),
-            )
-            penalty = 0.5 * state["weight"] * self._dot(problem, gradient, gradient)
-            penalty += self._dot(problem, state["multiplier"], gradient)
+            _, gradient = here.lower_gradient(reached, self.steps)
+            penalty = 0.5 * state["weight"] * self._dot(here, gradient, gradient)
+            penalty += self._dot(here, state["multiplier"], gradient)
             return upper_loss + tf.cast(tf.reduce_sum(penalty), upper_loss.dtype)
 
         return value

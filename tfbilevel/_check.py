@@ -11,10 +11,11 @@ import tensorflow as tf
 from tfbilevel import _derivatives as derivatives
 from tfbilevel import _structure as structure
 from tfbilevel._arguments import require_count
+from tfbilevel._batches import Batches
 from tfbilevel._indices import explain
 from tfbilevel._look import require_second_derivatives
 from tfbilevel._method import Method, require_method
-from tfbilevel._problem import Batches, Problem, require_problem
+from tfbilevel._problem import Problem, require_problem
 
 DENSE_LIMIT = 2000
 
@@ -140,9 +141,9 @@ def check_hypergradient(
     require_second_derivatives(problem, method, upper, lower, batches)
     if state is None:
         state = method.init(problem, upper, lower)
-    # A graph: eagerly, steps that take tasks in turn would be traced at every call.
+    # A graph: eagerly, steps of sequential tasks would be traced at every call.
     one_step = tf.function(
-        lambda: method.step(problem, upper, lower, batches, state), autograph=False
+        lambda: problem.step(method, upper, lower, batches, state), autograph=False
     )
     step = one_step()
     objective = tf.function(
@@ -152,9 +153,7 @@ def check_hypergradient(
     claimed = [float(structure.dot(step.upper_gradient, p)) for p, _ in probe_list]
     found = _differences(objective, upper, probe_list, claimed)
     if not np.isfinite([*claimed, *found.values]).all():
-        leading = problem.leading
-        one = tf.nest.map_structure(lambda v: v[0] if leading else v, lower)
-        explain(problem, upper, one, batches)
+        explain(problem, upper, problem._one_lower(lower), batches)
     rounded = not any(found.values) and any(claimed)
     # The lower batch that an implicit method's system is made of.
     draw = getattr(getattr(method, "inner", None), "steps", 0)
@@ -285,9 +284,7 @@ def _dense_implicit(
         here.upper,
         lower,
     )
-    _, gradient, pullback = derivatives.lower_gradient_pullback(
-        here.problem.lower_loss, here.upper, lower, here.batches.lower_at(draw)
-    )
+    _, gradient, pullback = here.lower_gradient_pullback(lower, draw)
     stationarity = float(structure.norm(gradient))
     count = structure.size(lower)
     if count > DENSE_LIMIT:

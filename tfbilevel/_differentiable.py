@@ -8,8 +8,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfbilevel._task_loss import map_tasks
 from tfbilevel._workarounds.tracing import outside_traces
+from tfbilevel._workarounds.vectorized_map import vectorized_map
 
 SUPPORTED = (
     keras.optimizers.SGD,
@@ -134,7 +134,7 @@ class UpdateRule:
             return moved, after.iteration, after.slots
 
         each = (variables, state.iteration, state.slots, gradients)
-        moved, iteration, slots = map_tasks(one, each)
+        moved, iteration, slots = vectorized_map(one, each)
         return moved, state._replace(iteration=iteration, slots=slots)
 
     def _pure(self, variables: Any) -> "_Pure":

@@ -14,12 +14,12 @@ from tfbilevel._arguments import (
     require_number,
     share,
 )
+from tfbilevel._batches import Batches
 from tfbilevel._differentiable import configuration
 from tfbilevel._finite import NonFiniteError, first_nonfinite
 from tfbilevel._inner import InnerSolver
+from tfbilevel._levels import Levels
 from tfbilevel._look import require_second_derivatives
-from tfbilevel._model import BilevelModel
-from tfbilevel._problem import Batches
 from tfbilevel._unroll import Unroll
 from tfbilevel._workarounds.memory_optimizer import without_memory_rewrites
 
@@ -162,14 +162,14 @@ class Dynamic:
         self.lower_loop, self.truncate_iters = lower_loop, truncate_iters
         self.acquire_max_loss, self.init_auxiliary = acquire_max_loss, init_auxiliary
         self.ul_model, self.ll_model = ul_model, ll_model
-        self._model = BilevelModel(
+        self._levels = Levels(
             ul_model,
             ll_model,
             upper_loss=_stated(ul_objective),
             lower_loss=_stated(ll_objective),
             lower_start="learned" if init_auxiliary else None,
         )
-        self.problem = self._model.problem
+        self.problem = self._levels.problem
         self.method: Unroll | None = None
         self._calls = 0
         if ll_opt is not None:
@@ -186,10 +186,10 @@ class Dynamic:
         )
 
         def step(x: list, y: list, batches: Batches, state: Any, call: Any) -> Any:
-            problem = self._model.problem_at(call)
+            problem = self._levels.problem_at(call)
             models = (self.ul_model, self.ll_model)
             require_second_derivatives(self.problem, method, x, y, batches, models)
-            return method.step(problem, x, y, batches, state)
+            return problem.step(method, x, y, batches, state)
 
         self._step = tf.function(step, autograph=False)
 
@@ -284,7 +284,7 @@ class Dynamic:
         if code >= 0:
             raise NonFiniteError(code, self._calls)
         self._calls += 1
-        self._model._advance_fixed_state(batches, self.lower_loop, step.lower)
+        self._levels.advance(batches, self._calls, self.lower_loop, step.lower)
         gradients = step.upper_gradient
         result = DynamicResult(
             upper_gradients=gradients[: len(upper)],

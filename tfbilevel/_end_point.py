@@ -8,8 +8,10 @@ import tensorflow as tf
 
 from tfbilevel._aggregation import Aggregation, aggregated, require_aggregation
 from tfbilevel._arguments import require_choice
+from tfbilevel._batches import Batches
 from tfbilevel._inner import InnerSolver, Iterate, require_inner
-from tfbilevel._problem import Batches, Prepared, Problem
+from tfbilevel._prepared import Prepared
+from tfbilevel._problem import Problem
 from tfbilevel._trajectory import ENDS, Span, search
 
 
@@ -61,14 +63,13 @@ class EndPoint:
     def reach(self, here: Prepared, lower: Any, state: dict) -> Reached:
         """All inner steps from where this outer step starts."""
         along = aggregated(self.aggregate, here)
-        arguments = (along.problem, along.upper, lower)
         steps: Any = self.inner.steps
         metrics = {}
         if self.end == "final":
-            after, _ = self.inner.settle(*arguments, along.batches, state)
+            after, _ = self.inner.settle(along, lower, state)
             point = after
         else:
-            begun = self.inner.begin(*arguments, state)
+            begun = self.inner.begin(along, lower, state)
             made = search(Span(self.inner, 0, False, True), along, begun)
             after, steps = made.end, made.worst.steps
             # The optimizer's state is the last iterate's: of this one nothing but the
@@ -89,16 +90,9 @@ class EndPoint:
             if self.end == "final":
                 return here.upper_loss(self.reach(here, lower, state).after.lower)
             here = aggregated(self.aggregate, here)
-            begun = self.inner.begin(here.problem, here.upper, lower, state)
-            end, _ = self.inner.run(
-                here.problem,
-                here.upper,
-                here.batches,
-                begun,
-                0,
-                met["truncation"],
-                self.inner.steps,
-            )
+            begun = self.inner.begin(here, lower, state)
+            steps = self.inner.steps
+            end, _ = self.inner.run(here, begun, 0, met["truncation"], steps)
             return here.upper_loss(end.lower)
 
         return value

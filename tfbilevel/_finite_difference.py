@@ -10,10 +10,16 @@ from tfbilevel import _derivatives as derivatives
 from tfbilevel import _structure as structure
 from tfbilevel._aggregation import Aggregation, aggregated, require_aggregation
 from tfbilevel._arguments import positive, require_number
-from tfbilevel._inner import InnerSolver, require_fixed_length, require_inner
+from tfbilevel._batches import Batches
+from tfbilevel._inner import (
+    InnerSolver,
+    Iterate,
+    require_fixed_length,
+    require_inner,
+)
 from tfbilevel._method import Method, Step
-from tfbilevel._problem import Batches, Problem
-from tfbilevel._task_by_task import task_by_task
+from tfbilevel._prepared import Prepared
+from tfbilevel._problem import Problem
 from tfbilevel._unroll import Unroll
 
 
@@ -77,22 +83,17 @@ class FiniteDifference(Method):
     def init(self, problem: Problem, upper: Any, lower: Any) -> Any:
         return self.inner.init(problem, upper, lower)
 
-    @task_by_task
     def step(
         self, problem: Problem, upper: Any, lower: Any, batches: Batches, state: Any
     ) -> Step:
         here = aggregated(self.aggregate, problem.prepared(upper, batches))
         inner, last = self.inner, self.inner.steps - 1
         iterate, pull_start = inner.begin_pullback(here, lower, state)
-        iterate, _ = inner.run(
-            here.problem, here.upper, here.batches, iterate, 0, last, last
-        )
-        lower_loss, gradient = inner.gradient(
-            here.problem, here.upper, here.batches, iterate, last
-        )
+        iterate, _ = inner.run(here, iterate, 0, last, last)
+        lower_loss, gradient = inner.gradient(here, iterate, last)
 
         def move(c: Any, y: Any, g: Any) -> tuple[Any, Any]:
-            end = inner.move(here.problem, c, iterate._replace(lower=y), g)
+            end = inner.move(here.at(c), iterate._replace(lower=y), g)
             return end.lower, end
 
         _, end, pullback = derivatives.vjp(move, here.upper, iterate.lower, gradient)
@@ -111,7 +112,7 @@ class FiniteDifference(Method):
             state=inner.carried(end, state),
             metrics={
                 "upper_loss": upper_loss,
-                "lower_loss": here.mean(lower_loss),
+                "lower_loss": lower_loss,
             },
         )
 
@@ -121,10 +122,12 @@ class FiniteDifference(Method):
         exact = Unroll(self.inner, last=1, aggregate=self.aggregate)
         return exact.objective(problem, upper, lower, batches, state)
 
-    def _products(self, here: Any, iterate: Any, direction: Any, t: int) -> tuple:
+    def _products(
+        self, here: Prepared, iterate: Iterate, direction: Any, t: int
+    ) -> tuple:
         """g_xy w and g_yy w along `direction`, by central differences; of each task
         with a width of its own."""
-        size = structure.norm(direction, here.problem.leading)
+        size = here.norm(direction)
         width = structure.ratio(tf.cast(self.radius, size.dtype), size)
         factor = structure.ratio(tf.constant(0.5, width.dtype), width)
 

@@ -7,16 +7,16 @@ import tensorflow as tf
 
 from tfbilevel import _derivatives as derivatives
 from tfbilevel import _structure as structure
+from tfbilevel._batches import Batches
 from tfbilevel._inner import (
-    SERIAL,
     InnerSolver,
     Iterate,
     require_fixed_length,
     require_inner,
 )
+from tfbilevel._loops import serial_loop
 from tfbilevel._method import Method, Step
-from tfbilevel._problem import Batches, Problem
-from tfbilevel._task_by_task import task_by_task
+from tfbilevel._problem import Problem
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -63,7 +63,6 @@ class ForwardUnroll(Method):
     def init(self, problem: Problem, upper: Any, lower: Any) -> Any:
         return self.inner.init(problem, upper, lower)
 
-    @task_by_task
     def step(
         self, problem: Problem, upper: Any, lower: Any, batches: Batches, state: Any
     ) -> Step:
@@ -75,7 +74,7 @@ class ForwardUnroll(Method):
             connected.update(i for i, hit in enumerate(tf.nest.flatten(reached)) if hit)
 
         def start(c: Any) -> tuple[Any, Iterate]:
-            iterate = self.inner.begin(here.problem, c, lower, state)
+            iterate = self.inner.begin(here.at(c), lower, state)
             return (iterate.lower, iterate.optimizer.slots), iterate
 
         _, iterate, push, reached = derivatives.jvp(start, here.upper)
@@ -91,9 +90,8 @@ class ForwardUnroll(Method):
 
             def inner_map(c: Any, y: Any, slots: list) -> tuple[Any, Any]:
                 optimizer = now.optimizer._replace(slots=slots)
-                end, value = self.inner.advance(
-                    here.problem, c, here.batches, Iterate(y, optimizer), t
-                )
+                point = Iterate(y, optimizer)
+                end, value = self.inner.advance(here.at(c), point, t)
                 return (end.lower, end.optimizer.slots), (end, value)
 
             _, (end, value), push, reached = derivatives.jvp(
@@ -108,12 +106,11 @@ class ForwardUnroll(Method):
             return t + 1, end, tf.cast(value, dtype), tangents
 
         dtype = tf.nest.flatten(iterate.lower)[0].dtype
-        _, end, lower_loss, (tangent, _) = tf.while_loop(
+        _, end, lower_loss, (tangent, _) = serial_loop(
             lambda *_: True,
             body,
             (tf.constant(0), iterate, tf.zeros([], dtype), tangents),
-            maximum_iterations=self.inner.steps,
-            parallel_iterations=SERIAL,
+            self.inner.steps,
         )
         upper_loss, partial, adjoint = here.upper_partials(end.lower)
         along = tf.map_fn(
@@ -132,7 +129,7 @@ class ForwardUnroll(Method):
             state=self.inner.carried(end, state),
             metrics={
                 "upper_loss": upper_loss,
-                "lower_loss": here.mean(lower_loss),
+                "lower_loss": lower_loss,
             },
         )
 

@@ -7,14 +7,13 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tfbilevel import _derivatives as derivatives
 from tfbilevel import _structure as structure
+from tfbilevel._batches import Batches
 from tfbilevel._differentiable import UpdateRule
 from tfbilevel._method import Method, Step
-from tfbilevel._problem import Batches, Problem
+from tfbilevel._problem import Problem
 from tfbilevel._projection import fixed_projection
 from tfbilevel._schedules import Schedule, as_weight
-from tfbilevel._task_by_task import task_by_task
 from tfbilevel._value_gap import penalty_weight
 
 
@@ -32,7 +31,7 @@ class GradientNorm(Method):
     Cost: one gradient of f, one gradient of g and one product. No extra copy of y.
     Assumes that stationary points of g(x, .) are its minimisers (it accepts saddles
     and maxima as well). The solution is that of the penalised problem. Prefer
-    `ValueGap` where second derivatives are dear or g is not convex in y.
+    `ValueGap` where second derivatives are expensive or g is not convex in y.
 
     Args:
         lower_optimizer: a Keras optimizer for y.
@@ -70,19 +69,20 @@ class GradientNorm(Method):
     def moves_lower(self) -> bool:
         return True
 
+    @property
+    def mean_metrics(self) -> tuple[str, ...]:
+        return (*super().mean_metrics, "weight")
+
     def init(self, problem: Problem, upper: Any, lower: Any) -> Any:
         return {"step": tf.constant(0, tf.int64), "optimizer": self.rule.init(lower)}
 
-    @task_by_task
     def step(
         self, problem: Problem, upper: Any, lower: Any, batches: Batches, state: Any
     ) -> Step:
         here = problem.prepared(upper, batches)
         weight, scale = penalty_weight(self.schedule, state["step"], lower)
         upper_loss, partial, direct = here.upper_partials(lower)
-        lower_loss, gradient, pullback = derivatives.lower_gradient_pullback(
-            here.problem.lower_loss, here.upper, lower, here.batches.lower_at(0)
-        )
+        lower_loss, gradient, pullback = here.lower_gradient_pullback(lower, 0)
         mixed, curvature = pullback(structure.scale(weight, gradient))
         new_lower, optimizer = self.rule.update(
             structure.scale(scale, structure.add(direct, curvature)),
@@ -95,8 +95,8 @@ class GradientNorm(Method):
             state={"step": state["step"] + 1, "optimizer": optimizer},
             metrics={
                 "upper_loss": upper_loss,
-                "lower_loss": here.mean(lower_loss),
-                "stationarity": structure.norm(gradient, here.problem.leading),
+                "lower_loss": lower_loss,
+                "stationarity": here.norm(gradient),
                 "weight": weight,
             },
         )
@@ -108,9 +108,7 @@ class GradientNorm(Method):
 
         def value(x: Any) -> tf.Tensor:
             here = problem.prepared(x, batches)
-            _, gradient = derivatives.lower_gradient(
-                here.problem.lower_loss, here.upper, lower, here.batches.lower_at(0)
-            )
+            _, gradient = here.lower_gradient(lower, 0)
             penalty = 0.5 * weight * structure.dot(gradient, gradient)
             f = tf.cast(here.upper_loss(lower), weight.dtype)
             return scale * (f + here.mean(penalty))

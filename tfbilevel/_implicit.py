@@ -12,14 +12,15 @@ from tfbilevel import _derivatives as derivatives
 from tfbilevel import _structure as structure
 from tfbilevel._aggregation import Aggregation
 from tfbilevel._arguments import require_choice
+from tfbilevel._batches import Batches
 from tfbilevel._end_point import EndPoint
 from tfbilevel._inner import InnerSolver
 from tfbilevel._linear_solvers import ConjugateGradient, LinearSolver, LinearSystem
 from tfbilevel._method import Method, Step
-from tfbilevel._problem import Batches, Prepared, Problem
+from tfbilevel._prepared import Prepared
+from tfbilevel._problem import Problem
 from tfbilevel._projection import fixed_projection
 from tfbilevel._schedules import Schedule
-from tfbilevel._task_by_task import task_by_task
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -142,7 +143,7 @@ class Implicit(Method):
             and problem.project_lower is not None
         ):
             raise _unsymmetric(self.solver)
-        if self.through == "optimizer" and self.inner.accelerated and problem.leading:
+        if self.through == "optimizer" and self.inner.accelerated and problem.has_tasks:
             raise ValueError(
                 "`inner` must not be accelerated with through='optimizer' over tasks: "
                 "its step sizes are one sequence for all of them. Use "
@@ -152,15 +153,13 @@ class Implicit(Method):
         inner = self.inner.init(problem, upper, lower)
         like = structure.to_tensors(lower)
         if self.through == "optimizer":
-            begun = self.inner.begin(problem, upper, like, inner)
-            like = (like, begun.optimizer.slots)
-        begin = self.solver.init_blocks if problem.leading else self.solver.init
+            like = (like, self.inner.fresh(problem, like).slots)
+        begin = self.solver.init_blocks if problem.has_tasks else self.solver.init
         state = {"inner": inner, "solver": begin(like)}
         if isinstance(getattr(self.solver, "tolerance", None), Schedule):
             state["step"] = tf.constant(0, tf.int64)
         return state
 
-    @task_by_task
     def step(
         self, problem: Problem, upper: Any, lower: Any, batches: Batches, state: Any
     ) -> Step:
@@ -175,10 +174,10 @@ class Implicit(Method):
             if self.through == "gradient"
             else self._optimizer_equation
         )(here, iterate, adjoint)
-        system = equation.system._replace(
-            point=(here.problem.own_upper(here.upper), iterate.lower),
+        system = equation.system.with_inner_product(here.problem.inner_product)
+        system = system._replace(
+            point=(here.problem._own_upper(here.upper), iterate.lower),
             outer_step=state.get("step", 0),
-            leading=here.problem.leading,
         )
         solution = self.solver.solve(system, equation.rhs, state["solver"])
         # No solver steps towards what it cannot measure, and would end where it began.
@@ -199,8 +198,8 @@ class Implicit(Method):
             state=after,
             metrics={
                 "upper_loss": upper_loss,
-                "lower_loss": here.mean(equation.lower_loss),
-                "stationarity": structure.norm(equation.gradient, here.problem.leading),
+                "lower_loss": equation.lower_loss,
+                "stationarity": here.norm(equation.gradient),
                 "residual": residual,
                 "iterations": solution.iterations,
                 "diverged": tf.cast(solution.diverged, residual.dtype),
@@ -214,11 +213,8 @@ class Implicit(Method):
         return self.end_point.objective(problem, upper, lower, batches, state["inner"])
 
     def _gradient_equation(self, here: Prepared, iterate: Any, rhs: Any) -> "_Equation":
-        lower_loss, gradient, pullback = derivatives.lower_gradient_pullback(
-            here.problem.lower_loss,
-            here.upper,
-            iterate.lower,
-            here.batches.lower_at(self.inner.steps),
+        lower_loss, gradient, pullback = here.lower_gradient_pullback(
+            iterate.lower, self.inner.steps
         )
         rate = None if self.inner.rule.scheduled else self.inner.rule.learning_rate
         return _Equation(
@@ -239,7 +235,7 @@ class Implicit(Method):
             lower, slots = state
             optimizer = iterate.optimizer._replace(slots=slots)
             start = iterate._replace(lower=lower, optimizer=optimizer)
-            end, _ = self.inner.advance(here.problem, c, here.batches, start, draw)
+            end, _ = self.inner.advance(here.at(c), start, draw)
             return (end.lower, end.optimizer.slots), None
 
         _, _, pullback = derivatives.vjp(inner_map, here.upper, point)
@@ -254,9 +250,7 @@ class Implicit(Method):
         push: Any = None
         if self.solver.transposes:
             push = derivatives.jvp(lambda s: inner_map(here.upper, s), point)[2]
-        lower_loss, gradient = self.inner.gradient(
-            here.problem, here.upper, here.batches, iterate, draw
-        )
+        lower_loss, gradient = self.inner.gradient(here, iterate, draw)
         return _Equation(
             LinearSystem(product, push and transposed, rate=1.0),
             (adjoint, structure.zeros_like(iterate.optimizer.slots)),

@@ -1,14 +1,15 @@
 """What `ExampleWeights` refuses in a compiled step, which cannot say it itself."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from tfbilevel._over_tasks import OverTasks, apart
-from tfbilevel._problem import Batches, Problem, StackedBatches, count_tasks
+from tfbilevel._batches import Batches, StackedBatches, apart, count_tasks
+from tfbilevel._over_tasks import OverTasks
+from tfbilevel._problem import Problem
 
 NONE = -1
 SEARCHED = 1000  # elements of a dataset at most
@@ -53,6 +54,25 @@ class IndexWatch:
     @property
     def _used(self) -> bool:
         return any(layer.in_graphs for layer in self.layers)
+
+    @contextlib.contextmanager
+    def explaining(
+        self, problem: Problem, point: Callable[[], tuple], data: Any
+    ) -> Iterator[None]:
+        """Say what a layer would say eagerly, if TensorFlow stops at an operation.
+
+        Args:
+            problem: the losses.
+            point: () -> (x, y of one task), of then.
+            data: the batches, or a dataset of them.
+        """
+        try:
+            yield
+        except tf.errors.InvalidArgumentError:
+            if self.layers:
+                x, y = point()
+                explain(problem, x, y, data)
+            raise
 
     def raise_if_noted(self) -> None:
         if not self._used:

@@ -1,6 +1,7 @@
 """The inner solver: a number of optimizer steps on the lower loss."""
 
 import dataclasses
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -8,15 +9,16 @@ import keras
 import tensorflow as tf
 
 from tfbilevel import _derivatives as derivatives
+from tfbilevel import _nesterov as nesterov
 from tfbilevel import _structure as structure
 from tfbilevel._arguments import require_choice, require_count
 from tfbilevel._differentiable import OptimizerState, differentiable
-from tfbilevel._problem import Batches, Prepared, Problem
+from tfbilevel._inner_trajectory import trajectory
+from tfbilevel._learned_rate import rated, stretched
+from tfbilevel._loops import serial_loop
+from tfbilevel._prepared import Prepared
+from tfbilevel._problem import Problem
 from tfbilevel._schedules import Schedule, require_tolerance
-
-# TensorFlow would start ten iterations of a loop before the first one's results are
-# used, and keep what they all computed: many times the memory for no speed.
-SERIAL = 1
 
 
 class Iterate(NamedTuple):
@@ -51,7 +53,7 @@ class InnerSolver:
             "cold": at `problem.lower_start(x)` or, without one, at the lower
             variables that the method was initialised with. A function of the outer
             step (int64 scalar) -> lower variables, over tasks those of all of them: at
-            what it returns, say a fresh draw of `tf.random.stateless_uniform`. A
+            what it returns, say a sample of `tf.random.stateless_uniform`. A
             problem with a `lower_start` always starts there (but for `tb.ValueGap`,
             whose `auxiliary` decides).
         learning_rate: a schedule of the outer step, such as tb.CosineDecay(0.1, 0.01,
@@ -79,8 +81,8 @@ class InnerSolver:
         ...     lower_loss=lambda x, y, batch: 0.5 * (y - x) ** 2,
         ... )
         >>> x, y = tf.constant(3.0), tf.constant(0.0)
-        >>> y, _, _ = inner.solve(problem, x, y, tb.Batches(None, None), inner.init(
-        ...     problem, x, y))
+        >>> here = problem.prepared(x, tb.Batches(None, None))
+        >>> y, state, loss = inner.solve(here, y, inner.init(problem, x, y))
         >>> round(float(y), 4)
         3.0
     """
@@ -134,7 +136,7 @@ class InnerSolver:
         state: dict[str, Any] = {}
         # The rule makes its templates here: made while a function is traced, they
         # would have TensorFlow trace it a second time.
-        fresh = self._fresh(problem, lower)
+        fresh = self.fresh(problem, lower)
         followed = (self.tolerance, self.learning_rate)
         if callable(self.start) or any(isinstance(one, Schedule) for one in followed):
             state["step"] = tf.constant(0, tf.int64)
@@ -144,18 +146,19 @@ class InnerSolver:
             state["optimizer"] = fresh
         return state
 
-    def begin(self, problem: Problem, upper: Any, lower: Any, state: dict) -> Iterate:
+    def begin(self, here: Prepared, lower: Any, state: dict) -> Iterate:
         """The iterate that this outer step starts from."""
+        problem = here.problem
         if problem.lower_start is not None:
-            start = problem.started(upper, structure.to_tensors(lower))
+            start = problem._started(here.upper, structure.to_tensors(lower))
         elif callable(self.start):
-            start = self.drawn(state["step"], lower)
+            start = problem._sampled(self.start, state["step"], lower)
         else:
             start = structure.to_tensors(state.get("start", lower))
         if "optimizer" in state:
             optimizer = state["optimizer"]
         else:
-            optimizer = self._fresh(problem, start)
+            optimizer = self.fresh(problem, start)
         if isinstance(self.learning_rate, Schedule):
             rate = tf.cast(
                 self.learning_rate(state["step"]), optimizer.learning_rate.dtype
@@ -163,129 +166,79 @@ class InnerSolver:
             optimizer = optimizer._replace(learning_rate=rate)
         return Iterate(start, optimizer)
 
-    def drawn(self, step: tf.Tensor, lower: Any) -> Any:
-        """What `start`, a function, returns."""
-        assert callable(self.start)
-        start = structure.to_tensors(self.start(step))
-        rule = "return variables like the lower ones"
-        structure.require_like(start, structure.to_tensors(lower), "start", rule)
-        return start
-
     def begin_pullback(
         self, here: Prepared, lower: Any, state: dict
     ) -> tuple[Iterate, derivatives.Pullback | None]:
         """`begin`, and the pullback of y_0 to x where the problem has a start."""
         if here.problem.lower_start is None:
-            return self.begin(here.problem, here.upper, lower, state), None
+            return self.begin(here, lower, state), None
 
         def start(c: Any) -> tuple[Any, Iterate]:
-            iterate = self.begin(here.problem, c, lower, state)
+            iterate = self.begin(here.at(c), lower, state)
             return iterate.lower, iterate
 
         _, iterate, pullback = derivatives.vjp(start, here.upper)
         return iterate, pullback
 
+    def fresh(self, problem: Problem, lower: Any) -> OptimizerState:
+        """The optimizer's state before the first step."""
+        state = self.rule.init(lower)
+        # Where tasks stop at different steps, each has its own count of them.
+        tasks = tf.TensorShape([])
+        if self.tolerance is not None:
+            tasks = problem.inner_product.shape(structure.to_tensors(lower))
+        if tasks.rank:
+            state = self.rule.counted(state, *tasks)
+        return nesterov.begun(state, lower, tasks) if self.accelerated else state
+
     def point(self, iterate: Iterate) -> Any:
         """Where the next gradient is taken: y_t, or u_t of the accelerated steps."""
         if not self.accelerated:
             return iterate.lower
-        _, ahead, _ = self._split(iterate)
+        ahead = nesterov.split(iterate.optimizer, iterate.lower).ahead
         return structure.add(iterate.lower, ahead)
 
     def gradient(
-        self, problem: Problem, upper: Any, batches: Batches, iterate: Iterate, t: Any
+        self, here: Prepared, iterate: Iterate, t: Any
     ) -> tuple[tf.Tensor, Any]:
         """The lower loss and its gradient that step t is made of."""
-        return derivatives.lower_gradient(
-            problem.lower_loss, upper, self.point(iterate), batches.lower_at(t)
-        )
+        return here.lower_gradient(self.point(iterate), t)
 
-    def move(
-        self, problem: Problem, upper: Any, iterate: Iterate, gradient: Any
-    ) -> Iterate:
+    def move(self, here: Prepared, iterate: Iterate, gradient: Any) -> Iterate:
         """The iterate after a step along `gradient`."""
-        point = self.point(iterate)
-        own, _, sequence = self._split(iterate)
-        state = own
-        rates: Any = None
-        learned = None
-        if not isinstance(self.learning_rate, Schedule):
-            learned = self.learning_rate
-        if learned is not None:
-            made = problem.reading(learned, upper)
-            state, rates = _rated(state, made, iterate.lower)
-        lower, state = self.rule.update(gradient, state, point)
-        if learned is not None:
+        point, own, sequence = self.point(iterate), iterate.optimizer, None
+        if self.accelerated:
+            own, _, sequence = nesterov.split(own, iterate.lower)
+        learned = self.learning_rate
+        if learned is None or isinstance(learned, Schedule):
+            lower, state = self.rule.update(gradient, own, point)
+        else:
+            made = here.problem._reading(learned, here.upper)
+            state, rates = rated(own, made, iterate.lower)
+            lower, state = self.rule.update(gradient, state, point)
             state = state._replace(learning_rate=own.learning_rate)
-        if rates is not None:
-            if isinstance(self.optimizer, keras.optimizers.Ftrl):
-                raise ValueError(
-                    "`learning_rate` must return a scalar with Ftrl, whose shrinkage "
-                    "depends on the rate: its step is no multiple of one of rate 1. "
-                    "Use another optimizer for rates of single entries. Received: "
-                    f"{rates!r}"
-                )
-            # A step of rate 1, entry by entry as long as its own rate says.
-            lower = tf.nest.map_structure(
-                lambda y, rate, z: y + rate * (z - y), point, rates, lower
-            )
-        lower = problem.projected_lower(upper, lower)
-        if not self.accelerated:
-            return Iterate(lower, state)
-        after = (1 + tf.sqrt(1 + 4 * sequence * sequence)) / 2
-        ahead = structure.scale(
-            (sequence - 1) / after, structure.subtract(lower, iterate.lower)
-        )
-        slots = [*state.slots, *tf.nest.flatten(ahead), after]
-        return Iterate(lower, state._replace(slots=slots))
+            if rates is not None:
+                lower = stretched(self.optimizer, rates, point, lower)
+        lower = here.problem.projected_lower(here.upper, lower)
+        if sequence is not None:
+            state = nesterov.extrapolated(state, sequence, iterate.lower, lower)
+        return Iterate(lower, state)
 
     def advance(
-        self,
-        problem: Problem,
-        upper: Any,
-        batches: Batches,
-        iterate: Iterate,
-        t: Any,
-        first_order: bool = False,
+        self, here: Prepared, iterate: Iterate, t: Any, first_order: bool = False
     ) -> tuple[Iterate, tf.Tensor]:
         """One inner step, and the lower loss it started from.
 
         With `first_order` the gradient counts as a constant.
         """
-        value, gradient = self.gradient(problem, upper, batches, iterate, t)
+        value, gradient = self.gradient(here, iterate, t)
         if first_order:
             gradient = tf.nest.map_structure(tf.stop_gradient, gradient)
-        return self.move(problem, upper, iterate, gradient), value
-
-    def _fresh(self, problem: Problem, lower: Any) -> OptimizerState:
-        state = self.rule.init(lower)
-        ahead = tf.nest.flatten(structure.zeros_like(structure.to_tensors(lower)))
-        # Where tasks stop at different steps, each has its own count of them.
-        alone = problem.leading and self.tolerance is not None
-        tasks = ahead[0].shape[:1] if alone else []
-        if alone:
-            state = self.rule.counted(state, *tasks)
-        if not self.accelerated:
-            return state
-        slots = [*state.slots, *ahead, tf.ones(tasks, ahead[0].dtype)]
-        return state._replace(slots=slots)
-
-    def _split(self, iterate: Iterate) -> tuple[OptimizerState, Any, Any]:
-        """The optimizer's own state, u_t - y_t and s_t of the accelerated steps."""
-        state = iterate.optimizer
-        if not self.accelerated:
-            return state, None, None
-        leaves = len(tf.nest.flatten(iterate.lower))
-        *own, sequence = state.slots
-        own, ahead = own[:-leaves], own[-leaves:]
-        ahead = tf.nest.pack_sequence_as(iterate.lower, ahead)
-        return state._replace(slots=own), ahead, sequence
+        return self.move(here, iterate, gradient), value
 
     def run(
         self,
-        problem: Problem,
-        upper: Any,
-        batches: Batches,
+        here: Prepared,
         iterate: Iterate,
         first: Any,
         last: Any,
@@ -300,71 +253,69 @@ class InnerSolver:
         value = tf.zeros([], dtype)
         if most == 0:
             return iterate, value
-        each = tf.is_tensor(last) and last.shape.rank == 1
         if most == 1 and isinstance(last, int) and (first, last) == (0, 1):
             # A loop of one step would keep what comes after it waiting.
-            iterate, value = self.advance(
-                problem, upper, batches, iterate, 0, first_order
-            )
+            iterate, value = self.advance(here, iterate, 0, first_order)
             return iterate, tf.cast(value, dtype)
 
         def body(t: tf.Tensor, now: Iterate, value: tf.Tensor) -> tuple:
             del value
-            after, value = self.advance(problem, upper, batches, now, t, first_order)
-            if each:
-                after = moved_where(t < last, now, after)
+            after, value = self.advance(here, now, t, first_order)
+            after = structure.stepped(t < last, now, after)
             return t + 1, after, tf.cast(value, dtype)
 
-        _, iterate, value = tf.while_loop(
+        _, iterate, value = serial_loop(
             lambda t, *_: tf.reduce_any(t < last),
             body,
             (tf.convert_to_tensor(first), iterate, value),
-            maximum_iterations=most,
-            parallel_iterations=SERIAL,
+            most,
         )
         return iterate, value
 
     def solve(
-        self, problem: Problem, upper: Any, lower: Any, batches: Batches, state: dict
+        self, here: Prepared, lower: Any, state: dict, *former: Any
     ) -> tuple[Any, dict, tf.Tensor]:
         """All steps, not differentiated.
 
+        Args:
+            here: the problem of this outer step, `problem.prepared(upper, batches)`.
+            lower: the lower variables before it.
+            state: what the solver carries, at first `init(problem, upper, lower)`.
+            *former: of `solve(problem, upper, lower, batches, state)`, which will go.
+
         Returns:
             The lower variables, the solver's state, and the lower loss before the
-            last step.
+            last step (over tasks the mean).
         """
-        iterate, value = self.settle(problem, upper, lower, batches, state)
+        if former:
+            here, lower, state = _of_former(here, lower, state, *former)
+        iterate, value = self.settle(here, lower, state)
         return iterate.lower, self.carried(iterate, state), value
 
     def settle(
-        self, problem: Problem, upper: Any, lower: Any, batches: Batches, state: dict
+        self, here: Prepared, lower: Any, state: dict
     ) -> tuple[Iterate, tf.Tensor]:
         """`steps` steps, or fewer where the tolerance is met, not differentiated."""
-        iterate = self.begin(problem, upper, lower, state)
+        iterate = self.begin(here, lower, state)
         if self.tolerance is None:
-            return self.run(problem, upper, batches, iterate, 0, self.steps, self.steps)
+            return self.run(here, iterate, 0, self.steps, self.steps)
         dtype = tf.nest.flatten(iterate.lower)[0].dtype
         if isinstance(self.tolerance, Schedule):
             goal = tf.cast(self.tolerance(state["step"]), dtype)
         else:
             goal = tf.constant(self.tolerance, dtype)
 
-        leading = problem.leading
-
         def body(t: tf.Tensor, now: Iterate, value: tf.Tensor, size: Any) -> tuple:
             del value
-            value, gradient = self.gradient(problem, upper, batches, now, t)
-            after = self.move(problem, upper, now, gradient)
-            if leading:
-                after = moved_where(size > goal, now, after)
-            norm = structure.norm(gradient, leading)
-            if leading:  # where a task has ended, the step it did not make may be large
-                norm = tf.where(size > goal, norm, size)
-            return t + 1, after, tf.cast(value, dtype), norm
+            value, gradient = self.gradient(here, now, t)
+            after = self.move(here, now, gradient), here.norm(gradient)
+            # Where a task has ended, the step it does not make may be large.
+            after, size = structure.stepped(size > goal, (now, size), after)
+            return t + 1, after, tf.cast(value, dtype), size
 
         # The first gradient is not known yet: infinitely far from done.
-        unknown = tf.nest.flatten(iterate.lower)[0].shape[:leading]
-        _, iterate, value, _ = tf.while_loop(
+        unknown = here.problem.inner_product.shape(iterate.lower)
+        _, iterate, value, _ = serial_loop(
             lambda t, now, value, size: tf.reduce_any(size > goal),
             body,
             (
@@ -373,8 +324,7 @@ class InnerSolver:
                 tf.zeros([], dtype),
                 tf.fill(unknown, tf.constant(float("inf"), dtype)),
             ),
-            maximum_iterations=self.steps,
-            parallel_iterations=SERIAL,
+            self.steps,
         )
         return iterate, value
 
@@ -387,44 +337,66 @@ class InnerSolver:
             after["step"] = state["step"] + 1
         return after
 
+    def trajectory(
+        self,
+        here: Prepared,
+        lower: Any,
+        state: dict,
+        of: Callable[[Any], Any] | None = None,
+    ) -> Any:
+        """The iterates y_1, ..., y_T that `solve` goes through, T = `steps`.
 
-def _rated(state: OptimizerState, made: Any, lower: Any) -> tuple[Any, Any]:
-    """The optimizer's state at a learned rate, and the rates of single entries, `None`
-    if one rate is for all."""
-    rate = state.learning_rate
-    if not tf.nest.is_nested(made) and tf.convert_to_tensor(made).shape.rank == 0:
-        return state._replace(learning_rate=tf.cast(made, rate.dtype)), None
-    try:
-        tf.nest.assert_same_structure(made, lower)
-        rates = tf.nest.map_structure(
-            lambda r, y: tf.broadcast_to(tf.cast(r, y.dtype), tf.shape(y)), made, lower
-        )
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            "`learning_rate` must return a scalar or rates that broadcast to the lower "
-            "variables, in a nest like theirs. Return one rate, or one tensor for each "
-            "lower variable. One rate per inner step cannot be learned: every step has "
-            f"the same. Received: {made!r} for {lower!r}"
-        ) from error
-    return state._replace(learning_rate=tf.ones_like(rate)), rates
+        For looking at them: how the loss or an accuracy develops over the inner steps,
+        which step is best, where they diverge. Methods need none of this. Costs T
+        gradients, as `solve`, and memory for T copies of what is kept.
+
+        Args:
+            here: the problem of this outer step, `problem.prepared(upper, batches)`.
+            lower: the lower variables before it.
+            state: what the solver carries, at first `init(problem, upper, lower)`. It
+                is not moved on.
+            of: lower variables -> what to keep of every iterate, such as an accuracy;
+                `None`: the variables.
+
+        Returns:
+            What is kept, with a leading axis of T entries; the last one belongs to
+            what `solve` returns.
+
+        Raises:
+            ValueError: if the solver has a `tolerance`, whose steps may be fewer.
+
+        Example:
+            >>> inner = tb.InnerSolver(keras.optimizers.SGD(0.5), steps=3)
+            >>> problem = tb.Problem(
+            ...     upper_loss=lambda x, y, batch: y**2,
+            ...     lower_loss=lambda x, y, batch: 0.5 * (y - x) ** 2,
+            ... )
+            >>> x, y = tf.constant(8.0), tf.constant(0.0)
+            >>> state = inner.init(problem, x, y)
+            >>> here = problem.prepared(x, tb.Batches(None, None))
+            >>> inner.trajectory(here, y, state).numpy()
+            array([4., 6., 7.], dtype=float32)
+        """
+        return trajectory(self, here, lower, state, of)
 
 
-def moved_where(going: tf.Tensor, now: Iterate, after: Iterate) -> Iterate:
-    """The iterate after a step of those tasks that are `going` on."""
-
-    def chosen(new: tf.Tensor, old: tf.Tensor) -> tf.Tensor:
-        # A number of the optimizer's belongs to all tasks.
-        return structure.where(going, new, old) if new.shape.rank else new
-
-    return Iterate(
-        tf.nest.map_structure(chosen, after.lower, now.lower),
-        after.optimizer._replace(
-            iteration=chosen(after.optimizer.iteration, now.optimizer.iteration),
-            slots=tf.nest.map_structure(
-                chosen, after.optimizer.slots, now.optimizer.slots
-            ),
-        ),
+def _of_former(
+    problem: Any, upper: Any, lower: Any, batches: Any, state: dict
+) -> tuple[Prepared, Any, dict]:
+    """The arguments of `InnerSolver.solve` from those of the release before."""
+    warnings.warn(
+        "solve(problem, upper, lower, batches, state) of tb.InnerSolver will go: call "
+        "solve(problem.prepared(upper, batches), lower, state)",
+        DeprecationWarning,
+        stacklevel=3,
     )
+    # Not prepared here: it may be the problem of a `Prepared`, with its batches.
+    return Prepared(problem, upper, batches, _total), lower, state
+
+
+def _total(partial: Any, response: Any) -> Any:
+    del partial, response
+    raise AssertionError("an inner solve takes no upper gradient")
 
 
 def require_inner(inner: Any) -> None:

@@ -18,14 +18,15 @@ from tensorflow.python.framework import ops
 from tfbilevel import _derivatives as derivatives
 from tfbilevel import _structure as structure
 from tfbilevel._aggregation import aggregated
+from tfbilevel._batches import Batches, first_task
 from tfbilevel._lost_derivatives import (
     MissingSecondDerivativeError,
     Operation,
     lost,
 )
 from tfbilevel._method import Method
-from tfbilevel._over_tasks import OverTasks, first_task
-from tfbilevel._problem import Batches, Problem
+from tfbilevel._over_tasks import OverTasks
+from tfbilevel._problem import Problem
 from tfbilevel._workarounds import right_derivatives
 
 # Whose derivative is zero, or which are documented to be constants.

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from tfbilevel import _structure as structure
-from tfbilevel._problem import Batches, Problem
+from tfbilevel._batches import Batches
+from tfbilevel._problem import Problem
 
 
 class Step(NamedTuple):
@@ -64,8 +65,24 @@ class Method(abc.ABC):
 
     @property
     def moves_lower(self) -> bool:
-        """Whether a step moves y on from where it is, and does not solve anew."""
+        """Whether a step moves y on from where it is, and does not solve again."""
         return False
+
+    @property
+    def couples_tasks(self) -> bool:
+        """Whether what a step does to one task depends on the others.
+
+        Over sequential tasks (`tb.over_tasks`) the whole step is made for one task
+        before the next, which keeps one task's memory. With `True` it is made once for
+        all, and only the losses are sequential.
+        """
+        return False
+
+    @property
+    def mean_metrics(self) -> tuple[str, ...]:
+        """The metrics that are means over tasks; others have a value for each where
+        tasks are sequential."""
+        return ("upper_loss", "lower_loss")
 
     @property
     def lower_steps(self) -> int:
@@ -90,7 +107,8 @@ class Method(abc.ABC):
     ) -> Step:
         """One outer step: the upper gradient and the new lower variables.
 
-        The caller applies the upper gradient, scaled as the step says, then
+        Make it by `problem.step(method, ...)`, which knows about tasks. The caller
+        applies the upper gradient, scaled as the step says, then
         `problem.project_upper`.
         """
 
@@ -105,7 +123,7 @@ class Method(abc.ABC):
         """
 
         def value(x: Any) -> tf.Tensor:
-            lower_after = self.step(problem, x, lower, batches, state).lower
+            lower_after = problem.step(self, x, lower, batches, state).lower
             return problem.prepared(x, batches).upper_loss(lower_after)
 
         return value

@@ -9,12 +9,13 @@ import tensorflow as tf
 
 from tfbilevel import _structure as structure
 from tfbilevel._arguments import require_callable, require_count
+from tfbilevel._batches import Batches, require_batches
 from tfbilevel._differentiable import UpdateRule, configuration, widest
 from tfbilevel._finite import NonFiniteError, first_nonfinite, warn_diverged
 from tfbilevel._indices import explain
 from tfbilevel._look import require_second_derivatives
 from tfbilevel._method import Method, require_method
-from tfbilevel._problem import Batches, Problem, require_batches, require_problem
+from tfbilevel._problem import Problem, require_problem
 from tfbilevel._workarounds.memory_optimizer import without_memory_rewrites
 
 
@@ -163,9 +164,7 @@ def minimize(
         point = Point(begun + k - 1, upper, lower, {})
         if not isinstance(batches, tf.data.Dataset):
             data = batches(point.step) if callable(batches) else data
-            leading = problem.leading
-            y = tf.nest.map_structure(lambda v: v[0] if leading else v, lower)
-            explain(problem, upper, y, data)
+            explain(problem, upper, problem._one_lower(lower), data)
         raise NonFiniteError(int(bad), int(point.step), point)
     if int(diverged) >= 0:
         warn_diverged(method, int(diverged))
@@ -196,7 +195,7 @@ def _compile(
 
     def outer_step(k: tf.Tensor, x: Any, y: Any, carried: Any, batch: Batches) -> tuple:
         here = problem.seeded(k)
-        step = method.step(here, x, y, batch, carried[0])
+        step = here.step(method, x, y, batch, carried[0])
         moved, optimizer = rule.update(step.upper_gradient, carried[1], x)
         moved = here.projected_upper(step.damped(x, moved))
         after = Point(k + 1, moved, step.lower, step.metrics)

@@ -1,84 +1,44 @@
 """Bilevel training as a Keras model."""
 
-import contextlib
-import dataclasses
-import gc
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import keras
-import tensorflow as tf
 
 from tfbilevel import _structure as structure
-from tfbilevel._arguments import (
-    require_callable,
-    require_choice,
-    require_count,
-    takes_two,
-)
-from tfbilevel._compilation import faster_with_xla
-from tfbilevel._derivatives import UnconnectedGradientError
+from tfbilevel._adapt import adapted, require_adaptable
+from tfbilevel._arguments import require_choice
+from tfbilevel._batches import Batches, count_tasks, require_batches
 from tfbilevel._differentiable import optimizer_of
-from tfbilevel._finite import (
-    UPPER_VARIABLES,
-    NonFiniteError,
-    first_nonfinite,
-    warn_diverged,
-)
-from tfbilevel._fixed_state import moved_on
-from tfbilevel._functional import require_built
-from tfbilevel._indices import ExampleWeightsError, IndexWatch, explain
-from tfbilevel._inner import InnerSolver, require_inner
-from tfbilevel._look import require_second_derivatives
-from tfbilevel._lost_derivatives import MissingSecondDerivativeError
+from tfbilevel._elements import first_of, not_empty, require_dataset_of_batches, tensors
+from tfbilevel._indices import IndexWatch
+from tfbilevel._inner import InnerSolver
+from tfbilevel._levels import Levels
 from tfbilevel._method import Method
 from tfbilevel._model_arguments import (
     losses_are_minimised,
-    require_apart,
-    require_dataset_of_batches,
+    no_export,
     require_jit,
+    require_measurable,
     require_method_for,
-    require_metrics,
-    require_no_average,
-    require_no_constraints,
     require_no_weights,
+    require_nothing_else,
     require_one_replica,
-    require_start_optimizer,
-    require_upper_optimizer,
+    require_optimizers,
 )
-from tfbilevel._over_tasks import apart, first_task, over_tasks
-from tfbilevel._problem import Batches, Problem, count_tasks, require_batches
-from tfbilevel._random_operations import fixed_randomness
-from tfbilevel._randomness import LOWER_LOSS, ROLE, as_seed, folded
-from tfbilevel._regularizers import CHOICES as REGULARIZERS
-from tfbilevel._regularizers import with_own_losses
-from tfbilevel._resident import Resident
+from tfbilevel._outer_step import OuterStep
 from tfbilevel._saved_model import (
     arguments_of,
+    compile_config_of,
     config_of,
     given,
     require_saved_as,
     require_serialisable,
-    require_unshared,
 )
-from tfbilevel._task_loss import map_tasks, outcome
-from tfbilevel._training_state import (
-    GRAPH,
-    SKIPPED,
-    UNDECIDED,
-    XLA,
-    Carried,
-    Progress,
-    Start,
-    Trackers,
-    random_states,
-)
-from tfbilevel._workarounds import functions_inline
-from tfbilevel._workarounds.memory_optimizer import without_memory_rewrites
+from tfbilevel._training_state import Carried, Progress, Trackers
 
-HOST = "CPU:0"  # the end of its name as a device; tf.data's elements are there
 ON_NONFINITE = ("raise", "skip")
-SAVED_SETTINGS = ("metrics", "weighted_metrics", "steps_per_execution", "run_eagerly")
 
 
 @keras.saving.register_keras_serializable("tfbilevel")
@@ -171,137 +131,32 @@ class BilevelModel(keras.Model):
         **keywords: Any,
     ):
         super().__init__(**keywords)
-        require_choice(regularizers, "regularizers", REGULARIZERS)
-        if tasks is not None:
-            require_count(tasks, "tasks")
-        # Here: the problem is given functions around them.
-        require_callable(upper_loss, "upper_loss")
-        require_callable(lower_loss, "lower_loss")
-        if prepare is not None:
-            require_callable(prepare, "prepare")
-        self.tasks = tasks
-        require_built(upper, "upper")
-        require_built(lower, "lower")
-        require_no_constraints(lower)
-        require_apart(upper, lower)
-        self.upper = upper
-        self.lower = lower
-        self.mapping = mapping
-        self.regularizers = regularizers
         functions = {
             "upper_loss": upper_loss,
             "lower_loss": lower_loss,
             "project_upper": project_upper,
             "project_lower": project_lower,
-            "lower_start": lower_start if callable(lower_start) else None,
+            "lower_start": lower_start,
             "prepare": prepare,
         }
-        self._functions = tuple(k for k, v in functions.items() if v is not None)
-        self._lower_loss, self._prepare = lower_loss, prepare
-        self.start: Start | None = None
-        if isinstance(lower_start, str):
-            require_choice(lower_start, "lower_start", ("learned",))
-            with tf.device(lower.trainable_variables[0].value.device):
-                self.start = Start(lower)
-        elif lower_start is not None:
-            require_callable(lower_start, "lower_start")
-        self.problem = Problem(
-            upper_loss=self._at_variables(upper_loss, self.upper),
-            lower_loss=self._at_variables(lower_loss, self.lower),
-            lower_start=self._start_function(lower_start),
-            project_upper=project_upper and self._upper_projection(project_upper),
-            project_lower=project_lower and self._lower_projection(project_lower),
-            prepare=prepare and self._at_upper_variables(prepare),
-            reads=self._rate,
+        levels = self._levels = Levels(
+            upper,
+            lower,
+            **functions,
+            tasks=tasks,
+            mapping=mapping,
+            regularizers=regularizers,
         )
-        if tasks is not None:
-            self.problem = over_tasks(self.problem, mapping)
-        with tf.device(self._device):
-            self._progress = Progress(random_states(upper, lower), name="progress")
-        self._carried: Carried | None = None
-        self._trackers = Trackers(self._device)
+        self._functions = tuple(k for k, v in functions.items() if callable(v))
+        self.upper, self.lower, self.start = upper, lower, levels.start
+        self.problem = levels.problem
+        self.tasks, self.regularizers = tasks, regularizers
+        self.mapping = levels.mapping
+        self._progress = Progress(levels)
+        self._carried: Carried | None = None  # here, so that Keras saves it
+        self._trackers = Trackers(levels.device)
         self._indices = IndexWatch(upper, lower)
-        self._resident: Resident | None = None  # while `fit` runs
         self.built = True
-
-    # The user's functions take models; the problem's take tensors.
-
-    def _at_variables(self, function: Callable, penalised: Any = None) -> Callable:
-        """The function at given variables, with the losses that a model has itself."""
-        if self.regularizers == "ignore":
-            penalised = None
-
-        def at(x: list, y: list, batch: Any) -> Any:
-            upper, _ = self._variables()
-            values = [
-                *zip(upper, x, strict=True),
-                *zip(self.lower.trainable_variables, y, strict=True),
-            ]
-            scope = keras.StatelessScope(values, collect_losses=True)
-            with functions_inline([v for v, _ in values]), scope:
-
-                def value() -> Any:
-                    return function(self.upper, self.lower, batch)
-
-                if penalised is None:
-                    return value()
-                return with_own_losses(value, penalised, scope)
-
-        return at
-
-    def _at_upper_variables(self, function: Callable) -> Callable:
-        def at(x: list, *arguments: Any) -> Any:
-            with self._scope(x):
-                made = function(self.upper, *arguments)
-                return made if arguments else structure.to_tensors(list(made))
-
-        return at
-
-    @contextlib.contextmanager
-    def _scope(self, x: list) -> Iterator[None]:
-        """In it the upper variables are x, whoever reads them."""
-        variables = self.upper_variables
-        scope = keras.StatelessScope(list(zip(variables, x, strict=True)))
-        with functions_inline(variables), scope:
-            yield
-
-    def _upper_projection(self, project: Callable) -> Callable:
-        def at(x: list) -> Any:
-            with self._scope(x):
-                return structure.to_tensors(project(x))
-
-        return at
-
-    def _lower_projection(self, project: Callable) -> Callable:
-        arguments = (self.upper,) if takes_two(project) else ()
-
-        def at(x: list, y: list) -> Any:
-            with self._scope(x):
-                return structure.to_tensors(project(*arguments, y))
-
-        return at
-
-    def _rate(self, rate: Callable, x: list) -> Any:
-        with self._scope(x):
-            try:
-                return structure.to_tensors(rate(self.upper))
-            except (TypeError, AttributeError, LookupError, ValueError) as error:
-                raise ValueError(
-                    "`learning_rate` is called with the upper model, as the losses of "
-                    "a tb.BilevelModel are, and no longer with a list of tensors. Read "
-                    "its `trainable_variables`, or call it. Received: "
-                    f"{type(error).__name__}: {error}"
-                ) from error
-
-    def _start_function(self, lower_start: Any) -> Callable | None:
-        if self.start is not None:
-            return lambda x: self._split(x)[1]
-        return lower_start and self._at_upper_variables(lower_start)
-
-    def _split(self, x: list) -> tuple[list, list]:
-        """The upper model's own variables, and the learned start's."""
-        own = len(self.upper.trainable_variables)
-        return list(x[:own]), list(x[own:])
 
     def compile(
         self,
@@ -345,16 +200,9 @@ class BilevelModel(keras.Model):
         require_one_replica()
         upper_optimizer = optimizer_of(upper_optimizer, "upper_optimizer")
         start_optimizer = optimizer_of(start_optimizer, "start_optimizer")
-        learned = self.start is not None
-        require_upper_optimizer(upper_optimizer, learned)
-        if self.problem.project_upper is not None:
-            require_no_average(upper_optimizer, "with `project_upper`")
-        if any(v.constraint is not None for v in self.upper.trainable_variables):
-            require_no_average(upper_optimizer, "with constraints of upper variables")
-        if start_optimizer is not None:
-            require_start_optimizer(start_optimizer, upper_optimizer, learned)
+        require_optimizers(upper_optimizer, start_optimizer, self._levels)
         if not self.compiled or method is not self.method:
-            self._progress.compilation.assign(UNDECIDED)
+            self._progress.decide(None)
         super().compile(
             optimizer=upper_optimizer,
             metrics=metrics,
@@ -372,18 +220,16 @@ class BilevelModel(keras.Model):
             # Else Keras would go on saving it beside the new one.
             self._tracker.untrack(self._carried)
             self._carried = None
-        self._trackers = Trackers(self._device)
         self.start_optimizer = start_optimizer
-        self._warned = False
-        self._looked = False
-        upper, _ = self._variables()
-        with tf.device(self._device):
-            if start_optimizer is None:
-                upper_optimizer.build(upper)
-            else:
-                own, start = self._split(upper)
-                upper_optimizer.build(own)
-                start_optimizer.build(start)
+        self._outer = OuterStep(
+            self._levels,
+            method,
+            upper_optimizer,
+            start_optimizer,
+            self._progress,
+            self._indices,
+        )
+        self._trackers = self._outer.trackers
 
     def _maybe_symbolic_build(self, iterator: Any = None, data_batch: Any = None):
         """Within a strategy Keras would call the model on an outer step's batches, to
@@ -406,7 +252,7 @@ class BilevelModel(keras.Model):
     @property
     def upper_variables(self) -> list:
         """x: the upper model's trainable variables, then those of a learned start."""
-        return self._variables()[0]
+        return self._levels.upper_variables
 
     @property
     def outer_step(self) -> int:
@@ -448,50 +294,61 @@ class BilevelModel(keras.Model):
             self.make_train_function(force=True)
         measured = keywords.get("validation_data")
         if measured is not None:  # else an epoch would be lost before this is said
-            self._require_measurable(getattr(measured, "element_spec", measured))
-        empty = ValueError(
-            "`x` must not be empty: there is no outer step to make. "
-            "Received: a dataset of 0 elements"
-        )
-        if int(x.cardinality()) == 0:
-            raise empty
-        self._look(x.element_spec)
-        self._ensure_carried()
+            measured = getattr(measured, "element_spec", measured)
+            require_measurable(measured, self._compile_metrics, self.tasks)
         callbacks = keywords.get("callbacks")
         require_serialisable(self, callbacks)
         losses_are_minimised(callbacks)
-        self._use_saved_compilation()
-        if self._undecided:
-            first = next(iter(x), None)  # an unknown cardinality may be zero
-            if first is None:
-                raise empty
-            verbose = (*arguments, None, None, None, "auto")[3]
-            silent = keywords.get("verbose", verbose) in (0, "0")
-            self._choose_compilation(first, announce=not silent)
+        verbose = (*arguments, None, None, None, "auto")[3]
+        silent = keywords.get("verbose", verbose) in (0, "0")
+        self._ready(x.element_spec, lambda: first_of(x), announce=not silent)
         keywords.setdefault("shuffle", False)
-        if not self._device.endswith(HOST):
-            self._resident = Resident(self._device)
-        try:
-            return super().fit(x, *arguments, **keywords)
-        except tf.errors.InvalidArgumentError:
-            if self._indices.layers:
-                upper, lower = structure.to_tensors(self._variables())
-                explain(self.problem, upper, lower, x)
-            raise
-        except (NonFiniteError, ExampleWeightsError, KeyboardInterrupt) as error:
-            # The frames it came through, and a cycle of Keras's, hold the dataset's
-            # iterator. Deleting one that waits for a Python generator never ends once
-            # Python shuts down: the generator's thread can enter Python no more.
-            error = error.with_traceback(None)
-            gc.collect()
-            raise error from None
-        finally:
-            self._resident = None
+        run = functools.partial(super().fit, x, *arguments, **keywords)
+        return self._outer.run(run, x)
 
-    @property
-    def _undecided(self) -> bool:
-        chosen = int(self._progress.compilation.numpy())
-        return self._auto_jit and chosen == UNDECIDED
+    def warm_up(self, x: Any) -> None:
+        """Compile the outer step, so that `fit` begins at full speed; move nothing.
+
+        With jit_compile="auto" the compilation is chosen. One step then runs, and all
+        it assigned (variables, seeds, optimizers, metrics) is set back. This takes the
+        time to compile and of one step, and a copy of all variables on the host.
+
+        Args:
+            x: the dataset that `fit` will be given, or the `tb.Batches` that
+                `train_on_batch` will; or one whose shapes and dtypes are the same, as
+                far as they are known. Of a dataset the first element is read.
+
+        Raises:
+            ValueError: if `x` is neither or is empty, or before `compile`.
+            tb.MissingSecondDerivativeError, tb.NonFiniteError: as `fit` does.
+
+        Example:
+            >>> layer = keras.layers.Dense(1)
+            >>> layer.build((None, 2))
+            >>> def loss(weights, layer, batch):
+            ...     return weights.mean(tf.square(layer(batch))[:, 0])
+            >>> model = tb.BilevelModel(tb.ExampleWeights(4), layer, loss, loss)
+            >>> inner = tb.InnerSolver(keras.optimizers.SGD(0.1), steps=5)
+            >>> model.compile(tb.Unroll(inner), keras.optimizers.Adam(0.1))
+            >>> data = tf.data.Dataset.from_tensors(tf.ones([4, 2]))
+            >>> model.warm_up(tb.pair(data, data))
+            >>> model.outer_step
+            0
+        """
+        self._assert_compile_called("warm_up")
+        if isinstance(x, Batches):
+            x = tensors(x)
+            elements, like, first = [x], x, lambda: x
+        else:
+            require_dataset_of_batches(x)
+            elements, like, first = x.take(1), x.element_spec, lambda: first_of(x)
+        early = self._outer.early
+        self._ready(like, first)
+        try:
+            with not_empty(x), self._outer.undone(self.variables):
+                self._outer.run(lambda: self.train_function(iter(elements)), x)
+        finally:
+            self._outer.early = early
 
     def train_on_batch(
         self, x: Any, *arguments: Any, return_dict: bool = False, **keywords: Any
@@ -508,24 +365,10 @@ class BilevelModel(keras.Model):
             tb.NonFiniteError: at NaN or infinity, unless they are skipped.
         """
         require_batches(x, "`x`")
-        if arguments or any(value is not None for value in keywords.values()):
-            raise ValueError(
-                "`train_on_batch` takes a tb.Batches and nothing else. Put labels and "
-                f"weights into it. Received: {arguments or keywords}"
-            )
+        require_nothing_else(arguments, keywords)
         self._assert_compile_called("train_on_batch")
-        x = tf.nest.map_structure(
-            lambda leaf: (
-                leaf if leaf is None or tf.is_tensor(leaf) else tf.constant(leaf)
-            ),
-            x,
-        )
-        self._look(x)
-        self._ensure_carried()
-        self._use_saved_compilation()
-        if self._undecided:
-            self._choose_compilation(x)
-        self.make_train_function()
+        x = tensors(x)
+        self._ready(x, lambda: x)
         self.reset_metrics()
         logs = self.train_function(iter([x]))
         logs = {name: float(value) for name, value in logs.items()}
@@ -542,29 +385,15 @@ class BilevelModel(keras.Model):
             ValueError: always, before anything is written.
         """
         del arguments, keywords
-        raise ValueError(
-            "A tb.BilevelModel is trained, not served: its losses and method are "
-            "Python. Export the network it trained, model.lower.export(filepath), or "
-            f"model.upper.export(filepath). Received: filepath={filepath!r}"
-        )
+        raise no_export(filepath)
 
     def get_config(self) -> dict[str, Any]:
         """What `save` keeps of the arguments: all but functions."""
-        require_unshared(self.upper, self.lower)
-        models = {"upper": self.upper, "lower": self.lower}
-        learned = {} if self.start is None else {"lower_start": "learned"}
-        return {
-            **super().get_config(),
-            **config_of(models, self._functions),
-            **learned,
-            "tasks": self.tasks,
-            "mapping": self.mapping,
-            "regularizers": self.regularizers,
-        }
+        return {**super().get_config(), **config_of(self, self._functions)}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "BilevelModel":
-        return cls(**arguments_of(config, ("upper", "lower")))
+        return cls(**arguments_of(config))
 
     def get_compile_config(self) -> dict[str, Any]:
         """What `save` keeps of `compile`'s arguments: all but the method."""
@@ -572,19 +401,12 @@ class BilevelModel(keras.Model):
         if not known:
             return {}
         self._ensure_carried()  # loading a compiled model asks the file for it
-        serialize = keras.saving.serialize_keras_object
-        return {
-            "upper_optimizer": serialize(self.optimizer),
-            **{name: known[name] for name in SAVED_SETTINGS},
-            "jit_compile": "auto" if self._auto_jit else self.jit_compile,
-            "on_nonfinite": self.on_nonfinite,
-            "start_optimizer": serialize(self.start_optimizer),
-        }
+        jit_compile = "auto" if self._auto_jit else self.jit_compile
+        return compile_config_of(self, known) | {"jit_compile": jit_compile}
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
         method = given(["method"], "the method (or pass compile=False)")
-        settings = keras.saving.deserialize_keras_object(config)
-        self.compile(**method, **settings)
+        self.compile(**method, **keras.saving.deserialize_keras_object(config))
         self._ensure_carried()  # so that what the file holds of it is loaded
 
     def make_train_function(self, force: bool = False) -> None:
@@ -594,54 +416,14 @@ class BilevelModel(keras.Model):
         compiled = self.train_function
 
         def checked(iterator: Any) -> Any:
-            if self._resident is not None:
-                iterator = self._resident.read(iterator, self.steps_per_execution)
-            with self._placed(), without_memory_rewrites():
-                logs = compiled(iterator)
-            try:
-                if self.on_nonfinite == "raise":
-                    self._progress.raise_if_nonfinite()
-            finally:  # nothing that may be passed over, and nearer to the cause
-                self._indices.raise_if_noted()
-            if not self._warned and float(logs.get("diverged", 0.0)) > 0:
-                self._warned = True
-                warn_diverged(self.method)
-            return logs
+            count, skips = self.steps_per_execution, self.on_nonfinite == "skip"
+            return self._outer.call(compiled, iterator, count, skips)
 
         self.train_function = checked
 
     def train_step(self, data: Batches) -> dict[str, Any]:
         """One outer step; the only place where variables are assigned."""
-        x, y, state = self._read()
-        try:
-            problem = self.problem_at(self._progress.step.value)
-            step = self.method.step(problem, x, y, data, state)
-        except UnconnectedGradientError as error:
-            level = self._variables()[0 if error.level == "upper" else 1]
-            path = level[error.index].path
-            raise UnconnectedGradientError(
-                error.level, error.index, repr(path), error.source
-            ) from None
-        code = tf.cast(first_nonfinite(step), tf.int64)
-        latched = self._progress.bad_code.value
-        proceed = code < 0
-        if self.on_nonfinite == "raise":
-            proceed = proceed & (latched < 0)
-
-        committed = tf.cond(
-            proceed,
-            lambda: self._commit(step, data),
-            lambda: self._refuse(tf.where(latched < 0, code, latched), data),
-        )
-        logs = dict(step.metrics)
-        if self.on_nonfinite == "skip":
-            logs[SKIPPED] = tf.cast(~committed, tf.float32)
-        for name, tracker in self._trackers.named(logs).items():
-            kept = name == SKIPPED or committed
-            value = tf.reduce_mean(tf.cast(logs[name], tf.float32))
-            weight = tf.cast(kept, tf.float32)
-            tracker.update_state(tf.where(kept, value, 0.0), sample_weight=weight)
-        return {name: self._trackers.of[name].result() for name in logs}
+        return self._outer.make(data, self.on_nonfinite == "skip")
 
     def adapt(self, batches: Batches, inner: InnerSolver, function: Callable) -> Any:
         """What a function gives for each task after an inner solve on its lower batch.
@@ -659,242 +441,59 @@ class BilevelModel(keras.Model):
             ValueError: if the model was built without `tasks`, or an argument is not
                 of its kind.
         """
-        require_batches(batches)
-        require_inner(inner)
-        require_callable(function, "function")
-        if self.tasks is None:
-            raise ValueError(
-                "`adapt` solves tasks. Build the model with tb.BilevelModel(..., "
-                "tasks=M), or use evaluate and predict. Received: tasks=None"
-            )
-        x, y, _ = self._read(count_tasks(batches), state=False)
-        if self.problem.prepare is not None:
-            batches = self.problem.prepare(x, batches)
-        problem = self.problem.prepared_before()
-        here = problem.prepared(x, batches)
-        state = inner.init(problem, x, y)
-        y, _, _ = inner.solve(here.problem, here.upper, y, here.batches, state)
-
-        def one(task: Any) -> Any:
-            lower, upper_batch, lower_batch = task
-            return at(x, lower, type(batches)(upper_batch, lower_batch))
-
+        require_adaptable(self.tasks, batches, inner, function)
         # Variables among the results must be read while they hold the task's values.
-        at = self._at_variables(lambda *task: structure.to_tensors(function(*task)))
-        tasks = (y, *apart(batches))
-        if self.problem.one_in_turn(y) is None:
-            return map_tasks(one, tasks)
-        traced, results = outcome(one, tasks)
-        return map_tasks(traced, tasks, results)
+        at = self._levels.at_variables(
+            lambda *task: structure.to_tensors(function(*task))
+        )
+        x, y = self._levels.read(count_tasks(batches))
+        return adapted(self.problem, x, y, batches, inner, at)
 
     def test_step(self, data: Any) -> dict[str, Any]:
-        self._require_measurable(data)
+        require_measurable(data, self._compile_metrics, self.tasks)
         if isinstance(data, Batches):
-            return self._losses_at_rest(data)
-        inputs, labels, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+            return self._trackers.update(self._levels.losses(data))
+        inputs, labels, weights = keras.utils.unpack_x_y_sample_weight(data)
         predictions = self(inputs, training=False)
         assert self._compile_metrics is not None
-        self._compile_metrics.update_state(
-            labels, predictions, sample_weight=sample_weight
-        )
+        self._compile_metrics.update_state(labels, predictions, sample_weight=weights)
         return self._compile_metrics.result()
 
-    def _losses_at_rest(self, data: Batches) -> dict[str, Any]:
-        """The losses at the variables as they are, of batches with a lower part both;
-        means over the batches so far."""
-        x, y, _ = self._read(state=False)
-        here = self.problem.prepared(x, data)
-        losses = {"upper_loss": here.upper_loss(y)}
-        if any(leaf is not None for leaf in tf.nest.flatten(data.lower)):
-            batch = here.batches.lower_at(0)
-            losses["lower_loss"] = here.problem.lower_loss(here.upper, y, batch)
-        for name, tracker in self._trackers.named(losses).items():
-            tracker.update_state(tf.cast(losses[name], tf.float32))
-        return {name: self._trackers.of[name].result() for name in losses}
-
-    def _require_measurable(self, data: Any) -> None:
-        """Raise unless data of this kind can be evaluated."""
-        if not isinstance(data, Batches):
-            require_metrics(self._compile_metrics)
-        elif self.tasks is not None:
-            raise ValueError(
-                "`evaluate` and `validation_data` take no tb.Batches over tasks: the "
-                "lower model holds the solution of none of them. Solve them by "
-                f"model.adapt, in a callback say. Received: tasks={self.tasks}"
-            )
-
     def load_weights(self, filepath: Any, *arguments: Any, **keywords: Any) -> None:
-        if self.compiled:
-            self._ensure_carried()
+        self._ensure_carried()
         super().load_weights(filepath, *arguments, **keywords)
         self._use_saved_compilation()
 
     def save_weights(self, filepath: Any, *arguments: Any, **keywords: Any) -> None:
-        if self.compiled:
-            self._ensure_carried()
+        self._ensure_carried()
         super().save_weights(filepath, *arguments, **keywords)
 
-    def problem_at(self, step: Any) -> Problem:
-        """The problem with what its functions sample at an outer step."""
-        base = tf.cast(self._progress.base.state.value[0], tf.int32)
-        return dataclasses.replace(self.problem, seed=base).seeded(step)
-
-    def _variables(self) -> tuple[list, list]:
-        start = [] if self.start is None else self.start.trainable_variables
-        upper = [*self.upper.trainable_variables, *start]
-        return upper, self.lower.trainable_variables
-
-    @property
-    def _device(self) -> str:
-        """Where the variables are: all others are made there too."""
-        return self.lower.trainable_variables[0].value.device
-
-    def _placed(self) -> Any:
-        """XLA compiles for the device of the scope, whatever scope the user is in."""
-        if self._device.endswith(HOST):
-            return contextlib.nullcontext()
-        return tf.device(self._device)
-
-    def _read(self, tasks: Any = None, state: bool = True) -> tuple[list, list, Any]:
-        """x, y (of every task) and the method's state."""
-        upper, lower = self._variables()
-        x = [tf.convert_to_tensor(v.value) for v in upper]
-        y = [tf.convert_to_tensor(v.value) for v in lower]
-        tasks = self.tasks if tasks is None else tasks
-        if tasks is not None:
-            y = [tf.broadcast_to(v, [tasks, *v.shape]) for v in y]
-        return x, y, self._carried.read() if state else ()
-
-    def _look(self, batches: Batches) -> None:
-        """Refuse, once per `compile`, what has no second derivative.
+    def _ready(self, like: Batches, first: Callable, announce: bool = False) -> None:
+        """All that comes before the first outer step, and moves nothing.
 
         Args:
-            batches: those of one outer step, or their specifications.
+            like: batches of one outer step, or their specifications.
+            first: () -> the batches of the first outer step.
+            announce: say so where a trial of XLA takes long.
         """
-        if self._looked:
-            return
-        upper, lower = self._variables()
-        tasks = [] if self.tasks is None else [self.tasks]
-        x = [tf.TensorSpec(v.shape, v.dtype) for v in upper]
-        y = [tf.TensorSpec([*tasks, *v.shape], v.dtype) for v in lower]
-        try:
-            require_second_derivatives(
-                self.problem, self.method, x, y, batches, (self.upper, self.lower)
-            )
-        except MissingSecondDerivativeError:
-            raise
-        except Exception:  # of code that cannot be traced, but does run eagerly
-            if not self.run_eagerly:
-                raise
-        self._looked = True
-
-    def _refuse(self, code: Any, data: Batches | None = None) -> tf.Tensor:
-        if data is not None:
-            upper, lower = structure.to_tensors(self._variables())
-            self._indices.note(self.problem, upper, lower, data)
-        if self.on_nonfinite == "raise":
-            self._progress.bad_code.assign(code)
-        else:
-            self._progress.count()
-        return tf.constant(False)
-
-    def _commit(self, step: Any, data: Batches) -> tf.Tensor:
-        """Whether it did: not if the upper optimizer or the projection ends at NaN."""
-        upper, lower = self._variables()
-        if not isinstance(step.upper_scale, tuple):
-            why = "with a method whose schedule scales the upper step"
-            require_no_average(self.optimizer, why)
-        before = [tf.convert_to_tensor(v.value) for v in upper]
-        optimizers = [self.optimizer]
-        if self.start_optimizer is not None:
-            optimizers.append(self.start_optimizer)
-        counted = [v for one in optimizers for v in one.variables]
-        slots = [tf.convert_to_tensor(v.value) for v in counted]
-        if self.start_optimizer is None:
-            self.optimizer.apply(step.upper_gradient, upper)
-        else:
-            gradients = self._split(step.upper_gradient)
-            variables = self._split(upper)
-            self.optimizer.apply(gradients[0], variables[0])
-            self.start_optimizer.apply(gradients[1], variables[1])
-        moved = [tf.convert_to_tensor(v.value) for v in upper]
-        problem = self.problem_at(self._progress.step.value)
-        moved = problem.projected_upper(step.damped(before, moved))
-        fine = structure.all_finite(moved)
-        for variable, value, old in zip(upper, moved, before, strict=True):
-            variable.assign(tf.where(fine, value, old))
-        for variable, old in zip(counted, slots, strict=True):
-            variable.assign(tf.where(fine, variable.value, old))
-
-        def finish() -> tf.Tensor:
-            if self.tasks is None:
-                for variable, value in zip(lower, step.lower, strict=True):
-                    variable.assign(value)
-            self._carried.write(step.state)
-            self._progress.count()
-            self._advance_fixed_state(data, self.method.lower_steps)
-            return tf.constant(True)
-
-        return tf.cond(fine, finish, lambda: self._refuse(UPPER_VARIABLES))
-
-    def _advance_fixed_state(
-        self, data: Batches, steps: int, lower: Any = None
-    ) -> None:
-        """Evaluate the lower loss for what it writes to statistics and seeds.
-
-        Args:
-            data: the step's batches.
-            steps: how many steps the lower variables made.
-            lower: values of the lower variables; `None`: their own.
-        """
-        trainable = {id(v) for group in self._variables() for v in group}
-        owned = [*self.upper.variables, *self.lower.variables]
-        others = [v for v in owned if id(v) not in trainable]
-        if not others:
-            return
-        if self.tasks is not None:
-            data = first_task(data)
-        own = self.lower.trainable_variables
-        values = [] if lower is None else list(zip(own, lower, strict=True))
-        seed = as_seed(self.problem_at(self._progress.step.value).seed)
-        fixed = folded(seed, ROLE, LOWER_LOSS)
-        prepared = []  # by the first evaluation
-
-        def evaluate(draw: Any) -> None:
-            with functions_inline(own), fixed_randomness(fixed):
-                if not prepared:
-                    prepare = self._prepare
-                    prepared.append(prepare(self.upper, data) if prepare else data)
-                self._lower_loss(self.upper, self.lower, prepared[0].lower_at(draw))
-
-        moved_on(evaluate, others, self.lower, values, steps)
+        self._outer.look(like, self.run_eagerly)
+        self._ensure_carried()
+        self._use_saved_compilation()
+        if self._auto_jit and self._progress.xla is None:
+            self._use_compilation(self._outer.faster_with_xla(first(), announce))
+        self.make_train_function()
 
     def _ensure_carried(self) -> None:
-        if self._carried is None:
-            x, y, _ = self._read(state=False)
-            with tf.device(self._device):
-                self._carried = Carried(self.method.init(self.problem, x, y))
-
-    def _choose_compilation(self, data: Batches, announce: bool = False) -> None:
-        """Time one outer step with and without XLA; variables are not touched."""
-
-        def trial(x: list, y: list, state: Any, batches: Batches) -> Any:
-            return self.method.step(self.problem, x, y, batches, state)
-
-        # Without a gradient nothing is decided: train_step names the variable.
-        with contextlib.suppress(UnconnectedGradientError):
-            with self._placed():
-                xla = faster_with_xla(trial, self._read(), data, announce)
-            self._use_compilation(xla)
+        if self.compiled:
+            self._carried = self._outer.begun()
 
     def _use_saved_compilation(self) -> None:
-        """What an earlier training decided."""
-        chosen = int(self._progress.compilation.numpy())
-        if self.compiled and self._auto_jit and chosen != UNDECIDED:
-            self._use_compilation(chosen == XLA)
+        if self.compiled and self._auto_jit:
+            self._use_compilation(self._progress.xla)
 
-    def _use_compilation(self, xla: bool) -> None:
-        if self.jit_compile != xla:
-            self.jit_compile = xla  # Keras refuses XLA for some layers
-            self.make_train_function(force=True)
-        self._progress.compilation.assign(XLA if self.jit_compile else GRAPH)
+    def _use_compilation(self, xla: bool | None) -> None:
+        if xla is not None:
+            if self.jit_compile != xla:
+                self.jit_compile = xla  # Keras refuses XLA for some layers
+                self.make_train_function(force=True)
+            self._progress.decide(self.jit_compile)

@@ -5,8 +5,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from tfbilevel._batches import Batches
 from tfbilevel._method import require_method
-from tfbilevel._problem import Batches
 
 
 def require_apart(upper: Any, lower: Any) -> None:
@@ -63,7 +63,19 @@ def require_method_for(method: Any, tasks: int | None) -> None:
         )
 
 
-def require_upper_optimizer(optimizer: Any, learned: bool) -> None:
+def require_optimizers(upper_optimizer: Any, start_optimizer: Any, levels: Any) -> None:
+    """Raise unless they can move the upper variables of `levels`."""
+    learned = levels.start is not None
+    _require_upper_optimizer(upper_optimizer, learned)
+    if levels.problem.project_upper is not None:
+        require_no_average(upper_optimizer, "with `project_upper`")
+    if any(v.constraint is not None for v in levels.upper.trainable_variables):
+        require_no_average(upper_optimizer, "with constraints of upper variables")
+    if start_optimizer is not None:
+        _require_start_optimizer(start_optimizer, upper_optimizer, learned)
+
+
+def _require_upper_optimizer(optimizer: Any, learned: bool) -> None:
     """Raise unless it can move the upper variables, with a learned start or not."""
     if not isinstance(optimizer, keras.optimizers.Optimizer):
         raise ValueError(
@@ -74,7 +86,7 @@ def require_upper_optimizer(optimizer: Any, learned: bool) -> None:
     _require_plain("upper_optimizer", optimizer, learned)
 
 
-def require_start_optimizer(
+def _require_start_optimizer(
     optimizer: Any, upper_optimizer: Any, learned: bool
 ) -> None:
     """Raise unless there is a learned start and it can move it."""
@@ -130,16 +142,6 @@ def require_one_replica() -> None:
         )
 
 
-def require_dataset_of_batches(x: Any) -> None:
-    if not isinstance(x, tf.data.Dataset) or not isinstance(x.element_spec, Batches):
-        spec = getattr(x, "element_spec", type(x))
-        raise ValueError(
-            "`x` must be a tf.data.Dataset of tb.Batches, so that the levels cannot be "
-            "swapped. Make it with tb.pair(upper_dataset, lower_dataset). "
-            f"Received: x={spec}"
-        )
-
-
 def require_no_weights(keywords: dict[str, Any]) -> None:
     """Raise if `fit` is given weights of examples or classes, as Keras's is."""
     for name in ("class_weight", "sample_weight"):
@@ -150,9 +152,33 @@ def require_no_weights(keywords: dict[str, Any]) -> None:
             )
 
 
-def require_metrics(metrics: Any) -> None:
-    """Raise unless there are metrics to measure the lower model by."""
-    if metrics is None:
+def require_nothing_else(arguments: tuple, keywords: dict[str, Any]) -> None:
+    """Raise if `train_on_batch` is given more than batches."""
+    if arguments or any(value is not None for value in keywords.values()):
+        raise ValueError(
+            "`train_on_batch` takes a tb.Batches and nothing else. Put labels and "
+            f"weights into it. Received: {arguments or keywords}"
+        )
+
+
+def no_export(filepath: Any) -> ValueError:
+    return ValueError(
+        "A tb.BilevelModel is trained, not served: its losses and method are "
+        "Python. Export the network it trained, model.lower.export(filepath), or "
+        f"model.upper.export(filepath). Received: filepath={filepath!r}"
+    )
+
+
+def require_measurable(data: Any, metrics: Any, tasks: int | None) -> None:
+    """Raise unless data of this kind can be evaluated."""
+    if isinstance(data, Batches):
+        if tasks is not None:
+            raise ValueError(
+                "`evaluate` and `validation_data` take no tb.Batches over tasks: the "
+                "lower model holds the solution of none of them. Solve them by "
+                f"model.adapt, in a callback say. Received: tasks={tasks}"
+            )
+    elif metrics is None:
         raise ValueError(
             "`evaluate` and `validation_data` need metrics of the lower model. "
             "Pass them: compile(..., metrics=["

@@ -1,6 +1,7 @@
 """Many tasks as one problem."""
 
 import dataclasses
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -8,18 +9,22 @@ import tensorflow as tf
 
 from tfbilevel import _structure as structure
 from tfbilevel._arguments import require_choice
-from tfbilevel._problem import Batches, Problem, StackedBatches, require_problem
-from tfbilevel._randomness import PROJECT_LOWER, START, noisy, of_entries
-from tfbilevel._task_loss import (
-    TaskLoss,
+from tfbilevel._batches import Batches, apart, together
+from tfbilevel._loss import TaskLoss
+from tfbilevel._mapping import (
+    map_sequentially,
     map_tasks,
-    map_written_out,
+    map_unrolled,
     mapped_loss,
     of_same_tasks,
-    require_dense,
 )
+from tfbilevel._method import Method, Step
+from tfbilevel._problem import Problem, require_problem
+from tfbilevel._randomness import PROJECT_LOWER, START, noisy, of_entries
+from tfbilevel._sequential import OneOfTasks, sequential_step
 
-WRITTEN_OUT = 32  # tasks at most: every one is traced, in 0.1 seconds
+UNROLLED = 32  # tasks at most: every one is traced, in 0.1 seconds
+MAPPINGS = ("auto", "vectorized", "sequential")
 
 
 def over_tasks(problem: Problem, mapping: str = "auto") -> Problem:
@@ -34,22 +39,26 @@ def over_tasks(problem: Problem, mapping: str = "auto") -> Problem:
     solves with their stopping, penalties. The upper gradient is the mean of the
     tasks' own, and so are the losses in the metrics; metrics of single tasks
     (`truncation`, `residual`, `iterations` where tasks differ) have one entry each.
+    Make steps by `problem.step(method, ...)`, as `fit` and `tb.minimize` do.
 
     `lower_start` still returns one task's variables (MAML: the upper variables); every
     task begins there. `project_lower` and `prepare` see one task too.
 
     Cost: that of M one-task problems. "vectorized" turns the M small operations of
     each step into one large one, several times as fast for heads and small dense
-    networks. It cannot for convolutions whose kernels differ between the tasks:
-    those are taken "in turn", which is faster than any rewriting as one matrix
-    product that we measured, and keeps memory and graph at one task's size. What
-    `prepare` makes of images (batches with five axes) is written out, task after task,
-    for up to 32 of them, unless the mapping is "vectorized".
+    networks. It cannot for convolutions whose kernels differ between the tasks: these
+    tasks are sequential, which is faster than any rewriting as one matrix product that
+    we measured, and keeps memory and graph at one task's size. The whole step is then
+    made for one task before the next, unless the method couples tasks
+    (`Method.couples_tasks`): then only the losses are sequential. What `prepare` makes
+    of images (batches with five axes) is unrolled, task after task, for up to 32 of
+    them, unless the mapping is "vectorized".
 
     Args:
         problem: of one task.
-        mapping: "vectorized", "in-turn", or "auto": in turn if a lower variable of
-            one task has four or more axes, as convolution kernels have.
+        mapping: "vectorized", "sequential" (also "in-turn", its former name), or
+            "auto": sequential if a lower variable of one task has four or more axes,
+            as convolution kernels have.
 
     Returns:
         A `tb.Problem`.
@@ -69,7 +78,7 @@ def over_tasks(problem: Problem, mapping: str = "auto") -> Problem:
         >>> x, y = tf.constant(0.0), tf.zeros([2])
         >>> batches = tb.Batches(
         ...     upper=tf.constant([1.0, 3.0]), lower=tf.constant([1.0, 3.0]))
-        >>> step = maml.step(tasks, x, y, batches, maml.init(tasks, x, y))
+        >>> step = tasks.step(maml, x, y, batches, maml.init(tasks, x, y))
         >>> step.lower.numpy().tolist(), float(step.upper_gradient)
         ([0.5, 1.5], -0.5)
 
@@ -79,22 +88,29 @@ def over_tasks(problem: Problem, mapping: str = "auto") -> Problem:
         hyperparameter optimization and meta-learning. arXiv:1806.04910.
     """
     require_problem(problem)
-    require_choice(mapping, "mapping", ("auto", "vectorized", "in-turn"))
-    if problem.leading:
+    if mapping == "in-turn":
+        warnings.warn(
+            'mapping="in-turn" is now called "sequential", and will go',
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        mapping = "sequential"
+    require_choice(mapping, "mapping", MAPPINGS)
+    if problem.has_tasks:
         raise ValueError(
             "`problem` must be the problem of one task. Call tb.over_tasks once. "
             "Received: a problem over tasks"
         )
 
-    def in_turn(y: Any) -> bool:
-        return takes_in_turn(mapping, y)
+    def sequential(y: Any) -> bool:
+        return _are_sequential(mapping, y)
 
     project, prepare = problem.project_lower, problem.prepare
     return OverTasks(
         one=problem,
         mapping=mapping,
-        upper_loss=TaskLoss(mapped_loss(noisy(problem.upper_loss), in_turn), mean=True),
-        lower_loss=TaskLoss(mapped_loss(noisy(problem.lower_loss), in_turn), mean=True),
+        upper_loss=_mean(problem.upper_loss, sequential),
+        lower_loss=_mean(problem.lower_loss, sequential),
         lower_start=problem.lower_start,
         project_upper=problem.project_upper,
         reads=problem.reads,
@@ -117,20 +133,41 @@ class OverTasks(Problem):
     one: Problem = dataclasses.field(kw_only=True)
     mapping: str = dataclasses.field(kw_only=True)
 
-    def one_in_turn(self, lower: Any) -> Problem | None:
-        if not takes_in_turn(self.mapping, lower):
-            return None
-        # These are all tasks' own, whatever they sample.
-        start, project = (
-            self._fixed(function, role)
-            for function, role in (
-                (self.one.lower_start, START),
-                (self.one.project_lower, PROJECT_LOWER),
-            )
-        )
-        return dataclasses.replace(
-            self.one, lower_start=start, project_lower=project, seed=self.seed
-        )
+    def step(
+        self, method: Method, upper: Any, lower: Any, batches: Batches, state: Any
+    ) -> Step:
+        if method.couples_tasks or not _are_sequential(self.mapping, lower):
+            return super().step(method, upper, lower, batches, state)
+        one = self._one_of(structure.to_tensors(lower))
+        return sequential_step(one, method, upper, lower, batches, state)
+
+    def each(self, function: Callable, lower: Any, *parts: Any) -> Any:
+        """A function of (lower variables, *parts) of one task, at every task.
+
+        Args:
+            function: takes the tuple, returns a nest of tensors.
+            lower: the lower variables of all tasks.
+            *parts: nests with the tasks along a leading axis.
+        """
+        sequential = _are_sequential(self.mapping, lower)
+        mapped = map_sequentially if sequential else map_tasks
+        return mapped(function, (lower, *parts))
+
+    def _one_lower(self, lower: Any) -> Any:
+        return tf.nest.map_structure(lambda leaf: leaf[0], lower)
+
+    def _one_of(self, lower: Any) -> OneOfTasks:
+        """The problem of the first task of these lower variables."""
+        fields = {
+            f.name: getattr(self.one, f.name) for f in dataclasses.fields(Problem)
+        }
+        fields |= {
+            # These are the same for all tasks, whatever they sample.
+            "lower_start": self._fixed(self.one.lower_start, START),
+            "project_lower": self._fixed(self.one.project_lower, PROJECT_LOWER),
+            "seed": self.seed,
+        }
+        return OneOfTasks(**fields, number=0, every=lower)
 
     def prepared_before(self) -> "OverTasks":
         """The same for batches that were prepared."""
@@ -138,27 +175,19 @@ class OverTasks(Problem):
         return dataclasses.replace(self, one=one, prepare=None)
 
 
-def apart(batches: Batches) -> tuple[Any, Any]:
-    """The upper and the lower batches with the tasks along the first axis."""
-    require_dense(batches)
-    stacked = isinstance(batches, StackedBatches)
-    return batches.upper, _swapped(batches.lower) if stacked else batches.lower
-
-
-def together(upper: Any, lower: Any, like: Batches) -> Batches:
-    """The batches again, from what `apart` made."""
-    stacked = isinstance(like, StackedBatches)
-    return type(like)(upper, _swapped(lower) if stacked else lower)
-
-
-def takes_in_turn(mapping: str, y: Any) -> bool:
+def _are_sequential(mapping: str, y: Any) -> bool:
     """Whether the tasks of stacked lower variables are taken one after the other."""
     leaves = tf.nest.flatten(structure.to_tensors(y))
     kernels = any(leaf.shape.rank > 4 for leaf in leaves)
-    return mapping == "in-turn" or (mapping == "auto" and kernels)
+    return mapping == "sequential" or (mapping == "auto" and kernels)
 
 
-def of_few_images(tasks: Any) -> bool:
+def _mean(loss: Callable, sequential: Callable[[Any], bool]) -> TaskLoss:
+    """The mean of a loss over tasks."""
+    return TaskLoss(mapped_loss(noisy(loss), sequential), mean=True)
+
+
+def _of_few_images(tasks: Any) -> bool:
     """Whether the data of not too many tasks have images, [tasks, n, height, width, c].
 
     Then what is prepared is made of convolutions. Taken at once, these are as fast, but
@@ -168,16 +197,7 @@ def of_few_images(tasks: Any) -> bool:
     shapes = [leaf.shape for leaf in tf.nest.flatten(tasks) if leaf is not None]
     images = any(shape.rank is not None and shape.rank > 4 for shape in shapes)
     counts = [shape[0] if shape.rank else None for shape in shapes]
-    return images and all(n is not None and n <= WRITTEN_OUT for n in counts)
-
-
-def first_task(batches: Batches) -> Batches:
-    """The batches of the first task alone."""
-
-    def first(leaf: Any) -> Any:
-        return None if leaf is None else leaf[0]
-
-    return type(batches)(*tf.nest.map_structure(first, apart(batches)))
+    return images and all(n is not None and n <= UNROLLED for n in counts)
 
 
 def _prepared_tasks(prepare: Callable, mapping: str) -> Callable:
@@ -189,22 +209,10 @@ def _prepared_tasks(prepare: Callable, mapping: str) -> Callable:
         upper_tasks, lower_tasks = apart(batches)
         named = of_same_tasks({"upper": upper_tasks, "lower": lower_tasks})
         tasks = named["upper"], named["lower"]
-        written_out = mapping != "vectorized" and of_few_images(tasks)
-        made = map_written_out if written_out else map_tasks
+        unrolled = mapping != "vectorized" and _of_few_images(tasks)
+        mapped = map_unrolled if unrolled else map_tasks
         first = next(leaf for leaf in tf.nest.flatten(tasks) if leaf is not None)
         numbered = (tasks, tf.range(first.shape[0] or tf.shape(first)[0]))
-        return together(*made(of_entries(one), numbered), like=batches)
+        return together(*mapped(of_entries(one), numbered), like=batches)
 
     return made
-
-
-def _swapped(batch: Any) -> Any:
-    """Draws and tasks, the two leading axes, exchanged."""
-
-    def swap(leaf: Any) -> Any:
-        if leaf is None:
-            return None
-        leaf = tf.convert_to_tensor(leaf)
-        return tf.transpose(leaf, [1, 0, *range(2, leaf.shape.rank)])
-
-    return tf.nest.map_structure(swap, batch)

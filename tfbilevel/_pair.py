@@ -6,7 +6,7 @@ from typing import Any
 import tensorflow as tf
 
 from tfbilevel._arguments import require_count
-from tfbilevel._problem import Batches, StackedBatches
+from tfbilevel._batches import Batches, StackedBatches
 
 
 def pair(

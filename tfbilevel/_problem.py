@@ -1,25 +1,29 @@
-"""The bilevel problem and its batches."""
+"""The bilevel problem."""
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tensorflow as tf
 
 from tfbilevel import _structure as structure
 from tfbilevel._arguments import require_callable, require_count, takes_two
+from tfbilevel._batches import Batches, count_tasks, require_batches
 from tfbilevel._derivatives import (
-    Pullback,
     add_partials,
     fill_zeros,
     require_connected,
-    require_scalar,
-    value_and_partials,
     vjp,
 )
+from tfbilevel._loss import Loss, TaskLoss, rewired
+from tfbilevel._prepared import (
+    NumberedBatches,
+    Prepared,
+    SeededBatches,
+    seeded_batch,
+)
 from tfbilevel._randomness import (
-    DRAW,
     LOWER_LOSS,
     PREPARE,
     PROJECT_LOWER,
@@ -35,76 +39,9 @@ from tfbilevel._randomness import (
     of_tasks,
     with_seed,
 )
-from tfbilevel._task_loss import (
-    Loss,
-    TaskLoss,
-    losses,
-    one_like,
-    require_dense,
-    rewired,
-)
 
-
-class Batches(NamedTuple):
-    """The data of one outer step, named so that the levels cannot be swapped.
-
-    Attributes:
-        upper: what `upper_loss` receives as its batch (validation data).
-        lower: what `lower_loss` receives as its batch (training data).
-    """
-
-    upper: Any
-    lower: Any
-
-    def lower_at(self, draw: Any) -> Any:
-        """The lower batch of one draw (inner step): here always the same."""
-        del draw
-        return self.lower
-
-
-class StackedBatches(Batches):
-    """Batches whose lower part has a leading axis: one slice per draw.
-
-    Inner step t takes slice t; a stochastic linear solve goes on after the last
-    inner step; draws beyond the last slice start again at the first. Leaves may be
-    sparse, with their entries in order, as datasets give them.
-    """
-
-    __slots__ = ()
-
-    def lower_at(self, draw: Any) -> Any:
-        leaves = [leaf for leaf in tf.nest.flatten(self.lower) if leaf is not None]
-        if not leaves:
-            return self.lower
-        count = tf.shape(leaves[0])[0]
-        index = tf.math.floormod(tf.cast(draw, tf.int32), count)
-        return tf.nest.map_structure(lambda leaf: _slice(leaf, index), self.lower)
-
-
-def _slice(leaf: Any, index: tf.Tensor) -> Any:
-    """leaf[index] along the first axis of a tensor, dense, ragged or sparse."""
-    if leaf is None:
-        return None
-    if not isinstance(leaf, tf.SparseTensor):
-        return tf.gather(leaf, index)
-    # Its entries lie side by side; `tf.sparse.slice` would read those of all slices.
-    index = tf.cast(index, tf.int64)
-    begin, end = (_first_entry(leaf.indices, number) for number in (index, index + 1))
-    made = tf.SparseTensor(
-        leaf.indices[begin:end, 1:], leaf.values[begin:end], leaf.dense_shape[1:]
-    )
-    made.set_shape(leaf.shape[1:])
-    return made
-
-
-def _first_entry(indices: tf.Tensor, number: tf.Tensor) -> tf.Tensor:
-    """Where slice `number` begins among the entries: on a coarse grid, then between
-    two of its points, so that finding it copies no long column."""
-    stride = 1024
-    before = tf.searchsorted(indices[::stride, 0], number[None], out_type=tf.int64)[0]
-    first = tf.maximum(before - 1, 0) * stride
-    near = indices[first : first + stride, 0]
-    return first + tf.searchsorted(near, number[None], out_type=tf.int64)[0]
+if TYPE_CHECKING:
+    from tfbilevel._method import Method, Step
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -172,9 +109,29 @@ class Problem:
                 require_callable(value, field.name)
 
     @property
-    def leading(self) -> int:
-        """How many axes the lower variables of all tasks share: 1 over tasks."""
-        return int(isinstance(self.upper_loss, TaskLoss))
+    def has_tasks(self) -> bool:
+        """Whether it is the problem of many tasks, as `tb.over_tasks` makes it."""
+        return isinstance(self.upper_loss, TaskLoss)
+
+    @property
+    def inner_product(self) -> structure.InnerProduct:
+        """The `dot` and `norm` of lower variables, over tasks one of each task."""
+        return structure.InnerProduct(leading=int(self.has_tasks))
+
+    def step(
+        self,
+        method: "Method",
+        upper: Any,
+        lower: Any,
+        batches: Batches,
+        state: Any,
+    ) -> "Step":
+        """One outer step: what `method.step` returns for this problem.
+
+        `fit`, `tb.minimize` and `tb.check_hypergradient` call this, and so does a loop
+        of your own: over tasks it takes one after the other where that is better.
+        """
+        return method.step(self, upper, lower, batches, state)
 
     def seeded(self, number: Any) -> "Problem":
         """The same problem, sampling other numbers: those of an outer step, say.
@@ -187,21 +144,25 @@ class Problem:
         """
         return dataclasses.replace(self, seed=of_step(as_seed(self.seed), number))
 
-    def one_in_turn(self, lower: Any) -> "Problem | None":
-        """The problem of one task, if tasks are better taken one after the other."""
-        del lower
-        return None
+    def _one_lower(self, lower: Any) -> Any:
+        """The lower variables, over tasks those of the first one."""
+        return lower
 
-    def started(self, upper: Any, lower: Any) -> Any:
+    def _started(self, upper: Any, lower: Any) -> Any:
         """Lower variables like `lower` at the problem's own start."""
         assert self.lower_start is not None
         begun = with_seed(as_seed(self.seed), START, self.lower_start)
         start = structure.to_tensors(begun(upper))
-        if self.leading:
-            return one_like(start, lower, "lower_start")
-        rule = "return variables like the lower ones"
-        structure.require_like(start, lower, "lower_start", rule)
+        if self.has_tasks:
+            return _repeated(start, lower, "lower_start")
+        _require_like_lower(start, lower, "lower_start")
         return start
+
+    def _sampled(self, start: Callable, step: tf.Tensor, lower: Any) -> Any:
+        """Lower variables like `lower` from a function of the outer step."""
+        made = structure.to_tensors(start(step))
+        _require_like_lower(made, structure.to_tensors(lower), "start")
+        return made
 
     def projected_upper(self, upper: Any) -> Any:
         """`project_upper` applied, or the upper variables as they are."""
@@ -212,31 +173,32 @@ class Problem:
         """`project_lower` applied, or the lower variables as they are."""
         project = self.project_lower
         if project is not None and takes_two(project):
-            own, of_both = self.own_upper(upper), project
+            own, of_both = self._own_upper(upper), project
             project = lambda y: of_both(own, y)  # noqa: E731
         return _projected(self._fixed(project, PROJECT_LOWER), lower, "project_lower")
 
-    def reading(self, function: Callable, upper: Any) -> Any:
+    def _reading(self, function: Callable, upper: Any) -> Any:
         """What a function of the upper variables gives, the learned rate say."""
-        own = self.own_upper(upper)
+        own = self._own_upper(upper)
         return function(own) if self.reads is None else self.reads(function, own)
 
     def _fixed(self, function: Callable | None, role: int) -> Callable | None:
         return function and with_seed(as_seed(self.seed), role, function)
 
-    def own_upper(self, upper: Any) -> Any:
+    def _own_upper(self, upper: Any) -> Any:
         """The user's upper variables, to which `prepared` may have added."""
         return upper
 
-    def prepared(self, upper: Any, batches: Batches) -> "Prepared":
-        """This problem for one outer step, with `prepare` done.
+    def prepared(self, upper: Any, batches: Batches) -> Prepared:
+        """This problem for one outer step, with `prepare` done: the first line of a
+        method's `step`.
 
         The prepared batches' floating-point leaves join the upper variables, so a
         method differentiates with respect to both without knowing it.
         """
         require_batches(batches)
         seed = as_seed(self.seed)
-        if not self.leading:
+        if not self.has_tasks:
             one = dataclasses.replace(
                 self,
                 upper_loss=noisy(self.upper_loss),
@@ -250,26 +212,18 @@ class Problem:
         tasks = count_tasks(batches)
         summed = dataclasses.replace(self, **summed)
         here = summed._prepared(upper, batches, of_tasks(seed, tasks))
-        total = here.gradient
+        return dataclasses.replace(here, tasks=tasks)
 
-        def mean(partial: Any, response: Any) -> Any:
-            gradient = total(partial, response)
-            return tf.nest.map_structure(
-                lambda g: g / tf.cast(tasks, g.dtype), gradient
-            )
-
-        return here._replace(gradient=mean, tasks=tasks)
-
-    def _prepared(self, upper: Any, batches: Batches, seed: Any) -> "Prepared":
+    def _prepared(self, upper: Any, batches: Batches, seed: Any) -> Prepared:
         """`prepared`, with the seed of this step, over tasks of every task."""
         upper_seed, lower_seed = (
             folded(seed, ROLE, role) for role in (UPPER_LOSS, LOWER_LOSS)
         )
         if self.prepare is None:
-            drawn = _Seeded(
+            seeded = SeededBatches(
                 Noisy(batches.upper, upper_seed), Noisy(batches, lower_seed)
             )
-            return Prepared(self, upper, drawn, _total_gradient(upper))
+            return Prepared(self, upper, seeded, _total_gradient(upper))
         prepare = with_seed(as_seed(self.seed), PREPARE, self.prepare)
 
         def floating_part(x: Any) -> tuple[list[tf.Tensor], Batches]:
@@ -297,7 +251,11 @@ class Problem:
             return joined["upper"], y, empty._replace(batch=merged(joined).upper)
 
         def at_lower(joined: dict, y: Any, draw: Noisy) -> tuple:
-            return joined["upper"], y, _drawn(merged(joined), draw.seed, draw.batch)
+            return (
+                joined["upper"],
+                y,
+                seeded_batch(merged(joined), draw.seed, draw.batch),
+            )
 
         def gradient(partial: dict, response: dict) -> Any:
             joined = add_partials(partial, response)
@@ -307,6 +265,7 @@ class Problem:
 
         start = self.lower_start
         problem = _Joined(
+            of=self,
             upper_loss=rewired(self.upper_loss, at_upper),
             lower_loss=rewired(self.lower_loss, at_lower),
             lower_start=start and (lambda joined: start(joined["upper"])),
@@ -315,74 +274,21 @@ class Problem:
             seed=self.seed,
         )
         joined = {"upper": upper, "prepared": floating}
-        drawn = _Draws(upper=Noisy((), upper_seed), lower=lower_seed)
-        return Prepared(problem, joined, drawn, gradient)
+        numbered = NumberedBatches(upper=Noisy((), upper_seed), lower=lower_seed)
+        return Prepared(problem, joined, numbered, gradient)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class _Joined(Problem):
     """A prepared problem: its upper variables hold the prepared batches too."""
 
-    def own_upper(self, upper: Any) -> Any:
+    of: Problem = dataclasses.field(kw_only=True)
+
+    def _own_upper(self, upper: Any) -> Any:
         return upper["upper"]
 
-
-class Prepared(NamedTuple):
-    """One outer step's problem, in which nothing is left to prepare.
-
-    Attributes:
-        problem: its losses, with `prepare` folded in.
-        upper: its upper variables.
-        batches: its batches.
-        gradient: (partial, response) -> the gradient in the problem's own x, where
-            `partial` is the partial derivative of f in `upper` (`None` leaves count
-            as zero) and `response` is all that reaches f through y.
-        tasks: how many tasks the problem's losses are sums over; `None`: it has none.
-    """
-
-    problem: Problem
-    upper: Any
-    batches: Batches
-    gradient: Callable[[Any, Any], Any]
-    tasks: Any = None
-
-    def mean(self, value: tf.Tensor) -> tf.Tensor:
-        """What a user sees of a sum over tasks."""
-        return value if self.tasks is None else value / tf.cast(self.tasks, value.dtype)
-
-    def upper_loss(self, lower: Any) -> tf.Tensor:
-        """f as a user sees it."""
-        return self.mean(self.problem.upper_loss(self.upper, lower, self.batches.upper))
-
-    def upper_losses(self, lower: Any) -> tf.Tensor:
-        """f of every task, or the scalar f."""
-        values = losses(self.problem.upper_loss)(self.upper, lower, self.batches.upper)
-        return values if self.problem.leading else require_scalar(values)
-
-    def upper_partials(self, lower: Any) -> tuple[tf.Tensor, Any, Any]:
-        """f as a user sees it, f_x (`None` where not connected) and f_y, every leaf
-        connected."""
-        value, (partial, response) = value_and_partials(
-            lambda c, y: self.problem.upper_loss(c, y, self.batches.upper),
-            self.upper,
-            lower,
-        )
-        response = require_connected(response, lower, "lower", "the upper loss")
-        return self.mean(value), partial, response
-
-    def lower_pullback(self, lower: Any, draw: Any) -> tuple[tf.Tensor, Pullback]:
-        """g as a user sees it, and weights -> (sum of weight * g_x, weight * g_y).
-
-        One weight, or one per task; entries are `None` where not connected.
-        """
-        batch = self.batches.lower_at(draw)
-
-        def at(c: Any, y: Any) -> tuple[tf.Tensor, None]:
-            values = losses(self.problem.lower_loss)(c, y, batch)
-            return (values if self.problem.leading else require_scalar(values)), None
-
-        values, _, pullback = vjp(at, self.upper, lower)
-        value = self.mean(tf.reduce_sum(values))
-        return value, lambda weights: pullback(tf.cast(weights, values.dtype))
+    def _sampled(self, start: Callable, step: tf.Tensor, lower: Any) -> Any:
+        return self.of._sampled(start, step, lower)
 
 
 def _total_gradient(upper: Any) -> Callable[[Any, Any], Any]:
@@ -392,50 +298,6 @@ def _total_gradient(upper: Any) -> Callable[[Any, Any], Any]:
         return add_partials(partial, response)
 
     return gradient
-
-
-class _Seeded(Batches):
-    """Batches and what a loss samples with each; `lower` holds those not seeded."""
-
-    __slots__ = ()
-
-    def lower_at(self, draw: Any) -> Noisy:
-        return _drawn(self.lower.batch, self.lower.seed, draw)
-
-
-class _Draws(Batches):
-    """Stands for prepared batches: a lower batch is just its draw number, and the
-    seed that all have."""
-
-    __slots__ = ()
-
-    def lower_at(self, draw: Any) -> Noisy:
-        return Noisy(draw, self.lower)
-
-
-def _drawn(batches: Batches, seed: Any, draw: Any) -> Noisy:
-    """A lower batch, with a seed of its own where every draw has a batch of its own."""
-    if isinstance(batches, StackedBatches):
-        seed = folded(seed, DRAW, draw)
-    return Noisy(batches.lower_at(draw), seed)
-
-
-def count_tasks(batches: Batches) -> Any:
-    """How many tasks the batches carry: a number, or a tensor where it may vary."""
-    require_dense(batches)
-    axis = int(isinstance(batches, StackedBatches))
-    for part, where in ((batches.upper, 0), (batches.lower, axis)):
-        for leaf in tf.nest.flatten(part):
-            if leaf is None:
-                continue
-            leaf = tf.convert_to_tensor(leaf)
-            if leaf.shape.rank is not None and leaf.shape.rank > where:
-                known = leaf.shape[where]
-                return tf.shape(leaf)[where] if known is None else known
-    raise ValueError(
-        "`batches` must carry the tasks along a leading axis of every tensor. Stack "
-        f"each task's data. Received: {batches!r}"
-    )
 
 
 def _leaves(batches: Any) -> list:
@@ -466,11 +328,18 @@ def require_problem(problem: Any) -> None:
         )
 
 
-def require_batches(batches: Any, name: str = "`batches`") -> None:
-    """Raise unless `batches` is a `tb.Batches`."""
-    if not isinstance(batches, Batches):
-        raise ValueError(
-            f"{name} must be tb.Batches(upper=..., lower=...), so that the levels "
-            "cannot be swapped. Build it by name, or make a dataset of them with "
-            f"tb.pair(upper_dataset, lower_dataset). Received: {type(batches)}"
-        )
+def _require_like_lower(made: Any, lower: Any, name: str) -> None:
+    rule = "return variables like the lower ones"
+    structure.require_like(made, lower, name, rule)
+
+
+def _repeated(made: Any, stacked: Any, name: str) -> Any:
+    """One task's variables repeated for every task, or an error naming their source."""
+    first = tf.nest.map_structure(
+        lambda leaf: tf.TensorSpec(leaf.shape[1:], leaf.dtype), stacked
+    )
+    rule = "return one task's lower variables"
+    structure.require_like(made, first, name, rule)
+    return tf.nest.map_structure(
+        lambda one, all_tasks: tf.broadcast_to(one, tf.shape(all_tasks)), made, stacked
+    )

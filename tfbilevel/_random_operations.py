@@ -25,28 +25,15 @@ from tfbilevel._workarounds.swap import Replacement, Swap
 
 # Odd numbers without a pattern: sums of few small multiples of them hardly ever meet
 # modulo 2^32. What the sums are is scrambled by the operations themselves.
-CALL, OWN, COUNT, PASS, NEST = (
-    0x9E3779B1,
-    0x85EBCA77,
-    0x27D4EB2F,
-    0x165667B1,
-    0x2545F491,
-)
+CALL, OWN, COUNT = 0x9E3779B1, 0x85EBCA77, 0x27D4EB2F
+PASS, NEST = 0x165667B1, 0x2545F491
 
 LOOPS = (
     control_flow_v2_func_graphs.WhileBodyFuncGraph,
     control_flow_v2_func_graphs.WhileCondFuncGraph,
 )
-CALLS = {
-    "PartitionedCall",
-    "StatefulPartitionedCall",
-    "If",
-    "StatelessIf",
-    "Case",
-    "StatelessCase",
-    "While",
-    "StatelessWhile",
-}
+CALLS = {"PartitionedCall", "StatefulPartitionedCall"}
+CALLS |= {a + b for a in ("", "Stateless") for b in ("If", "Case", "While")}
 FRACTIONAL = ("FractionalMaxPool", "FractionalAvgPool")
 
 

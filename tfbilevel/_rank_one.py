@@ -10,12 +10,12 @@ import tensorflow as tf
 from tfbilevel import _derivatives as derivatives
 from tfbilevel import _structure as structure
 from tfbilevel._aggregation import Aggregation
+from tfbilevel._batches import Batches
 from tfbilevel._end_point import EndPoint
 from tfbilevel._inner import InnerSolver
 from tfbilevel._method import Method, Step
-from tfbilevel._problem import Batches, Problem
+from tfbilevel._problem import Problem
 from tfbilevel._projection import fixed_projection
-from tfbilevel._task_by_task import task_by_task
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -80,7 +80,6 @@ class RankOne(Method):
     def init(self, problem: Problem, upper: Any, lower: Any) -> Any:
         return self.inner.init(problem, upper, lower)
 
-    @task_by_task
     def step(
         self, problem: Problem, upper: Any, lower: Any, batches: Batches, state: Any
     ) -> Step:
@@ -88,18 +87,16 @@ class RankOne(Method):
         here, point = reached.here, reached.point.lower
         fixed_projection(here.problem, here.upper, point, "RankOne")
         upper_loss, partial, adjoint = here.upper_partials(point)
-        leading = here.problem.leading
         lower_loss, pullback = here.lower_pullback(point, self.inner.steps)
-        one = tf.ones_like(structure.norm(adjoint, leading))
+        one = tf.ones_like(here.norm(adjoint))
         gradient = derivatives.require_connected(
             pullback(one)[1], point, "lower", "the lower loss"
         )
         coefficient = structure.ratio(
-            structure.dot(gradient, adjoint, leading),
-            structure.dot(gradient, gradient, leading),
+            here.dot(gradient, adjoint), here.dot(gradient, gradient)
         )
-        # Nothing times NaN is not nothing.
-        fine = tf.math.is_finite(structure.norm(adjoint, leading))
+        # NaN is passed on where the coefficient is 0.
+        fine = tf.math.is_finite(here.norm(adjoint))
         coefficient = tf.where(fine, coefficient, np.nan)
         response = pullback(-coefficient)[0]
         return Step(
@@ -109,7 +106,7 @@ class RankOne(Method):
             metrics={
                 "upper_loss": upper_loss,
                 "lower_loss": lower_loss,
-                "stationarity": structure.norm(gradient, leading),
+                "stationarity": here.norm(gradient),
                 **reached.metrics,
             },
         )

@@ -5,6 +5,8 @@ from typing import Any
 
 import keras
 
+SAVED_SETTINGS = ("metrics", "weighted_metrics", "steps_per_execution", "run_eagerly")
+
 
 def require_serialisable(model: keras.Model, callbacks: Any) -> None:
     """Raise at a callback that would fail to save the model at an epoch's end."""
@@ -59,18 +61,40 @@ def given(names: Iterable[str], what: str) -> dict[str, Any]:
     return found
 
 
-def config_of(models: Mapping[str, Any], functions: Iterable[str]) -> dict[str, Any]:
-    """The models, serialised, and which functions there were."""
-    serialised = {
-        name: keras.saving.serialize_keras_object(model)
-        for name, model in models.items()
+def config_of(model: Any, functions: Iterable[str]) -> dict[str, Any]:
+    """A BilevelModel's arguments; of those that are functions, which there were."""
+    require_unshared(model.upper, model.lower)
+    serialize = keras.saving.serialize_keras_object
+    return {
+        "upper": serialize(model.upper),
+        "lower": serialize(model.lower),
+        "functions": sorted(functions),
+        **({} if model.start is None else {"lower_start": "learned"}),
+        "tasks": model.tasks,
+        "mapping": model.mapping,
+        "regularizers": model.regularizers,
     }
-    return {**serialised, "functions": sorted(functions)}
 
 
-def arguments_of(config: Mapping[str, Any], models: Iterable[str]) -> dict[str, Any]:
+def compile_config_of(model: Any, known: Mapping[str, Any]) -> dict[str, Any]:
+    """A BilevelModel's arguments of `compile`, but for the method.
+
+    Args:
+        model: a compiled one.
+        known: what Keras keeps of them.
+    """
+    serialize = keras.saving.serialize_keras_object
+    return {
+        "upper_optimizer": serialize(model.optimizer),
+        **{name: known[name] for name in SAVED_SETTINGS},
+        "on_nonfinite": model.on_nonfinite,
+        "start_optimizer": serialize(model.start_optimizer),
+    }
+
+
+def arguments_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """`config_of` undone: arguments to build the model with."""
     rest = {k: v for k, v in config.items() if k != "functions"}
-    for name in models:
+    for name in ("upper", "lower"):
         rest[name] = keras.saving.deserialize_keras_object(rest[name])
     return rest | given(config["functions"], "the functions the model was built with")

@@ -10,11 +10,12 @@ import tensorflow as tf
 from tfbilevel import _derivatives as derivatives
 from tfbilevel import _structure as structure
 from tfbilevel._arguments import require_count
+from tfbilevel._batches import Batches, require_batches
 from tfbilevel._float64 import in_float64, leaves_float64, to_float64
 from tfbilevel._look import one_task, operations
 from tfbilevel._lost_derivatives import MissingSecondDerivativeError, Operation
 from tfbilevel._model import BilevelModel
-from tfbilevel._problem import Batches, Problem, require_batches, require_problem
+from tfbilevel._problem import Problem, require_problem
 
 # Of central differences, relative to the size of what is moved. The one is taken that
 # is nearest to the one before: rounding spoils the small ones, kinks the large.
@@ -178,7 +179,7 @@ def check_second_derivatives(
                 f"its variables. Received: upper={upper!r}, lower={lower!r}"
             )
         models = (problem.upper, problem.lower)
-        upper, lower, _ = problem._read(state=False)
+        upper, lower = problem._levels.read()
         problem = problem.problem
     elif not all(given):
         require_problem(problem)

@@ -4,11 +4,15 @@ Every structure is any `tf.nest` nest; arithmetic is leaf by leaf, and a scalar
 coefficient is cast to each leaf's dtype, so float32 and float64 leaves mix.
 """
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
+
+from tfbilevel._workarounds.vectorized_map import vectorized_map
 
 
 def scalar(value: Any, dtype: tf.DType) -> tf.Tensor:
@@ -140,6 +144,60 @@ def where(condition: tf.Tensor, a: Any, b: Any) -> Any:
         return tf.where(tf.reshape(condition, shape), u, v)
 
     return tf.nest.map_structure(choose, a, b)
+
+
+def stepped(going: tf.Tensor, before: Any, after: Any) -> Any:
+    """`after`; of entries that are not `going` on `before`.
+
+    Where `going` is a scalar, all go on. A leaf that is one number for all entries
+    moves on with those that do.
+    """
+    if not going.shape.rank:
+        return after
+
+    def chosen(new: tf.Tensor, old: tf.Tensor) -> tf.Tensor:
+        return where(going, new, old) if new.shape.rank else new
+
+    return tf.nest.map_structure(chosen, after, before)
+
+
+@dataclasses.dataclass(frozen=True)
+class InnerProduct:
+    """The inner product of nests of tensors: one number, or one for each entry of a
+    leading axis.
+
+    Attributes:
+        leading: 0; or 1 where all leaves share a leading axis, and each entry of it is
+            a vector of its own (a task's).
+    """
+
+    leading: int = 0
+
+    def dot(self, a: Any, b: Any) -> tf.Tensor:
+        """<a, b>, in the first leaf's dtype."""
+        return dot(a, b, self.leading)
+
+    def norm(self, a: Any) -> tf.Tensor:
+        """The Euclidean norm of `a`."""
+        return norm(a, self.leading)
+
+    def shape(self, a: Any) -> tf.TensorShape:
+        """The shape of `norm(a)`."""
+        return tf.nest.flatten(a)[0].shape[: self.leading]
+
+    def to_vector(self, a: Any) -> tf.Tensor:
+        """The entries of `a` in one vector, or in one per entry of the axis."""
+        return to_vector(a, self.leading)
+
+    def from_vector(self, vector: tf.Tensor, like: Any) -> Any:
+        """The nest `like` filled with what `to_vector` makes."""
+        return from_vector(vector, like, self.leading)
+
+    def each(self, function: Callable, *nests: Any) -> Any:
+        """The function of the nests, or of every entry of the axis alone."""
+        if not self.leading:
+            return function(*nests)
+        return vectorized_map(lambda entries: function(*entries), nests)
 
 
 def all_finite(a: Any) -> tf.Tensor:

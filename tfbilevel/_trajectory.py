@@ -8,13 +8,14 @@ import tensorflow as tf
 
 from tfbilevel import _derivatives as derivatives
 from tfbilevel import _structure as structure
-from tfbilevel._inner import SERIAL, InnerSolver, Iterate
-from tfbilevel._problem import Prepared
+from tfbilevel._inner import InnerSolver, Iterate
+from tfbilevel._loops import serial_loop
+from tfbilevel._prepared import Prepared
 
 ENDS = ("final", "pessimistic")
 
-# In the reverse sweep each step's map is derived anew from a stored iterate, which
-# the next step's can begin before this one's adjoint is there.
+# In the reverse sweep each step is linearised again at a stored iterate, which the next
+# step's can begin before this one's adjoint is there.
 OVERLAPPED = 2
 
 
@@ -47,19 +48,10 @@ class Span(NamedTuple):
         """How many steps lead to the end point; of each task its own."""
         return made.worst.steps if self.pessimistic else self.last
 
-    def run(
-        self, here: Prepared, c: Any, iterate: Iterate, stop: Any
-    ) -> tuple[Iterate, Any]:
+    def run(self, here: Prepared, iterate: Iterate, stop: Any) -> tuple[Iterate, Any]:
         """The steps up to `stop`, from the iterate before them."""
         return self.inner.run(
-            here.problem,
-            c,
-            here.batches,
-            iterate,
-            self.first,
-            stop,
-            self.most,
-            self.first_order,
+            here, iterate, self.first, stop, self.most, self.first_order
         )
 
 
@@ -80,7 +72,7 @@ class Worst(NamedTuple):
         return Worst(
             tf.where(worse, loss, self.upper_loss),
             tf.where(worse, steps, self.steps),
-            structure.where(worse, lower, self.lower),
+            here.where(worse, lower, self.lower),
         )
 
 
@@ -120,7 +112,7 @@ def tape(span: Span, here: Prepared, iterate: Iterate) -> Loop:
         stop = searched.worst.steps
 
     def rest(c: Any, y: Any) -> tuple[Any, Run]:
-        end, value = span.run(here, c, iterate._replace(lower=y), stop)
+        end, value = span.run(here.at(c), iterate._replace(lower=y), stop)
         return end.lower, Run(end, value, ())
 
     _, made, both = derivatives.vjp(rest, here.upper, iterate.lower)
@@ -160,12 +152,11 @@ def checkpoint(span: Span, here: Prepared, iterate: Iterate) -> Loop:
         return segment + 1, after, _write(kept, segment, made.end)
 
     begun = _begun(span, here, iterate)
-    _, made, kept = tf.while_loop(
+    _, made, kept = serial_loop(
         lambda *_: True,
         forward,
         (tf.constant(0), begun, _arrays(iterate, segments)),
-        maximum_iterations=segments,
-        parallel_iterations=SERIAL,
+        segments,
     )
     stop = span.stop(made)
     latest = _latest(stop)
@@ -183,15 +174,12 @@ def checkpoint(span: Span, here: Prepared, iterate: Iterate) -> Loop:
             )
             return segment - 1, sweep.run(trajectory, begin, end, carried)
 
-        _, carried = tf.while_loop(
+        final = tf.convert_to_tensor((latest - first - 1) // length)
+        _, carried = serial_loop(
             lambda segment, _: segment >= 0,
             backward,
-            (
-                tf.convert_to_tensor((latest - first - 1) // length),
-                sweep.begin(adjoint),
-            ),
-            maximum_iterations=segments,
-            parallel_iterations=SERIAL,
+            (final, sweep.begin(adjoint)),
+            segments,
         )
         return sweep.response(carried), carried.lower
 
@@ -233,9 +221,7 @@ def _make(
     arrays are given."""
 
     def body(t: tf.Tensor, now: Run, kept: list) -> tuple:
-        after, value = span.inner.advance(
-            here.problem, here.upper, here.batches, now.end, t
-        )
+        after, value = span.inner.advance(here, now.end, t)
         worst = now.worst
         if isinstance(worst, Worst):
             worst = worst.against(here, t + 1, after.lower)
@@ -243,12 +229,11 @@ def _make(
             kept = _write(kept, t - first, now.end)
         return t + 1, Run(after, tf.cast(value, now.lower_loss.dtype), worst), kept
 
-    _, made, kept = tf.while_loop(
+    _, made, kept = serial_loop(
         lambda t, *_: t < last,
         body,
         (tf.convert_to_tensor(first), begun, kept),
-        maximum_iterations=most,
-        parallel_iterations=SERIAL,
+        most,
     )
     return made, kept
 
@@ -262,7 +247,7 @@ class _Adjoint(NamedTuple):
 
 
 class _Sweep:
-    """The reverse sweep over stored iterates, each step's map derived anew."""
+    """The reverse sweep over stored iterates, each step linearised again."""
 
     def __init__(self, span: Span, here: Prepared, iterate: Iterate, stop: Any):
         self.span, self.here, self.start, self.stop = span, here, iterate, stop
@@ -294,12 +279,7 @@ class _Sweep:
             def inner_map(c: Any, y: Any, slots: list) -> tuple[Any, None]:
                 optimizer = now.optimizer._replace(slots=slots)
                 end, _ = self.span.inner.advance(
-                    self.here.problem,
-                    c,
-                    self.here.batches,
-                    Iterate(y, optimizer),
-                    t,
-                    self.span.first_order,
+                    self.here.at(c), Iterate(y, optimizer), t, self.span.first_order
                 )
                 return (end.lower, end.optimizer.slots), None
 

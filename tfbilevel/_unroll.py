@@ -10,17 +10,17 @@ from tfbilevel import _derivatives as derivatives
 from tfbilevel import _structure as structure
 from tfbilevel._aggregation import Aggregation, aggregated, require_aggregation
 from tfbilevel._arguments import require_choice, require_count
+from tfbilevel._batches import Batches
 from tfbilevel._inner import (
-    SERIAL,
     InnerSolver,
     Iterate,
-    moved_where,
     require_fixed_length,
     require_inner,
 )
+from tfbilevel._loops import serial_loop
 from tfbilevel._method import Method, Step
-from tfbilevel._problem import Batches, Prepared, Problem
-from tfbilevel._task_by_task import task_by_task
+from tfbilevel._prepared import Prepared
+from tfbilevel._problem import Problem
 from tfbilevel._trajectory import ENDS, Span, checkpoint, replay, search, tape
 
 
@@ -151,7 +151,6 @@ class Unroll(Method):
     def init(self, problem: Problem, upper: Any, lower: Any) -> Any:
         return self.inner.init(problem, upper, lower)
 
-    @task_by_task
     def step(
         self, problem: Problem, upper: Any, lower: Any, batches: Batches, state: Any
     ) -> Step:
@@ -176,7 +175,7 @@ class Unroll(Method):
             state=self.inner.carried(end, state),
             metrics={
                 "upper_loss": upper_loss,
-                "lower_loss": here.mean(run.made.lower_loss),
+                "lower_loss": run.made.lower_loss,
                 **metrics,
             },
         )
@@ -185,13 +184,13 @@ class Unroll(Method):
         self, problem: Problem, upper: Any, lower: Any, batches: Batches, state: Any
     ) -> Callable[[Any], tf.Tensor]:
         at = self._prepared(problem, upper, batches)
-        begun = self.inner.begin(at.problem, at.upper, lower, state)
+        begun = self.inner.begin(at, lower, state)
         fixed = self._skip(at, begun)
         stop = self._span.stop(search(self._span, at, fixed))
 
         def value(x: Any) -> tf.Tensor:
             here = self._prepared(problem, x, batches)
-            iterate = self.inner.begin(here.problem, here.upper, lower, state)
+            iterate = self.inner.begin(here, lower, state)
             if self.first > 0:
                 moved = structure.zeros_like(fixed.lower)
                 if self.skipped == "identity":
@@ -201,7 +200,7 @@ class Unroll(Method):
             if self.first_order:
                 end = self._with_constant_gradients(at, fixed, here, iterate, stop)
             else:
-                end, _ = self._span.run(here, here.upper, iterate, stop)
+                end, _ = self._span.run(here, iterate, stop)
             return here.upper_loss(end.lower)
 
         return value
@@ -211,10 +210,7 @@ class Unroll(Method):
 
     def _skip(self, here: Prepared, iterate: Iterate) -> Iterate:
         """The steps that are not differentiated."""
-        iterate, _ = self.inner.run(
-            here.problem, here.upper, here.batches, iterate, 0, self.first, self.first
-        )
-        return iterate
+        return self.inner.run(here, iterate, 0, self.first, self.first)[0]
 
     def _total(self, here: Prepared, partial: Any, response: Any) -> Any:
         if self.first_order:
@@ -240,20 +236,15 @@ class Unroll(Method):
         """The differentiated steps along the gradients met at another x."""
 
         def body(t: tf.Tensor, other: Iterate, now: Iterate) -> tuple:
-            _, gradient = self.inner.gradient(
-                at.problem, at.upper, at.batches, other, t
-            )
-            other = self.inner.move(at.problem, at.upper, other, gradient)
-            after = self.inner.move(here.problem, here.upper, now, gradient)
-            if here.problem.leading:
-                after = moved_where(t < stop, now, after)
-            return t + 1, other, after
+            _, gradient = self.inner.gradient(at, other, t)
+            other = self.inner.move(at, other, gradient)
+            after = self.inner.move(here, now, gradient)
+            return t + 1, other, structure.stepped(t < stop, now, after)
 
-        _, _, end = tf.while_loop(
+        _, _, end = serial_loop(
             lambda t, *_: tf.reduce_any(t < stop),
             body,
             (tf.constant(self.first), fixed, start),
-            maximum_iterations=self.differentiated,
-            parallel_iterations=SERIAL,
+            self.differentiated,
         )
         return end

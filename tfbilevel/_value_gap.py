@@ -10,13 +10,14 @@ import tensorflow as tf
 from tfbilevel import _derivatives as derivatives
 from tfbilevel import _structure as structure
 from tfbilevel._arguments import require_choice
+from tfbilevel._batches import Batches
 from tfbilevel._differentiable import UpdateRule
 from tfbilevel._inner import InnerSolver, require_inner
 from tfbilevel._method import Method, Step
-from tfbilevel._problem import Batches, Prepared, Problem
+from tfbilevel._prepared import Prepared
+from tfbilevel._problem import Problem
 from tfbilevel._projection import fixed_projection
 from tfbilevel._schedules import Schedule, as_weight
-from tfbilevel._task_by_task import task_by_task
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -36,8 +37,8 @@ class ValueGap(Method):
     two gradients and one more evaluation of g; no second derivatives. Memory: one
     more copy of y. Assumes z close to a minimiser of g(x, .); the gap in the metrics
     goes negative while z lags. The solution is that of the penalised problem, off by
-    O(1 / gamma). Prefer it where second derivatives are dear or absent; prefer
-    `Implicit` or `Unroll` where the exact hypergradient matters.
+    O(1 / gamma). Prefer it where second derivatives are expensive or unavailable;
+    prefer `Implicit` or `Unroll` where the exact hypergradient matters.
 
     Args:
         inner: the solver of z; its `start` must be "warm". `None`: v(x) is known
@@ -95,6 +96,10 @@ class ValueGap(Method):
     def moves_lower(self) -> bool:
         return True
 
+    @property
+    def mean_metrics(self) -> tuple[str, ...]:
+        return (*super().mean_metrics, "gap", "weight")
+
     def init(self, problem: Problem, upper: Any, lower: Any) -> Any:
         state = {
             "step": tf.constant(0, tf.int64),
@@ -105,7 +110,6 @@ class ValueGap(Method):
             state["auxiliary"] = structure.copied(lower)
         return state
 
-    @task_by_task
     def step(
         self, problem: Problem, upper: Any, lower: Any, batches: Batches, state: Any
     ) -> Step:
@@ -179,9 +183,8 @@ class ValueGap(Method):
         start = lower if self.auxiliary == "copy" else state["auxiliary"]
         # `auxiliary` says where z starts, not the problem's `lower_start`.
         problem = dataclasses.replace(here.problem, lower_start=None)
-        auxiliary, inner_state, _ = self.inner.solve(
-            problem, here.upper, start, here.batches, state["inner"]
-        )
+        here = dataclasses.replace(here, problem=problem)
+        auxiliary, inner_state, _ = self.inner.solve(here, start, state["inner"])
         return auxiliary, inner_state
 
 

@@ -1,6 +1,8 @@
 """tfbilevel on few-shot tasks. Variants: plain, xla (one `Method.step` per call)."""
 
 import argparse
+import pathlib
+import sys
 
 import few_shot_protocol
 import keras
@@ -10,7 +12,9 @@ import tensorflow as tf
 from tensorflow_losses import use_threads, wait
 
 import tfbilevel as tb
-from tfbilevel.experiment import networks
+
+sys.path.append(str(pathlib.Path(__file__).resolve().parents[2] / "experiments/common"))
+import networks  # noqa: E402
 
 
 def cross_entropy(network: keras.Model, batch: tuple) -> tf.Tensor:
@@ -96,7 +100,7 @@ class Steps:
         state = method.init(model.problem, self.now, y)
 
         def step(x: list) -> tuple:
-            done = method.step(model.problem, x, y, batches, state)
+            done = model.problem.step(method, x, y, batches, state)
             pairs = zip(x, done.upper_gradient, strict=True)
             after = [v - few_shot_protocol.UPPER_RATE * g for v, g in pairs]
             return done.upper_gradient, after

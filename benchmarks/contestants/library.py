@@ -54,7 +54,7 @@ class Steps:
         self.start = self.now = (x, y, _state(method, problem, x, y, instance))
 
         def step(x: tf.Tensor, y: list, state: object) -> tuple:
-            done = method.step(problem, x, y, batches, state)
+            done = problem.step(method, x, y, batches, state)
             gradient = done.upper_gradient
             # The metrics are left to `fit`: TensorFlow drops what nobody asks for, and
             # the other contestants measure nothing either.
@@ -133,7 +133,7 @@ class Fit:
 
         @tf.function(autograph=False)
         def gradient(x: list, y: list, state: object) -> tf.Tensor:
-            done = method.step(problem, x, y, self.batches, state)
+            done = problem.step(method, x, y, self.batches, state)
             return done.upper_gradient[0]
 
         return gradient(x, y, state).numpy()

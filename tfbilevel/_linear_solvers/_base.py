@@ -14,10 +14,10 @@ from tfbilevel._arguments import (
     require_count,
     require_number,
 )
-from tfbilevel._inner import SERIAL
+from tfbilevel._loops import serial_loop
 from tfbilevel._schedules import Schedule, require_tolerance
 
-WRITTEN_OUT = 10  # steps of a solver without a tolerance
+UNROLLED = 10  # steps of a solver without a tolerance
 
 Product = Callable[[Any], Any]
 
@@ -50,17 +50,26 @@ class LinearSystem(NamedTuple):
     outer_step: Any = 0
     leading: int = 0
 
+    @property
+    def inner_product(self) -> structure.InnerProduct:
+        """Its `dot` and `norm`, `to_vector` and `from_vector`, and `each` (block)."""
+        return structure.InnerProduct(self.leading)
+
+    def with_inner_product(self, product: structure.InnerProduct) -> "LinearSystem":
+        """The same system over vectors of this inner product."""
+        return self._replace(leading=product.leading)
+
     def dot(self, a: Any, b: Any) -> tf.Tensor:
         """The inner product, of every block its own."""
-        return structure.dot(a, b, self.leading)
+        return self.inner_product.dot(a, b)
 
     def norm(self, a: Any) -> tf.Tensor:
         """The Euclidean norm, of every block its own."""
-        return structure.norm(a, self.leading)
+        return self.inner_product.norm(a)
 
     def stepped(self, going: tf.Tensor, before: Any, after: Any) -> Any:
         """`after`, but `before` for blocks whose steps are over."""
-        return structure.where(going, after, before) if self.leading else after
+        return structure.stepped(going, before, after)
 
 
 class LinearSolution(NamedTuple):
@@ -185,18 +194,12 @@ class IterativeSolver(LinearSolver):
     ) -> tuple:
         """Steps from `begin` on while `unfinished`, at most so many.
 
-        Without a tolerance nearly always all of them: a few are written out, since in
-        a loop TensorFlow computes again for every product what all have in common.
+        Without a tolerance nearly always all of them: a few are unrolled, since in a
+        loop TensorFlow computes again for every product what all have in common.
         """
         ends_early = isinstance(self.tolerance, Schedule) or self.tolerance > 0
-        if ends_early or most > WRITTEN_OUT:
-            return tf.while_loop(
-                unfinished,
-                body,
-                begin,
-                maximum_iterations=most,
-                parallel_iterations=SERIAL,
-            )
+        if ends_early or most > UNROLLED:
+            return serial_loop(unfinished, body, begin, most)
         now = begin
         for _ in range(most):
             going = unfinished(*now)

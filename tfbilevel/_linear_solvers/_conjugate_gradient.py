@@ -14,7 +14,6 @@ from tfbilevel._linear_solvers._base import (
     LinearSolution,
     LinearSystem,
 )
-from tfbilevel._task_loss import map_tasks
 
 Preconditioner = Callable[[Any, Any, Any], Any]
 
@@ -76,11 +75,9 @@ class ConjugateGradient(IterativeSolver):
         def preconditioned(vector: Any) -> Any:
             if self.preconditioner is None:
                 return vector
-            if not system.leading:
-                return self.preconditioner(*system.point, vector)
             upper, lower = system.point
             precondition = functools.partial(self.preconditioner, upper)
-            return map_tasks(lambda task: precondition(*task), (lower, vector))
+            return system.inner_product.each(precondition, lower, vector)
 
         def unfinished(step: Any, v: Any, r: Any, p: Any, rz: Any, rr: Any, ok: Any):
             del step, v, r, p, rz

@@ -40,7 +40,8 @@ class Direct(LinearSolver):
     def solve(self, system: LinearSystem, rhs: Any, state: Any = ()) -> LinearSolution:
         del state
         product, _ = self.damped(system)
-        vector = structure.to_vector(rhs, system.leading)
+        space = system.inner_product
+        vector = space.to_vector(rhs)
         size = int(vector.shape[-1] or 0)
         if size > LIMIT:
             raise ValueError(
@@ -52,8 +53,7 @@ class Direct(LinearSolver):
         def column(unit: tf.Tensor) -> tf.Tensor:
             # Of every block the same column at once.
             units = tf.broadcast_to(unit, vector.shape)
-            along = structure.from_vector(units, rhs, system.leading)
-            return structure.to_vector(product(along), system.leading)
+            return space.to_vector(product(space.from_vector(units, rhs)))
 
         columns = tf.map_fn(column, tf.eye(size, dtype=vector.dtype))
         axes = [*range(1, columns.shape.rank), 0]
@@ -61,7 +61,7 @@ class Direct(LinearSolver):
         value = tf.linalg.solve(matrix, tf.expand_dims(vector, -1))[..., 0]
         residual = tf.norm(vector - tf.linalg.matvec(matrix, value), axis=-1)
         return LinearSolution(
-            structure.from_vector(value, rhs, system.leading),
+            space.from_vector(value, rhs),
             structure.ratio(residual, tf.norm(vector, axis=-1)),
             tf.constant(size),
             diverged=tf.zeros(residual.shape, tf.bool),

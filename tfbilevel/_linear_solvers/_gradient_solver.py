@@ -9,12 +9,12 @@ import tensorflow as tf
 from tfbilevel import _structure as structure
 from tfbilevel._arguments import require_choice
 from tfbilevel._differentiable import differentiable
-from tfbilevel._inner import SERIAL
 from tfbilevel._linear_solvers._base import (
     IterativeSolver,
     LinearSolution,
     LinearSystem,
 )
+from tfbilevel._loops import serial_loop
 from tfbilevel._schedules import Schedule
 
 
@@ -102,23 +102,17 @@ class GradientSolver(IterativeSolver):
 
         def body(step: Any, v: Any, optimizer: Any, size: Any, first: Any) -> tuple:
             going = size > goal
-            before = (v, optimizer.slots, size, optimizer.iteration)
+            before = (v, optimizer, size)
             gradient = structure.subtract(product(v), rhs)
             size = system.norm(gradient)
             first = tf.where(step == 0, size, first)
             if self.objective == "residual":
                 gradient = structure.scale(2.0, transposed(gradient))
             v, optimizer = self.rule.update(gradient, optimizer, v)
-            after = (v, optimizer.slots, size, optimizer.iteration)
-            if not optimizer.iteration.shape.rank:  # one for all blocks
-                before, after = before[:3], after[:3]
-            v, slots, size, *own = system.stepped(going, before, after)
-            optimizer = optimizer._replace(slots=slots)
-            if own:
-                optimizer = optimizer._replace(iteration=own[0])
-            return step + 1, v, optimizer, size, first
+            after = (v, optimizer, size)
+            return step + 1, *system.stepped(going, before, after), first
 
-        steps, value, optimizer, size, first = tf.while_loop(
+        steps, value, optimizer, size, first = serial_loop(
             unfinished,
             body,
             (
@@ -129,8 +123,7 @@ class GradientSolver(IterativeSolver):
                 tf.where(rhs_norm > 0, tf.constant(float("inf"), rhs_norm.dtype), 0),
                 rhs_norm,
             ),
-            maximum_iterations=self.max_steps,
-            parallel_iterations=SERIAL,
+            self.max_steps,
         )
         carried = {"solution": value, "optimizer": optimizer}
         made = self.solution(system, value, size, rhs, steps, first_norm=first)

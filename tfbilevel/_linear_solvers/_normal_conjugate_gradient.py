@@ -6,12 +6,12 @@ from typing import Any
 import tensorflow as tf
 
 from tfbilevel import _structure as structure
-from tfbilevel._inner import SERIAL
 from tfbilevel._linear_solvers._base import (
     IterativeSolver,
     LinearSolution,
     LinearSystem,
 )
+from tfbilevel._loops import serial_loop
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -79,7 +79,7 @@ class NormalConjugateGradient(IterativeSolver):
             after = (v, r, p, new_square)
             return step + 1, *system.stepped(active, before, after)
 
-        steps, value, residual, _, _ = tf.while_loop(
+        steps, value, residual, _, _ = serial_loop(
             lambda step, v, r, p, square: tf.reduce_any(going(r, square)),
             body,
             (
@@ -89,8 +89,7 @@ class NormalConjugateGradient(IterativeSolver):
                 gradient,
                 system.dot(gradient, gradient),
             ),
-            maximum_iterations=self.max_steps,
-            parallel_iterations=SERIAL,
+            self.max_steps,
         )
         norm = system.norm(residual)
         return self.solution(system, value, norm, rhs, steps, first_norm=first_norm)

@@ -8,7 +8,6 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfbilevel import _derivatives as derivatives
 from tfbilevel import _structure as structure
 from tfbilevel._aggregation import Aggregation, aggregated, require_aggregation
 from tfbilevel._arguments import (
@@ -17,9 +16,11 @@ from tfbilevel._arguments import (
     require_choice,
     require_number,
 )
+from tfbilevel._batches import Batches
 from tfbilevel._differentiable import UpdateRule
 from tfbilevel._method import Method, Step
-from tfbilevel._problem import Batches, Prepared, Problem
+from tfbilevel._prepared import Prepared
+from tfbilevel._problem import Problem
 from tfbilevel._projection import fixed_projection
 
 STEPS = ("scheduled", "exact")
@@ -38,7 +39,7 @@ class BAMM(Method):
 
     with eta_k = s * multiplier_rate * (k + 1)^{-tau/2} and beta_k = s (k + 1)^{-tau}.
     v is carried and follows the solution of the linear system that `Implicit` solves
-    anew, so a step costs two gradients and one Hessian-vector product, and nothing
+    again, so a step costs two gradients and one Hessian-vector product, and nothing
     is ever solved. With `aggregate`, for lower problems with many solutions,
 
         phi = (1 - mu_k) g + mu_k f,           mu_k the weight at the outer step k
@@ -122,6 +123,11 @@ class BAMM(Method):
     def moves_lower(self) -> bool:
         return True
 
+    @property
+    def couples_tasks(self) -> bool:
+        # A residual of one task that is not finite is seen in all of x.
+        return True
+
     def init(self, problem: Problem, upper: Any, lower: Any) -> Any:
         del upper
         multiplier = structure.zeros_like(structure.to_tensors(lower))
@@ -130,7 +136,7 @@ class BAMM(Method):
             "optimizer": self.rule.init(lower),
             "multiplier": multiplier,
             # The largest |f_y| so far, of each task its own.
-            "largest": structure.norm(multiplier, problem.leading),
+            "largest": problem.inner_product.norm(multiplier),
         }
 
     def step(
@@ -139,14 +145,11 @@ class BAMM(Method):
         here = self._prepared(problem, upper, batches, state)
         lower, multiplier = structure.to_tensors(lower), state["multiplier"]
         upper_loss, partial, adjoint = here.upper_partials(lower)
-        lower_loss, gradient, pullback = derivatives.lower_gradient_pullback(
-            here.problem.lower_loss, here.upper, lower, here.batches.lower_at(0)
-        )
-        leading = here.problem.leading
-        slope = structure.norm(adjoint, leading)
+        lower_loss, gradient, pullback = here.lower_gradient_pullback(lower, 0)
+        slope = here.norm(adjoint)
         mixed, curved = pullback(structure.scale(-1, multiplier))
         against = structure.subtract(structure.scale(-1, curved), adjoint)
-        square = structure.dot(against, against, leading)
+        square = here.dot(against, against)
         # An f_y or g_yy v that is not finite would be seen one step later, v lost: now.
         seen = tf.where(structure.all_finite(against), 1.0, np.nan)
         rate, upper_scale = self._steps(state["step"], square.dtype)
@@ -154,7 +157,7 @@ class BAMM(Method):
         if self.multiplier_step == "exact":
             # One norm over all tensors: a published version adds up the norms of each
             # before it squares them, and steps too far.
-            curvature = structure.dot(against, pullback(against)[1], leading)
+            curvature = here.dot(against, pullback(against)[1])
             broken = (curvature <= 0) & (square > 0)
             rate = tf.where(curvature > 0, structure.ratio(square, curvature), 0)
         largest = tf.maximum(state["largest"], slope)
@@ -171,8 +174,8 @@ class BAMM(Method):
             },
             metrics={
                 "upper_loss": upper_loss,
-                "lower_loss": here.mean(lower_loss),
-                "stationarity": structure.norm(gradient, leading),
+                "lower_loss": lower_loss,
+                "stationarity": here.norm(gradient),
                 "residual": structure.ratio(tf.sqrt(square), slope),
                 "multiplier_rate": rate,
                 "diverged": tf.cast(broken, slope.dtype),
@@ -185,9 +188,7 @@ class BAMM(Method):
     ) -> Callable[[Any], tf.Tensor]:
         def value(x: Any) -> tf.Tensor:
             here = self._prepared(problem, x, batches, state)
-            _, gradient = derivatives.lower_gradient(
-                here.problem.lower_loss, here.upper, lower, here.batches.lower_at(0)
-            )
+            _, gradient = here.lower_gradient(lower, 0)
             product = here.mean(structure.dot(state["multiplier"], gradient))
             f = here.upper_loss(lower)
             return f - tf.cast(product, f.dtype)

@@ -7,9 +7,11 @@ import tensorflow as tf
 
 from tfbilevel import _structure as structure
 from tfbilevel._arguments import require_count
+from tfbilevel._batches import Batches
 from tfbilevel._inner import InnerSolver, require_inner
 from tfbilevel._method import Method, Step
-from tfbilevel._problem import Batches, Prepared, Problem
+from tfbilevel._prepared import Prepared
+from tfbilevel._problem import Problem
 from tfbilevel._projection import fixed_projection
 from tfbilevel._stochastic._series import (
     factors,
@@ -74,6 +76,11 @@ class BSA(Method):
         """How many lower batches one step may draw."""
         return self.inner.steps + self.max_steps
 
+    @property
+    def couples_tasks(self) -> bool:
+        # All have a series of one random length.
+        return True
+
     def init(self, problem: Problem, upper: Any, lower: Any) -> Any:
         return {
             "inner": self.inner.init(problem, upper, lower),
@@ -84,9 +91,7 @@ class BSA(Method):
         self, problem: Problem, upper: Any, lower: Any, batches: Batches, state: Any
     ) -> Step:
         here = problem.prepared(upper, batches)
-        lower, inner_state, _ = self.inner.solve(
-            here.problem, here.upper, lower, here.batches, state["inner"]
-        )
+        lower, inner_state, _ = self.inner.solve(here, lower, state["inner"])
         fixed_projection(here.problem, here.upper, lower, "BSA")
         gradient, metrics = random_product(
             here,

@@ -4,11 +4,10 @@ from typing import Any
 
 import tensorflow as tf
 
-from tfbilevel import _derivatives as derivatives
 from tfbilevel import _structure as structure
 from tfbilevel._arguments import positive, require_count, require_number
-from tfbilevel._inner import SERIAL
-from tfbilevel._problem import Prepared
+from tfbilevel._loops import serial_loop
+from tfbilevel._prepared import Prepared
 
 
 def require_series(max_steps: int, rate: float) -> None:
@@ -35,38 +34,24 @@ def factors(
     """
 
     def body(j: tf.Tensor, term: Any, total: Any) -> tuple:
-        _, _, pullback = derivatives.lower_gradient_pullback(
-            here.problem.lower_loss,
-            here.upper,
-            lower,
-            here.batches.lower_at(first + j * stride),
-        )
+        _, _, pullback = here.lower_gradient_pullback(lower, first + j * stride)
         term = structure.add_scaled(term, -rate, pullback(term)[1])
         return j + 1, term, structure.add(total, term)
 
-    _, term, total = tf.while_loop(
-        lambda j, *_: j < count,
-        body,
-        (tf.constant(0), vector, vector),
-        maximum_iterations=most,
-        parallel_iterations=SERIAL,
+    _, term, total = serial_loop(
+        lambda j, *_: j < count, body, (tf.constant(0), vector, vector), most
     )
     return term, total
 
 
 def mixed_product(here: Prepared, lower: Any, vector: Any, draw: Any) -> tuple:
     """g_xy v and the lower loss on one draw; `None` where not connected."""
-    value, _, pullback = derivatives.lower_gradient_pullback(
-        here.problem.lower_loss, here.upper, lower, here.batches.lower_at(draw)
-    )
-    return pullback(vector)[0], here.mean(value)
+    value, _, pullback = here.lower_gradient_pullback(lower, draw)
+    return pullback(vector)[0], value
 
 
 def growth_metrics(here: Prepared, term: Any, vector: Any) -> dict[str, tf.Tensor]:
     """How much the products grew, of each task its own; above 1 the series does not
     converge."""
-    leading = here.problem.leading
-    growth = structure.ratio(
-        structure.norm(term, leading), structure.norm(vector, leading)
-    )
+    growth = structure.ratio(here.norm(term), here.norm(vector))
     return {"growth": growth, "diverged": tf.cast(growth > 1.001, growth.dtype)}

@@ -5,9 +5,10 @@ from typing import Any
 
 from tfbilevel import _structure as structure
 from tfbilevel._arguments import require_choice
+from tfbilevel._batches import Batches
 from tfbilevel._inner import InnerSolver, require_inner
 from tfbilevel._method import Method, Step
-from tfbilevel._problem import Batches, Problem
+from tfbilevel._problem import Problem
 from tfbilevel._projection import fixed_projection
 from tfbilevel._stochastic._series import (
     factors,
@@ -15,7 +16,6 @@ from tfbilevel._stochastic._series import (
     mixed_product,
     require_series,
 )
-from tfbilevel._task_by_task import task_by_task
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -83,14 +83,11 @@ class StocBiO(Method):
     def init(self, problem: Problem, upper: Any, lower: Any) -> Any:
         return self.inner.init(problem, upper, lower)
 
-    @task_by_task
     def step(
         self, problem: Problem, upper: Any, lower: Any, batches: Batches, state: Any
     ) -> Step:
         here = problem.prepared(upper, batches)
-        lower, after, _ = self.inner.solve(
-            here.problem, here.upper, lower, here.batches, state
-        )
+        lower, after, _ = self.inner.solve(here, lower, state)
         fixed_projection(here.problem, here.upper, lower, "StocBiO")
         upper_loss, partial, adjoint = here.upper_partials(lower)
         term, total = factors(

@@ -6,12 +6,12 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tfbilevel import _derivatives as derivatives
 from tfbilevel import _structure as structure
 from tfbilevel._arguments import not_negative, require_count, require_number
+from tfbilevel._batches import Batches
 from tfbilevel._differentiable import UpdateRule
 from tfbilevel._method import Method, Step
-from tfbilevel._problem import Batches, Problem
+from tfbilevel._problem import Problem
 from tfbilevel._projection import fixed_projection
 from tfbilevel._stochastic._bsa import random_product
 from tfbilevel._stochastic._series import require_series
@@ -91,6 +91,11 @@ class TTSA(Method):
     def moves_lower(self) -> bool:
         return True
 
+    @property
+    def couples_tasks(self) -> bool:
+        # All have a series of one random length.
+        return True
+
     def init(self, problem: Problem, upper: Any, lower: Any) -> Any:
         del problem, upper
         return {"step": tf.constant(0, tf.int64), "optimizer": self.rule.init(lower)}
@@ -100,9 +105,7 @@ class TTSA(Method):
     ) -> Step:
         here = problem.prepared(upper, batches)
         count = tf.cast(state["step"] + 1, tf.float64)
-        _, gradient = derivatives.lower_gradient(
-            here.problem.lower_loss, here.upper, lower, here.batches.lower_at(0)
-        )
+        _, gradient = here.lower_gradient(lower, 0)
         lower = structure.to_tensors(lower)
         moved, optimizer = self.rule.update(gradient, state["optimizer"], lower)
         # Steps are scaled, not gradients: most optimizers would make the same step of

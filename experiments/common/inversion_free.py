@@ -6,13 +6,10 @@ from typing import Any
 
 import keras
 
-from tfbilevel._augmented_lagrangian import AugmentedLagrangian
-from tfbilevel._implicit import Implicit
-from tfbilevel._inner import InnerSolver
-from tfbilevel._linear_solvers import GradientSolver
-from tfbilevel._method import Method
-from tfbilevel.experiment._flags import Parser, at_least, finite, positive
-from tfbilevel.experiment._optimizers import adam
+import tfbilevel as tb
+from common.flags import Parser, at_least, finite
+from common.optimizers import adam
+from data_prep.command_line import positive
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,10 +59,10 @@ class InversionFree:
         add("--halve-every", type=positive(int), help=f"approxgrad: {unit} per halving")
 
     @staticmethod
-    def method(args: argparse.Namespace, unit: int = 1) -> Method:
+    def method(args: argparse.Namespace, unit: int = 1) -> tb.Method:
         """The method that the flags describe; `unit` in outer steps."""
         if args.solver_lr is None:
-            return AugmentedLagrangian(
+            return tb.AugmentedLagrangian(
                 adam(args.lower_lr),
                 args.inner_steps,
                 weight=args.weight,
@@ -77,15 +74,15 @@ class InversionFree:
                 tolerance_decay=0.9**0.5,
             )
         rate = halved(args.lower_lr, args.halve_every, unit * args.inner_steps)
-        solver = GradientSolver(
+        solver = tb.GradientSolver(
             adam(args.solver_lr),
             args.inner_steps,
             "residual",
             tolerance=0.0,
             damping=args.damping,
         )
-        inner = InnerSolver(adam(rate), args.inner_steps, optimizer_state="carry")
-        return Implicit(inner, solver)
+        inner = tb.InnerSolver(adam(rate), args.inner_steps, optimizer_state="carry")
+        return tb.Implicit(inner, solver)
 
     @staticmethod
     def upper_rate(args: argparse.Namespace, unit: int = 1) -> Any:

@@ -1,62 +1,26 @@
-"""Losses over many tasks: one value per task, and how they are put together."""
+"""How a function of one task is applied to many: at once, in sequence or unrolled."""
 
-import contextlib
-import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
 
-from tfbilevel import _structure as structure
+from tfbilevel._batches import require_dense
 from tfbilevel._derivatives import require_scalar
+from tfbilevel._loss import Loss
 from tfbilevel._workarounds import right_derivatives
+from tfbilevel._workarounds.vectorized_map import vectorized_map
 
-Loss = Callable[[Any, Any, Any], tf.Tensor]
-
-# Of the tasks taken in turn: the next begins while small operations of one are left.
+# Of sequential tasks: the next begins while small operations of one are left.
 OVERLAPPED = 2
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class TaskLoss:
-    """A loss over tasks, as a function of their stacked variables and batches.
-
-    Methods differentiate the sum over tasks, of which each task's variables see their
-    own term alone; what a user sees is the mean.
-
-    Attributes:
-        each: (x, y, batch) -> one value per task.
-        mean: whether calling it gives the mean or the sum.
-    """
-
-    each: Loss
-    mean: bool = False
-
-    def __call__(self, x: Any, y: Any, batch: Any) -> tf.Tensor:
-        losses = self.each(x, y, batch)
-        return tf.reduce_mean(losses) if self.mean else tf.reduce_sum(losses)
-
-
-def losses(loss: Loss) -> Loss:
-    """One value per task, or the scalar of a loss that knows no tasks."""
-    return loss.each if isinstance(loss, TaskLoss) else loss
-
-
-def rewired(loss: Loss, arguments: Callable[[Any, Any, Any], tuple]) -> Loss:
-    """The loss of other arguments, over tasks still if it was."""
-
-    def at(x: Any, y: Any, batch: Any) -> tf.Tensor:
-        return losses(loss)(*arguments(x, y, batch))
-
-    return dataclasses.replace(loss, each=at) if isinstance(loss, TaskLoss) else at
-
-
-def mapped_loss(loss: Loss, in_turn: Callable[[Any], bool]) -> Loss:
+def mapped_loss(loss: Loss, sequential: Callable[[Any], bool]) -> Loss:
     """One task's loss, at every task.
 
     Args:
         loss: (x, y, batch) -> scalar, of one task.
-        in_turn: stacked y -> whether tasks are taken one after the other.
+        sequential: stacked y -> whether tasks are taken one after the other.
     """
 
     def each(x: Any, y: Any, batch: Any) -> tf.Tensor:
@@ -69,11 +33,11 @@ def mapped_loss(loss: Loss, in_turn: Callable[[Any], bool]) -> Loss:
                 value = require_scalar(loss(x, task[0], task[1]))
             return tf.cast(value, dtype)
 
-        if not in_turn(y):
+        if not sequential(y):
             return map_tasks(one, (y, batch))
         return map_tasks(one, (y, batch), tf.TensorSpec([], dtype))
 
-    # Eagerly the mapping would be traced anew at every call, which takes 0.3 seconds.
+    # Eagerly the mapping would be traced again at every call, which takes 0.3 seconds.
     traced = tf.function(each, autograph=False)
 
     def mapped(x: Any, y: Any, batch: Any) -> Any:
@@ -128,23 +92,13 @@ def of_same_tasks(named: dict[str, Any]) -> dict[str, Any]:
     return tf.nest.map_structure(checked, named)
 
 
-def require_dense(tasks: Any) -> None:
-    """Raise if a leaf is sparse: it cannot be taken apart."""
-    if any(isinstance(leaf, tf.SparseTensor) for leaf in tf.nest.flatten(tasks)):
-        raise ValueError(
-            "The batches of `tb.over_tasks` must be dense: tasks are taken apart along "
-            "the leading axis. Convert them with tf.sparse.to_dense. "
-            f"Received: {tasks!r}"
-        )
-
-
-def map_tasks(function: Callable, tasks: Any, in_turn: Any = None) -> Any:
+def map_tasks(function: Callable, tasks: Any, specs: Any = None) -> Any:
     """A function of every entry of the leading axis that all leaves share.
 
     Args:
         function: nest -> nest of tensors. `None` leaves are handed on.
         tasks: a nest with the leading axis.
-        in_turn: what the function returns, a nest of `tf.TensorSpec`, to take one
+        specs: what the function returns, a nest of `tf.TensorSpec`, to take one
             entry after the other; `None`: all at once.
     """
     require_dense(tasks)
@@ -158,15 +112,20 @@ def map_tasks(function: Callable, tasks: Any, in_turn: Any = None) -> Any:
         return function(tf.nest.pack_sequence_as(tasks, whole))
 
     stacked = [tf.convert_to_tensor(leaves[index]) for index in present]
-    if in_turn is None:
-        with _outside_xla():
-            return tf.vectorized_map(entry, stacked)
+    if specs is None:
+        return vectorized_map(entry, stacked)
     return tf.map_fn(
-        entry, stacked, fn_output_signature=in_turn, parallel_iterations=OVERLAPPED
+        entry, stacked, fn_output_signature=specs, parallel_iterations=OVERLAPPED
     )
 
 
-def map_written_out(function: Callable, tasks: Any) -> Any:
+def map_sequentially(function: Callable, tasks: Any) -> Any:
+    """`map_tasks`, one entry after the other, whatever the function returns."""
+    traced, specs = _outcome(function, tasks)
+    return map_tasks(traced, tasks, specs)
+
+
+def map_unrolled(function: Callable, tasks: Any) -> Any:
     """`map_tasks` without a mapping: the function is traced for every task.
 
     Args:
@@ -186,26 +145,8 @@ def map_written_out(function: Callable, tasks: Any) -> Any:
     )
 
 
-@contextlib.contextmanager
-def _outside_xla() -> Iterator[None]:
-    """Hides from TensorFlow that XLA will compile what is traced within.
-
-    Under XLA `tf.vectorized_map` puts its operations into a function of their own, and
-    the gradient of that function takes the axes of its reductions, which XLA has to
-    know beforehand, from its results: XLA would take every argument for a constant and
-    compile anew at every call.
-    """
-    with contextlib.ExitStack() as stack:
-        graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
-        while graph is not None:
-            stack.enter_context(graph.control_dependencies(None))
-            graph = getattr(graph, "outer_graph", None)
-        yield
-
-
-def outcome(function: Callable, tasks: Any) -> tuple[Callable, Any]:
-    """The function traced for one task, and what it returns: what `map_tasks` needs to
-    know to take tasks in turn."""
+def _outcome(function: Callable, tasks: Any) -> tuple[Callable, Any]:
+    """The function traced for one task, and what it returns."""
 
     def spec(leaf: Any) -> Any:
         if leaf is None:
@@ -218,15 +159,3 @@ def outcome(function: Callable, tasks: Any) -> tuple[Callable, Any]:
     made = traced.get_concrete_function(one).structured_outputs
     specs = tf.nest.map_structure(lambda t: tf.TensorSpec(t.shape, t.dtype), made)
     return traced, specs
-
-
-def one_like(made: Any, stacked: Any, name: str) -> Any:
-    """One task's variables repeated for every task, or an error naming their source."""
-    first = tf.nest.map_structure(
-        lambda leaf: tf.TensorSpec(leaf.shape[1:], leaf.dtype), stacked
-    )
-    rule = "return one task's lower variables"
-    structure.require_like(made, first, name, rule)
-    return tf.nest.map_structure(
-        lambda one, all_tasks: tf.broadcast_to(one, tf.shape(all_tasks)), made, stacked
-    )

@@ -1,4 +1,4 @@
-"""Flags, and the one-line errors that scripts end with."""
+"""Flags, and the one line that training at NaN ends with."""
 
 import argparse
 import contextlib
@@ -9,7 +9,8 @@ import sys
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
-from tfbilevel._finite import NonFiniteError
+import tfbilevel as tb
+from data_prep.command_line import seed
 
 # What `--jit` may be, and what Keras's `jit_compile` calls it.
 JIT = {"auto": "auto", "on": True, "off": False}
@@ -42,7 +43,7 @@ class Parser(argparse.ArgumentParser):
         """One line on standard error; the run goes on."""
         print(f"{self.prog}: warning: {message}", file=sys.stderr)
 
-    def refuse_meaningless(
+    def reject_unused_flags(
         self,
         args: argparse.Namespace,
         published: Sequence[Any],
@@ -67,7 +68,7 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"{meaningless}: leave it out")
             self.warn(f"{meaningless}, which goes on without it")
 
-    def refuse_idle(
+    def reject_ineffective_flags(
         self, args: argparse.Namespace, needs: Mapping[str, tuple[bool, str]]
     ) -> None:
         """An error for a flag that was given and would change nothing.
@@ -105,40 +106,13 @@ def settings(args: argparse.Namespace, *hidden: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def one_line_errors(script: str) -> Iterator[None]:
-    """What goes wrong before any work is done: one line, exit status 2.
-
-    Args:
-        script: the script's `__file__`.
-    """
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        print(f"{pathlib.Path(script).name}: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-
-
-@contextlib.contextmanager
 def one_line_nonfinite() -> Iterator[None]:
     """Training that meets NaN or infinity: one line, exit status 1."""
     try:
         yield
-    except NonFiniteError as error:
+    except tb.NonFiniteError as error:
         print(f"{pathlib.Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         raise SystemExit(1) from None
-
-
-def positive(kind: type) -> Callable[[str], Any]:
-    """An argparse type: a finite number of this kind, above zero."""
-
-    def parse(text: str) -> Any:
-        value = kind(text)
-        if not (math.isfinite(value) and value > 0):
-            raise argparse.ArgumentTypeError(f"must be above zero, got {text}")
-        return value
-
-    parse.__name__ = f"positive {kind.__name__}"
-    return parse
 
 
 def at_least(kind: type, least: float) -> Callable[[str], Any]:
@@ -167,15 +141,6 @@ def fraction(text: str) -> float:
     value = float(text)
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"must be in [0, 1), got {text}")
-    return value
-
-
-def seed(text: str) -> int:
-    """An argparse type: a seed that NumPy, TensorFlow and Keras all take, and the next
-    ones after it too (`--trials`)."""
-    value = int(text)
-    if not 0 <= value < 2**31:
-        raise argparse.ArgumentTypeError(f"must be from 0 to 2^31 - 1, got {text}")
     return value
 
 

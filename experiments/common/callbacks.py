@@ -1,9 +1,7 @@
-"""Keras callbacks: rows of a run, and backups that survive a kill."""
+"""Keras callbacks: rows of a run."""
 
 import json
 import math
-import os
-import pathlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -11,10 +9,10 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tfbilevel._training_state import SKIPPED
-from tfbilevel.experiment._flags import one_line_nonfinite
-from tfbilevel.experiment._progress import Progress
-from tfbilevel.experiment._run import Run, write_json
+import tfbilevel as tb
+from common.flags import one_line_nonfinite
+from common.progress import Progress
+from common.run import Run, write_json
 
 
 def train(
@@ -45,7 +43,7 @@ def train(
     Raises:
         SystemExit: with status 1 and one line on stderr, at NaN or infinity.
     """
-    backup = Backup(run.out / "backup", epoch)
+    backup = tb.Backup(run.out / "backup", epoch)
     backup.set_model(model)
     backup.restore()
     clock = Evaluate(run, function, every, steps, seconds)
@@ -216,50 +214,10 @@ def _means(parts: list[tuple[int, dict]]) -> dict[str, float]:
     The skipped steps are counted, not averaged."""
     means = {}
     for name in parts[-1][1] if parts else ():
-        if name == SKIPPED:
+        if name == "skipped":
             means[name] = sum(part[name] for _, part in parts)
             continue
         known = [(n, part[name]) for n, part in parts if not math.isnan(part[name])]
         total = sum(n for n, _ in known)
         means[name] = sum(n * v for n, v in known) / total if total else math.nan
     return means
-
-
-class Backup(keras.callbacks.BackupAndRestore):
-    """`BackupAndRestore` at epochs that survives a kill at any moment.
-
-    Keras writes the weights over the last good ones and then the epoch into another
-    file: a kill between or during the two loses the run or repeats an epoch. Here
-    the weights replace the old ones in one step, and the epoch is taken from them.
-
-    Args:
-        folder: where the backup lives; it stays there when training ends.
-        steps_per_epoch: outer steps of one epoch.
-    """
-
-    def __init__(self, folder: pathlib.Path, steps_per_epoch: int):
-        super().__init__(str(folder), save_freq="epoch", delete_checkpoint=False)
-        self.folder, self.steps_per_epoch = pathlib.Path(folder), steps_per_epoch
-
-    @property
-    def _file(self) -> pathlib.Path:
-        return self.folder / "latest.weights.h5"
-
-    def _save_model(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        partial = self.folder / "partial.weights.h5"
-        self.model.save_weights(str(partial))
-        os.replace(partial, self._file)
-
-    def on_train_end(self, logs: Any = None) -> None:
-        super().on_train_end(logs)
-        self.model._initial_epoch = None  # of this fit, not of the next one
-
-    def restore(self) -> None:
-        """Load the weights into the model if there are any."""
-        self._load_model()
-
-    def _load_model(self) -> None:
-        if self._file.exists():
-            self.model.load_weights(str(self._file))
-            self.model._initial_epoch = self.model.outer_step // self.steps_per_epoch

@@ -1,24 +1,21 @@
 """One run's folder."""
 
+import atexit
+import contextlib
 import csv
-import errno
 import importlib.metadata
 import json
 import os
 import pathlib
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tfbilevel._version import __version__
+import filelock
 
-fcntl: Any
-try:
-    import fcntl
-except ImportError:  # not on Windows: folders are not locked there
-    fcntl = None
+import tfbilevel as tb
 
-_HELD: dict[pathlib.Path, int] = {}  # folders locked by this process: descriptors
+LOCK = ".lock"  # in a folder while a process works there
 PARTIAL = ".partial"  # ends the name of a file that is being written
 
 
@@ -67,8 +64,8 @@ class Run:
                 )
         else:
             # A kill while `config.json` was written leaves its beginning, no run.
-            begun = stored.with_name(stored.name + PARTIAL)
-            if self.out.exists() and {*self.out.iterdir()} - {begun}:
+            begun = {stored.with_name(stored.name + PARTIAL), self.out / LOCK}
+            if self.out.exists() and {*self.out.iterdir()} - begun:
                 raise ValueError(
                     "--out must be a new or empty folder. Name another one or pass "
                     f"--resume. Received: --out {self.out}"
@@ -79,14 +76,7 @@ class Run:
 
     def rows(self) -> list[dict[str, str]]:
         """The rows of `metrics.csv` so far, but for one that a kill has cut short."""
-        if not self._metrics.exists():
-            return []
-        with self._metrics.open(newline="") as file:
-            return [
-                row
-                for row in csv.DictReader(file)
-                if None not in row and None not in row.values()
-            ]
+        return rows_of(self.out)
 
     def column(self, name: str) -> list[float]:
         """One column of `metrics.csv` as numbers."""
@@ -108,19 +98,21 @@ class Run:
     def rewind(self, step: int) -> float:
         """Drop the rows after `step` and return the seconds of the last one kept."""
         kept = [row for row in self.rows() if int(row["step"]) <= step]
-        if self._metrics.exists():
-            partial = self._metrics.with_suffix(".partial")
-            with partial.open("w", newline="") as file:
-                if kept:
-                    writer = csv.DictWriter(file, fieldnames=list(kept[0]))
-                    writer.writeheader()
-                    writer.writerows(kept)
-            if kept:
-                os.replace(partial, self._metrics)
-            else:
-                partial.unlink()
-                self._metrics.unlink()
+        self.replace(kept)
         return float(kept[-1]["seconds"]) if kept else 0.0
+
+    def replace(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Make `metrics.csv` these rows, or remove it if there are none; it is whole or
+        as before."""
+        if not rows:
+            self._metrics.unlink(missing_ok=True)
+            return
+        partial = self._metrics.with_suffix(PARTIAL)
+        with partial.open("w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+        os.replace(partial, self._metrics)
 
     def summarise(self, values: Mapping[str, Any]) -> None:
         """Write `summary.json`."""
@@ -131,6 +123,47 @@ class Run:
         path = self.out / "summary.json"
         return json.loads(path.read_text()) if path.exists() else None
 
+    def files(self) -> str:
+        """What is in the folder, in a line."""
+        names = sorted(path.name for path in self.out.iterdir() if path.name != LOCK)
+        return f"Files in {self.out}: {', '.join(names)}"
+
+
+def rows_of(out: pathlib.Path) -> list[dict[str, str]]:
+    """The rows of a run's `metrics.csv`, but for one that a kill has cut short."""
+    metrics = out / "metrics.csv"
+    if not metrics.exists():
+        return []
+    with metrics.open(newline="") as file:
+        return [
+            row
+            for row in csv.DictReader(file)
+            if None not in row and None not in row.values()
+        ]
+
+
+def numbers(rows: Sequence[Mapping[str, str]]) -> list[dict[str, Any]]:
+    """Rows of a file, with numbers for strings that are some."""
+
+    def number(text: str) -> float | str:
+        try:
+            return float(text)
+        except ValueError:
+            return text
+
+    return [{name: number(text) for name, text in row.items()} for row in rows]
+
+
+def best_row(
+    rows: Sequence[Mapping[str, Any]], by: str, lowest: bool = False
+) -> Mapping[str, Any]:
+    """The first of the rows whose column `by` is largest, or smallest if `lowest`."""
+    choose = min if lowest else max
+    return choose(rows, key=lambda row: row[by])
+
+
+_held: dict[pathlib.Path, filelock.BaseFileLock] = {}  # by this process, until it ends
+
 
 def hold(folder: pathlib.Path) -> None:
     """Raise if another process works in the folder; else none can until this one ends.
@@ -138,20 +171,27 @@ def hold(folder: pathlib.Path) -> None:
     Two writers would mix their rows: a comparison that was killed may have left the
     process of a method behind.
     """
-    if fcntl is None or folder.resolve() in _HELD:
+    path = folder.resolve() / LOCK
+    if path in _held:
         return
-    descriptor = os.open(folder, os.O_RDONLY)
+    lock = filelock.FileLock(path)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(descriptor)
-        if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN):
-            raise ValueError(
-                "--out must not be in use: another process is writing there. End it "
-                f"or wait for it. Received: --out {folder}"
-            ) from None
-        return  # a file system without locks
-    _HELD[folder.resolve()] = descriptor
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise ValueError(
+            "--out must not be in use: another process is writing there. End it "
+            f"or wait for it. Received: --out {folder}"
+        ) from None
+    _held[path] = lock
+    atexit.register(let_go, path)
+
+
+def let_go(path: pathlib.Path) -> None:
+    """End the hold of a folder by its lock's path, and leave no file behind."""
+    lock = _held.pop(path)
+    with contextlib.suppress(OSError):  # Windows removes no open file
+        path.unlink(missing_ok=True)
+    lock.release()
 
 
 def write_json(path: pathlib.Path, values: Mapping[str, Any]) -> None:
@@ -164,7 +204,7 @@ def write_json(path: pathlib.Path, values: Mapping[str, Any]) -> None:
 def _versions() -> dict[str, str]:
     names = ("tensorflow", "keras", "numpy")
     return {
-        "tfbilevel": __version__,
+        "tfbilevel": tb.__version__,
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in names},
     }

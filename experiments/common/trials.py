@@ -3,16 +3,17 @@
 import argparse
 import contextlib
 import math
+import pathlib
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import keras
 import tensorflow as tf
 
-from tfbilevel.experiment._flags import settings
-from tfbilevel.experiment._run import Run
+from common.flags import settings
+from common.run import Run
 
 
 def trials(
@@ -44,7 +45,7 @@ def trials(
         f"seed-{seed}": argparse.Namespace(**vars(args) | {"seed": seed, "trials": 1})
         for seed in range(args.seed, args.seed + args.trials)
     }
-    done, failed = sweep(run, jobs, one)
+    done, failed = sweep(run, jobs, in_folder(one))
     summaries = list(done.values())
     run.rewind(-1)
     for step, (name, summary) in enumerate(done.items()):
@@ -67,39 +68,57 @@ def many_runs() -> Iterator[None]:
         logger.setLevel(level)
 
 
+Job = TypeVar("Job")
+
+
 def sweep(
     run: Run,
-    jobs: Mapping[str, argparse.Namespace],
-    one: Callable[[argparse.Namespace, Run], dict[str, Any]],
+    jobs: Mapping[str, Job],
+    one: Callable[[Job, pathlib.Path], dict[str, Any]],
+    after: Callable[[dict[str, Any]], None] = lambda summary: None,
 ) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """Runs in folders of their own within the run's, past those that end at NaN.
 
     Args:
         run: whose folder holds theirs.
-        jobs: name of the folder -> flags of the run in it.
-        one: (flags, run) -> summary; not called where one is there.
+        jobs: name of the folder -> what describes the run in it.
+        one: (job, folder) -> its summary, made now unless it is there (`in_folder`).
+        after: what to do with each summary at once.
 
     Returns:
         name -> summary, and the names of those that failed.
     """
     done, failed = {}, []
-    for name, own in jobs.items():
-        folder = run.out / name
-        begun = (folder / "config.json").exists()
+    for name, job in jobs.items():
         try:
             with many_runs():
-                done[name] = complete(own, Run(folder, settings(own), begun), one)
+                done[name] = one(job, run.out / name)
         except SystemExit:  # said already: the others go on
             failed.append(name)
+        else:
+            after(done[name])
         keras.backend.clear_session()
     return done, failed
+
+
+def in_folder(one: Callable[[argparse.Namespace, Run], dict[str, Any]]) -> Callable:
+    """(flags, run) -> summary, as what `sweep` calls with flags and a folder.
+
+    The run is begun there, or continued; if it is complete, `one` is not called.
+    """
+
+    def made(args: argparse.Namespace, folder: pathlib.Path) -> dict[str, Any]:
+        begun = (folder / "config.json").exists()
+        return complete(args, Run(folder, settings(args), begun), one)
+
+    return made
 
 
 def concluded(run: Run, summary: dict[str, Any], failed: list[str]) -> dict[str, Any]:
     """Write and return a sweep's summary; exit with status 1 if some of it failed."""
     run.summarise(summary | ({"failed": failed} if failed else {}))
     if failed:
-        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+        print(f"failed: {', '.join(failed)}; --resume tries again", file=sys.stderr)
         raise SystemExit(1)
     return summary
 

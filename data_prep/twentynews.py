@@ -1,0 +1,161 @@
+"""20 Newsgroups as scikit-learn keeps it: sparse documents, two halves, a test part.
+
+Documents are counts of words, scaled to length 1, as
+`sklearn.datasets.fetch_20newsgroups_vectorized` gives them. Its training part is cut in
+two halves, training and validation, each class in proportion.
+"""
+
+import os
+import pathlib
+import pickle
+import zlib
+from typing import Any, NamedTuple
+
+import numpy as np
+import sklearn.datasets
+import sklearn.feature_extraction.text
+import sklearn.model_selection
+import tensorflow as tf
+
+
+class Part(NamedTuple):
+    """Some of the documents.
+
+    Attributes:
+        features: [documents, features] float32, a SciPy CSR matrix, rows of length 1.
+        labels: [documents] int32.
+    """
+
+    features: Any
+    labels: np.ndarray
+
+
+class Data(NamedTuple):
+    train: Part
+    validation: Part
+    test: Part
+    words: np.ndarray
+    classes: int
+
+
+def load(
+    folder: pathlib.Path | None, features: str, most: int | None, seed: int
+) -> Data:
+    """The three parts; the split depends on the seed alone.
+
+    Args:
+        folder: scikit-learn's data folder, `None` for its own choice.
+        features: "counts", scaled to length 1, or "tfidf".
+        most: how many features to keep, the most frequent ones; `None`: all.
+        seed: of the split.
+
+    Raises:
+        FileNotFoundError: if scikit-learn does not find the data set.
+        ValueError: if it cannot be split.
+    """
+    train, test, words, classes = fetch(folder, features, most)
+    first, second = sklearn.model_selection.train_test_split(
+        np.arange(len(train.labels)),
+        test_size=0.5,
+        stratify=train.labels,
+        random_state=seed,
+    )
+    return Data(take(train, first), take(train, second), test, words, classes)
+
+
+def fetch(
+    folder: pathlib.Path | None, features: str, most: int | None
+) -> tuple[Part, Part, np.ndarray, int]:
+    """Both official parts, the feature names and the number of classes."""
+    default = os.environ.get("SCIKIT_LEARN_DATA", "~/scikit_learn_data")
+    home = pathlib.Path(folder or default).expanduser()
+    try:
+        if not home.is_dir():  # scikit-learn would make it
+            raise FileNotFoundError
+        train, test = (
+            sklearn.datasets.fetch_20newsgroups_vectorized(
+                subset=subset,
+                data_home=str(home),
+                download_if_missing=False,
+                normalize=features == "counts",
+            )
+            for subset in ("train", "test")
+        )
+    except PermissionError as error:
+        raise FileNotFoundError(
+            f"scikit-learn keeps its vectorised copy beside the data, and {home} "
+            "cannot be written. Copy the folder and set SCIKIT_LEARN_DATA to the copy"
+        ) from error
+    except (EOFError, pickle.UnpicklingError, zlib.error, ValueError) as error:
+        raise ValueError(
+            f"a file of 20 Newsgroups in {home} is damaged ({error}). Delete "
+            "20newsgroup_vectorized*.pkl there, or copy the folder anew"
+        ) from None
+    except OSError as error:
+        raise FileNotFoundError(
+            f"20 Newsgroups is not in {home}. Set SCIKIT_LEARN_DATA (or --data-dir) to "
+            "a folder that has it, or download it once: python -c 'import "
+            "sklearn.datasets as d; d.fetch_20newsgroups_vectorized()'"
+        ) from error
+    counts, test_counts = train.data, test.data
+    words = np.asarray(train.feature_names)
+    if most is not None:
+        frequent = np.argsort(-counts.getnnz(axis=0), kind="stable")
+        kept = np.sort(frequent[:most])
+        counts, test_counts = counts[:, kept], test_counts[:, kept]
+        words = words[kept]
+    if features == "tfidf":
+        weigh = sklearn.feature_extraction.text.TfidfTransformer().fit(counts)
+        counts, test_counts = map(weigh.transform, (counts, test_counts))
+    return (
+        Part(counts.tocsr().astype("float32"), train.target.astype("int32")),
+        Part(test_counts.tocsr().astype("float32"), test.target.astype("int32")),
+        words,
+        len(train.target_names),
+    )
+
+
+def tensors(part: Part) -> tuple[tf.SparseTensor, tf.Tensor]:
+    """All documents of a part as one batch: (features, labels)."""
+    entries = part.features.tocoo()
+    indices = np.stack([entries.row, entries.col], axis=1).astype("int64")
+    features = tf.SparseTensor(indices, entries.data, part.features.shape)
+    return features, tf.constant(part.labels)
+
+
+def take(part: Part, numbers: np.ndarray) -> Part:
+    return Part(part.features[numbers], part.labels[numbers])
+
+
+class Minibatches:
+    """A part's documents in minibatches without end, in a fresh order every pass.
+
+    Which documents make minibatch n depends on the seed and n alone, so a resumed
+    run draws what the uninterrupted one would have. The last documents of a pass,
+    too few for a minibatch, are left out of it.
+    """
+
+    def __init__(self, part: Part, size: int, seed: tuple[int, int]):
+        self.part, self.size, self.seed = part, size, seed
+        self.passes: dict[int, np.ndarray] = {}
+
+    def documents(self, number: int) -> np.ndarray:
+        """The document numbers of a minibatch, [size]."""
+        each_pass, within = divmod(number, len(self.part.labels) // self.size)
+        if each_pass not in self.passes:
+            generator = np.random.default_rng([*self.seed, each_pass])
+            order = generator.permutation(len(self.part.labels))
+            self.passes = {each_pass: order}
+        start = within * self.size
+        return self.passes[each_pass][start : start + self.size]
+
+    def stack(self, first: int, count: int) -> tuple[tf.SparseTensor, np.ndarray]:
+        """`count` minibatches in one batch: features [count, size, features]."""
+        chosen = np.stack([self.documents(first + i) for i in range(count)])
+        rows = self.part.features[chosen.ravel()]
+        entries = rows.tocoo()
+        batch, row = np.divmod(entries.row, self.size)
+        indices = np.stack([batch, row, entries.col], axis=1).astype("int64")
+        shape = (count, self.size, rows.shape[1])
+        features = tf.SparseTensor(indices, entries.data, shape)
+        return features, self.part.labels[chosen]

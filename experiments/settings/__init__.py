@@ -1,0 +1,1 @@
+"""Published settings: what each experiment's flags are filled in with."""

@@ -1,0 +1,88 @@
+"""Importance learning: what a data set's experiment is, and the methods' settings."""
+
+import dataclasses
+from typing import NamedTuple
+
+from common.inversion_free import InversionFree
+
+METHODS = ("penalty", "approxgrad")
+BASELINES = ("oracle", "val-only", "train+val")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(InversionFree):
+    """A method's settings on a data set; `None` where it has no such knob."""
+
+    epochs: int | None = None
+
+
+def penalty(epochs: int, multiplier: float, lower_lr: float = 1e-4) -> Settings:
+    return Settings(
+        epochs=epochs,
+        inner_steps=20,
+        upper_lr=3.0,
+        lower_lr=lower_lr,
+        weight=0.01,
+        lower_weight=0.01,
+        tolerance=0.1,
+        multiplier=multiplier,
+    )
+
+
+def approxgrad(
+    epochs: int, lower_lr: float, solver_lr: float, steps: int = 20
+) -> Settings:
+    return Settings(
+        epochs=epochs,
+        inner_steps=steps,
+        upper_lr=1.0,
+        lower_lr=lower_lr,
+        solver_lr=solver_lr,
+        damping=1e-3,
+        halve_every=20,
+    )
+
+
+DEFAULTS = {
+    ("penalty", "mnist-small"): penalty(100, 1e-4),
+    ("penalty", "mnist"): penalty(101, 1e-6),
+    ("penalty", "cifar10"): penalty(200, 1e-4),
+    ("penalty", "svhn"): penalty(101, 0.0, 1e-5),
+    ("penalty", "digits"): penalty(100, 1e-4),
+    ("approxgrad", "mnist-small"): approxgrad(100, 1e-6, 1e-5),
+    ("approxgrad", "mnist"): approxgrad(100, 1e-6, 1e-5),
+    ("approxgrad", "cifar10"): approxgrad(201, 1e-5, 1e-4, steps=1),
+    ("approxgrad", "svhn"): approxgrad(101, 1e-6, 1e-5),
+    ("approxgrad", "digits"): approxgrad(100, 1e-6, 1e-5),
+}
+
+
+class Dataset(NamedTuple):
+    """What a data set's experiment is, whatever the method.
+
+    Attributes:
+        net: of NETS.
+        noise: share of wrong training labels.
+        sizes: training and validation examples.
+        pretrain_epochs: on validation data.
+        low, high: importances at the start where the network disagrees, and agrees.
+        retrain_threshold: importance from which an example counts at the end; `None`:
+            no retraining.
+    """
+
+    net: str
+    noise: float
+    sizes: tuple[int, int]
+    pretrain_epochs: int
+    low: float
+    high: float
+    retrain_threshold: float | None = None
+
+
+DATASETS = {
+    "digits": Dataset("logistic", 0.5, (2000, 1000), 100, 0.4, 0.6, 0.9),
+    "mnist-small": Dataset("logistic", 0.5, (5000, 5000), 100, 0.4, 0.6, 0.9),
+    "mnist": Dataset("mnist-cnn", 0.25, (59_000, 1000), 100, 0.4, 0.6),
+    "cifar10": Dataset("cifar-cnn", 0.25, (40_000, 10_000), 101, 0.2, 0.8),
+    "svhn": Dataset("svhn-cnn", 0.5, (72_257, 1000), 200, 0.2, 0.8),
+}

@@ -1,0 +1,139 @@
+"""The data of one outer step."""
+
+from typing import Any, NamedTuple
+
+import tensorflow as tf
+
+
+class Batches(NamedTuple):
+    """The data of one outer step, named so that the levels cannot be swapped.
+
+    Attributes:
+        upper: what `upper_loss` receives as its batch (validation data).
+        lower: what `lower_loss` receives as its batch (training data).
+    """
+
+    upper: Any
+    lower: Any
+
+    def lower_at(self, draw: Any) -> Any:
+        """The lower batch of one draw (inner step): here always the same."""
+        del draw
+        return self.lower
+
+
+class StackedBatches(Batches):
+    """Batches whose lower part has a leading axis: one slice per draw.
+
+    Inner step t takes slice t; a stochastic linear solve goes on after the last
+    inner step; draws beyond the last slice start again at the first. Leaves may be
+    sparse, with their entries in order, as datasets give them.
+    """
+
+    __slots__ = ()
+
+    def lower_at(self, draw: Any) -> Any:
+        leaves = [leaf for leaf in tf.nest.flatten(self.lower) if leaf is not None]
+        if not leaves:
+            return self.lower
+        count = tf.shape(leaves[0])[0]
+        index = tf.math.floormod(tf.cast(draw, tf.int32), count)
+        return tf.nest.map_structure(lambda leaf: _slice(leaf, index), self.lower)
+
+
+def _slice(leaf: Any, index: tf.Tensor) -> Any:
+    """leaf[index] along the first axis of a tensor, dense, ragged or sparse."""
+    if leaf is None:
+        return None
+    if not isinstance(leaf, tf.SparseTensor):
+        return tf.gather(leaf, index)
+    # Its entries lie side by side; `tf.sparse.slice` would read those of all slices.
+    index = tf.cast(index, tf.int64)
+    begin, end = (_first_entry(leaf.indices, number) for number in (index, index + 1))
+    made = tf.SparseTensor(
+        leaf.indices[begin:end, 1:], leaf.values[begin:end], leaf.dense_shape[1:]
+    )
+    made.set_shape(leaf.shape[1:])
+    return made
+
+
+def _first_entry(indices: tf.Tensor, number: tf.Tensor) -> tf.Tensor:
+    """Where slice `number` begins among the entries: on a coarse grid, then between
+    two of its points, so that finding it copies no long column."""
+    stride = 1024
+    before = tf.searchsorted(indices[::stride, 0], number[None], out_type=tf.int64)[0]
+    first = tf.maximum(before - 1, 0) * stride
+    near = indices[first : first + stride, 0]
+    return first + tf.searchsorted(near, number[None], out_type=tf.int64)[0]
+
+
+def require_batches(batches: Any, name: str = "`batches`") -> None:
+    """Raise unless `batches` is a `tb.Batches`."""
+    if not isinstance(batches, Batches):
+        raise ValueError(
+            f"{name} must be tb.Batches(upper=..., lower=...), so that the levels "
+            "cannot be swapped. Build it by name, or make a dataset of them with "
+            f"tb.pair(upper_dataset, lower_dataset). Received: {type(batches)}"
+        )
+
+
+def count_tasks(batches: Batches) -> Any:
+    """How many tasks the batches carry: a number, or a tensor where it may vary."""
+    require_dense(batches)
+    axis = int(isinstance(batches, StackedBatches))
+    for part, where in ((batches.upper, 0), (batches.lower, axis)):
+        for leaf in tf.nest.flatten(part):
+            if leaf is None:
+                continue
+            leaf = tf.convert_to_tensor(leaf)
+            if leaf.shape.rank is not None and leaf.shape.rank > where:
+                known = leaf.shape[where]
+                return tf.shape(leaf)[where] if known is None else known
+    raise ValueError(
+        "`batches` must carry the tasks along a leading axis of every tensor. Stack "
+        f"each task's data. Received: {batches!r}"
+    )
+
+
+def apart(batches: Batches) -> tuple[Any, Any]:
+    """The upper and the lower batches with the tasks along the first axis."""
+    require_dense(batches)
+    stacked = isinstance(batches, StackedBatches)
+    return batches.upper, _swapped(batches.lower) if stacked else batches.lower
+
+
+def together(upper: Any, lower: Any, like: Batches) -> Batches:
+    """The batches from what `apart` made of them."""
+    stacked = isinstance(like, StackedBatches)
+    return type(like)(upper, _swapped(lower) if stacked else lower)
+
+
+def first_task(batches: Batches) -> Batches:
+    """The batches of the first task alone."""
+
+    def first(leaf: Any) -> Any:
+        return None if leaf is None else leaf[0]
+
+    return type(batches)(*tf.nest.map_structure(first, apart(batches)))
+
+
+def require_dense(tasks: Any) -> None:
+    """Raise if a leaf is sparse: it cannot be taken apart."""
+    if any(isinstance(leaf, tf.SparseTensor) for leaf in tf.nest.flatten(tasks)):
+        raise ValueError(
+            "The batches of `tb.over_tasks` must be dense: tasks are taken apart along "
+            "the leading axis. Convert them with tf.sparse.to_dense. "
+            f"Received: {tasks!r}"
+        )
+
+
+def _swapped(batch: Any) -> Any:
+    """Draws and tasks, the two leading axes, exchanged."""
+
+    def swap(leaf: Any) -> Any:
+        if leaf is None:
+            return None
+        leaf = tf.convert_to_tensor(leaf)
+        return tf.transpose(leaf, [1, 0, *range(2, leaf.shape.rank)])
+
+    return tf.nest.map_structure(swap, batch)

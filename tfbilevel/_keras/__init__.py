@@ -1,0 +1,1 @@
+"""The library as Keras users meet it."""

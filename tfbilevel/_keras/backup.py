@@ -1,0 +1,90 @@
+"""Backups of a fit that survive a kill."""
+
+import os
+import pathlib
+from typing import Any
+
+import keras
+
+from tfbilevel._arguments import require_count
+
+
+class Backup(keras.callbacks.BackupAndRestore):
+    """A callback that saves at every epoch's end, and resumes after a kill.
+
+        epoch to go on at = outer steps in the saved weights // steps_per_epoch
+
+    `keras.callbacks.BackupAndRestore` writes the weights over the last good ones, and
+    then the epoch into another file: a kill during the first loses the run, a kill
+    between the two repeats an epoch. Here the new weights replace the old ones in one
+    step, and the epoch is taken from them. A kill at any moment costs at most the epoch
+    under way, and the resumed fit ends with the numbers of an uninterrupted one if
+    its batches depend on the outer step alone (see `tb.index_batches`).
+
+    Costs one `save_weights` per epoch: both models, the method's and the optimizers'
+    states. During a save the disk holds them twice.
+
+    Assumes that all outer steps of the model come from this training: they are what
+    epochs are counted by. Called again with a finished training's folder, `fit`
+    restores the end and trains no further.
+
+    Args:
+        folder: where the backup lives. It is made if it is not there, and stays there
+            when training ends. One training may write to it at a time.
+        steps_per_epoch: outer steps of one epoch, at least 1.
+
+    Raises:
+        ValueError: if `steps_per_epoch` is not an integer of at least 1; when `fit`
+            begins, for weights of another model (by Keras).
+
+    Example:
+        >>> def model():
+        ...     weights = tb.ExampleWeights(2)
+        ...     network = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+        ...     model = tb.BilevelModel(
+        ...         weights, network,
+        ...         lambda upper, lower, x: tf.reduce_mean((lower(x) - x) ** 2),
+        ...         lambda upper, lower, x: upper.mean((lower(x) - 2.0)[:, 0] ** 2),
+        ...     )
+        ...     inner = tb.InnerSolver(keras.optimizers.SGD(0.1), steps=2)
+        ...     model.compile(tb.Unroll(inner), "sgd", jit_compile=False)
+        ...     return model
+        >>> data = tf.data.Dataset.from_tensors(tf.constant([[1.0], [2.0]]))
+        >>> batches = tb.pair(data, data)
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     backup = tb.Backup(folder, steps_per_epoch=1)
+        ...     _ = model().fit(batches, epochs=2, callbacks=[backup], verbose=0)
+        ...     resumed = model()
+        ...     _ = resumed.fit(batches, epochs=3, callbacks=[backup], verbose=0)
+        >>> resumed.outer_step, len(resumed.history.epoch)  # 2 of them before
+        (3, 1)
+    """
+
+    def __init__(self, folder: str | os.PathLike, steps_per_epoch: int):
+        require_count(steps_per_epoch, "steps_per_epoch")
+        super().__init__(str(folder), save_freq="epoch", delete_checkpoint=False)
+        self.folder, self.steps_per_epoch = pathlib.Path(folder), steps_per_epoch
+
+    @property
+    def _file(self) -> pathlib.Path:
+        return self.folder / "latest.weights.h5"
+
+    def _save_model(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        partial = self.folder / "partial.weights.h5"
+        self.model.save_weights(str(partial))
+        os.replace(partial, self._file)
+
+    def on_train_end(self, logs: Any = None) -> None:
+        super().on_train_end(logs)
+        self.model._initial_epoch = None  # of this fit, not of the next one
+
+    def restore(self) -> None:
+        """Load the weights into the model if there are any."""
+        self._load_model()
+
+    def _load_model(self) -> None:
+        if self._file.exists():
+            self.model.load_weights(str(self._file))
+            self.model._initial_epoch = self.model.outer_step // self.steps_per_epoch

@@ -1,0 +1,75 @@
+"""Batches of example numbers that resume."""
+
+import numbers
+from typing import Any
+
+import tensorflow as tf
+
+from tfbilevel._arguments import require_count
+
+
+def index_batches(
+    count: int, size: int, seed: int = 0, first: int = 0
+) -> tf.data.Dataset:
+    """Batches of example numbers without end, which a resumed run continues.
+
+        permutation p of 0, ..., count - 1 = shuffle(seed, p),    p = 0, 1, 2, ...
+        batch n = entries n' * size, ..., (n' + 1) * size - 1 of permutation p,
+        p, n' = divmod(n, count // size)
+
+    What does not fill a batch at the end of a permutation is left out of it; the next
+    one is shuffled again. Batch n depends on the arguments and on n alone, so that a
+    run that begins at batch `first` sees what an uninterrupted one would have seen.
+    `Dataset.shuffle` has no such number to begin at. One permutation is held in
+    memory: 4 bytes per example.
+
+    Gather the examples within `map`; the numbers themselves are what
+    `tb.ExampleWeights` is called with.
+
+    Args:
+        count: how many examples there are, at least 1.
+        size: how many of them a batch has, from 1 to `count`.
+        seed: an integer; each has permutations of its own.
+        first: number of the first batch, such as `model.outer_step`, or that times
+            the batches of an outer step.
+
+    Returns:
+        A `tf.data.Dataset` of int32 tensors [size]. It has no end: pass
+        `steps_per_epoch` to `fit`.
+
+    Raises:
+        ValueError: for a `count` or `size` below 1, a `size` above `count`, a
+            negative `first`, or a `seed` that is no integer.
+
+    Example:
+        >>> x, y = tf.range(10.0), tf.range(10)
+        >>> def gather(index):
+        ...     return tf.gather(x, index), tf.gather(y, index), index
+        >>> batches = tb.index_batches(len(x), 4, seed=1).map(gather)
+        >>> through = [index.numpy().tolist() for _, _, index in batches.take(3)]
+        >>> sorted(through[0] + through[1])[:3]  # 8 different ones of 10
+        [0, 1, 2]
+        >>> resumed = next(iter(tb.index_batches(10, 4, seed=1, first=2)))
+        >>> resumed.numpy().tolist() == through[2]
+        True
+    """
+    require_count(count, "count")
+    require_count(size, "size")
+    require_count(first, "first", 0)
+    if not isinstance(seed, numbers.Integral) or isinstance(seed, bool):
+        raise ValueError(f"`seed` must be an integer. Received: seed={seed!r}")
+    if size > count:
+        raise ValueError(
+            "`size` must be from 1 to `count`. Use smaller batches or more examples. "
+            f"Received: size={size}, count={count}"
+        )
+    per_permutation = count // size
+    permutations, rest = divmod(first, per_permutation)
+
+    def batches(number: tf.Tensor) -> Any:
+        key = tf.stack([tf.constant(seed, tf.int64), number])
+        order = tf.random.experimental.stateless_shuffle(tf.range(count), key)
+        order = order[: per_permutation * size]
+        return tf.data.Dataset.from_tensor_slices(tf.reshape(order, [-1, size]))
+
+    return tf.data.Dataset.counter(permutations).flat_map(batches).skip(rest)

@@ -1,0 +1,43 @@
+"""Losses of one problem or of many tasks: one value of each, and their sum or mean."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import tensorflow as tf
+
+Loss = Callable[[Any, Any, Any], tf.Tensor]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TaskLoss:
+    """A loss over tasks, as a function of their stacked variables and batches.
+
+    Methods differentiate the sum over tasks, of which each task's variables see their
+    own term alone; what a user sees is the mean.
+
+    Attributes:
+        each: (x, y, batch) -> one value per task.
+        mean: whether calling it gives the mean or the sum.
+    """
+
+    each: Loss
+    mean: bool = False
+
+    def __call__(self, x: Any, y: Any, batch: Any) -> tf.Tensor:
+        losses = self.each(x, y, batch)
+        return tf.reduce_mean(losses) if self.mean else tf.reduce_sum(losses)
+
+
+def losses(loss: Loss) -> Loss:
+    """One value per task, or the scalar of a loss that knows no tasks."""
+    return loss.each if isinstance(loss, TaskLoss) else loss
+
+
+def rewired(loss: Loss, arguments: Callable[[Any, Any, Any], tuple]) -> Loss:
+    """The loss of other arguments, over tasks still if it was."""
+
+    def at(x: Any, y: Any, batch: Any) -> tf.Tensor:
+        return losses(loss)(*arguments(x, y, batch))
+
+    return dataclasses.replace(loss, each=at) if isinstance(loss, TaskLoss) else at
