@@ -267,8 +267,8 @@ FAULTS = [
     Fault(
         "training-state",
         "the states of random layers are not saved",
-        "[*random_states, self.base.state]",
-        "[self.base.state]",
+        "[*states, levels.base.state]",
+        "[levels.base.state]",
         ("test_saved_models.py -k random_layers",),
     ),
     Fault(

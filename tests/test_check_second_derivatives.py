@@ -13,8 +13,8 @@ import tensorflow as tf
 from small_models import SGD, unroll
 
 import tfbilevel as tb
-from tfbilevel import _derivatives as derivatives
-from tfbilevel._look import operations
+from tfbilevel._calculus import derivatives
+from tfbilevel._check.look import operations
 
 K = keras.layers
 PIXELS = np.random.default_rng(0).normal(size=(6, 6, 6, 1)).astype("float32")

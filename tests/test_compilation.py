@@ -7,8 +7,8 @@ import tensorflow as tf
 from small_models import full_batch, lower_loss, network, unroll, upper_loss
 
 import tfbilevel as tb
-from tfbilevel import _compilation
-from tfbilevel._compilation import faster_with_xla
+from tfbilevel._keras import compilation as _compilation
+from tfbilevel._keras.compilation import faster_with_xla
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import tensorflow as tf
 from tensorflow.python.eager import context
 
 import tfbilevel as tb
-from tfbilevel._compilation import faster_with_xla
+from tfbilevel._keras.compilation import faster_with_xla
 from tfbilevel._workarounds.memory_optimizer import without_memory_rewrites
 
 SIZE = 8_000_000

@@ -177,7 +177,9 @@ def test_only_one_file_opens_a_tape() -> None:
         for path in PACKAGE.rglob("*.py")
     }
     assert [n for n, text in sources.items() if "GradientTape(" in text] == [
-        "_derivatives.py"
+        "_calculus/derivatives.py"
     ]
     # In a graph that is thrown away, to see what the derivatives are made of.
-    assert [n for n, text in sources.items() if "tf.gradients(" in text] == ["_look.py"]
+    assert [n for n, text in sources.items() if "tf.gradients(" in text] == [
+        "_check/look.py"
+    ]

@@ -5,7 +5,7 @@ import pytest
 import tensorflow as tf
 
 import tfbilevel as tb
-from tfbilevel._resident import Resident
+from tfbilevel._keras.resident import Resident
 
 FULL = np.arange(12.0, dtype="float32").reshape(4, 3)
 

@@ -14,7 +14,7 @@ import tensorflow as tf
 from tensorflow.python.framework import ops
 
 import tfbilevel as tb
-from tfbilevel import _derivatives as derivatives
+from tfbilevel._calculus import derivatives
 from tfbilevel._workarounds import right_derivatives
 
 generator = np.random.default_rng(0)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import cast, flat, unflat
 
-from tfbilevel import _structure as structure
+from tfbilevel._calculus import structure
 
 QUICK = settings(max_examples=20, deadline=None)
 SHAPES = [(), (3,), (2, 4), (1, 5, 2), (0,)]

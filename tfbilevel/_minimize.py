@@ -7,15 +7,15 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from tfbilevel import _structure as structure
-from tfbilevel._arguments import require_callable, require_count
-from tfbilevel._batches import Batches, require_batches
-from tfbilevel._differentiable import UpdateRule, configuration, widest
-from tfbilevel._finite import NonFiniteError, first_nonfinite, warn_diverged
-from tfbilevel._indices import explain
-from tfbilevel._look import require_second_derivatives
-from tfbilevel._method import Method, require_method
-from tfbilevel._problem import Problem, require_problem
+from tfbilevel._calculus import structure
+from tfbilevel._check.example_indices import explain
+from tfbilevel._check.look import require_second_derivatives
+from tfbilevel._core.arguments import require_callable, require_count
+from tfbilevel._core.batches import Batches, require_batches
+from tfbilevel._core.method import Method, require_method
+from tfbilevel._core.nonfinite import NonFiniteError, first_nonfinite, warn_diverged
+from tfbilevel._core.problem import Problem, require_problem
+from tfbilevel._optimizers.update_rule import UpdateRule, configuration, widest
 from tfbilevel._workarounds.memory_optimizer import without_memory_rewrites
 
 

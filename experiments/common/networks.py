@@ -10,7 +10,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tfbilevel._derivatives import fill_zeros, vjp
+from tfbilevel._calculus.derivatives import fill_zeros, vjp
 
 Block = list[keras.layers.Layer]
 

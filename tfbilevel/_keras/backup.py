@@ -6,7 +6,7 @@ from typing import Any
 
 import keras
 
-from tfbilevel._arguments import require_count
+from tfbilevel._core.arguments import require_count
 
 
 class Backup(keras.callbacks.BackupAndRestore):

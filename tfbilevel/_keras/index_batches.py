@@ -5,7 +5,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from tfbilevel._arguments import require_count
+from tfbilevel._core.arguments import require_count
 
 
 def index_batches(

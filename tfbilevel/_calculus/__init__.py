@@ -1,0 +1,1 @@
+"""Derivatives, vector arithmetic on nests and loops; no bilevel words."""

@@ -1,0 +1,255 @@
+"""Derivatives: the only file that opens a gradient tape.
+
+A pullback returns `None` for a leaf that the function does not reach. Callers
+decide what that means: zero for the partial derivative of the upper loss in the
+upper variables, and `require_connected`'s error everywhere else.
+"""
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import tensorflow as tf
+
+from tfbilevel._calculus import structure
+from tfbilevel._calculus.lost_derivatives import MissingSecondDerivativeError, lost
+from tfbilevel._workarounds import right_derivatives
+
+Pullback = Callable[[Any], Any]
+
+
+def vjp(function: Callable, *primals: Any) -> tuple[Any, Any, Pullback]:
+    """A function's value and its vector-Jacobian product.
+
+    Args:
+        function: primals -> (value, auxiliary); the auxiliary part is handed on and
+            not differentiated.
+        *primals: nests of tensors.
+
+    Returns:
+        The value, the auxiliary part and the pullback, which maps a cotangent
+        shaped like the value to one cotangent per primal, `None` at leaves that are
+        not connected. It can be called several times, inside `tf.while_loop` too.
+    """
+    primals = structure.distinct(primals)
+    with tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
+        tape.watch(tf.nest.flatten(primals))
+        with right_derivatives():
+            value, auxiliary = function(*primals)
+
+    def pullback(cotangent: Any) -> Any:
+        with _differentiating():
+            return tape.gradient(
+                tf.nest.flatten(value),
+                primals,
+                output_gradients=tf.nest.flatten(cotangent),
+            )
+
+    return value, auxiliary, pullback
+
+
+def jvp(function: Callable, *primals: Any) -> tuple[Any, Any, Pullback, list]:
+    """A function's value and its Jacobian-vector product.
+
+    The transpose of the vector-Jacobian product, which is linear in its cotangent:
+    two reverse sweeps, that unlike TensorFlow's forward mode work in every graph.
+
+    Args:
+        function: primals -> (value, auxiliary), as for `vjp`.
+        *primals: nests of tensors.
+
+    Returns:
+        The value, the auxiliary part, the pushforward, which maps a tuple of
+        tangents shaped like the primals to a tangent shaped like the value, and for
+        each primal whether the value depends on its leaves.
+    """
+    primals = structure.distinct(primals)
+    with tf.GradientTape(persistent=True, watch_accessed_variables=False) as outer:
+        with tf.GradientTape(persistent=True, watch_accessed_variables=False) as inner:
+            inner.watch(tf.nest.flatten(primals))
+            with right_derivatives():
+                value, auxiliary = function(*primals)
+        seeds = [tf.zeros_like(leaf) for leaf in tf.nest.flatten(value)]
+        outer.watch(seeds)
+        with _differentiating():
+            entries = inner.gradient(
+                tf.nest.flatten(value), tf.nest.flatten(primals), output_gradients=seeds
+            )
+        # Of a gather: slices, which cannot be differentiated as they are.
+        cotangents = [
+            None if entry is None else tf.convert_to_tensor(entry) for entry in entries
+        ]
+    connected = [entry is not None for entry in cotangents]
+
+    def pushforward(tangents: Any) -> Any:
+        flat = tf.nest.flatten(tangents)
+        pairs = [
+            pair for pair in zip(cotangents, flat, strict=True) if pair[0] is not None
+        ]
+        made = [None] * len(seeds)
+        if pairs:
+            targets, along = zip(*pairs, strict=True)
+            with _differentiating():
+                made = outer.gradient(
+                    list(targets), seeds, output_gradients=list(along)
+                )
+        return fill_zeros(tf.nest.pack_sequence_as(value, made), value)
+
+    return value, auxiliary, pushforward, tf.nest.pack_sequence_as(primals, connected)
+
+
+def value_and_partials(function: Callable, *primals: Any) -> tuple[tf.Tensor, Any]:
+    """A scalar function's value and its partial derivative in every primal.
+
+    Leaves that are not connected come back as `None`.
+    """
+    primals = structure.distinct(primals)
+    with tf.GradientTape(watch_accessed_variables=False) as tape:
+        tape.watch(tf.nest.flatten(primals))
+        with right_derivatives():
+            value = require_scalar(function(*primals))
+    with right_derivatives():
+        return value, tape.gradient(value, primals)
+
+
+def lower_gradient(
+    lower_loss: Callable, upper: Any, lower: Any, batch: Any
+) -> tuple[tf.Tensor, Any]:
+    """g(x, y) and g_y(x, y), every lower leaf connected."""
+    value, (gradient,) = value_and_partials(
+        lambda y: lower_loss(upper, y, batch), lower
+    )
+    return value, require_connected(gradient, lower, "lower", "the lower loss")
+
+
+def lower_gradient_pullback(
+    lower_loss: Callable, upper: Any, lower: Any, batch: Any
+) -> tuple[tf.Tensor, Any, Callable[[Any], tuple[Any, Any]]]:
+    """g, g_y and the map v -> (g_xy v, g_yy v), one reverse sweep for both.
+
+    Entries of g_xy v are `None` where the lower gradient does not depend on that
+    upper leaf. g_yy v is zero where the lower gradient is constant (a lower loss
+    linear in a leaf), which is its true value.
+    """
+
+    upper, lower = structure.distinct((upper, lower))
+    with tf.GradientTape(persistent=True, watch_accessed_variables=False) as outer:
+        outer.watch(tf.nest.flatten((upper, lower)))
+        with tf.GradientTape(watch_accessed_variables=False) as inner:
+            inner.watch(tf.nest.flatten(lower))
+            with right_derivatives():
+                value = require_scalar(lower_loss(upper, lower, batch))
+        with right_derivatives():
+            entries = inner.gradient(value, lower)
+        gradient = require_connected(entries, lower, "lower", "the lower loss")
+
+    def pullback(vector: Any) -> tuple[Any, Any]:
+        with _differentiating():
+            mixed, curvature = outer.gradient(
+                tf.nest.flatten(gradient),
+                (upper, lower),
+                output_gradients=tf.nest.flatten(vector),
+            )
+        return mixed, fill_zeros(curvature, lower)
+
+    return value, gradient, pullback
+
+
+@contextlib.contextmanager
+def _differentiating() -> Iterator[None]:
+    """Around a reverse sweep through gradients: what TensorFlow lacks is named."""
+    try:
+        with right_derivatives():
+            yield
+    except (LookupError, NotImplementedError) as error:
+        message = str(error)
+        known = re.search(
+            r"no entry for: (\w+)|op type: (\w+)|(recompute_grad)", message
+        )
+        name = next(filter(None, known.groups())) if known else type(error).__name__
+        operation = lost(name, "", "missing", message.splitlines()[-1])
+        raise MissingSecondDerivativeError([operation]) from error
+
+
+def require_scalar(loss: Any) -> tf.Tensor:
+    """The loss as a tensor, or an error unless it is a floating-point scalar."""
+    if loss is None:
+        raise ValueError(
+            "A loss must return a floating-point scalar. Add the missing `return`. "
+            "Received: None"
+        )
+    value = tf.convert_to_tensor(loss)
+    if value.shape.rank != 0 or not value.dtype.is_floating:
+        raise ValueError(
+            "A loss must be a floating-point scalar; a gradient of anything else "
+            "would be of its sum without saying so. Reduce it with tf.reduce_mean or "
+            f"tf.reduce_sum. Received: a loss of shape {value.shape} and dtype "
+            f"{value.dtype.name}"
+        )
+    return value
+
+
+def fill_zeros(gradient: Any, primal: Any) -> Any:
+    """The gradient with zeros where it is not connected."""
+    return tf.nest.pack_sequence_as(
+        primal,
+        [
+            tf.zeros_like(leaf) if entry is None else tf.convert_to_tensor(entry)
+            for entry, leaf in zip(
+                tf.nest.flatten(gradient), tf.nest.flatten(primal), strict=True
+            )
+        ],
+    )
+
+
+def add_partials(*gradients: Any) -> Any:
+    """The sum, in which `None` (not connected) counts as zero and stays `None`
+    only where every term is."""
+
+    def total(*entries: Any) -> Any:
+        present = [tf.convert_to_tensor(e) for e in entries if e is not None]
+        return tf.add_n(present) if present else None
+
+    flat = [total(*e) for e in zip(*map(tf.nest.flatten, gradients), strict=True)]
+    return tf.nest.pack_sequence_as(gradients[0], flat)
+
+
+def scale_partial(factor: Any, gradient: Any) -> Any:
+    """factor * gradient, in which `None` stays `None`."""
+    return tf.nest.map_structure(
+        lambda g: None if g is None else structure.coefficient(factor, g) * g, gradient
+    )
+
+
+class UnconnectedGradientError(ValueError):
+    """A variable that a loss must depend on does not reach it."""
+
+    def __init__(self, level: str, index: int, name: str, source: str):
+        self.level, self.index, self.source = level, index, source
+        self.name = name
+        super().__init__(
+            f"{source} does not depend on the {level} variable {name}, so its "
+            f"gradient is not connected. Every {level} variable must enter it "
+            "through differentiable TensorFlow operations: use the variable, or "
+            f"leave it out of the {level} variables. Received: no gradient for {name}"
+        )
+
+
+def require_connected(gradient: Any, primal: Any, level: str, source: str) -> Any:
+    """The gradient, or an error naming the first leaf that is not connected.
+
+    Args:
+        gradient: partial derivatives, `None` where not connected.
+        primal: the variables, for structure and names.
+        level: "upper" or "lower".
+        source: what was differentiated, as a noun phrase.
+    """
+    names = structure.paths(primal, level)
+    for index, entry in enumerate(tf.nest.flatten(gradient)):
+        if entry is None:
+            capitalised = source[0].upper() + source[1:]
+            raise UnconnectedGradientError(level, index, names[index], capitalised)
+    return tf.nest.pack_sequence_as(
+        primal, [tf.convert_to_tensor(entry) for entry in tf.nest.flatten(gradient)]
+    )

@@ -1,0 +1,1 @@
+"""Is this hypergradient right, and does TensorFlow have its derivatives?"""

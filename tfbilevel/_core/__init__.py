@@ -1,0 +1,1 @@
+"""The problem, its batches, the method's interface and the inner solver."""

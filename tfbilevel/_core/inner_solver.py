@@ -1,0 +1,399 @@
+"""The inner solver: a number of optimizer steps on the lower loss."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import keras
+import tensorflow as tf
+
+from tfbilevel._calculus import derivatives, structure
+from tfbilevel._calculus.loops import serial_loop
+from tfbilevel._core.arguments import require_choice, require_count
+from tfbilevel._core.former_arguments import of_former
+from tfbilevel._core.inner_trajectory import trajectory
+from tfbilevel._core.prepared import Prepared
+from tfbilevel._core.problem import Problem
+from tfbilevel._core.schedules import Schedule, require_tolerance
+from tfbilevel._optimizers import nesterov
+from tfbilevel._optimizers.learned_rate import rated, stretched
+from tfbilevel._optimizers.update_rule import OptimizerState, differentiable
+
+
+class Iterate(NamedTuple):
+    """A point of an inner loop: lower variables and optimizer state."""
+
+    lower: Any
+    optimizer: OptimizerState
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class InnerSolver:
+    r"""Approximates the lower solution y*(x) by steps of an optimizer.
+
+        y_0 = start,      y_{t+1} = P( y_t - update( g_y(x, y_t) ) ),   t < steps
+
+    P is `problem.project_lower`. One step costs one gradient of the lower loss.
+
+    `accelerated` is Nesterov's sequence for convex lower losses (FISTA): the gradient
+    is taken, and the update made, at a point u_t ahead of y_t,
+
+        y_{t+1} = P( u_t - update( g_y(x, u_t) ) ),    u_0 = y_0,    s_0 = 1
+        s_{t+1} = (1 + sqrt(1 + 4 s_t^2)) / 2
+        u_{t+1} = y_{t+1} + (s_t - 1) / s_{t+1} * (y_{t+1} - y_t)
+
+    at an error O(1/T^2) instead of O(1/T). Momentum with a constant factor is an
+    option of the optimizer: keras.optimizers.SGD(rate, momentum=0.9, nesterov=True).
+
+    Args:
+        optimizer: a Keras optimizer that `tb.differentiable` supports, or its name.
+        steps: number of steps, at least 1.
+        start: where each outer step starts. "warm": at the current lower variables.
+            "cold": at `problem.lower_start(x)` or, without one, at the lower
+            variables that the method was initialised with. A function of the outer
+            step (int64 scalar) -> lower variables, over tasks those of all of them: at
+            what it returns, say a sample of `tf.random.stateless_uniform`. A
+            problem with a `lower_start` always starts there (but for `tb.ValueGap`,
+            whose `auxiliary` decides).
+        learning_rate: a schedule of the outer step, such as tb.CosineDecay(0.1, 0.01,
+            1000); or x -> scalar, the rate as a function of the upper variables
+            where it is to be learned; or x -> rates like the lower variables, or that
+            broadcast to them: one per entry (Meta-SGD), or one per layer. `None`: the
+            optimizer's own.
+        optimizer_state: "reset": momentum and moments start at zero at every outer
+            step. "carry": they go on from the last one.
+        accelerated: Nesterov's sequence of extrapolations.
+        tolerance: stop before `steps` once |g_y| (Euclidean, absolute) is at most
+            this; a number, or a schedule of the outer step such as
+            tb.Geometric(0.1, 0.9). Only for methods that do not unroll the steps.
+
+    Raises:
+        ValueError: for an unsupported optimizer, `steps` below 1, an unknown `start`
+            or `optimizer_state`, a `learning_rate` that is not callable or is Keras's
+            schedule, or a negative `tolerance`; at the first step for rates that do
+            not fit the lower variables, or of single entries with Ftrl.
+
+    Example:
+        >>> inner = tb.InnerSolver(keras.optimizers.SGD(0.5), steps=20)
+        >>> problem = tb.Problem(
+        ...     upper_loss=lambda x, y, batch: y**2,
+        ...     lower_loss=lambda x, y, batch: 0.5 * (y - x) ** 2,
+        ... )
+        >>> x, y = tf.constant(3.0), tf.constant(0.0)
+        >>> here = problem.prepared(x, tb.Batches(None, None))
+        >>> y, state, loss = inner.solve(here, y, inner.init(problem, x, y))
+        >>> round(float(y), 4)
+        3.0
+    """
+
+    optimizer: keras.optimizers.Optimizer | str
+    steps: int
+    start: str | Callable[[tf.Tensor], Any] = "warm"
+    learning_rate: Schedule | Callable[[Any], tf.Tensor] | None = None
+    optimizer_state: str = "reset"
+    accelerated: bool = False
+    tolerance: float | Schedule | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rule", differentiable(self.optimizer))
+        # Given by name, it is the rule's.
+        object.__setattr__(self, "optimizer", self.rule.optimizer)
+        require_count(self.steps, "steps")
+        if not callable(self.start):
+            require_choice(self.start, "start", ("warm", "cold"))
+        require_choice(self.optimizer_state, "optimizer_state", ("reset", "carry"))
+        if self.tolerance is not None:
+            require_tolerance(self.tolerance)
+        if self.learning_rate is not None:
+            if not callable(self.learning_rate):
+                raise ValueError(
+                    "`learning_rate` must be a function of the upper variables or a "
+                    "schedule of the outer step. Set a constant rate on the "
+                    "optimizer instead; one rate per inner step too: "
+                    "keras.optimizers.schedules.PiecewiseConstantDecay. Received: "
+                    f"learning_rate={self.learning_rate!r}"
+                )
+            if isinstance(
+                self.learning_rate, keras.optimizers.schedules.LearningRateSchedule
+            ):
+                raise ValueError(
+                    "`learning_rate` must not be a Keras schedule: it would be called "
+                    "with the upper variables. Use a schedule of the outer step, such "
+                    "as tb.CosineDecay, or give the optimizer Keras's, which counts "
+                    "inner steps. "
+                    f"Received: learning_rate={self.learning_rate!r}"
+                )
+            if self.rule.scheduled:
+                raise ValueError(
+                    "`learning_rate` and a LearningRateSchedule exclude each other. "
+                    "Give the optimizer a number. Received: "
+                    f"optimizer={self.optimizer!r}"
+                )
+
+    def init(self, problem: Problem, upper: Any, lower: Any) -> dict[str, Any]:
+        """What the solver carries over outer steps."""
+        state: dict[str, Any] = {}
+        # The rule makes its templates here: made while a function is traced, they
+        # would have TensorFlow trace it a second time.
+        fresh = self.fresh(problem, lower)
+        followed = (self.tolerance, self.learning_rate)
+        if callable(self.start) or any(isinstance(one, Schedule) for one in followed):
+            state["step"] = tf.constant(0, tf.int64)
+        if self.start == "cold" and problem.lower_start is None:
+            state["start"] = structure.copied(lower)
+        if self.optimizer_state == "carry":
+            state["optimizer"] = fresh
+        return state
+
+    def begin(self, here: Prepared, lower: Any, state: dict) -> Iterate:
+        """The iterate that this outer step starts from."""
+        problem = here.problem
+        if problem.lower_start is not None:
+            start = problem._started(here.upper, structure.to_tensors(lower))
+        elif callable(self.start):
+            start = problem._sampled(self.start, state["step"], lower)
+        else:
+            start = structure.to_tensors(state.get("start", lower))
+        if "optimizer" in state:
+            optimizer = state["optimizer"]
+        else:
+            optimizer = self.fresh(problem, start)
+        if isinstance(self.learning_rate, Schedule):
+            rate = tf.cast(
+                self.learning_rate(state["step"]), optimizer.learning_rate.dtype
+            )
+            optimizer = optimizer._replace(learning_rate=rate)
+        return Iterate(start, optimizer)
+
+    def begin_pullback(
+        self, here: Prepared, lower: Any, state: dict
+    ) -> tuple[Iterate, derivatives.Pullback | None]:
+        """`begin`, and the pullback of y_0 to x where the problem has a start."""
+        if here.problem.lower_start is None:
+            return self.begin(here, lower, state), None
+
+        def start(c: Any) -> tuple[Any, Iterate]:
+            iterate = self.begin(here.at(c), lower, state)
+            return iterate.lower, iterate
+
+        _, iterate, pullback = derivatives.vjp(start, here.upper)
+        return iterate, pullback
+
+    def fresh(self, problem: Problem, lower: Any) -> OptimizerState:
+        """The optimizer's state before the first step."""
+        state = self.rule.init(lower)
+        # Where tasks stop at different steps, each has its own count of them.
+        tasks = tf.TensorShape([])
+        if self.tolerance is not None:
+            tasks = problem.inner_product.shape(structure.to_tensors(lower))
+        if tasks.rank:
+            state = self.rule.counted(state, *tasks)
+        return nesterov.begun(state, lower, tasks) if self.accelerated else state
+
+    def point(self, iterate: Iterate) -> Any:
+        """Where the next gradient is taken: y_t, or u_t of the accelerated steps."""
+        if not self.accelerated:
+            return iterate.lower
+        ahead = nesterov.split(iterate.optimizer, iterate.lower).ahead
+        return structure.add(iterate.lower, ahead)
+
+    def gradient(
+        self, here: Prepared, iterate: Iterate, t: Any
+    ) -> tuple[tf.Tensor, Any]:
+        """The lower loss and its gradient that step t is made of."""
+        return here.lower_gradient(self.point(iterate), t)
+
+    def move(self, here: Prepared, iterate: Iterate, gradient: Any) -> Iterate:
+        """The iterate after a step along `gradient`."""
+        point, own, sequence = self.point(iterate), iterate.optimizer, None
+        if self.accelerated:
+            own, _, sequence = nesterov.split(own, iterate.lower)
+        learned = self.learning_rate
+        if learned is None or isinstance(learned, Schedule):
+            lower, state = self.rule.update(gradient, own, point)
+        else:
+            made = here.problem._reading(learned, here.upper)
+            state, rates = rated(own, made, iterate.lower)
+            lower, state = self.rule.update(gradient, state, point)
+            state = state._replace(learning_rate=own.learning_rate)
+            if rates is not None:
+                lower = stretched(self.optimizer, rates, point, lower)
+        lower = here.problem.projected_lower(here.upper, lower)
+        if sequence is not None:
+            state = nesterov.extrapolated(state, sequence, iterate.lower, lower)
+        return Iterate(lower, state)
+
+    def advance(
+        self, here: Prepared, iterate: Iterate, t: Any, first_order: bool = False
+    ) -> tuple[Iterate, tf.Tensor]:
+        """One inner step, and the lower loss it started from.
+
+        With `first_order` the gradient counts as a constant.
+        """
+        value, gradient = self.gradient(here, iterate, t)
+        if first_order:
+            gradient = tf.nest.map_structure(tf.stop_gradient, gradient)
+        return self.move(here, iterate, gradient), value
+
+    def run(
+        self,
+        here: Prepared,
+        iterate: Iterate,
+        first: Any,
+        last: Any,
+        most: int,
+        first_order: bool = False,
+    ) -> tuple[Iterate, tf.Tensor]:
+        """Steps first, ..., last - 1 (at most `most` of them, a Python integer).
+
+        With one `last` per task, each task stops at its own.
+        """
+        dtype = tf.nest.flatten(iterate.lower)[0].dtype
+        value = tf.zeros([], dtype)
+        if most == 0:
+            return iterate, value
+        if most == 1 and isinstance(last, int) and (first, last) == (0, 1):
+            # A loop of one step would keep what comes after it waiting.
+            iterate, value = self.advance(here, iterate, 0, first_order)
+            return iterate, tf.cast(value, dtype)
+
+        def body(t: tf.Tensor, now: Iterate, value: tf.Tensor) -> tuple:
+            del value
+            after, value = self.advance(here, now, t, first_order)
+            after = structure.stepped(t < last, now, after)
+            return t + 1, after, tf.cast(value, dtype)
+
+        _, iterate, value = serial_loop(
+            lambda t, *_: tf.reduce_any(t < last),
+            body,
+            (tf.convert_to_tensor(first), iterate, value),
+            most,
+        )
+        return iterate, value
+
+    def solve(
+        self, here: Prepared, lower: Any, state: dict, *former: Any
+    ) -> tuple[Any, dict, tf.Tensor]:
+        """All steps, not differentiated.
+
+        Args:
+            here: the problem of this outer step, `problem.prepared(upper, batches)`.
+            lower: the lower variables before it.
+            state: what the solver carries, at first `init(problem, upper, lower)`.
+            *former: of `solve(problem, upper, lower, batches, state)`, which will go.
+
+        Returns:
+            The lower variables, the solver's state, and the lower loss before the
+            last step (over tasks the mean).
+        """
+        if former:
+            here, lower, state = of_former(here, lower, state, *former)
+        iterate, value = self.settle(here, lower, state)
+        return iterate.lower, self.carried(iterate, state), value
+
+    def settle(
+        self, here: Prepared, lower: Any, state: dict
+    ) -> tuple[Iterate, tf.Tensor]:
+        """`steps` steps, or fewer where the tolerance is met, not differentiated."""
+        iterate = self.begin(here, lower, state)
+        if self.tolerance is None:
+            return self.run(here, iterate, 0, self.steps, self.steps)
+        dtype = tf.nest.flatten(iterate.lower)[0].dtype
+        if isinstance(self.tolerance, Schedule):
+            goal = tf.cast(self.tolerance(state["step"]), dtype)
+        else:
+            goal = tf.constant(self.tolerance, dtype)
+
+        def body(t: tf.Tensor, now: Iterate, value: tf.Tensor, size: Any) -> tuple:
+            del value
+            value, gradient = self.gradient(here, now, t)
+            after = self.move(here, now, gradient), here.norm(gradient)
+            # Where a task has ended, the step it does not make may be large.
+            after, size = structure.stepped(size > goal, (now, size), after)
+            return t + 1, after, tf.cast(value, dtype), size
+
+        # The first gradient is not known yet: infinitely far from done.
+        unknown = here.problem.inner_product.shape(iterate.lower)
+        _, iterate, value, _ = serial_loop(
+            lambda t, now, value, size: tf.reduce_any(size > goal),
+            body,
+            (
+                tf.constant(0),
+                iterate,
+                tf.zeros([], dtype),
+                tf.fill(unknown, tf.constant(float("inf"), dtype)),
+            ),
+            self.steps,
+        )
+        return iterate, value
+
+    def carried(self, iterate: Iterate, state: dict) -> dict:
+        """The state for the next outer step after a loop that ended at `iterate`."""
+        after = dict(state)
+        if "optimizer" in state:
+            after["optimizer"] = iterate.optimizer
+        if "step" in state:
+            after["step"] = state["step"] + 1
+        return after
+
+    def trajectory(
+        self,
+        here: Prepared,
+        lower: Any,
+        state: dict,
+        of: Callable[[Any], Any] | None = None,
+    ) -> Any:
+        """The iterates y_1, ..., y_T that `solve` goes through, T = `steps`.
+
+        For looking at them: how the loss or an accuracy develops over the inner steps,
+        which step is best, where they diverge. Methods need none of this. Costs T
+        gradients, as `solve`, and memory for T copies of what is kept.
+
+        Args:
+            here: the problem of this outer step, `problem.prepared(upper, batches)`.
+            lower: the lower variables before it.
+            state: what the solver carries, at first `init(problem, upper, lower)`. It
+                is not moved on.
+            of: lower variables -> what to keep of every iterate, such as an accuracy;
+                `None`: the variables.
+
+        Returns:
+            What is kept, with a leading axis of T entries; the last one belongs to
+            what `solve` returns.
+
+        Raises:
+            ValueError: if the solver has a `tolerance`, whose steps may be fewer.
+
+        Example:
+            >>> inner = tb.InnerSolver(keras.optimizers.SGD(0.5), steps=3)
+            >>> problem = tb.Problem(
+            ...     upper_loss=lambda x, y, batch: y**2,
+            ...     lower_loss=lambda x, y, batch: 0.5 * (y - x) ** 2,
+            ... )
+            >>> x, y = tf.constant(8.0), tf.constant(0.0)
+            >>> state = inner.init(problem, x, y)
+            >>> here = problem.prepared(x, tb.Batches(None, None))
+            >>> inner.trajectory(here, y, state).numpy()
+            array([4., 6., 7.], dtype=float32)
+        """
+        return trajectory(self, here, lower, state, of)
+
+
+def require_inner(inner: Any) -> None:
+    """Raise unless `inner` is an inner solver."""
+    if not isinstance(inner, InnerSolver):
+        raise ValueError(
+            "`inner` must be a tb.InnerSolver, such as "
+            "tb.InnerSolver(keras.optimizers.SGD(0.1), steps=20). "
+            f"Received: inner={inner!r}"
+        )
+
+
+def require_fixed_length(inner: InnerSolver, method: str) -> None:
+    """Raise if the inner solver may stop early, which no unroll can differentiate."""
+    if inner.tolerance is not None:
+        raise ValueError(
+            f"`inner.tolerance` must be None for tb.{method}: the steps it "
+            "differentiates must not depend on the variables. Leave it out, or use "
+            f"tb.Implicit. Received: tolerance={inner.tolerance!r}"
+        )

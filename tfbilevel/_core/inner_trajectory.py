@@ -1,0 +1,48 @@
+"""Every iterate of an inner solver, for those who want to look at them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import tensorflow as tf
+
+from tfbilevel._calculus.loops import serial_loop
+from tfbilevel._core.prepared import Prepared
+
+
+def trajectory(
+    inner: Any,
+    here: Prepared,
+    lower: Any,
+    state: dict,
+    of: Callable[[Any], Any] | None = None,
+) -> Any:
+    """`InnerSolver.trajectory`, of the solver `inner`."""
+    if inner.tolerance is not None:
+        raise ValueError(
+            "`inner.tolerance` must be None for `trajectory`, which makes all steps. "
+            "Leave it out, or use `solve`. "
+            f"Received: tolerance={inner.tolerance!r}"
+        )
+    kept = of or (lambda y: y)
+    begin = inner.begin(here, lower, state)
+    like = tf.nest.map_structure(tf.convert_to_tensor, kept(begin.lower))
+    arrays = [
+        tf.TensorArray(leaf.dtype, inner.steps, element_shape=leaf.shape)
+        for leaf in tf.nest.flatten(like)
+    ]
+
+    def body(t: tf.Tensor, now: Any, arrays: list) -> tuple:
+        after, _ = inner.advance(here, now, t)
+        leaves = tf.nest.flatten(kept(after.lower))
+        written = [
+            array.write(t, leaf) for array, leaf in zip(arrays, leaves, strict=True)
+        ]
+        return t + 1, after, written
+
+    _, _, arrays = serial_loop(
+        lambda t, *_: t < inner.steps,
+        body,
+        (tf.constant(0), begin, arrays),
+        inner.steps,
+    )
+    return tf.nest.pack_sequence_as(like, [array.stack() for array in arrays])

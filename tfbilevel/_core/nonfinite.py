@@ -1,0 +1,82 @@
+"""NaN and infinity: found in the step, named, never replaced."""
+
+import warnings
+from typing import Any
+
+import tensorflow as tf
+
+from tfbilevel._calculus import structure
+from tfbilevel._core.method import Step
+
+QUANTITIES = (
+    "the upper loss",
+    "the lower loss",
+    "the upper gradient",
+    "the lower variables",
+    "the upper variables",
+)
+UPPER_VARIABLES = 4
+
+
+class NonFiniteError(FloatingPointError):
+    """A quantity of an outer step was NaN or infinite.
+
+    Attributes:
+        quantity: what it was.
+        step: at which outer step, from 0.
+        point: of `tb.minimize`: step, upper and lower variables before it; else
+            `None`, and the models keep their variables from before it.
+    """
+
+    def __init__(self, code: int, step: int, point: Any = None, in_fit: bool = False):
+        self.quantity, self.step, self.point = QUANTITIES[code], step, point
+        kept, skip = "All variables keep their values", ""
+        if point is not None:
+            kept = "The error's `point` has the variables"
+        if in_fit:
+            skip = ', or let fit pass over such steps with compile(on_nonfinite="skip")'
+        super().__init__(
+            f"{self.quantity} became NaN or infinite at outer step {step}. {kept} from "
+            "before that step. Usual causes: (a) a learning rate too large for the "
+            "curvature, (b) log or division of zero in a loss, (c) NaN in the data, or "
+            "an index out of tb.ExampleWeights' range. Lower the rates, guard the loss"
+            f"{skip}. "
+            f"Received: {self.quantity}, step={step}"
+        )
+
+
+class DivergenceWarning(UserWarning):
+    """A linear solve ended further from the solution than it began."""
+
+
+def warn_diverged(method: object, step: int | None = None) -> None:
+    """Say that a method's linear solve diverged, at which outer step if known."""
+    when = "" if step is None else f" at outer step {step}"
+    warnings.warn(
+        f"The linear solve of {type(method).__name__} diverged{when}: its "
+        "hypergradient is wrong there. Usual causes: (a) a rate (eta) above 2 / "
+        "(largest eigenvalue of the lower Hessian), (b) an indefinite lower Hessian, "
+        "(c) too few inner steps. Lower the rate; with tb.Implicit damping or "
+        "tb.NormalConjugateGradient help too. The metric `diverged` counts such steps",
+        DivergenceWarning,
+        stacklevel=3,
+    )
+
+
+def first_nonfinite(step: Step, moved: Any = ()) -> tf.Tensor:
+    """The index into QUANTITIES of the first one that is not finite, else -1.
+
+    Args:
+        step: the step.
+        moved: the upper variables after it, where they are known.
+    """
+    quantities: list[Any] = [
+        [step.metrics[name]] if name in step.metrics else []
+        for name in ("upper_loss", "lower_loss")
+    ]
+    quantities += [step.upper_gradient, step.lower, moved]
+    code = tf.constant(-1)
+    for index in reversed(range(len(quantities))):
+        fine = structure.all_finite(quantities[index])
+        code = tf.where(fine, code, index)
+    return code

@@ -1,0 +1,241 @@
+"""One outer step's problem, with everything that a method differentiates."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import tensorflow as tf
+
+from tfbilevel._calculus import derivatives, structure
+from tfbilevel._core.batches import Batches, StackedBatches
+from tfbilevel._core.loss import losses
+from tfbilevel._randomness.seeds import DRAW, Noisy, folded
+
+if TYPE_CHECKING:
+    from tfbilevel._core.problem import Problem
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prepared:
+    r"""One outer step's problem: what a method of your own is written with.
+
+        here = problem.prepared(upper, batches)
+        f, f_x, f_y = here.upper_partials(y)
+        g, g_y, product = here.lower_gradient_pullback(y)
+        g_xy v, g_yy v = product(v)
+        upper_gradient = here.gradient(f_x, response)
+
+    `prepare` and the randomness of this step are a part of its losses. A method that
+    calls this object alone opens no gradient tape, and the same lines are right for
+    one problem and over tasks:
+
+    - Every loss that is returned here is over tasks the mean.
+    - Every derivative is that of the sum over tasks: the lower variables of a task see
+      its own loss alone.
+    - `gradient` turns derivatives in `here.upper` into the gradient in the problem's
+      x, over tasks the gradient of the mean.
+    - `dot` and `norm` give one number, over tasks one of each task; `where`, `scale`
+      and `add_scaled` take such numbers.
+
+    Cost: `lower_gradient` is one gradient of g, a product of its pullback about two.
+    Memory: the pullback keeps what g and its gradient computed, as long as it lives.
+    Prefer `tb.InnerSolver` for whole inner solves: `inner.solve(here, y, state)`.
+
+    Attributes:
+        problem: its losses, over tasks sums.
+        upper: its upper variables: x, and what `prepare` makes of it.
+        batches: its batches, `batches.upper` and `batches.lower_at(t)`.
+        tasks: how many tasks the losses are sums over; `None`: it has none.
+        total: (f_x, response) -> their sum in the problem's own x, over tasks the
+            sum. Call `gradient`.
+
+    Raises:
+        tb.UnconnectedGradientError: where a derivative that must be there is not.
+
+    Example:
+        >>> problem = tb.Problem(
+        ...     upper_loss=lambda x, y, batch: 0.5 * (y - 1.0) ** 2,
+        ...     lower_loss=lambda x, y, batch: 0.5 * (y - x) ** 2,
+        ... )
+        >>> x, y = tf.constant(2.0), tf.constant(4.0)
+        >>> here = problem.prepared(x, tb.Batches(None, None))
+        >>> f, f_x, f_y = here.upper_partials(y)
+        >>> g, g_y, product = here.lower_gradient_pullback(y)
+        >>> g_xy, g_yy = product(f_y)
+        >>> float(f), float(g), float(g_y), float(g_xy), float(g_yy)
+        (4.5, 2.0, 2.0, -3.0, 3.0)
+        >>> response = tf.nest.map_structure(tf.negative, g_xy)
+        >>> float(here.gradient(f_x, response))
+        3.0
+    """
+
+    problem: "Problem"
+    upper: Any
+    batches: Batches
+    total: Callable[[Any, Any], Any]
+    tasks: Any = None
+
+    def at(self, upper: Any) -> "Prepared":
+        """The same at other upper variables, like `here.upper`."""
+        return dataclasses.replace(self, upper=upper)
+
+    def gradient(self, partial: Any, response: Any = ()) -> Any:
+        """The gradient in the problem's own x: f_x + response.
+
+        Args:
+            partial: f_x, like `here.upper`; entries that are `None` count as zero.
+            response: all that reaches f through y, likewise; an entry that is `None`
+                is an error, which names the variable. Left out: nothing reaches f
+                through y.
+        """
+        if isinstance(response, tuple) and not response:
+            response = structure.zeros_like(self.upper)
+        total = self.total(partial, response)
+        if self.tasks is None:
+            return total
+        return tf.nest.map_structure(lambda g: g / tf.cast(self.tasks, g.dtype), total)
+
+    def mean(self, value: tf.Tensor) -> tf.Tensor:
+        """A sum over tasks as their mean; without tasks as it is."""
+        return value if self.tasks is None else value / tf.cast(self.tasks, value.dtype)
+
+    def dot(self, a: Any, b: Any) -> tf.Tensor:
+        """The inner product of nests like y, over tasks one of each task."""
+        return self.problem.inner_product.dot(a, b)
+
+    def norm(self, a: Any) -> tf.Tensor:
+        """The Euclidean norm of a nest like y, over tasks one of each task."""
+        return self.problem.inner_product.norm(a)
+
+    def where(self, condition: tf.Tensor, a: Any, b: Any) -> Any:
+        """a where the condition holds, else b: nests like y.
+
+        Args:
+            condition: a bool, or over tasks one of each task.
+        """
+        return structure.where(condition, a, b)
+
+    def scale(self, factor: Any, a: Any) -> Any:
+        """factor * a, a nest like y.
+
+        Args:
+            factor: a number, or over tasks one of each task.
+        """
+        return structure.scale(factor, a)
+
+    def add_scaled(self, a: Any, factor: Any, b: Any) -> Any:
+        """a + factor * b, nests like y.
+
+        Args:
+            factor: a number, or over tasks one of each task.
+        """
+        return structure.add_scaled(a, factor, b)
+
+    def upper_loss(self, lower: Any) -> tf.Tensor:
+        """f, over tasks the mean."""
+        return self.mean(self.problem.upper_loss(self.upper, lower, self.batches.upper))
+
+    def upper_losses(self, lower: Any) -> tf.Tensor:
+        """f, over tasks one of each task."""
+        values = losses(self.problem.upper_loss)(self.upper, lower, self.batches.upper)
+        return self._value(values)
+
+    def upper_partials(self, lower: Any) -> tuple[tf.Tensor, Any, Any]:
+        """f, f_x (`None` where not connected) and f_y (every entry connected)."""
+        value, (partial, response) = derivatives.value_and_partials(
+            lambda c, y: self.problem.upper_loss(c, y, self.batches.upper),
+            self.upper,
+            lower,
+        )
+        response = derivatives.require_connected(
+            response, lower, "lower", "the upper loss"
+        )
+        return self.mean(value), partial, response
+
+    def lower_loss(self, lower: Any, draw: Any = 0) -> tf.Tensor:
+        """g, over tasks the mean.
+
+        Args:
+            draw: the number of its lower batch, the inner step say.
+        """
+        batch = self.batches.lower_at(draw)
+        return self.mean(self.problem.lower_loss(self.upper, lower, batch))
+
+    def lower_gradient(self, lower: Any, draw: Any = 0) -> tuple[tf.Tensor, Any]:
+        """g and g_y, every entry connected.
+
+        Args:
+            draw: the number of its lower batch.
+        """
+        value, gradient = derivatives.lower_gradient(
+            self.problem.lower_loss, self.upper, lower, self.batches.lower_at(draw)
+        )
+        return self.mean(value), gradient
+
+    def lower_gradient_pullback(
+        self, lower: Any, draw: Any = 0
+    ) -> tuple[tf.Tensor, Any, derivatives.Pullback]:
+        """g, g_y and v -> (g_xy v, g_yy v), one reverse sweep for both products.
+
+        Entries of g_xy v are `None` where not connected.
+
+        Args:
+            draw: the number of its lower batch.
+        """
+        value, gradient, pullback = derivatives.lower_gradient_pullback(
+            self.problem.lower_loss, self.upper, lower, self.batches.lower_at(draw)
+        )
+        return self.mean(value), gradient, pullback
+
+    def lower_pullback(
+        self, lower: Any, draw: Any = 0
+    ) -> tuple[tf.Tensor, derivatives.Pullback]:
+        """g, and weight -> (weight * g_x, weight * g_y): first derivatives alone.
+
+        The weight is a number, or over tasks one of each task (g_x is then the sum).
+        Entries are `None` where not connected.
+
+        Args:
+            draw: the number of its lower batch.
+        """
+        batch = self.batches.lower_at(draw)
+
+        def at(c: Any, y: Any) -> tuple[tf.Tensor, None]:
+            values = losses(self.problem.lower_loss)(c, y, batch)
+            return self._value(values), None
+
+        values, _, pullback = derivatives.vjp(at, self.upper, lower)
+        value = self.mean(tf.reduce_sum(values))
+        return value, lambda weights: pullback(tf.cast(weights, values.dtype))
+
+    def _value(self, values: tf.Tensor) -> tf.Tensor:
+        """One loss of each task, or the loss, which must be a scalar."""
+        if self.problem.has_tasks:
+            return values
+        return derivatives.require_scalar(values)
+
+
+class SeededBatches(Batches):
+    """Batches and what a loss samples with each; `lower` holds those not seeded."""
+
+    __slots__ = ()
+
+    def lower_at(self, draw: Any) -> Noisy:
+        return seeded_batch(self.lower.batch, self.lower.seed, draw)
+
+
+class NumberedBatches(Batches):
+    """Stands for prepared batches: a lower batch is its number alone, and the seed
+    that all have."""
+
+    __slots__ = ()
+
+    def lower_at(self, draw: Any) -> Noisy:
+        return Noisy(draw, self.lower)
+
+
+def seeded_batch(batches: Batches, seed: Any, draw: Any) -> Noisy:
+    """A lower batch, with a seed of its own where the numbers differ in their batch."""
+    if isinstance(batches, StackedBatches):
+        seed = folded(seed, DRAW, draw)
+    return Noisy(batches.lower_at(draw), seed)

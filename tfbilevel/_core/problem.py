@@ -1,0 +1,345 @@
+"""The bilevel problem."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import tensorflow as tf
+
+from tfbilevel._calculus import structure
+from tfbilevel._calculus.derivatives import (
+    add_partials,
+    fill_zeros,
+    require_connected,
+    vjp,
+)
+from tfbilevel._core.arguments import require_callable, require_count, takes_two
+from tfbilevel._core.batches import Batches, count_tasks, require_batches
+from tfbilevel._core.loss import Loss, TaskLoss, rewired
+from tfbilevel._core.prepared import (
+    NumberedBatches,
+    Prepared,
+    SeededBatches,
+    seeded_batch,
+)
+from tfbilevel._randomness.seeds import (
+    LOWER_LOSS,
+    PREPARE,
+    PROJECT_LOWER,
+    PROJECT_UPPER,
+    ROLE,
+    START,
+    UPPER_LOSS,
+    Noisy,
+    as_seed,
+    folded,
+    noisy,
+    of_step,
+    of_tasks,
+    with_seed,
+)
+
+if TYPE_CHECKING:
+    from tfbilevel._core.method import Method, Step
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Problem:
+    r"""Choose upper variables x so that the lower problem's solution does well.
+
+        min_x  f(x, y*(x))      with      y*(x) in argmin_y g(x, y)
+
+    x and y are any `tf.nest` structures of floating-point tensors.
+
+    Args:
+        upper_loss: f, called as `upper_loss(x, y, batch) -> scalar tensor`.
+        lower_loss: g, called as `lower_loss(x, y, batch) -> scalar tensor`.
+        lower_start: x -> y, where every inner solve starts; differentiated through
+            by the methods that unroll. `None`: where the inner solver's `start`
+            says.
+        project_upper: x -> x, applied after every upper step (boxes, simplices).
+        project_lower: y -> y, applied after every lower step; part of the inner map
+            that unrolling differentiates. A function of two required parameters is
+            (x, y) -> y: a proximal step whose strength is learned. Methods that do not
+            differentiate projections refuse one that depends on x.
+        prepare: (x, batches) -> batches, computed once per outer step and
+            differentiated through: features of a shared encoder that no inner
+            step changes.
+        reads: (function, x) -> what the function gives: how `learning_rate` of an
+            inner solver is called. `None`: with x. `tb.BilevelModel` calls it with
+            the upper model.
+        seed: an integer, of all that the functions sample. Within an outer step they
+            are fixed functions, whatever they sample by (`tf.random`, `keras.random`,
+            random layers); `seeded` gives each outer step other numbers.
+
+    Raises:
+        ValueError: if a loss or an option is not callable, or the seed no integer.
+
+    Example:
+        >>> import tensorflow as tf
+        >>> import tfbilevel as tb
+        >>> problem = tb.Problem(
+        ...     upper_loss=lambda x, y, batch: tf.reduce_sum((y - batch) ** 2),
+        ...     lower_loss=lambda x, y, batch: tf.reduce_sum((y - x * batch) ** 2),
+        ... )
+        >>> float(problem.lower_loss(tf.constant(2.0), tf.constant([1.0]), 1.0))
+        1.0
+    """
+
+    upper_loss: Loss
+    lower_loss: Loss
+    lower_start: Callable[[Any], Any] | None = None
+    project_upper: Callable[[Any], Any] | None = None
+    project_lower: Callable[..., Any] | None = None
+    prepare: Callable[[Any, Batches], Batches] | None = None
+    reads: Callable[[Callable, Any], Any] | None = dataclasses.field(
+        default=None, kw_only=True
+    )
+    seed: Any = dataclasses.field(default=0, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if not tf.is_tensor(self.seed) and not isinstance(self.seed, np.ndarray):
+            require_count(self.seed, "seed", least=0)
+        for field in dataclasses.fields(Problem):
+            value = getattr(self, field.name)
+            if field.name == "seed":
+                continue
+            if not (value is None and field.default is None):
+                require_callable(value, field.name)
+
+    @property
+    def has_tasks(self) -> bool:
+        """Whether it is the problem of many tasks, as `tb.over_tasks` makes it."""
+        return isinstance(self.upper_loss, TaskLoss)
+
+    @property
+    def inner_product(self) -> structure.InnerProduct:
+        """The `dot` and `norm` of lower variables, over tasks one of each task."""
+        return structure.InnerProduct(leading=int(self.has_tasks))
+
+    def step(
+        self,
+        method: "Method",
+        upper: Any,
+        lower: Any,
+        batches: Batches,
+        state: Any,
+    ) -> "Step":
+        """One outer step: what `method.step` returns for this problem.
+
+        `fit`, `tb.minimize` and `tb.check_hypergradient` call this, and so does a loop
+        of your own: over tasks it takes one after the other where that is better.
+        """
+        return method.step(self, upper, lower, batches, state)
+
+    def seeded(self, number: Any) -> "Problem":
+        """The same problem, sampling other numbers: those of an outer step, say.
+
+        `BilevelModel` and `tb.minimize` do this at every outer step. A loop of your own
+        does it too, or every step has the same noise.
+
+        Args:
+            number: an integer, or a scalar tensor.
+        """
+        return dataclasses.replace(self, seed=of_step(as_seed(self.seed), number))
+
+    def _one_lower(self, lower: Any) -> Any:
+        """The lower variables, over tasks those of the first one."""
+        return lower
+
+    def _started(self, upper: Any, lower: Any) -> Any:
+        """Lower variables like `lower` at the problem's own start."""
+        assert self.lower_start is not None
+        begun = with_seed(as_seed(self.seed), START, self.lower_start)
+        start = structure.to_tensors(begun(upper))
+        if self.has_tasks:
+            return _repeated(start, lower, "lower_start")
+        _require_like_lower(start, lower, "lower_start")
+        return start
+
+    def _sampled(self, start: Callable, step: tf.Tensor, lower: Any) -> Any:
+        """Lower variables like `lower` from a function of the outer step."""
+        made = structure.to_tensors(start(step))
+        _require_like_lower(made, structure.to_tensors(lower), "start")
+        return made
+
+    def projected_upper(self, upper: Any) -> Any:
+        """`project_upper` applied, or the upper variables as they are."""
+        project = self._fixed(self.project_upper, PROJECT_UPPER)
+        return _projected(project, upper, "project_upper")
+
+    def projected_lower(self, upper: Any, lower: Any) -> Any:
+        """`project_lower` applied, or the lower variables as they are."""
+        project = self.project_lower
+        if project is not None and takes_two(project):
+            own, of_both = self._own_upper(upper), project
+            project = lambda y: of_both(own, y)  # noqa: E731
+        return _projected(self._fixed(project, PROJECT_LOWER), lower, "project_lower")
+
+    def _reading(self, function: Callable, upper: Any) -> Any:
+        """What a function of the upper variables gives, the learned rate say."""
+        own = self._own_upper(upper)
+        return function(own) if self.reads is None else self.reads(function, own)
+
+    def _fixed(self, function: Callable | None, role: int) -> Callable | None:
+        return function and with_seed(as_seed(self.seed), role, function)
+
+    def _own_upper(self, upper: Any) -> Any:
+        """The user's upper variables, to which `prepared` may have added."""
+        return upper
+
+    def prepared(self, upper: Any, batches: Batches) -> Prepared:
+        """This problem for one outer step, with `prepare` done: the first line of a
+        method's `step`.
+
+        The prepared batches' floating-point leaves join the upper variables, so a
+        method differentiates with respect to both without knowing it.
+        """
+        require_batches(batches)
+        seed = as_seed(self.seed)
+        if not self.has_tasks:
+            one = dataclasses.replace(
+                self,
+                upper_loss=noisy(self.upper_loss),
+                lower_loss=noisy(self.lower_loss),
+            )
+            return one._prepared(upper, batches, seed)
+        summed = {
+            name: dataclasses.replace(getattr(self, name), mean=False)
+            for name in ("upper_loss", "lower_loss")
+        }
+        tasks = count_tasks(batches)
+        summed = dataclasses.replace(self, **summed)
+        here = summed._prepared(upper, batches, of_tasks(seed, tasks))
+        return dataclasses.replace(here, tasks=tasks)
+
+    def _prepared(self, upper: Any, batches: Batches, seed: Any) -> Prepared:
+        """`prepared`, with the seed of this step, over tasks of every task."""
+        upper_seed, lower_seed = (
+            folded(seed, ROLE, role) for role in (UPPER_LOSS, LOWER_LOSS)
+        )
+        if self.prepare is None:
+            seeded = SeededBatches(
+                Noisy(batches.upper, upper_seed), Noisy(batches, lower_seed)
+            )
+            return Prepared(self, upper, seeded, _total_gradient(upper))
+        prepare = with_seed(as_seed(self.seed), PREPARE, self.prepare)
+
+        def floating_part(x: Any) -> tuple[list[tf.Tensor], Batches]:
+            made = prepare(x, batches)
+            if type(made) is not type(batches):
+                raise ValueError(
+                    "`prepare` must return batches of the kind it is given (stacked "
+                    "lower batches stay stacked). Return batches._replace(upper=..., "
+                    f"lower=...). Received: {type(made)} for {type(batches)}"
+                )
+            floating = filter(_is_floating, _leaves(made))
+            return [tf.convert_to_tensor(leaf) for leaf in floating], made
+
+        floating, template, pullback = vjp(floating_part, upper)
+
+        def merged(joined: dict) -> Batches:
+            remaining = iter(joined["prepared"])
+            leaves = [
+                next(remaining) if _is_floating(leaf) else leaf
+                for leaf in _leaves(template)
+            ]
+            return tf.nest.pack_sequence_as(template, leaves, expand_composites=True)
+
+        def at_upper(joined: dict, y: Any, empty: Noisy) -> tuple:
+            return joined["upper"], y, empty._replace(batch=merged(joined).upper)
+
+        def at_lower(joined: dict, y: Any, draw: Noisy) -> tuple:
+            return (
+                joined["upper"],
+                y,
+                seeded_batch(merged(joined), draw.seed, draw.batch),
+            )
+
+        def gradient(partial: dict, response: dict) -> Any:
+            joined = add_partials(partial, response)
+            through = pullback(fill_zeros(joined["prepared"], floating))[0]
+            total = add_partials(joined["upper"], through)
+            return require_connected(total, upper, "upper", "the problem")
+
+        start = self.lower_start
+        problem = _Joined(
+            of=self,
+            upper_loss=rewired(self.upper_loss, at_upper),
+            lower_loss=rewired(self.lower_loss, at_lower),
+            lower_start=start and (lambda joined: start(joined["upper"])),
+            project_lower=self.project_lower,
+            reads=self.reads,
+            seed=self.seed,
+        )
+        joined = {"upper": upper, "prepared": floating}
+        numbered = NumberedBatches(upper=Noisy((), upper_seed), lower=lower_seed)
+        return Prepared(problem, joined, numbered, gradient)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Joined(Problem):
+    """A prepared problem: its upper variables hold the prepared batches too."""
+
+    of: Problem = dataclasses.field(kw_only=True)
+
+    def _own_upper(self, upper: Any) -> Any:
+        return upper["upper"]
+
+    def _sampled(self, start: Callable, step: tf.Tensor, lower: Any) -> Any:
+        return self.of._sampled(start, step, lower)
+
+
+def _total_gradient(upper: Any) -> Callable[[Any, Any], Any]:
+    def gradient(partial: Any, response: Any) -> Any:
+        source = "the lower problem (lower loss, start and rate)"
+        response = require_connected(response, upper, "upper", source)
+        return add_partials(partial, response)
+
+    return gradient
+
+
+def _leaves(batches: Any) -> list:
+    """All leaves; of a sparse tensor its indices, values and shape."""
+    return tf.nest.flatten(batches, expand_composites=True)
+
+
+def _is_floating(leaf: Any) -> bool:
+    return leaf is not None and tf.convert_to_tensor(leaf).dtype.is_floating
+
+
+def _projected(project: Callable | None, variables: Any, name: str) -> Any:
+    if project is None:
+        return variables
+    projected = structure.to_tensors(project(variables))
+    structure.require_like(
+        projected, variables, name, "return variables like those it is given"
+    )
+    return projected
+
+
+def require_problem(problem: Any) -> None:
+    """Raise unless `problem` is a `tb.Problem`."""
+    if not isinstance(problem, Problem):
+        raise ValueError(
+            "`problem` must be a tb.Problem(upper_loss=..., lower_loss=...). "
+            f"Received: {type(problem)}"
+        )
+
+
+def _require_like_lower(made: Any, lower: Any, name: str) -> None:
+    rule = "return variables like the lower ones"
+    structure.require_like(made, lower, name, rule)
+
+
+def _repeated(made: Any, stacked: Any, name: str) -> Any:
+    """One task's variables repeated for every task, or an error naming their source."""
+    first = tf.nest.map_structure(
+        lambda leaf: tf.TensorSpec(leaf.shape[1:], leaf.dtype), stacked
+    )
+    rule = "return one task's lower variables"
+    structure.require_like(made, first, name, rule)
+    return tf.nest.map_structure(
+        lambda one, all_tasks: tf.broadcast_to(one, tf.shape(all_tasks)), made, stacked
+    )

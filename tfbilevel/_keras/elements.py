@@ -1,0 +1,54 @@
+"""The batches of outer steps, as `fit` and its like take them."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import tensorflow as tf
+
+from tfbilevel._core.batches import Batches
+
+
+def require_dataset_of_batches(x: Any) -> None:
+    """Raise unless it is one, with elements as far as is known."""
+    if not isinstance(x, tf.data.Dataset) or not isinstance(x.element_spec, Batches):
+        spec = getattr(x, "element_spec", type(x))
+        raise ValueError(
+            "`x` must be a tf.data.Dataset of tb.Batches, so that the levels cannot be "
+            "swapped. Make it with tb.pair(upper_dataset, lower_dataset). "
+            f"Received: x={spec}"
+        )
+    if int(x.cardinality()) == 0:
+        raise empty(x)
+
+
+def empty(x: Any) -> ValueError:
+    return ValueError(
+        "`x` must not be empty: there is no outer step to make. "
+        f"Received: a dataset of 0 elements, {x.element_spec}"
+    )
+
+
+@contextlib.contextmanager
+def not_empty(x: Any) -> Iterator[None]:
+    """In it the first element is read; raise as above if there is none."""
+    try:
+        yield
+    except (StopIteration, tf.errors.OutOfRangeError):
+        raise empty(x) from None
+
+
+def first_of(x: tf.data.Dataset) -> Batches:
+    """A dataset's first element."""
+    first = next(iter(x), None)  # an unknown cardinality may be zero
+    if first is None:
+        raise empty(x)
+    return first
+
+
+def tensors(batches: Batches) -> Batches:
+    """The batches with every number a tensor."""
+    return tf.nest.map_structure(
+        lambda leaf: leaf if leaf is None or tf.is_tensor(leaf) else tf.constant(leaf),
+        batches,
+    )

@@ -1,0 +1,500 @@
+"""Bilevel training as a Keras model."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import keras
+
+from tfbilevel._calculus import structure
+from tfbilevel._check.example_indices import IndexWatch
+from tfbilevel._core.arguments import require_choice
+from tfbilevel._core.batches import Batches, count_tasks, require_batches
+from tfbilevel._core.inner_solver import InnerSolver
+from tfbilevel._core.method import Method
+from tfbilevel._keras import elements
+from tfbilevel._keras.arguments import (
+    losses_are_minimised,
+    no_export,
+    require_jit,
+    require_measurable,
+    require_method_for,
+    require_no_weights,
+    require_nothing_else,
+    require_one_replica,
+    require_optimizers,
+)
+from tfbilevel._keras.levels import Levels
+from tfbilevel._keras.outer_step import OuterStep
+from tfbilevel._keras.saving import (
+    arguments_of,
+    compile_config_of,
+    config_of,
+    given,
+    require_saved_as,
+    require_serialisable,
+)
+from tfbilevel._keras.training_state import Carried, Progress, Trackers
+from tfbilevel._optimizers.update_rule import optimizer_of
+from tfbilevel._tasks.adapt import adapted, require_adaptable
+
+ON_NONFINITE = ("raise", "skip")
+
+
+@keras.saving.register_keras_serializable("tfbilevel")
+class BilevelModel(keras.Model):
+    """Two Keras models trained on two levels, with `compile` and `fit` as always.
+
+        min_x  f(x, y*(x))      with      y*(x) in argmin_y g(x, y)
+
+    x are the trainable variables of `upper`, y those of `lower`. `evaluate` and
+    `predict` are of the lower model. Weights, both optimizers and the method's state
+    are saved by `save_weights`, `ModelCheckpoint` and `BackupAndRestore`: a run
+    resumed at an epoch equals the uninterrupted one to the last bit, provided that
+    the dataset yields the same elements in each epoch. `save` keeps everything but
+    Python: load it with keras.saving.load_model(path, custom_objects={"upper_loss":
+    ..., "lower_loss": ..., "method": ...}), and whatever other functions it had.
+
+    Non-trainable state: within one outer step both losses are fixed functions,
+    whatever they sample by; every inner step sees the same masks, unless it has a
+    lower batch of its own (`lower_batches`). Whatever a call would write to BatchNorm
+    statistics or dropout seeds is dropped, so nothing leaks into the losses. After
+    the step the lower loss is evaluated at the new variables: seeds advance once, and
+    moving statistics of the lower model as often as the lower variables moved (only
+    for models that have such state; it costs one forward pass per inner step).
+
+    Tasks (`tasks=M`): the losses are those of one task, and every outer step sees M of
+    them, along a leading axis of all batches (`tb.over_tasks`). The lower model's
+    weights are then never assigned: each task solves for its own, from `lower_start`,
+    or from the lower model's weights as they are. `adapt` solves new tasks.
+    Non-trainable state is advanced by the first task's data.
+
+    Args:
+        upper: a built Keras layer or model.
+        lower: a built Keras layer or model.
+        upper_loss: (upper, lower, batch) -> scalar; the models themselves, called as
+            always, evaluated at the right variables.
+        lower_loss: (upper, lower, batch) -> scalar.
+        project_upper: list of tensors -> list of tensors, in the order of
+            `upper.trainable_variables`.
+        project_lower: likewise for the lower model; or (upper model, list) -> list.
+        lower_start: where inner solves start. A function, upper model -> list of
+            tensors; or "learned": the start is a second group of upper variables, at
+            first the lower model's own weights (IAPTT-GM, ANIL's head). The upper
+            variables are then the upper model's, followed by the start's, which a loss
+            may read as `model.start.trainable_variables`.
+        prepare: (upper model, batches) -> batches, once per outer step.
+        tasks: M, how many tasks share an outer step; `None`: the problem has none.
+        mapping: how tasks are mapped, see `tb.over_tasks`.
+        regularizers: "add": the sum of `lower.losses` (regularisers, `add_loss`)
+            counts in the lower loss, that of `upper.losses` in the upper loss, as in
+            Keras's `fit`; a loss that adds them itself is noticed. "ignore": losses
+            are as they are returned.
+        **keywords: of `keras.Model`.
+
+    Raises:
+        ValueError: if a model is not built or has no trainable variables.
+
+    Example:
+        >>> weights = tb.ExampleWeights(6)
+        >>> network = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+        >>> def squared(network, batch):
+        ...     return tf.square(network(batch[0])[:, 0] - batch[1])
+        >>> model = tb.BilevelModel(
+        ...     weights, network,
+        ...     upper_loss=lambda upper, lower, batch: tf.reduce_mean(
+        ...         squared(lower, batch)),
+        ...     lower_loss=lambda upper, lower, batch: upper.mean(
+        ...         squared(lower, batch)))
+        >>> inner = tb.InnerSolver(keras.optimizers.SGD(0.1), steps=5)
+        >>> model.compile(tb.Unroll(inner), keras.optimizers.Adam(0.1))
+        >>> data = tf.data.Dataset.from_tensors((tf.ones([6, 2]), tf.zeros([6])))
+        >>> history = model.fit(tb.pair(data, data), epochs=2, verbose=0)
+        >>> sorted(history.history)
+        ['lower_loss', 'upper_loss']
+    """
+
+    def __init__(
+        self,
+        upper: keras.layers.Layer,
+        lower: keras.layers.Layer,
+        upper_loss: Callable,
+        lower_loss: Callable,
+        *,
+        project_upper: Callable | None = None,
+        project_lower: Callable | None = None,
+        lower_start: Callable | str | None = None,
+        prepare: Callable | None = None,
+        tasks: int | None = None,
+        mapping: str = "auto",
+        regularizers: str = "add",
+        **keywords: Any,
+    ):
+        super().__init__(**keywords)
+        functions = {
+            "upper_loss": upper_loss,
+            "lower_loss": lower_loss,
+            "project_upper": project_upper,
+            "project_lower": project_lower,
+            "lower_start": lower_start,
+            "prepare": prepare,
+        }
+        levels = self._levels = Levels(
+            upper,
+            lower,
+            **functions,
+            tasks=tasks,
+            mapping=mapping,
+            regularizers=regularizers,
+        )
+        self._functions = tuple(k for k, v in functions.items() if callable(v))
+        self.upper, self.lower, self.start = upper, lower, levels.start
+        self.problem = levels.problem
+        self.tasks, self.regularizers = tasks, regularizers
+        self.mapping = levels.mapping
+        self._progress = Progress(levels)
+        self._carried: Carried | None = None  # here, so that Keras saves it
+        self._trackers = Trackers(levels.device)
+        self._indices = IndexWatch(upper, lower)
+        self.built = True
+
+    def compile(
+        self,
+        method: Method,
+        upper_optimizer: keras.optimizers.Optimizer | str,
+        metrics: list | None = None,
+        jit_compile: bool | str = "auto",
+        steps_per_execution: int = 1,
+        on_nonfinite: str = "raise",
+        run_eagerly: bool = False,
+        start_optimizer: keras.optimizers.Optimizer | str | None = None,
+        weighted_metrics: list | None = None,
+    ) -> None:
+        """Choose how to train.
+
+        Args:
+            method: a `tb.Method`.
+            upper_optimizer: a Keras optimizer for the upper variables, any of them;
+                or its name, such as "adam".
+            metrics: Keras metrics of the lower model's predictions, for `evaluate`
+                and `validation_data`.
+            jit_compile: True: compile the step with XLA. False: do not. "auto": time
+                steps each way on the first batch, its values turned, discard their
+                results, keep the faster; the choice is saved with the weights and
+                stays where the same method is compiled again. Convolutions on a CPU,
+                steps of very many operations and steps of seconds are left to the
+                graph without a trial; where XLA fails, a warning says why.
+            steps_per_execution: outer steps per compiled call.
+            on_nonfinite: "raise": stop with `tb.NonFiniteError` at the first NaN or
+                infinity, all variables as before that step. "skip": pass over such
+                steps; the log entry `skipped` counts those of the epoch.
+            run_eagerly: run without compilation, for debugging.
+            start_optimizer: a Keras optimizer for a learned start; `None`: the upper
+                optimizer moves it too.
+            weighted_metrics: like `metrics`, which are of all examples alike; these
+                take the weights that the data of `evaluate` may have for a third part.
+        """
+        require_choice(on_nonfinite, "on_nonfinite", ON_NONFINITE)
+        require_jit(jit_compile)
+        require_method_for(method, self.tasks)
+        require_one_replica()
+        upper_optimizer = optimizer_of(upper_optimizer, "upper_optimizer")
+        start_optimizer = optimizer_of(start_optimizer, "start_optimizer")
+        require_optimizers(upper_optimizer, start_optimizer, self._levels)
+        if not self.compiled or method is not self.method:
+            self._progress.decide(None)
+        super().compile(
+            optimizer=upper_optimizer,
+            metrics=metrics,
+            weighted_metrics=weighted_metrics,
+            auto_scale_loss=False,
+            jit_compile=False,
+            steps_per_execution=steps_per_execution,
+            run_eagerly=run_eagerly,
+        )
+        self.method = method
+        self._auto_jit = jit_compile == "auto" and not run_eagerly
+        self.jit_compile = jit_compile is True and not run_eagerly
+        self.on_nonfinite = on_nonfinite
+        if self._carried is not None:
+            # Else Keras would go on saving it beside the new one.
+            self._tracker.untrack(self._carried)
+            self._carried = None
+        self.start_optimizer = start_optimizer
+        self._outer = OuterStep(
+            self._levels,
+            method,
+            upper_optimizer,
+            start_optimizer,
+            self._progress,
+            self._indices,
+        )
+        self._trackers = self._outer.trackers
+
+    def _maybe_symbolic_build(self, iterator: Any = None, data_batch: Any = None):
+        """Within a strategy Keras would call the model on an outer step's batches, to
+        build what is built."""
+
+    def call(self, inputs: Any, training: bool | None = None) -> Any:
+        return self.lower(inputs, training=training)
+
+    @property
+    def metrics(self) -> list:
+        compiled = [] if self._compile_metrics is None else [self._compile_metrics]
+        return [*self._trackers.of.values(), *compiled]
+
+    def get_metrics_result(self) -> dict[str, Any]:
+        results = {name: metric.result() for name, metric in self._trackers.of.items()}
+        if self._compile_metrics is not None and self._compile_metrics.built:
+            results.update(self._compile_metrics.result())
+        return results
+
+    @property
+    def upper_variables(self) -> list:
+        """x: the upper model's trainable variables, then those of a learned start."""
+        return self._levels.upper_variables
+
+    @property
+    def outer_step(self) -> int:
+        """How many outer steps were made, skipped ones included."""
+        return int(self._progress.step.numpy())
+
+    def fit(
+        self,
+        x: Any = None,
+        *arguments: Any,
+        on_nonfinite: str | None = None,
+        **keywords: Any,
+    ) -> Any:
+        """Train on a dataset of `tb.Batches`; everything else as `keras.Model.fit`.
+
+        Args:
+            x: a `tf.data.Dataset` of `tb.Batches`, one per outer step.
+            *arguments: of `keras.Model.fit`.
+            on_nonfinite: as in `compile`, from here on; `None`: as it is.
+            **keywords: of `keras.Model.fit`; `validation_data` is a dataset of
+                (inputs, labels) for the lower model, measured by `metrics`, or of
+                `tb.Batches`: their losses at the variables as they are, without an
+                inner solve, are `val_upper_loss` and `val_lower_loss`.
+
+        Raises:
+            ValueError: if `x` is not a dataset of `tb.Batches`, or there are no
+                metrics to measure `validation_data` by.
+            tb.MissingSecondDerivativeError: if the method takes second derivatives of
+                the lower loss that TensorFlow has wrong or not at all; nothing was
+                done then.
+            tb.NonFiniteError: at the first NaN or infinity, unless they are skipped.
+        """
+        elements.require_dataset_of_batches(x)
+        self._assert_compile_called("fit")
+        require_no_weights(keywords)
+        if on_nonfinite is not None and on_nonfinite != self.on_nonfinite:
+            require_choice(on_nonfinite, "on_nonfinite", ON_NONFINITE)
+            self.on_nonfinite = on_nonfinite
+            self.make_train_function(force=True)
+        measured = keywords.get("validation_data")
+        if measured is not None:  # else an epoch would be lost before this is said
+            measured = getattr(measured, "element_spec", measured)
+            require_measurable(measured, self._compile_metrics, self.tasks)
+        callbacks = keywords.get("callbacks")
+        require_serialisable(self, callbacks)
+        losses_are_minimised(callbacks)
+        verbose = (*arguments, None, None, None, "auto")[3]
+        silent = keywords.get("verbose", verbose) in (0, "0")
+        self._ready(x.element_spec, lambda: elements.first_of(x), announce=not silent)
+        keywords.setdefault("shuffle", False)
+        run = functools.partial(super().fit, x, *arguments, **keywords)
+        return self._outer.run(run, x)
+
+    def warm_up(self, x: Any) -> None:
+        """Compile the outer step, so that `fit` begins at full speed; move nothing.
+
+        With jit_compile="auto" the compilation is chosen. One step then runs, and all
+        it assigned (variables, seeds, optimizers, metrics) is set back. This takes the
+        time to compile and of one step, and a copy of all variables on the host.
+
+        Args:
+            x: the dataset that `fit` will be given, or the `tb.Batches` that
+                `train_on_batch` will; or one whose shapes and dtypes are the same, as
+                far as they are known. Of a dataset the first element is read.
+
+        Raises:
+            ValueError: if `x` is neither or is empty, or before `compile`.
+            tb.MissingSecondDerivativeError, tb.NonFiniteError: as `fit` does.
+
+        Example:
+            >>> layer = keras.layers.Dense(1)
+            >>> layer.build((None, 2))
+            >>> def loss(weights, layer, batch):
+            ...     return weights.mean(tf.square(layer(batch))[:, 0])
+            >>> model = tb.BilevelModel(tb.ExampleWeights(4), layer, loss, loss)
+            >>> inner = tb.InnerSolver(keras.optimizers.SGD(0.1), steps=5)
+            >>> model.compile(tb.Unroll(inner), keras.optimizers.Adam(0.1))
+            >>> data = tf.data.Dataset.from_tensors(tf.ones([4, 2]))
+            >>> model.warm_up(tb.pair(data, data))
+            >>> model.outer_step
+            0
+        """
+        self._assert_compile_called("warm_up")
+        if isinstance(x, Batches):
+            x = elements.tensors(x)
+            data, like, first = [x], x, lambda: x
+        else:
+            elements.require_dataset_of_batches(x)
+            data, like = x.take(1), x.element_spec
+            first = functools.partial(elements.first_of, x)
+        early = self._outer.early
+        self._ready(like, first)
+        try:
+            with elements.not_empty(x), self._outer.undone(self.variables):
+                self._outer.run(lambda: self.train_function(iter(data)), x)
+        finally:
+            self._outer.early = early
+
+    def train_on_batch(
+        self, x: Any, *arguments: Any, return_dict: bool = False, **keywords: Any
+    ) -> Any:
+        """One outer step on a `tb.Batches`, for a loop of your own.
+
+        Args:
+            x: the batches of one outer step.
+            return_dict: return the metrics by name, not as a list.
+
+        Raises:
+            ValueError: if `x` is not a `tb.Batches`, or anything else is given: the
+                losses are yours.
+            tb.NonFiniteError: at NaN or infinity, unless they are skipped.
+        """
+        require_batches(x, "`x`")
+        require_nothing_else(arguments, keywords)
+        self._assert_compile_called("train_on_batch")
+        x = elements.tensors(x)
+        self._ready(x, lambda: x)
+        self.reset_metrics()
+        logs = self.train_function(iter([x]))
+        logs = {name: float(value) for name, value in logs.items()}
+        return logs if return_dict else [logs[name] for name in sorted(logs)]
+
+    def save(self, filepath: Any, *arguments: Any, **keywords: Any) -> None:
+        require_saved_as(filepath)
+        super().save(filepath, *arguments, **keywords)
+
+    def export(self, filepath: Any, *arguments: Any, **keywords: Any) -> None:
+        """Refused: what serves is the trained network.
+
+        Raises:
+            ValueError: always, before anything is written.
+        """
+        del arguments, keywords
+        raise no_export(filepath)
+
+    def get_config(self) -> dict[str, Any]:
+        """What `save` keeps of the arguments: all but functions."""
+        return {**super().get_config(), **config_of(self, self._functions)}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "BilevelModel":
+        return cls(**arguments_of(config))
+
+    def get_compile_config(self) -> dict[str, Any]:
+        """What `save` keeps of `compile`'s arguments: all but the method."""
+        known = super().get_compile_config()
+        if not known:
+            return {}
+        self._ensure_carried()  # loading a compiled model asks the file for it
+        jit_compile = "auto" if self._auto_jit else self.jit_compile
+        return compile_config_of(self, known) | {"jit_compile": jit_compile}
+
+    def compile_from_config(self, config: dict[str, Any]) -> None:
+        method = given(["method"], "the method (or pass compile=False)")
+        self.compile(**method, **keras.saving.deserialize_keras_object(config))
+        self._ensure_carried()  # so that what the file holds of it is loaded
+
+    def make_train_function(self, force: bool = False) -> None:
+        if self.train_function is not None and not force:
+            return
+        super().make_train_function(force)
+        compiled = self.train_function
+
+        def checked(iterator: Any) -> Any:
+            count, skips = self.steps_per_execution, self.on_nonfinite == "skip"
+            return self._outer.call(compiled, iterator, count, skips)
+
+        self.train_function = checked
+
+    def train_step(self, data: Batches) -> dict[str, Any]:
+        """One outer step; the only place where variables are assigned."""
+        return self._outer.make(data, self.on_nonfinite == "skip")
+
+    def adapt(self, batches: Batches, inner: InnerSolver, function: Callable) -> Any:
+        """What a function gives for each task after an inner solve on its lower batch.
+
+        Args:
+            batches: any number of tasks along the leading axis.
+            inner: the inner solver; its steps and rate may differ from training's.
+            function: (upper model, lower model, batches of the task, prepared) -> nest
+                of tensors, called with the lower model at the task's solution.
+
+        Returns:
+            The nest, with the tasks along a leading axis.
+
+        Raises:
+            ValueError: if the model was built without `tasks`, or an argument is not
+                of its kind.
+        """
+        require_adaptable(self.tasks, batches, inner, function)
+        # Variables among the results must be read while they hold the task's values.
+        at = self._levels.at_variables(
+            lambda *task: structure.to_tensors(function(*task))
+        )
+        x, y = self._levels.read(count_tasks(batches))
+        return adapted(self.problem, x, y, batches, inner, at)
+
+    def test_step(self, data: Any) -> dict[str, Any]:
+        require_measurable(data, self._compile_metrics, self.tasks)
+        if isinstance(data, Batches):
+            return self._trackers.update(self._levels.losses(data))
+        inputs, labels, weights = keras.utils.unpack_x_y_sample_weight(data)
+        predictions = self(inputs, training=False)
+        assert self._compile_metrics is not None
+        self._compile_metrics.update_state(labels, predictions, sample_weight=weights)
+        return self._compile_metrics.result()
+
+    def load_weights(self, filepath: Any, *arguments: Any, **keywords: Any) -> None:
+        self._ensure_carried()
+        super().load_weights(filepath, *arguments, **keywords)
+        self._use_saved_compilation()
+
+    def save_weights(self, filepath: Any, *arguments: Any, **keywords: Any) -> None:
+        self._ensure_carried()
+        super().save_weights(filepath, *arguments, **keywords)
+
+    def _ready(self, like: Batches, first: Callable, announce: bool = False) -> None:
+        """All that comes before the first outer step, and moves nothing.
+
+        Args:
+            like: batches of one outer step, or their specifications.
+            first: () -> the batches of the first outer step.
+            announce: say so where a trial of XLA takes long.
+        """
+        self._outer.look(like, self.run_eagerly)
+        self._ensure_carried()
+        self._use_saved_compilation()
+        if self._auto_jit and self._progress.xla is None:
+            self._use_compilation(self._outer.faster_with_xla(first(), announce))
+        self.make_train_function()
+
+    def _ensure_carried(self) -> None:
+        if self.compiled:
+            self._carried = self._outer.begun()
+
+    def _use_saved_compilation(self) -> None:
+        if self.compiled and self._auto_jit:
+            self._use_compilation(self._progress.xla)
+
+    def _use_compilation(self, xla: bool | None) -> None:
+        if xla is not None:
+            if self.jit_compile != xla:
+                self.jit_compile = xla  # Keras refuses XLA for some layers
+                self.make_train_function(force=True)
+            self._progress.decide(self.jit_compile)

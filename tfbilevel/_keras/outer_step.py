@@ -1,0 +1,196 @@
+"""One outer step of two Keras models, and what comes before the first one."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from tfbilevel._calculus.derivatives import UnconnectedGradientError
+from tfbilevel._calculus.lost_derivatives import MissingSecondDerivativeError
+from tfbilevel._check.example_indices import ExampleWeightsError, IndexWatch
+from tfbilevel._check.look import require_second_derivatives
+from tfbilevel._core.batches import Batches
+from tfbilevel._core.method import Method
+from tfbilevel._core.nonfinite import NonFiniteError, warn_diverged
+from tfbilevel._keras.compilation import faster_with_xla
+from tfbilevel._keras.levels import Levels
+from tfbilevel._keras.outer_update import OuterUpdate
+from tfbilevel._keras.resident import Resident
+from tfbilevel._keras.training_state import SKIPPED, Carried, Progress, Trackers, kept
+from tfbilevel._workarounds.abandoned_iterators import without_frames
+from tfbilevel._workarounds.memory_optimizer import without_memory_rewrites
+
+ENDS = NonFiniteError, ExampleWeightsError, KeyboardInterrupt  # of training
+
+
+class OuterStep:
+    """What `BilevelModel.compile` puts together: a method at work on two models.
+
+    Args:
+        levels: the two models.
+        method: computes the step.
+        optimizer, start_optimizer: move the upper variables; see `OuterUpdate`.
+        progress: how far training is.
+        indices: where an index out of range is noted.
+
+    Attributes:
+        trackers: of the step's metrics.
+        carried: the method's state in variables; `None` until `begun`.
+        early: whether `begun` is to make it of the variables of then.
+    """
+
+    def __init__(
+        self,
+        levels: Levels,
+        method: Method,
+        optimizer: keras.optimizers.Optimizer,
+        start_optimizer: keras.optimizers.Optimizer | None,
+        progress: Progress,
+        indices: IndexWatch,
+    ):
+        self.levels, self.method = levels, method
+        self.optimizer, self.start_optimizer = optimizer, start_optimizer
+        self.progress, self.indices = progress, indices
+        self.trackers = Trackers(levels.device)
+        self.carried: Carried | None = None
+        self.early = True
+        self._looked = self._warned = False
+        self._resident: Resident | None = None  # while steps run
+        with tf.device(levels.device):
+            if start_optimizer is None:
+                optimizer.build(levels.upper_variables)
+            else:
+                own, start = levels.split(levels.upper_variables)
+                optimizer.build(own)
+                start_optimizer.build(start)
+
+    def look(self, batches: Batches, eager: bool) -> None:
+        """Refuse, at the first call, what has no second derivative.
+
+        Args:
+            batches: those of one outer step, or their specifications.
+            eager: whether code that cannot be traced may pass.
+        """
+        if self._looked:
+            return
+        levels = self.levels
+        x, y = levels.specifications()
+        models = (levels.upper, levels.lower)
+        try:
+            require_second_derivatives(
+                levels.problem, self.method, x, y, batches, models
+            )
+        except MissingSecondDerivativeError:
+            raise
+        except Exception:  # of code that cannot be traced, but does run eagerly
+            if not eager:
+                raise
+        self._looked = True
+
+    def begun(self) -> Carried:
+        """The method's state before the next step."""
+        if self.early or self.carried is None:
+            with tf.device(self.levels.device):
+                state = self.method.init(self.levels.problem, *self.levels.read())
+                if self.carried is None:
+                    self.carried = Carried(state)
+                else:
+                    self.carried.write(state)
+        self.early = False
+        return self.carried
+
+    def faster_with_xla(self, batches: Batches, announce: bool) -> bool | None:
+        """Time one step with and without XLA; variables are not touched.
+
+        `None` if it has no gradient: the step itself names the variable.
+        """
+        problem, carried = self.levels.problem, self.begun()
+
+        def trial(x: list, y: list, state: Any, batches: Batches) -> Any:
+            return problem.step(self.method, x, y, batches, state)
+
+        with contextlib.suppress(UnconnectedGradientError), self.levels.placed():
+            arguments = (*self.levels.read(), carried.read())
+            return faster_with_xla(trial, arguments, batches, announce)
+        return None
+
+    def make(self, data: Batches, skips: bool) -> dict[str, Any]:
+        """Make one step; its metrics, as means over those so far.
+
+        Args:
+            data: its batches.
+            skips: whether steps that are not finite are passed over.
+        """
+        assert self.carried is not None
+        (x, y), state = self.levels.read(), self.carried.read()
+        try:
+            problem = self.levels.problem_at(self.progress.step.value)
+            step = problem.step(self.method, x, y, data, state)
+        except UnconnectedGradientError as error:
+            raise self.levels.named(error) from None
+        update = OuterUpdate(
+            levels=self.levels,
+            optimizer=self.optimizer,
+            start_optimizer=self.start_optimizer,
+            progress=self.progress,
+            carried=self.carried,
+            indices=self.indices,
+            lower_steps=self.method.lower_steps,
+            skips=skips,
+        )
+        committed = update.make(step, data)
+        logs = dict(step.metrics)
+        if skips:
+            logs[SKIPPED] = tf.cast(~committed, tf.float32)
+        return self.trackers.update(logs, committed)
+
+    def run(self, function: Callable[[], Any], x: Any) -> Any:
+        """What a function returns that makes steps by `call`.
+
+        Args:
+            function: called once.
+            x: the batches of its steps, or a dataset of them.
+        """
+        if not self.levels.on_host:
+            self._resident = Resident(self.levels.device)
+        try:
+            with self.indices.explaining(self.levels.problem, self.levels.point, x):
+                return without_frames(function, ENDS)
+        finally:
+            self._resident = None
+
+    def call(
+        self, compiled: Callable, iterator: Iterator, count: int, skips: bool
+    ) -> dict[str, Any]:
+        """Call the compiled step on the next `count` elements, and check it."""
+        if self._resident is not None:
+            iterator = self._resident.read(iterator, count)
+        with self.levels.placed(), without_memory_rewrites():
+            logs = compiled(iterator)
+        self._check(logs, skips)
+        return logs
+
+    def _check(self, logs: dict[str, Any], skips: bool) -> None:
+        """Raise what a compiled step can only note; warn of the first that diverged."""
+        try:
+            if not skips:
+                self.progress.raise_if_nonfinite()
+        finally:  # nothing that may be passed over, and nearer to the cause
+            self.indices.raise_if_noted()
+        if not self._warned and float(logs.get("diverged", 0.0)) > 0:
+            self._warned = True
+            warn_diverged(self.method)
+
+    @contextlib.contextmanager
+    def undone(self, variables: list) -> Iterator[None]:
+        """After it nothing has moved: a step that was made in it has been compiled.
+
+        Args:
+            variables: those of both models, and all that is saved with them.
+        """
+        optimizers = [self.optimizer, *filter(None, [self.start_optimizer])]
+        slots = [v for one in optimizers for v in one.variables]
+        with kept([*variables, *slots]), self.trackers.kept():
+            yield

@@ -1,0 +1,264 @@
+"""The interface of the linear solvers."""
+
+import abc
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import tensorflow as tf
+
+from tfbilevel._calculus import structure
+from tfbilevel._calculus.loops import serial_loop
+from tfbilevel._core.arguments import (
+    not_negative,
+    positive,
+    require_count,
+    require_number,
+)
+from tfbilevel._core.schedules import Schedule, require_tolerance
+
+UNROLLED = 10  # steps of a solver without a tolerance
+
+Product = Callable[[Any], Any]
+
+
+class LinearSystem(NamedTuple):
+    """A, as far as the solvers need it.
+
+    Made by `tb.Implicit` for its solver; by hand only to try a solver out.
+
+    Attributes:
+        product: v -> A v.
+        transposed: v -> A'v; `None`: A is symmetric.
+        rate: the inner solver's learning rate, for solvers that step with it.
+        point: (upper, lower) variables at which A was taken, for preconditioners.
+        outer_step: number of the outer step, for tolerances that follow a schedule.
+        leading: 1 if A is block-diagonal, one block for each entry of the leading
+            axis of all leaves (tasks): every block is solved as if it were alone.
+
+    Example:
+        >>> twice = tb.LinearSystem(product=lambda v: 2.0 * v)
+        >>> solution = tb.ConjugateGradient(5).solve(twice, tf.constant([4.0]))
+        >>> solution.value.numpy().tolist()
+        [2.0]
+    """
+
+    product: Product
+    transposed: Product | None = None
+    rate: Any = None
+    point: tuple[Any, Any] = (None, None)
+    outer_step: Any = 0
+    leading: int = 0
+
+    @property
+    def inner_product(self) -> structure.InnerProduct:
+        """Its `dot` and `norm`, `to_vector` and `from_vector`, and `each` (block)."""
+        return structure.InnerProduct(self.leading)
+
+    def with_inner_product(self, product: structure.InnerProduct) -> "LinearSystem":
+        """The same system over vectors of this inner product."""
+        return self._replace(leading=product.leading)
+
+    def dot(self, a: Any, b: Any) -> tf.Tensor:
+        """The inner product, of every block its own."""
+        return self.inner_product.dot(a, b)
+
+    def norm(self, a: Any) -> tf.Tensor:
+        """The Euclidean norm, of every block its own."""
+        return self.inner_product.norm(a)
+
+    def stepped(self, going: tf.Tensor, before: Any, after: Any) -> Any:
+        """`after`, but `before` for blocks whose steps are over."""
+        return structure.stepped(going, before, after)
+
+
+class LinearSolution(NamedTuple):
+    """What a linear solver found.
+
+    Attributes:
+        value: v, like the right-hand side.
+        residual: relative residual ||b - A v|| / ||b||, scalar; 0 for b = 0. The
+            iterations that update v last report it from before that last update.
+        iterations: how many steps the loop made, int32 scalar.
+        state: what the solver carries to the next outer step.
+        diverged: whether the steps led away from the solution, bool scalar.
+
+    Of a block-diagonal system `residual` and `diverged` have one entry per block.
+    """
+
+    value: Any
+    residual: tf.Tensor
+    iterations: tf.Tensor
+    state: Any = ()
+    diverged: Any = False
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LinearSolver(abc.ABC):
+    """Solves A v = b, given products with A.
+
+    Args:
+        damping: solve (A + damping I) v = b instead; not negative.
+
+    Raises:
+        ValueError: if an argument is out of its range.
+    """
+
+    damping: float = dataclasses.field(default=0.0, kw_only=True)
+
+    def __post_init__(self) -> None:
+        require_number(self.damping, "damping", not_negative, "not negative")
+
+    @property
+    def transposes(self) -> bool:
+        """Whether it takes products with the transpose of A."""
+        return False
+
+    def init(self, like: Any) -> Any:
+        """What is carried before the first outer step, for right-hand sides `like`."""
+        del like
+        return ()
+
+    def init_blocks(self, like: Any) -> Any:
+        """`init` for a block-diagonal system, its blocks along the leading axis."""
+        return self.init(like)
+
+    @abc.abstractmethod
+    def solve(self, system: LinearSystem, rhs: Any, state: Any = ()) -> LinearSolution:
+        """Solve A v = rhs.
+
+        Args:
+            system: A.
+            rhs: b, any nest of tensors.
+            state: what the solver carried here; `()`: nothing, begin at zero.
+        """
+
+    def damped(self, system: LinearSystem) -> tuple[Product, Product]:
+        """v -> (A + damping I) v and its transpose."""
+
+        def with_damping(product: Product) -> Product:
+            if self.damping == 0:
+                return product
+            return lambda vector: structure.add_scaled(
+                product(vector), self.damping, vector
+            )
+
+        product = with_damping(system.product)
+        if system.transposed is None:
+            return product, product
+        return product, with_damping(system.transposed)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class IterativeSolver(LinearSolver):
+    """A linear solver that makes steps until the residual is small.
+
+    Subclasses have a field `max_steps`; one with a field `warm_start` that is true
+    carries the solution of one outer step to the next.
+
+    Args:
+        tolerance: stop when ||b - A v|| <= tolerance * ||b||; not negative. A
+            schedule of the outer step lowers it as the outer loop converges.
+
+    Example:
+        >>> schedule = tb.Geometric(0.1, 0.5)
+        >>> solver = tb.FixedPoint(50, rate=0.25, tolerance=schedule)
+        >>> b, outer_step = tf.constant([4.0]), tf.constant(2)
+        >>> system = tb.LinearSystem(lambda v: 2.0 * v, outer_step=outer_step)
+        >>> bool(solver.solve(system, b).residual <= 0.1 * 0.5**2)
+        True
+    """
+
+    tolerance: float | Schedule = dataclasses.field(default=1e-6, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_count(self.max_steps, "max_steps")
+        require_tolerance(self.tolerance)
+
+    def init(self, like: Any) -> Any:
+        return structure.zeros_like(like) if self._warm else ()
+
+    @property
+    def _warm(self) -> bool:
+        return getattr(self, "warm_start", False)
+
+    def goal(self, system: LinearSystem, dtype: tf.DType) -> tf.Tensor:
+        """The relative tolerance at this outer step."""
+        if isinstance(self.tolerance, Schedule):
+            return tf.cast(self.tolerance(system.outer_step), dtype)
+        return structure.scalar(self.tolerance, dtype)
+
+    def repeated(
+        self, unfinished: Callable, body: Callable, begin: tuple, most: int
+    ) -> tuple:
+        """Steps from `begin` on while `unfinished`, at most so many.
+
+        Without a tolerance nearly always all of them: a few are unrolled, since in a
+        loop TensorFlow computes again for every product what all have in common.
+        """
+        ends_early = isinstance(self.tolerance, Schedule) or self.tolerance > 0
+        if ends_early or most > UNROLLED:
+            return serial_loop(unfinished, body, begin, most)
+        now = begin
+        for _ in range(most):
+            going = unfinished(*now)
+            now = structure.where(going, body(*now), now)
+        return now
+
+    def start(self, system: LinearSystem, rhs: Any, state: Any) -> Any:
+        """Where the steps begin: zero for b = 0, whose solution it is."""
+        zeros = structure.zeros_like(rhs)
+        if is_cold(state):
+            return zeros
+        return structure.where(system.norm(rhs) > 0, state, zeros)
+
+    def start_and_residual(
+        self, system: LinearSystem, product: Product, rhs: Any, state: Any
+    ) -> tuple[Any, Any]:
+        """Where the steps begin, and b - A v there; zero costs no product."""
+        start = self.start(system, rhs, state)
+        if is_cold(state):
+            return start, rhs
+        return start, structure.subtract(rhs, product(start))
+
+    def solution(
+        self,
+        system: LinearSystem,
+        value: Any,
+        residual_norm: tf.Tensor,
+        rhs: Any,
+        steps: tf.Tensor,
+        diverged: tf.Tensor | None = None,
+        first_norm: tf.Tensor | None = None,
+    ) -> LinearSolution:
+        """The solution, with the state of a solver that carries v or nothing.
+
+        Unless said otherwise it diverged if v = 0 has a smaller residual, and, where
+        `first_norm` is given, the start had one too: a warm one may have begun far off.
+        """
+        rhs_norm = system.norm(rhs)
+        residual = structure.ratio(residual_norm, rhs_norm)
+        if diverged is None:
+            diverged = residual > 1
+            if first_norm is not None:
+                diverged &= residual_norm > first_norm
+        return LinearSolution(
+            value,
+            residual,
+            steps,
+            value if self._warm else (),
+            diverged,
+        )
+
+
+def require_rate(rate: float | None) -> None:
+    """Raise unless the step size is `None` or positive and finite."""
+    if rate is not None:
+        remedy = "Stay below 2 / (largest eigenvalue of the lower Hessian)."
+        require_number(rate, "rate", positive, "above 0", remedy)
+
+
+def is_cold(state: Any) -> bool:
+    """Whether a solver carried nothing here and begins at zero."""
+    return isinstance(state, tuple) and not state

@@ -1,0 +1,130 @@
+"""Any Keras optimizer on the linear system."""
+
+import dataclasses
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from tfbilevel._calculus import structure
+from tfbilevel._calculus.loops import serial_loop
+from tfbilevel._core.arguments import require_choice
+from tfbilevel._core.schedules import Schedule
+from tfbilevel._linear_solvers.base import (
+    IterativeSolver,
+    LinearSolution,
+    LinearSystem,
+)
+from tfbilevel._optimizers.update_rule import differentiable
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class GradientSolver(IterativeSolver):
+    r"""Steps of a Keras optimizer on the linear system (ApproxGrad, stochastic AID).
+
+        "quadratic":   v <- v - update( A v - b )            one product a step
+        "residual":    v <- v - update( 2 A'(A v - b) )      two products a step
+
+    the gradients of v'Av/2 - b'v, which needs A positive definite, and of
+    |A v - b|^2, which needs it only invertible but squares the condition number.
+    Memory: three vectors and the optimizer's slots. By default both v and the slots
+    go on from one outer step to the next, so few steps each time suffice while the
+    problem moves slowly. Prefer `ConjugateGradient` for convex lower problems
+    without noise: it has no rate to choose, and is faster.
+
+    Args:
+        optimizer: a Keras optimizer that `tb.differentiable` supports.
+        max_steps: most steps per outer step.
+        objective: "quadratic" or "residual".
+        warm_start: go on from the previous outer step; else from zero.
+        tolerance: stop at this relative residual.
+        damping: solve (A + damping I) v = b.
+
+    Raises:
+        ValueError: for an unsupported optimizer or an argument out of its range.
+
+    Example:
+        >>> solver = tb.GradientSolver(keras.optimizers.SGD(0.25), max_steps=30)
+        >>> b = tf.constant([2.0, 4.0])
+        >>> solution = solver.solve(tb.LinearSystem(lambda v: 2.0 * v), b)
+        >>> solution.value.numpy().round(3).tolist()
+        [1.0, 2.0]
+
+    References:
+        Mehra, Hamm (2021), Penalty method for inversion-free deep bilevel
+        optimization. arXiv:1911.03432. Grazzi, Pontil, Salzo (2021), Convergence
+        properties of stochastic hypergradients. arXiv:2011.07122.
+    """
+
+    optimizer: keras.optimizers.Optimizer
+    max_steps: int = 10
+    objective: str = "quadratic"
+    warm_start: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "rule", differentiable(self.optimizer))
+        require_choice(self.objective, "objective", ("quadratic", "residual"))
+
+    def init(self, like: Any) -> Any:
+        zeros = structure.zeros_like(like)
+        optimizer = self.rule.init(zeros)
+        return {"solution": zeros, "optimizer": optimizer} if self.warm_start else ()
+
+    def init_blocks(self, like: Any) -> Any:
+        state = self.init(like)
+        if not self.warm_start or not (
+            isinstance(self.tolerance, Schedule) or self.tolerance > 0
+        ):
+            return state
+        # The blocks stop at different steps, and go on from them.
+        blocks = tf.nest.flatten(state["solution"])[0].shape[0]
+        return {**state, "optimizer": self.rule.counted(state["optimizer"], blocks)}
+
+    @property
+    def transposes(self) -> bool:
+        return self.objective == "residual"
+
+    def solve(self, system: LinearSystem, rhs: Any, state: Any = ()) -> LinearSolution:
+        product, transposed = self.damped(system)
+        rhs_norm = system.norm(rhs)
+        goal = self.goal(system, rhs_norm.dtype) * rhs_norm
+        if isinstance(state, dict):
+            start = self.start(system, rhs, state["solution"])
+            optimizer = state["optimizer"]
+        else:
+            start = structure.zeros_like(rhs)
+            optimizer = self.rule.init(start)
+
+        def unfinished(step: Any, v: Any, optimizer: Any, size: Any, first: Any) -> Any:
+            del step, v, optimizer, first
+            return tf.reduce_any(size > goal)
+
+        def body(step: Any, v: Any, optimizer: Any, size: Any, first: Any) -> tuple:
+            going = size > goal
+            before = (v, optimizer, size)
+            gradient = structure.subtract(product(v), rhs)
+            size = system.norm(gradient)
+            first = tf.where(step == 0, size, first)
+            if self.objective == "residual":
+                gradient = structure.scale(2.0, transposed(gradient))
+            v, optimizer = self.rule.update(gradient, optimizer, v)
+            after = (v, optimizer, size)
+            return step + 1, *system.stepped(going, before, after), first
+
+        steps, value, optimizer, size, first = serial_loop(
+            unfinished,
+            body,
+            (
+                tf.constant(0),
+                start,
+                optimizer,
+                # Not known before the first product; anything above the goal.
+                tf.where(rhs_norm > 0, tf.constant(float("inf"), rhs_norm.dtype), 0),
+                rhs_norm,
+            ),
+            self.max_steps,
+        )
+        carried = {"solution": value, "optimizer": optimizer}
+        made = self.solution(system, value, size, rhs, steps, first_norm=first)
+        return made._replace(state=carried if self.warm_start else ())

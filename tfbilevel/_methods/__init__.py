@@ -1,0 +1,1 @@
+"""Every bilevel method, one in a file."""

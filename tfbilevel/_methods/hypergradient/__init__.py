@@ -1,0 +1,1 @@
+"""Methods that differentiate the lower solution."""

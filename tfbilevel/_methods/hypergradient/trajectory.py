@@ -1,0 +1,345 @@
+"""Stretches of an inner loop that can be swept backwards: what each keeps, and how."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import tensorflow as tf
+
+from tfbilevel._calculus import derivatives, structure
+from tfbilevel._calculus.loops import serial_loop
+from tfbilevel._core.inner_solver import InnerSolver, Iterate
+from tfbilevel._core.prepared import Prepared
+
+ENDS = ("final", "pessimistic")
+
+# In the reverse sweep each step is linearised again at a stored iterate, which the next
+# step's can begin before this one's adjoint is there.
+OVERLAPPED = 2
+
+
+class Span(NamedTuple):
+    """Which inner steps are differentiated, and how.
+
+    Attributes:
+        inner: whose steps they are.
+        first: the first one.
+        first_order: whether the inner gradients count as constants.
+        pessimistic: whether they end at the iterate of largest upper loss.
+    """
+
+    inner: InnerSolver
+    first: int
+    first_order: bool
+    pessimistic: bool
+
+    @property
+    def last(self) -> int:
+        """The step after the last one."""
+        return self.inner.steps
+
+    @property
+    def most(self) -> int:
+        """How many steps there are."""
+        return self.last - self.first
+
+    def stop(self, made: "Run") -> Any:
+        """How many steps lead to the end point; of each task its own."""
+        return made.worst.steps if self.pessimistic else self.last
+
+    def run(self, here: Prepared, iterate: Iterate, stop: Any) -> tuple[Iterate, Any]:
+        """The steps up to `stop`, from the iterate before them."""
+        return self.inner.run(
+            here, iterate, self.first, stop, self.most, self.first_order
+        )
+
+
+class Worst(NamedTuple):
+    """The iterate of largest upper loss so far, the first one on ties; of each task
+    its own."""
+
+    upper_loss: tf.Tensor
+    steps: tf.Tensor
+    lower: Any
+
+    def against(self, here: Prepared, steps: tf.Tensor, lower: Any) -> "Worst":
+        loss = here.upper_losses(lower)
+        # NaN wins and stays, so that it is seen.
+        worse = tf.logical_not(
+            (loss <= self.upper_loss) | tf.math.is_nan(self.upper_loss)
+        )
+        return Worst(
+            tf.where(worse, loss, self.upper_loss),
+            tf.where(worse, steps, self.steps),
+            here.where(worse, lower, self.lower),
+        )
+
+
+class Run(NamedTuple):
+    """Where some inner steps led.
+
+    Attributes:
+        end: the last iterate.
+        lower_loss: the lower loss before the last step.
+        worst: the worst iterate; `()` unless the end is pessimistic.
+    """
+
+    end: Iterate
+    lower_loss: tf.Tensor
+    worst: Any
+
+
+class Loop(NamedTuple):
+    """The differentiated part of an inner loop.
+
+    Attributes:
+        made: where the steps led.
+        pullback: adjoint of the end point's y -> (adjoint of c, `None` where not
+            connected; adjoint of the first y).
+    """
+
+    made: Run
+    pullback: Callable[[Any], tuple[Any, Any]]
+
+
+def tape(span: Span, here: Prepared, iterate: Iterate) -> Loop:
+    stop: Any = span.last
+    searched = None
+    if span.pessimistic:
+        # Once to find the worst iterate, once more to record the way there.
+        searched = search(span, here, iterate)
+        stop = searched.worst.steps
+
+    def rest(c: Any, y: Any) -> tuple[Any, Run]:
+        end, value = span.run(here.at(c), iterate._replace(lower=y), stop)
+        return end.lower, Run(end, value, ())
+
+    _, made, both = derivatives.vjp(rest, here.upper, iterate.lower)
+
+    def pullback(adjoint: Any) -> tuple[Any, Any]:
+        response, start = both(adjoint)
+        return response, derivatives.fill_zeros(start, iterate.lower)
+
+    return Loop(made if searched is None else searched, pullback)
+
+
+def replay(span: Span, here: Prepared, iterate: Iterate) -> Loop:
+    first, last = span.first, span.last
+    begun, kept = _begun(span, here, iterate), _arrays(iterate, last - first)
+    made, kept = _make(span, here, begun, kept, first, last, last - first)
+    stop = span.stop(made)
+
+    def pullback(adjoint: Any) -> tuple[Any, Any]:
+        sweep = _Sweep(span, here, iterate, stop)
+        carried = sweep.run(kept, first, _latest(stop), sweep.begin(adjoint))
+        return sweep.response(carried), carried.lower
+
+    return Loop(made, pullback)
+
+
+def checkpoint(span: Span, here: Prepared, iterate: Iterate) -> Loop:
+    first, last = span.first, span.last
+    length = math.isqrt(last - first - 1) + 1
+    segments = -(-(last - first) // length)
+
+    def ends(segment: tf.Tensor, stop: Any) -> tuple[tf.Tensor, tf.Tensor]:
+        begin = first + segment * length
+        return begin, tf.minimum(begin + length, stop)
+
+    def forward(segment: tf.Tensor, made: Run, kept: list) -> tuple:
+        after, _ = _make(span, here, made, [], *ends(segment, last), length)
+        return segment + 1, after, _write(kept, segment, made.end)
+
+    begun = _begun(span, here, iterate)
+    _, made, kept = serial_loop(
+        lambda *_: True,
+        forward,
+        (tf.constant(0), begun, _arrays(iterate, segments)),
+        segments,
+    )
+    stop = span.stop(made)
+    latest = _latest(stop)
+
+    def pullback(adjoint: Any) -> tuple[Any, Any]:
+        sweep = _Sweep(span, here, iterate, stop)
+
+        def backward(segment: tf.Tensor, carried: _Adjoint) -> tuple:
+            begin, end = ends(segment, latest)
+            now = Run(
+                _read(kept, segment, iterate, begin - first), begun.lower_loss, ()
+            )
+            _, trajectory = _make(
+                span, here, now, _arrays(iterate, length), begin, end, length
+            )
+            return segment - 1, sweep.run(trajectory, begin, end, carried)
+
+        final = tf.convert_to_tensor((latest - first - 1) // length)
+        _, carried = serial_loop(
+            lambda segment, _: segment >= 0,
+            backward,
+            (final, sweep.begin(adjoint)),
+            segments,
+        )
+        return sweep.response(carried), carried.lower
+
+    return Loop(made, pullback)
+
+
+def search(span: Span, here: Prepared, iterate: Iterate) -> Run:
+    """All differentiated steps; nothing is stored but the worst iterate."""
+    first, last = span.first, span.last
+    begun = _begun(span, here, iterate)
+    return _make(span, here, begun, [], first, last, last - first)[0]
+
+
+def _latest(stop: Any) -> Any:
+    """The step after the last one of all tasks."""
+    return tf.reduce_max(stop) if tf.is_tensor(stop) else stop
+
+
+def _begun(span: Span, here: Prepared, iterate: Iterate) -> Run:
+    value = tf.zeros([], tf.nest.flatten(iterate.lower)[0].dtype)
+    if not span.pessimistic:
+        return Run(iterate, value, ())
+    loss = here.upper_losses(iterate.lower)
+    lowest = tf.fill(loss.shape, tf.constant(-float("inf"), loss.dtype))
+    none = tf.zeros(loss.shape, tf.int32)
+    return Run(iterate, value, Worst(lowest, none, iterate.lower))
+
+
+def _make(
+    span: Span,
+    here: Prepared,
+    begun: Run,
+    kept: list,
+    first: Any,
+    last: Any,
+    most: int,
+) -> tuple[Run, list]:
+    """Steps first, ..., last - 1; the iterate before each is stored in `kept`, if any
+    arrays are given."""
+
+    def body(t: tf.Tensor, now: Run, kept: list) -> tuple:
+        after, value = span.inner.advance(here, now.end, t)
+        worst = now.worst
+        if isinstance(worst, Worst):
+            worst = worst.against(here, t + 1, after.lower)
+        if kept:  # last: TensorFlow complains of a write that an error left unused
+            kept = _write(kept, t - first, now.end)
+        return t + 1, Run(after, tf.cast(value, now.lower_loss.dtype), worst), kept
+
+    _, made, kept = serial_loop(
+        lambda t, *_: t < last,
+        body,
+        (tf.convert_to_tensor(first), begun, kept),
+        most,
+    )
+    return made, kept
+
+
+class _Adjoint(NamedTuple):
+    """What the reverse sweep carries: adjoints of y, of the slots and of c."""
+
+    lower: Any
+    slots: list
+    upper: Any
+
+
+class _Sweep:
+    """The reverse sweep over stored iterates, each step linearised again."""
+
+    def __init__(self, span: Span, here: Prepared, iterate: Iterate, stop: Any):
+        self.span, self.here, self.start, self.stop = span, here, iterate, stop
+        self._each = tf.is_tensor(stop) and stop.shape.rank == 1
+        # Which leaves of c the inner map reaches: known once its step was traced.
+        self._connected: set[int] = set()
+
+    def begin(self, adjoint: Any) -> _Adjoint:
+        self._given = adjoint
+        return _Adjoint(
+            # With an end of its own each task's adjoint enters there.
+            structure.zeros_like(adjoint) if self._each else adjoint,
+            structure.zeros_like(self.start.optimizer.slots),
+            structure.zeros_like(self.here.upper),
+        )
+
+    def run(self, trajectory: list, first: Any, last: Any, start: _Adjoint) -> _Adjoint:
+        """Steps last - 1, ..., first; the trajectory begins at step `first`."""
+
+        def body(t: tf.Tensor, after: _Adjoint) -> tuple:
+            passed = t - self.span.first
+            if self._each:
+                ends = tf.equal(self.stop, t + 1)
+                after = after._replace(
+                    lower=structure.where(ends, self._given, after.lower)
+                )
+            now = _read(trajectory, t - first, self.start, passed)
+
+            def inner_map(c: Any, y: Any, slots: list) -> tuple[Any, None]:
+                optimizer = now.optimizer._replace(slots=slots)
+                end, _ = self.span.inner.advance(
+                    self.here.at(c), Iterate(y, optimizer), t, self.span.first_order
+                )
+                return (end.lower, end.optimizer.slots), None
+
+            _, _, pullback = derivatives.vjp(
+                inner_map, self.here.upper, now.lower, now.optimizer.slots
+            )
+            upper, lower, slots = pullback((after.lower, after.slots))
+            self._connected.update(
+                i for i, e in enumerate(tf.nest.flatten(upper)) if e is not None
+            )
+            return t - 1, _Adjoint(
+                derivatives.fill_zeros(lower, now.lower),
+                derivatives.fill_zeros(slots, now.optimizer.slots),
+                structure.add(
+                    after.upper, derivatives.fill_zeros(upper, self.here.upper)
+                ),
+            )
+
+        _, carried = tf.while_loop(
+            lambda t, _: t >= first,
+            body,
+            (tf.convert_to_tensor(last) - 1, start),
+            maximum_iterations=self.span.most,
+            parallel_iterations=OVERLAPPED,
+        )
+        return carried
+
+    def response(self, carried: _Adjoint) -> Any:
+        return tf.nest.pack_sequence_as(
+            self.here.upper,
+            [
+                entry if index in self._connected else None
+                for index, entry in enumerate(tf.nest.flatten(carried.upper))
+            ],
+        )
+
+
+def _stored(iterate: Iterate) -> list[tf.Tensor]:
+    """What a trajectory keeps of an iterate: the rest follows from the step number."""
+    return tf.nest.flatten((iterate.lower, iterate.optimizer.slots))
+
+
+def _arrays(iterate: Iterate, size: int) -> list[tf.TensorArray]:
+    return [
+        tf.TensorArray(
+            leaf.dtype, size, element_shape=leaf.shape, clear_after_read=False
+        )
+        for leaf in _stored(iterate)
+    ]
+
+
+def _write(arrays: list, index: tf.Tensor, iterate: Iterate) -> list:
+    leaves = _stored(iterate)
+    return [a.write(index, leaf) for a, leaf in zip(arrays, leaves, strict=True)]
+
+
+def _read(arrays: list, index: tf.Tensor, start: Iterate, passed: Any) -> Iterate:
+    """The stored iterate at `index`, `passed` steps after the loop's start."""
+    like = (start.lower, start.optimizer.slots)
+    leaves = [array.read(index) for array in arrays]
+    lower, slots = tf.nest.pack_sequence_as(like, leaves)
+    iteration = start.optimizer.iteration
+    iteration += tf.cast(passed, iteration.dtype)
+    return Iterate(lower, start.optimizer._replace(iteration=iteration, slots=slots))

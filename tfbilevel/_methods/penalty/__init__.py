@@ -1,0 +1,1 @@
+"""Methods that penalise a lower problem that is not solved."""

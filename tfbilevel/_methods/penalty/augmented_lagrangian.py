@@ -1,0 +1,329 @@
+"""The method of multipliers on the lower problem's stationarity."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import keras
+import tensorflow as tf
+
+from tfbilevel._calculus import structure
+from tfbilevel._calculus.loops import serial_loop
+from tfbilevel._core.arguments import (
+    not_negative,
+    positive,
+    require_choice,
+    require_count,
+    require_number,
+    share,
+)
+from tfbilevel._core.batches import Batches
+from tfbilevel._core.inner_solver import InnerSolver
+from tfbilevel._core.method import Method, Step
+from tfbilevel._core.prepared import Prepared
+from tfbilevel._core.problem import Problem
+from tfbilevel._core.projection import fixed_projection
+from tfbilevel._optimizers.update_rule import UpdateRule
+
+SCHEDULE = ("weight", "lower_weight", "tolerance", "rate_scale")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class AugmentedLagrangian(Method):
+    r"""Multipliers and a penalty on g_y = 0; inverts nothing (Penalty, Mehra & Hamm).
+
+        h(x, y) = f(x, y) + <nu, g_y(x, y)> + (rho / 2) ||g_y(x, y)||^2
+
+    One outer step makes T steps of y along d_y, and then the upper optimizer's of x
+    along d_x, all with w = nu + rho g_y:
+
+        d_y = f_y + g_yy w + lambda g_y,        d_x = f_x + g_xy w
+
+    These are exact derivatives of h + lambda g in y, and of h in x. The term lambda g,
+    which keeps y from maxima and saddles of g, stays out of h: where d_y vanishes, w
+    is -g_yy^{-1} (f_y + lambda g_y), and d_x is the hypergradient as lambda g_y -> 0.
+
+    Whenever the pair is nearly stationary at the present penalty,
+
+        ||d_x||^2 + ||d_y||^2 < epsilon^2       (d_x, d_y at y after its T steps),
+
+    the schedule moves by one notch: nu <- nu + rho g_y, rho <- growth rho,
+    lambda <- decay lambda, epsilon <- tolerance_decay epsilon, and every later step of
+    x and y is rate_decay times as long. Under projections each of d_x and d_y is the
+    projected gradient z - P(z - d), which vanishes at an active bound too. Over tasks
+    (`tb.over_tasks`) ||d_y||^2 is the mean over the tasks.
+
+    Cost per inner step: one gradient of f, one of g and one second-order product
+    (about two gradients of g); the step of x costs one more. Memory: nu, w and the
+    slots of one optimizer, whatever T is.
+    Assumes f_y and g_y smooth; g_yy may be singular. Prefer `Implicit` with conjugate
+    gradients where g is convex and solved well, `Unroll` where the inner loop itself
+    matters, `GradientNorm` where one number gamma is enough of a schedule.
+
+    The metrics hold `stationarity` (norm of g_y), `penalty` and `multiplier_term` (the
+    two terms of h beside f), `kkt_residual` (what is compared with epsilon) and the
+    schedule: `weight` (rho), `lower_weight` (lambda), `tolerance` (epsilon) and
+    `rate_scale`, all as this step used them.
+
+    Args:
+        lower_optimizer: a Keras optimizer for y that `tb.differentiable` supports; its
+            slots go on from one outer step to the next.
+        steps: T, at least 1. With several lower batches inner step t takes slice t,
+            the step of x slice T.
+        weight: rho at the start, positive.
+        lower_weight: lambda at the start, not negative.
+        tolerance: epsilon at the start, positive.
+        multiplier: nu at the start, in every entry.
+        growth: factor of rho at a notch, at least 1.
+        decay: factor of lambda at a notch, in [0, 1].
+        tolerance_decay: factor of epsilon at a notch, in (0, 1].
+        rate_decay: factor of both levels' steps at a notch, in (0, 1].
+        smoothing: compare a running mean with epsilon^2, in which the past has this
+            share, in [0, 1): with minibatches a lucky one moves the schedule else.
+        start: where every outer step's y starts, as in `tb.InnerSolver`.
+        starts: `None`, or how many independent problems share a leading axis of all
+            variables: each has a schedule of its own, and metrics are means.
+        optimizer_state: "carry": the slots of `lower_optimizer` go on from one outer
+            step to the next. "reset": they start at zero, as befits new tasks.
+        multipliers: "carry", or "reset": nu is `multiplier` at every outer step, for
+            tasks that change with it.
+
+    Raises:
+        ValueError: for an unsupported optimizer or an argument out of its range.
+
+    Example:
+        >>> problem = tb.Problem(
+        ...     upper_loss=lambda x, y, batch: 0.5 * (y - 1.0) ** 2 + 0.5 * x**2,
+        ...     lower_loss=lambda x, y, batch: 0.5 * (y - x) ** 2,
+        ... )
+        >>> method = tb.AugmentedLagrangian(
+        ...     keras.optimizers.SGD(0.1), steps=20, tolerance=0.1)
+        >>> result = tb.minimize(problem, method, tf.constant(3.0), tf.constant(0.0),
+        ...     keras.optimizers.SGD(0.1), tb.Batches(None, None), steps=400)
+        >>> round(float(result.upper), 2), round(float(result.lower), 2)
+        (0.5, 0.5)
+
+    References:
+        Mehra, Hamm (2021), Penalty method for inversion-free deep bilevel
+        optimization. arXiv:1911.03432.
+    """
+
+    lower_optimizer: keras.optimizers.Optimizer
+    steps: int
+    weight: float = 1.0
+    lower_weight: float = 1.0
+    tolerance: float = 1.0
+    multiplier: float = 0.0
+    growth: float = 1.1
+    decay: float = 0.9
+    tolerance_decay: float = 0.9
+    rate_decay: float = 0.9
+    smoothing: float = 0.0
+    start: str | Callable[[tf.Tensor], Any] = "warm"
+    starts: int | None = None
+    optimizer_state: str = "carry"
+    multipliers: str = "carry"
+
+    def __post_init__(self) -> None:
+        UpdateRule(self.lower_optimizer, "lower_optimizer")  # or an error
+        inner = InnerSolver(
+            self.lower_optimizer,
+            self.steps,
+            self.start,
+            optimizer_state=self.optimizer_state,
+        )
+        require_choice(self.multipliers, "multipliers", ("carry", "reset"))
+        object.__setattr__(self, "inner", inner)
+        for name, holds, rule in (
+            ("weight", positive, "above 0"),
+            ("lower_weight", not_negative, "not negative"),
+            ("tolerance", positive, "above 0"),
+            ("multiplier", lambda v: True, "of either sign"),
+            ("growth", lambda v: v >= 1, "at least 1"),
+            ("decay", lambda v: 0 <= v <= 1, "between 0 and 1"),
+            ("tolerance_decay", share, "above 0 and at most 1"),
+            ("rate_decay", share, "above 0 and at most 1"),
+            ("smoothing", lambda v: 0 <= v < 1, "at least 0 and below 1"),
+        ):
+            require_number(getattr(self, name), name, holds, rule)
+        if self.starts is not None:
+            require_count(self.starts, "starts")
+
+    @property
+    def couples_tasks(self) -> bool:
+        # One schedule for all, which looks at the mean of their sizes.
+        return True
+
+    def init(self, problem: Problem, upper: Any, lower: Any) -> Any:
+        if self.starts is not None and problem.has_tasks:
+            raise ValueError(
+                "`starts` cannot be many over tasks: the leading axis holds the tasks. "
+                f"Leave it out. Received: starts={self.starts} and a problem over tasks"
+            )
+        upper, lower = structure.to_tensors((upper, lower))
+        dtype = tf.nest.flatten(lower)[0].dtype
+        shape = [] if self.starts is None else [self.starts]
+        for level, variables in (("upper", upper), ("lower", lower)):
+            leaves = tf.nest.flatten(variables)
+            for leaf, path in zip(
+                leaves, structure.paths(variables, level), strict=True
+            ):
+                if self.starts is not None and leaf.shape[:1] != [self.starts]:
+                    raise ValueError(
+                        "`starts` must be the leading axis of all variables. Stack "
+                        f"the starts along it. Received: starts={self.starts}, {path} "
+                        f"of shape {leaf.shape}"
+                    )
+
+        def begun(value: float) -> tf.Tensor:
+            return tf.fill(shape, tf.constant(value, dtype))
+
+        return {
+            "inner": self.inner.init(problem, upper, lower),
+            "multiplier": tf.nest.map_structure(
+                lambda y: tf.fill(y.shape, tf.constant(self.multiplier, y.dtype)), lower
+            ),
+            "weight": begun(self.weight),
+            "lower_weight": begun(self.lower_weight),
+            "tolerance": begun(self.tolerance),
+            "rate_scale": begun(1.0),
+            # No mean yet: nothing is small enough.
+            "mean": begun(math.inf),
+        }
+
+    def step(
+        self, problem: Problem, upper: Any, lower: Any, batches: Batches, state: Any
+    ) -> Step:
+        here = problem.prepared(upper, batches)
+        iterate = self.inner.begin(here, lower, state["inner"])
+
+        def body(t: tf.Tensor, y: Any, optimizer: Any) -> tuple:
+            _, along = self._directions(here, y, t, state)
+            moved, optimizer = self.inner.rule.update(along, optimizer, y)
+            moved = structure.subtract(moved, y)
+            moved = structure.add_scaled(y, state["rate_scale"], moved)
+            return (
+                t + 1,
+                fixed_projection(problem, upper, moved, "AugmentedLagrangian"),
+                optimizer,
+            )
+
+        _, lower, optimizer = serial_loop(
+            lambda t, *_: t < self.steps,
+            body,
+            (tf.constant(0), iterate.lower, iterate.optimizer),
+            self.steps,
+        )
+        end, along = self._directions(here, lower, self.steps, state)
+        gradient = here.gradient(end.partial, end.mixed)
+        upper = structure.to_tensors(upper)
+        along_x, along_y = gradient, along
+        if problem.project_upper is not None:
+            along_x = _projected(problem.projected_upper, upper, gradient)
+        if problem.project_lower is not None:
+            along_y = _projected(
+                lambda y: problem.projected_lower(upper, y), lower, along
+            )
+        size = self._dot(here, along_y, along_y)
+        size += tf.cast(self._starts.dot(along_x, along_x), size.dtype)
+        after, size = self._schedule(state, end.gradient, size)
+        after["inner"] = self.inner.carried(
+            iterate._replace(lower=lower, optimizer=optimizer), state["inner"]
+        )
+        norms = self._dot(here, end.gradient, end.gradient)
+        terms = {
+            "stationarity": tf.sqrt(norms),
+            "penalty": 0.5 * state["weight"] * norms,
+            "multiplier_term": self._dot(here, state["multiplier"], end.gradient),
+            "kkt_residual": tf.sqrt(size),
+            **{name: state[name] for name in SCHEDULE},
+        }
+        return Step(
+            upper_gradient=gradient,
+            lower=lower,
+            state=after,
+            metrics={
+                "upper_loss": end.upper_loss,
+                "lower_loss": end.lower_loss,
+                **{name: tf.reduce_mean(term) for name, term in terms.items()},
+            },
+            upper_scale=state["rate_scale"],
+        )
+
+    def _directions(
+        self, here: Prepared, lower: Any, draw: Any, state: Any
+    ) -> tuple["_Point", Any]:
+        """All derivatives at a point, and d_y."""
+        upper_loss, partial, direct = here.upper_partials(lower)
+        lower_loss, gradient, pullback = here.lower_gradient_pullback(lower, draw)
+        vector = structure.add_scaled(state["multiplier"], state["weight"], gradient)
+        mixed, curvature = pullback(vector)
+        along = structure.add_scaled(direct, state["lower_weight"], gradient)
+        point = _Point(upper_loss, lower_loss, gradient, partial, mixed)
+        return point, structure.add(along, curvature)
+
+    def _schedule(
+        self, state: dict, gradient: Any, size: tf.Tensor
+    ) -> tuple[dict, tf.Tensor]:
+        """The state after a step, and the size that the tolerance was compared with."""
+        dtype = state["weight"].dtype
+        smoothing = structure.scalar(self.smoothing, dtype)
+        past = tf.where(
+            tf.math.is_inf(state["mean"]), tf.zeros_like(smoothing), smoothing
+        )
+        mean = tf.math.multiply_no_nan(state["mean"], past) + (1 - past) * size
+        near = mean < state["tolerance"] ** 2
+        raised = structure.add_scaled(state["multiplier"], state["weight"], gradient)
+        factors = (self.growth, self.decay, self.tolerance_decay, self.rate_decay)
+        after = {
+            name: tf.where(near, structure.scalar(factor, dtype), 1) * state[name]
+            for name, factor in zip(SCHEDULE, factors, strict=True)
+        }
+        if self.multipliers == "reset":
+            raised = state["multiplier"]
+        after["multiplier"] = structure.where(near, raised, state["multiplier"])
+        # A new penalty is a new problem: its mean starts afresh.
+        after["mean"] = tf.where(near, tf.constant(math.inf, dtype), mean)
+        return after, mean
+
+    @property
+    def _starts(self) -> structure.InnerProduct:
+        """The inner product of variables: one per start."""
+        return structure.InnerProduct(0 if self.starts is None else 1)
+
+    def _dot(self, here: Prepared, a: Any, b: Any) -> tf.Tensor:
+        """Of lower variables: one per start, and over tasks their mean."""
+        if not here.problem.has_tasks:
+            return self._starts.dot(a, b)
+        return tf.reduce_mean(here.dot(a, b))
+
+    def objective(
+        self, problem: Problem, upper: Any, lower: Any, batches: Batches, state: Any
+    ) -> Callable[[Any], tf.Tensor]:
+        reached = self.step(problem, upper, lower, batches, state).lower
+
+        def value(x: Any) -> tf.Tensor:
+            here = problem.prepared(x, batches)
+            upper_loss = here.upper_loss(reached)
+            _, gradient = here.lower_gradient(reached, self.steps)
+            penalty = 0.5 * state["weight"] * self._dot(here, gradient, gradient)
+            penalty += self._dot(here, state["multiplier"], gradient)
+            return upper_loss + tf.cast(tf.reduce_sum(penalty), upper_loss.dtype)
+
+        return value
+
+
+class _Point(NamedTuple):
+    """f, g, g_y, f_x (`None` where not connected) and g_xy w at a point."""
+
+    upper_loss: tf.Tensor
+    lower_loss: tf.Tensor
+    gradient: Any
+    partial: Any
+    mixed: Any
+
+
+def _projected(project: Callable, point: Any, gradient: Any) -> Any:
+    """The projected gradient z - P(z - d)."""
+    return structure.subtract(point, project(structure.subtract(point, gradient)))

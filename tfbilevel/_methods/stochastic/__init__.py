@@ -1,0 +1,6 @@
+"""Stochastic methods: noisy lower batches, no exact inner solve."""
+
+from tfbilevel._methods.stochastic.bamm import BAMM as BAMM
+from tfbilevel._methods.stochastic.bsa import BSA as BSA
+from tfbilevel._methods.stochastic.stocbio import StocBiO as StocBiO
+from tfbilevel._methods.stochastic.ttsa import TTSA as TTSA

@@ -1,0 +1,216 @@
+"""The single loop with a dual multiplier and averaged losses."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tfbilevel._calculus import structure
+from tfbilevel._core.aggregation import Aggregation, aggregated, require_aggregation
+from tfbilevel._core.arguments import (
+    not_negative,
+    positive,
+    require_choice,
+    require_number,
+)
+from tfbilevel._core.batches import Batches
+from tfbilevel._core.method import Method, Step
+from tfbilevel._core.prepared import Prepared
+from tfbilevel._core.problem import Problem
+from tfbilevel._core.projection import fixed_projection
+from tfbilevel._optimizers.update_rule import UpdateRule
+
+STEPS = ("scheduled", "exact")
+# |phi_yy v| stays within the largest |f_y| met as long as v follows its system.
+TOO_FAR = 10.0
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class BAMM(Method):
+    r"""One step of y, of a multiplier v and of x per outer step (BAMM, DM).
+
+    All three at the same (x_k, y_k, v_k), s the rate of the lower optimizer:
+
+        y_{k+1} = y_k - update( phi_y ),     v_{k+1} = v_k - eta_k ( phi_yy v_k - f_y )
+        x_{k+1} = x_k - beta_k update( f_x - phi_xy v_k ),      phi = g
+
+    with eta_k = s * multiplier_rate * (k + 1)^{-tau/2} and beta_k = s (k + 1)^{-tau}.
+    v is carried and follows the solution of the linear system that `Implicit` solves
+    again, so a step costs two gradients and one Hessian-vector product, and nothing
+    is ever solved. With `aggregate`, for lower problems with many solutions,
+
+        phi = (1 - mu_k) g + mu_k f,           mu_k the weight at the outer step k
+        eta_k = s * multiplier_rate * (k + 1)^{-tau/2} mu_k^{3 - strategy}
+        beta_k = s (k + 1)^{-3 tau/2} mu_k^{9 - 2 strategy},    strategy 1, 2 or 3
+
+    (published: mu_k = 0.9 (k + 1)^{-1/100} and, with it, a `multiplier_rate` of 1).
+    `multiplier_step="exact"` takes the step along r = phi_yy v - f_y that minimises
+    the quadratic, eta_k = |r|^2 / <r, phi_yy r>, for one product more; none where the
+    curvature along r is not positive.
+
+    Assumes phi_yy positive definite along the way and s * multiplier_rate below 2 /
+    (largest eigenvalue of phi_yy). Memory: v, whatever the number of steps. Prefer
+    `Implicit` where some inner steps per outer step are affordable: x here moves while
+    y and v are still far off, so its steps must be small.
+
+    The metrics hold `stationarity` (norm of phi_y), `residual` (|r| / |f_y|),
+    `multiplier_rate` (eta_k) and `diverged`: 1 where an exact step met curvature that
+    is not positive, or |r| is beyond ten times the largest |f_y| so far: v grows, and
+    `multiplier_rate` is too large for the curvature.
+
+    Args:
+        lower_optimizer: a Keras optimizer of constant rate that `tb.differentiable`
+            supports; SGD in the paper.
+        multiplier_rate: eta_0 / s, positive.
+        decay: tau, not negative.
+        aggregate: a `tb.Aggregation`, such as
+            tb.Aggregation(tb.InversePower(0.9, 0.01)), or `None`.
+        strategy: 1, 2 or 3: which powers of mu_k slow v and x down.
+        multiplier_step: "scheduled" or "exact".
+
+    Raises:
+        ValueError: for an unsupported optimizer or one of scheduled rate, an argument
+            out of its range, or a `strategy` other than 1 without `aggregate`.
+
+    Example:
+        >>> problem = tb.Problem(
+        ...     upper_loss=lambda x, y, batch: 0.5 * (y - 1.0) ** 2 + 0.5 * x**2,
+        ...     lower_loss=lambda x, y, batch: 0.5 * (y - x) ** 2,
+        ... )
+        >>> method = tb.BAMM(keras.optimizers.SGD(0.5), multiplier_rate=1.0)
+        >>> result = tb.minimize(problem, method, tf.constant(3.0), tf.constant(0.0),
+        ...     keras.optimizers.SGD(0.2), tb.Batches(None, None), steps=400)
+        >>> round(float(result.upper), 2), round(float(result.lower), 2)
+        (0.5, 0.5)
+
+    References:
+        Liu, Liu, Yao, Zeng, Zhang (2023), Averaged method of multipliers for bi-level
+        optimization without lower-level strong convexity. arXiv:2302.03407.
+    """
+
+    lower_optimizer: keras.optimizers.Optimizer
+    multiplier_rate: float = 0.5
+    decay: float = 0.01
+    aggregate: Aggregation | None = None
+    strategy: int = 1
+    multiplier_step: str = "scheduled"
+
+    def __post_init__(self) -> None:
+        rule = UpdateRule(self.lower_optimizer, "lower_optimizer")
+        object.__setattr__(self, "rule", rule)
+        require_number(self.multiplier_rate, "multiplier_rate", positive, "above 0")
+        require_number(self.decay, "decay", not_negative, "not negative")
+        require_aggregation(self.aggregate)
+        require_choice(self.strategy, "strategy", (1, 2, 3))
+        require_choice(self.multiplier_step, "multiplier_step", STEPS)
+        if self.rule.scheduled:
+            raise ValueError(
+                "`lower_optimizer` must have a constant rate: the steps of v and x are "
+                "multiples of it. Slow them with `decay`. "
+                f"Received: lower_optimizer={self.lower_optimizer!r}"
+            )
+        if self.aggregate is None and self.strategy != 1:
+            raise ValueError(
+                "`strategy` must be 1 without `aggregate`: the others differ in powers "
+                "of its weight. Leave it out, or pass tb.Aggregation(...). "
+                f"Received: strategy={self.strategy}"
+            )
+
+    @property
+    def moves_lower(self) -> bool:
+        return True
+
+    @property
+    def couples_tasks(self) -> bool:
+        # A residual of one task that is not finite is seen in all of x.
+        return True
+
+    def init(self, problem: Problem, upper: Any, lower: Any) -> Any:
+        del upper
+        multiplier = structure.zeros_like(structure.to_tensors(lower))
+        return {
+            "step": tf.constant(0, tf.int64),
+            "optimizer": self.rule.init(lower),
+            "multiplier": multiplier,
+            # The largest |f_y| so far, of each task its own.
+            "largest": problem.inner_product.norm(multiplier),
+        }
+
+    def step(
+        self, problem: Problem, upper: Any, lower: Any, batches: Batches, state: Any
+    ) -> Step:
+        here = self._prepared(problem, upper, batches, state)
+        lower, multiplier = structure.to_tensors(lower), state["multiplier"]
+        upper_loss, partial, adjoint = here.upper_partials(lower)
+        lower_loss, gradient, pullback = here.lower_gradient_pullback(lower, 0)
+        slope = here.norm(adjoint)
+        mixed, curved = pullback(structure.scale(-1, multiplier))
+        against = structure.subtract(structure.scale(-1, curved), adjoint)
+        square = here.dot(against, against)
+        # An f_y or g_yy v that is not finite would be seen one step later, v lost: now.
+        seen = tf.where(structure.all_finite(against), 1.0, np.nan)
+        rate, upper_scale = self._steps(state["step"], square.dtype)
+        broken = tf.zeros_like(square, tf.bool)
+        if self.multiplier_step == "exact":
+            # One norm over all tensors: a published version adds up the norms of each
+            # before it squares them, and steps too far.
+            curvature = here.dot(against, pullback(against)[1])
+            broken = (curvature <= 0) & (square > 0)
+            rate = tf.where(curvature > 0, structure.ratio(square, curvature), 0)
+        largest = tf.maximum(state["largest"], slope)
+        broken |= tf.sqrt(square) > TOO_FAR * largest
+        moved, optimizer = self.rule.update(gradient, state["optimizer"], lower)
+        return Step(
+            upper_gradient=structure.scale(seen, here.gradient(partial, mixed)),
+            lower=fixed_projection(problem, upper, moved, "BAMM"),
+            state={
+                "step": state["step"] + 1,
+                "optimizer": optimizer,
+                "multiplier": structure.add_scaled(multiplier, -rate, against),
+                "largest": largest,
+            },
+            metrics={
+                "upper_loss": upper_loss,
+                "lower_loss": lower_loss,
+                "stationarity": here.norm(gradient),
+                "residual": structure.ratio(tf.sqrt(square), slope),
+                "multiplier_rate": rate,
+                "diverged": tf.cast(broken, slope.dtype),
+            },
+            upper_scale=upper_scale,
+        )
+
+    def objective(
+        self, problem: Problem, upper: Any, lower: Any, batches: Batches, state: Any
+    ) -> Callable[[Any], tf.Tensor]:
+        def value(x: Any) -> tf.Tensor:
+            here = self._prepared(problem, x, batches, state)
+            _, gradient = here.lower_gradient(lower, 0)
+            product = here.mean(structure.dot(state["multiplier"], gradient))
+            f = here.upper_loss(lower)
+            return f - tf.cast(product, f.dtype)
+
+        return value
+
+    def _prepared(
+        self, problem: Problem, upper: Any, batches: Batches, state: Any
+    ) -> Prepared:
+        here = problem.prepared(upper, batches)
+        return aggregated(self.aggregate, here, at=state["step"])
+
+    def _steps(self, step: tf.Tensor, dtype: tf.DType) -> tuple[tf.Tensor, tf.Tensor]:
+        """eta_k and beta_k."""
+        count = tf.cast(step + 1, tf.float64)
+        rate = tf.constant(float(self.rule.learning_rate), tf.float64)
+        slower = rate * self.multiplier_rate * tf.pow(count, -self.decay / 2)
+        if self.aggregate is None:
+            slowest = rate * tf.pow(count, -self.decay)
+        else:
+            weight = self.aggregate.weight(step)
+            slower *= weight ** (3 - self.strategy)
+            slowest = rate * tf.pow(count, -1.5 * self.decay)
+            slowest *= weight ** (9 - 2 * self.strategy)
+        return tf.cast(slower, dtype), slowest

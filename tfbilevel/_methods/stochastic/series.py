@@ -1,0 +1,57 @@
+"""Stochastic estimates of the inverse Hessian's product with f_y."""
+
+from typing import Any
+
+import tensorflow as tf
+
+from tfbilevel._calculus import structure
+from tfbilevel._calculus.loops import serial_loop
+from tfbilevel._core.arguments import positive, require_count, require_number
+from tfbilevel._core.prepared import Prepared
+
+
+def require_series(max_steps: int, rate: float) -> None:
+    """Raise unless the series has a length and its factors a step size."""
+    require_count(max_steps, "max_steps")
+    remedy = "Stay below 1 / (largest eigenvalue of the lower Hessian)."
+    require_number(rate, "rate", positive, "above 0 (eta)", remedy)
+
+
+def factors(
+    here: Prepared,
+    lower: Any,
+    vector: Any,
+    rate: float,
+    *,
+    first: Any,
+    count: Any,
+    most: int,
+    stride: int = 1,
+) -> tuple[Any, Any]:
+    """prod_j (I - rate H_j) v over j < count, and the sum of all partial products.
+
+    H_j is the lower Hessian on the lower batch of draw first + j * stride.
+    """
+
+    def body(j: tf.Tensor, term: Any, total: Any) -> tuple:
+        _, _, pullback = here.lower_gradient_pullback(lower, first + j * stride)
+        term = structure.add_scaled(term, -rate, pullback(term)[1])
+        return j + 1, term, structure.add(total, term)
+
+    _, term, total = serial_loop(
+        lambda j, *_: j < count, body, (tf.constant(0), vector, vector), most
+    )
+    return term, total
+
+
+def mixed_product(here: Prepared, lower: Any, vector: Any, draw: Any) -> tuple:
+    """g_xy v and the lower loss on one draw; `None` where not connected."""
+    value, _, pullback = here.lower_gradient_pullback(lower, draw)
+    return pullback(vector)[0], value
+
+
+def growth_metrics(here: Prepared, term: Any, vector: Any) -> dict[str, tf.Tensor]:
+    """How much the products grew, of each task its own; above 1 the series does not
+    converge."""
+    growth = structure.ratio(here.norm(term), here.norm(vector))
+    return {"growth": growth, "diverged": tf.cast(growth > 1.001, growth.dtype)}

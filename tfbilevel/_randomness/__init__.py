@@ -1,0 +1,1 @@
+"""Losses that sample: fixed functions within an outer step."""

@@ -1,0 +1,218 @@
+"""Many tasks as one problem."""
+
+import dataclasses
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import tensorflow as tf
+
+from tfbilevel._calculus import structure
+from tfbilevel._core.arguments import require_choice
+from tfbilevel._core.batches import Batches, apart, together
+from tfbilevel._core.loss import TaskLoss
+from tfbilevel._core.method import Method, Step
+from tfbilevel._core.problem import Problem, require_problem
+from tfbilevel._randomness.seeds import PROJECT_LOWER, START, noisy, of_entries
+from tfbilevel._tasks.mapping import (
+    map_sequentially,
+    map_tasks,
+    map_unrolled,
+    mapped_loss,
+    of_same_tasks,
+)
+from tfbilevel._tasks.sequential import OneOfTasks, sequential_step
+
+UNROLLED = 32  # tasks at most: every one is traced, in 0.1 seconds
+MAPPINGS = ("auto", "vectorized", "sequential")
+
+
+def over_tasks(problem: Problem, mapping: str = "auto") -> Problem:
+    r"""The problem of many tasks that share their upper variables (meta-learning).
+
+        min_x  1/M sum_i f(x, y_i*(x), D_i)   with   y_i*(x) in argmin_y g(x, y, S_i)
+
+    from the problem of one task. The lower variables and the batches carry the M
+    tasks along a leading axis of every leaf (draws of stacked lower batches before
+    it). Every method applies as it is, and does to each task what it would do to that
+    task alone: inner steps with their rate and tolerance, pessimistic ends, linear
+    solves with their stopping, penalties. The upper gradient is the mean of the
+    tasks' own, and so are the losses in the metrics; metrics of single tasks
+    (`truncation`, `residual`, `iterations` where tasks differ) have one entry each.
+    Make steps by `problem.step(method, ...)`, as `fit` and `tb.minimize` do.
+
+    `lower_start` still returns one task's variables (MAML: the upper variables); every
+    task begins there. `project_lower` and `prepare` see one task too.
+
+    Cost: that of M one-task problems. "vectorized" turns the M small operations of
+    each step into one large one, several times as fast for heads and small dense
+    networks. It cannot for convolutions whose kernels differ between the tasks: these
+    tasks are sequential, which is faster than any rewriting as one matrix product that
+    we measured, and keeps memory and graph at one task's size. The whole step is then
+    made for one task before the next, unless the method couples tasks
+    (`Method.couples_tasks`): then only the losses are sequential. What `prepare` makes
+    of images (batches with five axes) is unrolled, task after task, for up to 32 of
+    them, unless the mapping is "vectorized".
+
+    Args:
+        problem: of one task.
+        mapping: "vectorized", "sequential" (also "in-turn", its former name), or
+            "auto": sequential if a lower variable of one task has four or more axes,
+            as convolution kernels have.
+
+    Returns:
+        A `tb.Problem`.
+
+    Raises:
+        ValueError: for an unknown `mapping`, a problem over tasks already, or batches
+            that do not carry the tasks of the lower variables.
+
+    Example:
+        >>> one = tb.Problem(
+        ...     upper_loss=lambda x, y, batch: 0.5 * (y - batch) ** 2,
+        ...     lower_loss=lambda x, y, batch: 0.5 * (y - batch) ** 2,
+        ...     lower_start=lambda x: x,
+        ... )
+        >>> tasks = tb.over_tasks(one)
+        >>> maml = tb.Unroll(tb.InnerSolver(keras.optimizers.SGD(0.5), steps=1))
+        >>> x, y = tf.constant(0.0), tf.zeros([2])
+        >>> batches = tb.Batches(
+        ...     upper=tf.constant([1.0, 3.0]), lower=tf.constant([1.0, 3.0]))
+        >>> step = tasks.step(maml, x, y, batches, maml.init(tasks, x, y))
+        >>> step.lower.numpy().tolist(), float(step.upper_gradient)
+        ([0.5, 1.5], -0.5)
+
+    References:
+        Finn, Abbeel, Levine (2017), Model-agnostic meta-learning. arXiv:1703.03400.
+        Franceschi, Frasconi, Salzo, Grazzi, Pontil (2018), Bilevel programming for
+        hyperparameter optimization and meta-learning. arXiv:1806.04910.
+    """
+    require_problem(problem)
+    if mapping == "in-turn":
+        warnings.warn(
+            'mapping="in-turn" is now called "sequential", and will go',
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        mapping = "sequential"
+    require_choice(mapping, "mapping", MAPPINGS)
+    if problem.has_tasks:
+        raise ValueError(
+            "`problem` must be the problem of one task. Call tb.over_tasks once. "
+            "Received: a problem over tasks"
+        )
+
+    def sequential(y: Any) -> bool:
+        return _are_sequential(mapping, y)
+
+    project, prepare = problem.project_lower, problem.prepare
+    return OverTasks(
+        one=problem,
+        mapping=mapping,
+        upper_loss=_mean(problem.upper_loss, sequential),
+        lower_loss=_mean(problem.lower_loss, sequential),
+        lower_start=problem.lower_start,
+        project_upper=problem.project_upper,
+        reads=problem.reads,
+        project_lower=project
+        and (lambda x, y: map_tasks(lambda one: problem.projected_lower(x, one), y)),
+        prepare=prepare and _prepared_tasks(prepare, mapping),
+        seed=problem.seed,
+    )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class OverTasks(Problem):
+    """A problem over tasks, which knows the problem of one.
+
+    Attributes:
+        one: the problem of one task.
+        mapping: how tasks are mapped.
+    """
+
+    one: Problem = dataclasses.field(kw_only=True)
+    mapping: str = dataclasses.field(kw_only=True)
+
+    def step(
+        self, method: Method, upper: Any, lower: Any, batches: Batches, state: Any
+    ) -> Step:
+        if method.couples_tasks or not _are_sequential(self.mapping, lower):
+            return super().step(method, upper, lower, batches, state)
+        one = self._one_of(structure.to_tensors(lower))
+        return sequential_step(one, method, upper, lower, batches, state)
+
+    def each(self, function: Callable, lower: Any, *parts: Any) -> Any:
+        """A function of (lower variables, *parts) of one task, at every task.
+
+        Args:
+            function: takes the tuple, returns a nest of tensors.
+            lower: the lower variables of all tasks.
+            *parts: nests with the tasks along a leading axis.
+        """
+        sequential = _are_sequential(self.mapping, lower)
+        mapped = map_sequentially if sequential else map_tasks
+        return mapped(function, (lower, *parts))
+
+    def _one_lower(self, lower: Any) -> Any:
+        return tf.nest.map_structure(lambda leaf: leaf[0], lower)
+
+    def _one_of(self, lower: Any) -> OneOfTasks:
+        """The problem of the first task of these lower variables."""
+        fields = {
+            f.name: getattr(self.one, f.name) for f in dataclasses.fields(Problem)
+        }
+        fields |= {
+            # These are the same for all tasks, whatever they sample.
+            "lower_start": self._fixed(self.one.lower_start, START),
+            "project_lower": self._fixed(self.one.project_lower, PROJECT_LOWER),
+            "seed": self.seed,
+        }
+        return OneOfTasks(**fields, number=0, every=lower)
+
+    def prepared_before(self) -> "OverTasks":
+        """The same for batches that were prepared."""
+        one = dataclasses.replace(self.one, prepare=None)
+        return dataclasses.replace(self, one=one, prepare=None)
+
+
+def _are_sequential(mapping: str, y: Any) -> bool:
+    """Whether the tasks of stacked lower variables are taken one after the other."""
+    leaves = tf.nest.flatten(structure.to_tensors(y))
+    kernels = any(leaf.shape.rank > 4 for leaf in leaves)
+    return mapping == "sequential" or (mapping == "auto" and kernels)
+
+
+def _mean(loss: Callable, sequential: Callable[[Any], bool]) -> TaskLoss:
+    """The mean of a loss over tasks."""
+    return TaskLoss(mapped_loss(noisy(loss), sequential), mean=True)
+
+
+def _of_few_images(tasks: Any) -> bool:
+    """Whether the data of not too many tasks have images, [tasks, n, height, width, c].
+
+    Then what is prepared is made of convolutions. Taken at once, these are as fast, but
+    normalisation by the statistics of each task's images takes transposed copies of all
+    activations, and a loop keeps lists of them: a quarter and two fifths more time.
+    """
+    shapes = [leaf.shape for leaf in tf.nest.flatten(tasks) if leaf is not None]
+    images = any(shape.rank is not None and shape.rank > 4 for shape in shapes)
+    counts = [shape[0] if shape.rank else None for shape in shapes]
+    return images and all(n is not None and n <= UNROLLED for n in counts)
+
+
+def _prepared_tasks(prepare: Callable, mapping: str) -> Callable:
+    def made(x: Any, batches: Batches) -> Batches:
+        def one(task: tuple) -> tuple:
+            upper, lower = prepare(x, type(batches)(*task))
+            return upper, lower
+
+        upper_tasks, lower_tasks = apart(batches)
+        named = of_same_tasks({"upper": upper_tasks, "lower": lower_tasks})
+        tasks = named["upper"], named["lower"]
+        unrolled = mapping != "vectorized" and _of_few_images(tasks)
+        mapped = map_unrolled if unrolled else map_tasks
+        first = next(leaf for leaf in tf.nest.flatten(tasks) if leaf is not None)
+        numbered = (tasks, tf.range(first.shape[0] or tf.shape(first)[0]))
+        return together(*mapped(of_entries(one), numbered), like=batches)
+
+    return made
