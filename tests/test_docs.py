@@ -43,7 +43,19 @@ def blocks(page: pathlib.Path) -> list[Block]:
     ]
 
 
-WITH_CODE = [page for page in PAGES if blocks(page)]
+# The tutorials have tests of their own, `test_tutorials.py`.
+OTHERS = [page for page in PAGES if page.parent.name != "tutorials"]
+WITH_CODE = [page for page in OTHERS if blocks(page)]
+
+
+def run(page: pathlib.Path) -> dict[str, Any]:
+    """What the blocks of one page define, run in order in one namespace."""
+    namespace: dict[str, Any] = {"__name__": page.stem}
+    for block in blocks(page):
+        # Blank lines make a traceback show the page's own line numbers.
+        source = "\n" * block.before + block.code
+        exec(compile(source, str(page), "exec"), namespace)
+    return namespace
 
 
 def test_enough_pages_have_code() -> None:
@@ -58,11 +70,7 @@ def test_code_runs(
 ) -> None:
     """The blocks of one page, in order, in one namespace and an empty folder."""
     monkeypatch.chdir(tmp_path)
-    namespace: dict[str, Any] = {"__name__": page.stem}
-    for block in blocks(page):
-        # Blank lines make a traceback show the page's own line numbers.
-        source = "\n" * block.before + block.code
-        exec(compile(source, str(page), "exec"), namespace)
+    namespace = run(page)
     if page.name == "README.md":
         require_trained(namespace)
     else:  # the code looks at its own results
