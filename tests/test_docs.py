@@ -114,25 +114,6 @@ def test_builds_without_a_warning_and_lists_every_public_name(
         assert name == "__version__" or f'id="tfbilevel.{name}"' in reference, name
 
 
-@pytest.mark.parametrize("script", sorted((ROOT / "experiments").glob("*.py")), ids=str)
-def test_every_flag_is_documented(script: pathlib.Path) -> None:
-    """In the script's own section."""
-    text = (ROOT / "docs" / "experiments.md").read_text()
-    sections = re.split(r"^## ", text, flags=re.MULTILINE)
-    (own,) = (part for part in sections if f"`experiments/{script.name}`" in part)
-    source, add = script.read_text(), r'add\(\s*"(--[a-z-]+)"'
-    if "add_flags(parser)" in source:  # its flags stand beside its settings
-        source += (script.parent / "settings" / script.name).read_text()
-    flags = {*re.findall(add, source)}
-    if "Settings.add_flags(parser" in source:
-        shared = ROOT / "experiments" / "common" / "inversion_free.py"
-        flags |= {*re.findall(add, shared.read_text())}
-    if script.name == "few_shot.py":
-        flags -= {"--halve-every"}  # not there: its unit is `None`
-    assert flags
-    assert not [f for f in flags if not re.search(rf"{f}(?![a-z-])", own)]
-
-
 @pytest.mark.parametrize("name", PUBLIC)
 def test_public_name_is_documented(name: str) -> None:
     """Outside the reference, which has every name."""
