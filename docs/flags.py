@@ -61,7 +61,9 @@ def values(action: argparse.Action) -> str:
         text = ", ".join(f"`{choice}`" for choice in action.choices)
     else:
         name = getattr(action.type, "__name__", "text")
-        text = KINDS.get(name, name).replace("int", "integer").replace("float", "number")
+        text = (
+            KINDS.get(name, name).replace("int", "integer").replace("float", "number")
+        )
     several = {"+": "one or more of: ", None: ""}
     return several.get(action.nargs, f"{action.nargs} of: ") + text
 

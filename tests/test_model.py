@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from experiment_scripts import arrays_of
+from suites import fast_where
 
 import tfbilevel as tb
 from tfbilevel._keras import outer_step
@@ -219,7 +220,7 @@ def test_automatic_compilation_decides_without_touching_variables():
     assert_close(weights(auto), weights(plain), rtol=1e-4)
 
 
-def test_one_trace_over_a_thousand_steps():
+def test_one_trace_over_many_steps():
     traces = []
 
     def counted(upper, lower, batch):
@@ -231,10 +232,11 @@ def test_one_trace_over_a_thousand_steps():
     model.fit(full_batch(1), epochs=2, verbose=0)
     # The metrics, made when their names are known, do not make it trace again.
     assert len(traces) == 1
-    model.fit(full_batch(500), epochs=2, verbose=0)
+    model.fit(full_batch(20), epochs=2, verbose=0)
     assert len(traces) == 1
 
 
+@pytest.mark.slow
 def test_memory_is_flat_over_a_thousand_steps():
     def resident():
         gc.collect()
@@ -379,7 +381,10 @@ def test_callbacks_work(tmp_path):
     assert other.outer_step == 2 * (best + 1)
 
 
-@pytest.mark.parametrize("name", METHODS)
+# One whose methods carry nothing, one that carries slots.
+@pytest.mark.parametrize(
+    "name", fast_where({"unroll", "value_gap"}.__contains__, METHODS)
+)
 def test_saved_weights_continue_to_the_last_bit(name, tmp_path):
     through, first = make(METHODS[name]()), make(METHODS[name]())
     through.fit(full_batch(5), epochs=2, verbose=0)
@@ -438,6 +443,7 @@ np.savez(out / "done.npz", *test_model.weights(model), jit=model.jit_compile,
 """
 
 
+@pytest.mark.slow
 def test_a_fit_killed_and_resumed_equals_one_that_ran_through(tmp_path):
     """SIGKILL in the middle of training, whatever it was doing, then resumed."""
     epochs = 30
