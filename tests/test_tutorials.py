@@ -72,10 +72,10 @@ def test_maml_adapts_better_than_pretraining(made: dict) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("made", [("own_method", 0.01)], indirect=True)
-def test_a_method_of_ones_own_is_checked_and_agrees_with_implicit(made: dict) -> None:
+def test_a_method_of_ones_own_is_checked_and_beats_one_strength(made: dict) -> None:
     one, own, implicit = made["results"].values()
-    assert own < one  # the page says so
+    assert own > one + 0.04
     assert own == pytest.approx(implicit, abs=0.01)
-    assert max(report.error for report in made["reports"]) < 1e-6
+    assert max(report.error for report in made["reports"]) < 1e-5
     off = [report.implicit_error for report in made["reports"]]
-    assert off[1] < 0.1 < min(off[0], off[2])
+    assert off[1] < off[0] / 5 and off[2] < off[1] / 5
