@@ -189,6 +189,7 @@ def test_published_settings_are_the_defaults():
     assert (sizes.train_size, sizes.test_size) == (900, 300)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", attack.METHODS)
 def test_the_whole_pipeline(method, tmp_path):
     summary = attack.main([*SMALL, "--method", method, "--out", str(tmp_path)])
@@ -232,6 +233,7 @@ def test_the_files_share_no_image(monkeypatch):
     assert sum(map(len, held)) == len(set.union(*held)) == 5000
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes(tmp_path, monkeypatch):
     broken = [*SMALL, "--out", str(tmp_path / "broken")]
     one = attack.attack_one
@@ -259,6 +261,7 @@ def test_a_killed_run_resumes(tmp_path, monkeypatch):
     assert 0 < seconds[0] < seconds[1] == summary["seconds"]
 
 
+@pytest.mark.slow
 def test_a_bundle_with_a_feature_model(tmp_path, capsys):
     """The published layout and any Keras model, no features prepared."""
     generator = np.random.default_rng(0)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from experiment_scripts import ROOT, arrays_of, load_experiment
+from suites import fast_where
 
 import tfbilevel as tb
 
@@ -29,7 +30,9 @@ SIZES = [
 SMALL = [*SIZES, "--eval-every", "2", "--jit", "off"]
 
 
-@pytest.mark.parametrize("method", ["rhg", "bda", "iaptt-gm"])
+@pytest.mark.parametrize(
+    "method", fast_where("iaptt-gm".__eq__, ["rhg", "bda", "iaptt-gm"])
+)
 def test_the_inner_curve_is_that_of_the_next_outer_step(method, tmp_path, monkeypatch):
     taken = {}
 
@@ -58,7 +61,10 @@ def test_the_inner_curve_is_that_of_the_next_outer_step(method, tmp_path, monkey
 @pytest.mark.parametrize(
     ("method", "net"),
     # Every net with some methods: what differs between nets is tested below.
-    list(zip(cleaning.METHODS, itertools.cycle(cleaning.NETS), strict=False)),
+    fast_where(
+        lambda method, net: method in ("v-pbgd", "iaptt-gm"),
+        zip(cleaning.METHODS, itertools.cycle(cleaning.NETS), strict=False),
+    ),
 )
 def test_cleaning_runs_every_method_and_writes_its_files(method, net, tmp_path):
     steps = ["--outer-steps", "4"]
@@ -170,7 +176,9 @@ def test_methods_are_what_they_are_called():
     assert built(*flags).inner.optimizer.momentum == 0.5
 
 
-@pytest.mark.parametrize("baseline", ["oracle", "val-only", "train+val"])
+@pytest.mark.parametrize(
+    "baseline", fast_where("oracle".__eq__, ["oracle", "val-only", "train+val"])
+)
 def test_cleaning_baselines(baseline, tmp_path, monkeypatch):
     seen, fit = [], cleaning.train_plainly
 
@@ -257,6 +265,7 @@ def test_one_flag_shortens_a_run(flags, name, value):
     assert getattr(args, name) == value
 
 
+@pytest.mark.slow
 def test_a_run_of_any_length_ends_where_it_should(tmp_path):
     """Neither a multiple of the steps between rows nor of those of an execution."""
     flags = ["--outer-steps", "8", "--eval-every", "3", "--method", "g-pbgd"]
@@ -275,6 +284,7 @@ def test_a_run_of_any_length_ends_where_it_should(tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_trials_are_the_runs_of_their_seeds(tmp_path):
     """What is complete stays when the folder is resumed; the mean is NumPy's."""
     flags = [*SMALL, "--outer-steps", "4", "--method", "g-pbgd", "--out"]
@@ -503,6 +513,7 @@ def test_a_folder_in_use_or_other_settings_are_refused(tmp_path, capsys):
         assert "was not written by a run" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_killed_cleaning_run_resumes_to_the_same_numbers(tmp_path):
     flags = [*SMALL, "--outer-steps", "200", "--eval-every", "10", "--seed", "3"]
 

@@ -602,6 +602,7 @@ def test_a_run_and_its_files(newcomer):
 
 
 @ONE_RUN
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_numbers(newcomer, tmp_path, monkeypatch):
     monkeypatch.undo()  # all glyphs, as the command draws them
     evaluate, calls = few_shot.Judge.accuracies, []
@@ -675,6 +676,7 @@ def published(folder: Any, kind: str) -> None:
         (folder / f"{split}_labels.pkl").write_bytes(pickle.dumps(labels))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dataset", "flags"),
     [
@@ -694,6 +696,7 @@ def test_published_files_end_to_end(dataset, flags, tmp_path):
     assert summary["dataset"] == dataset and 0 <= summary["test_accuracy"] <= 100
 
 
+@pytest.mark.slow
 def test_fc100_end_to_end(tmp_path):
     prepare_cifar100(tmp_path)
     summary = few_shot.main(
@@ -706,6 +709,7 @@ def test_fc100_end_to_end(tmp_path):
     assert config["settings"]["split"] is None  # Omniglot's
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_float64")
 @pytest.mark.parametrize(
     ("method", "network"), [("iaptt-gm", "resnet12"), ("penalty", "residual")]

@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from experiment_scripts import arrays_of
+from suites import fast_where
 
 import tfbilevel as tb
+from tfbilevel._keras import outer_step
 
 TRAIN, VALIDATION, FEATURES, CLASSES = 7, 6, 4, 3
 
@@ -199,7 +201,7 @@ def test_automatic_compilation_takes_batches_that_cannot_be_turned(batch):
 
 @pytest.mark.parametrize("xla", [True, False])
 def test_automatic_compilation_takes_what_was_faster(xla, monkeypatch):
-    monkeypatch.setattr(tb._outer_step, "faster_with_xla", lambda *arguments: xla)
+    monkeypatch.setattr(outer_step, "faster_with_xla", lambda *arguments: xla)
     model = make(jit_compile="auto")
     batches = next(iter(full_batch()))
     model._ready(batches, lambda: batches)
@@ -218,7 +220,7 @@ def test_automatic_compilation_decides_without_touching_variables():
     assert_close(weights(auto), weights(plain), rtol=1e-4)
 
 
-def test_one_trace_over_a_thousand_steps():
+def test_one_trace_over_many_steps():
     traces = []
 
     def counted(upper, lower, batch):
@@ -230,10 +232,11 @@ def test_one_trace_over_a_thousand_steps():
     model.fit(full_batch(1), epochs=2, verbose=0)
     # The metrics, made when their names are known, do not make it trace again.
     assert len(traces) == 1
-    model.fit(full_batch(500), epochs=2, verbose=0)
+    model.fit(full_batch(20), epochs=2, verbose=0)
     assert len(traces) == 1
 
 
+@pytest.mark.slow
 def test_memory_is_flat_over_a_thousand_steps():
     def resident():
         gc.collect()
@@ -378,7 +381,10 @@ def test_callbacks_work(tmp_path):
     assert other.outer_step == 2 * (best + 1)
 
 
-@pytest.mark.parametrize("name", METHODS)
+# One whose methods carry nothing, one that carries slots.
+@pytest.mark.parametrize(
+    "name", fast_where({"unroll", "value_gap"}.__contains__, METHODS)
+)
 def test_saved_weights_continue_to_the_last_bit(name, tmp_path):
     through, first = make(METHODS[name]()), make(METHODS[name]())
     through.fit(full_batch(5), epochs=2, verbose=0)
@@ -437,6 +443,7 @@ np.savez(out / "done.npz", *test_model.weights(model), jit=model.jit_compile,
 """
 
 
+@pytest.mark.slow
 def test_a_fit_killed_and_resumed_equals_one_that_ran_through(tmp_path):
     """SIGKILL in the middle of training, whatever it was doing, then resumed."""
     epochs = 30
@@ -768,7 +775,7 @@ def test_a_saved_xla_is_used_without_timing(whole, tmp_path, monkeypatch):
     model._ensure_carried()
     model._progress.compilation.assign(2)
     (model.save if whole else model.save_weights)(path)
-    monkeypatch.setattr(tb._outer_step, "faster_with_xla", lambda *arguments: False)
+    monkeypatch.setattr(outer_step, "faster_with_xla", lambda *arguments: False)
     if whole:
         objects = {"upper_loss": upper_loss, "lower_loss": lower_loss}
         objects["method"] = model.method

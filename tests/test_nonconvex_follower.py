@@ -144,6 +144,7 @@ def run(tmp_path_factory):
     return out, follower.main([*flags, "--out", str(out)])
 
 
+@pytest.mark.slow
 @ONE_RUN
 def test_iaptt_gm_arrives_from_every_start(run):
     ends = run[1]["examples"]["sine"]["iaptt-gm"]
@@ -223,6 +224,7 @@ def convex_distances(settings, accelerated):
     return np.array(found)
 
 
+@pytest.mark.slow
 @ONE_RUN
 def test_acceleration_brings_the_convex_problem_nearer(run):
     example = follower.EXAMPLES["convex"]
@@ -237,6 +239,7 @@ def test_acceleration_brings_the_convex_problem_nearer(run):
     assert accelerated["y_distance"] < 0.9 * away["y_distance"][-1]
 
 
+@pytest.mark.slow
 @ONE_RUN
 def test_files(run):
     out, summary = run

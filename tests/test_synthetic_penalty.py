@@ -126,6 +126,7 @@ def test_rmd_goes_back_through_all_steps():
     np.testing.assert_allclose(step.upper_gradient, want, rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_files_and_resuming(tmp_path):
     flags = [*SMALL, "--problem", "ex4", "--out"]
     summary = synthetic.main([*flags, str(tmp_path / "a")])
@@ -150,6 +151,7 @@ def test_files_and_resuming(tmp_path):
     assert json.loads((tmp_path / "a" / "summary.json").read_text()) == again
 
 
+@pytest.mark.slow
 def test_penalty_sees_the_null_space_and_approxgrad_does_not(tmp_path):
     """The published run but for the number of starts. A simulation in NumPy had 0.0324
     (0.0346 with the null space) and 0.0024 (9.26)."""
