@@ -41,6 +41,8 @@ def as_restructured_text(app, what, name, obj, options, lines) -> None:
             text += ["::", ""]
         before = line or before
         text.append(line if equation or section == "Example:" else escaped(line))
+    if what == "property" and text:
+        text[0] = f": {text[0]}"  # or napoleon takes what is before a colon for a type
     lines[:] = text
 
 

@@ -44,7 +44,19 @@ def blocks(page: pathlib.Path) -> list[Block]:
     ]
 
 
-WITH_CODE = [page for page in PAGES if blocks(page)]
+# The tutorials have tests of their own, `test_tutorials.py`.
+OTHERS = [page for page in PAGES if page.parent.name != "tutorials"]
+WITH_CODE = [page for page in OTHERS if blocks(page)]
+
+
+def run(page: pathlib.Path) -> dict[str, Any]:
+    """What the blocks of one page define, run in order in one namespace."""
+    namespace: dict[str, Any] = {"__name__": page.stem}
+    for block in blocks(page):
+        # Blank lines make a traceback show the page's own line numbers.
+        source = "\n" * block.before + block.code
+        exec(compile(source, str(page), "exec"), namespace)
+    return namespace
 
 
 def test_enough_pages_have_code() -> None:
@@ -65,11 +77,7 @@ def test_code_runs(
 ) -> None:
     """The blocks of one page, in order, in one namespace and an empty folder."""
     monkeypatch.chdir(tmp_path)
-    namespace: dict[str, Any] = {"__name__": page.stem}
-    for block in blocks(page):
-        # Blank lines make a traceback show the page's own line numbers.
-        source = "\n" * block.before + block.code
-        exec(compile(source, str(page), "exec"), namespace)
+    namespace = run(page)
     if page.name == "README.md":
         require_trained(namespace)
     else:  # the code looks at its own results
@@ -115,25 +123,6 @@ def test_builds_without_a_warning_and_lists_every_public_name(
     reference = (built / "reference.html").read_text()
     for name in PUBLIC:
         assert name == "__version__" or f'id="tfbilevel.{name}"' in reference, name
-
-
-@pytest.mark.parametrize("script", sorted((ROOT / "experiments").glob("*.py")), ids=str)
-def test_every_flag_is_documented(script: pathlib.Path) -> None:
-    """In the script's own section."""
-    text = (ROOT / "docs" / "experiments.md").read_text()
-    sections = re.split(r"^## ", text, flags=re.MULTILINE)
-    (own,) = (part for part in sections if f"`experiments/{script.name}`" in part)
-    source, add = script.read_text(), r'add\(\s*"(--[a-z-]+)"'
-    if "add_flags(parser)" in source:  # its flags stand beside its settings
-        source += (script.parent / "settings" / script.name).read_text()
-    flags = {*re.findall(add, source)}
-    if "Settings.add_flags(parser" in source:
-        shared = ROOT / "experiments" / "common" / "inversion_free.py"
-        flags |= {*re.findall(add, shared.read_text())}
-    if script.name == "few_shot.py":
-        flags -= {"--halve-every"}  # not there: its unit is `None`
-    assert flags
-    assert not [f for f in flags if not re.search(rf"{f}(?![a-z-])", own)]
 
 
 def test_public_names_are_documented() -> None:

@@ -16,6 +16,7 @@ from experiment_scripts import arrays_of
 from suites import fast_where
 
 import tfbilevel as tb
+from tfbilevel._keras import outer_step
 
 TRAIN, VALIDATION, FEATURES, CLASSES = 7, 6, 4, 3
 
@@ -200,7 +201,7 @@ def test_automatic_compilation_takes_batches_that_cannot_be_turned(batch):
 
 @pytest.mark.parametrize("xla", [True, False])
 def test_automatic_compilation_takes_what_was_faster(xla, monkeypatch):
-    monkeypatch.setattr(tb._outer_step, "faster_with_xla", lambda *arguments: xla)
+    monkeypatch.setattr(outer_step, "faster_with_xla", lambda *arguments: xla)
     model = make(jit_compile="auto")
     batches = next(iter(full_batch()))
     model._ready(batches, lambda: batches)
@@ -774,7 +775,7 @@ def test_a_saved_xla_is_used_without_timing(whole, tmp_path, monkeypatch):
     model._ensure_carried()
     model._progress.compilation.assign(2)
     (model.save if whole else model.save_weights)(path)
-    monkeypatch.setattr(tb._outer_step, "faster_with_xla", lambda *arguments: False)
+    monkeypatch.setattr(outer_step, "faster_with_xla", lambda *arguments: False)
     if whole:
         objects = {"upper_loss": upper_loss, "lower_loss": lower_loss}
         objects["method"] = model.method

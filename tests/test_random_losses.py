@@ -353,6 +353,25 @@ def test_tasks_have_noise_of_their_own_whichever_the_mapping(
             np.testing.assert_allclose(a, b, rtol=1e-10, err_msg=name)
 
 
+def test_no_two_steps_tasks_and_draws_share_their_noise() -> None:
+    """Each has a multiple of its own: draw 1 of task 0 is not draw 0 of task 1."""
+    problem = tb.over_tasks(last_noise()[0])
+    batches = tb.StackedBatches(tf.zeros([2, 1]), tf.zeros([3, 2, 1]))
+    x, y = tf.constant(0.0), tf.zeros([2, 3])
+    methods = [last_noise(count)[1] for count in (1, 2, 3)]
+
+    @tf.function(autograph=False)
+    def ends(number: tf.Tensor) -> list[tf.Tensor]:
+        here = problem.seeded(number)
+        return [  # y is the noise of the last draw
+            here.step(method, x, y, batches, method.init(here, x, y)).lower
+            for method in methods
+        ]
+
+    seen = [ends(tf.constant(number)) for number in (0, 1)]
+    assert len(np.unique(np.round(seen, 5))) == 2 * 3 * 2 * 3
+
+
 # A Keras model of two.
 
 

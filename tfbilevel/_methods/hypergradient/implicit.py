@@ -97,7 +97,7 @@ class Implicit(Method):
     aggregate: Aggregation | None = None
 
     def __post_init__(self) -> None:
-        _ = self.end_point  # or an error
+        _ = self._end_point  # or an error
         require_choice(self.through, "through", ("gradient", "optimizer"))
         if not isinstance(self.solver, LinearSolver):
             raise ValueError(
@@ -131,7 +131,7 @@ class Implicit(Method):
             )
 
     @property
-    def end_point(self) -> EndPoint:
+    def _end_point(self) -> EndPoint:
         """Where the inner solve ends."""
         return EndPoint(self.inner, self.end, self.aggregate)
 
@@ -162,7 +162,7 @@ class Implicit(Method):
     def step(
         self, problem: Problem, upper: Any, lower: Any, batches: Batches, state: Any
     ) -> Step:
-        here, iterate, end, metrics = self.end_point.reach(
+        here, iterate, end, metrics = self._end_point.reach(
             problem.prepared(upper, batches), lower, state["inner"]
         )
         if self.through == "gradient":
@@ -209,7 +209,7 @@ class Implicit(Method):
     def objective(
         self, problem: Problem, upper: Any, lower: Any, batches: Batches, state: Any
     ) -> Callable[[Any], tf.Tensor]:
-        return self.end_point.objective(problem, upper, lower, batches, state["inner"])
+        return self._end_point.objective(problem, upper, lower, batches, state["inner"])
 
     def _gradient_equation(self, here: Prepared, iterate: Any, rhs: Any) -> "_Equation":
         lower_loss, gradient, pullback = here.lower_gradient_pullback(
