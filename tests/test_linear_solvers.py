@@ -12,7 +12,7 @@ from problems import Oracle, flat, nested, quadratic
 from references import descend, implicit
 
 import tfbilevel as tb
-from tfbilevel._linear_solvers import _base
+from tfbilevel._linear_solvers import base
 
 QUICK = settings(max_examples=25, deadline=None)
 
@@ -467,7 +467,7 @@ def test_unrolled_steps_are_those_of_the_loop(solver, kind, monkeypatch) -> None
 
     found = [mode(solved)() for mode in (lambda f: f, tf.function)]
     found.append(tf.function(solved, jit_compile=True)())
-    monkeypatch.setattr(_base, "UNROLLED", 0)
+    monkeypatch.setattr(base, "UNROLLED", 0)
     loop = solved()
     assert kind in ("solved", "indefinite") or int(loop[2]) in (3, 4)
     for one in found:
