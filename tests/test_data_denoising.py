@@ -360,6 +360,7 @@ def test_a_killed_run_resumes_to_the_same_numbers(tmp_path, monkeypatch):
     assert [row["step"] for row in rows("whole")] == ["0", "3", "6", "9", "12"]
 
 
+@pytest.mark.slow
 def test_a_run_that_ends_within_an_epoch_is_renormalised_too(tmp_path):
     flags = [*SMALL, "--inner-steps", "2", "--seconds", "1e-9", "--upper-lr", "0.1"]
     flags += ["--retrain-threshold", "0", "--out", str(tmp_path)]
