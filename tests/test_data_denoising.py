@@ -284,6 +284,7 @@ def test_baselines_see_what_they_may(method, tmp_path, monkeypatch):
     assert (tmp_path / "curves.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_dropout_is_off_unless_asked_for():
     part = part_of(40, 0, (28, 28, 1))
 
