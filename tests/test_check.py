@@ -138,7 +138,7 @@ def test_implicit_at_an_unsolved_lower_problem() -> None:
     """Not the derivative of f(x, y_T(x)), but the dense implicit gradient at y_T."""
     oracle = quadratic()
     x, y, batches = oracle.at("float64")
-    method = tb.Implicit(_few(oracle), tb.ConjugateGradient(10, tolerance=1e-13))
+    method = tb.Implicit(_few(oracle), tb.ConjugateGradient(10, rtol=1e-13))
     report = tb.check_hypergradient(oracle.problem, method, x, y, batches)
     assert report.error > 1e-3
     assert report.implicit_error is not None and report.implicit_error < 1e-10

@@ -54,9 +54,10 @@ def test_published_settings_are_the_defaults():
     # norm^2 < 0.01 as published: 0.1 for the norm.
     assert args.tolerance == pytest.approx(0.01**0.5)
     method = denoising.Settings.method(args, 295)
-    assert method.tolerance_decay == pytest.approx(0.9**0.5)
-    assert (method.growth, method.decay, method.rate_decay) == (1.1, 0.9, 0.9)
-    assert method.multiplier == 1e-6
+    assert method.schedule.tolerance_decay == pytest.approx(0.9**0.5)
+    factors = method.schedule
+    assert (factors.growth, factors.decay, factors.rate_decay) == (1.1, 0.9, 0.9)
+    assert method.initial_multiplier == 1e-6
     assert not args.augment and args.retrain_threshold == 0
     assert parse("--dataset", "cifar10").augment
     small = parse("--dataset", "mnist-small")

@@ -102,7 +102,7 @@ def test_d4_norms_over_several_tensors_are_global() -> None:
 def test_d8_damped_cg_is_cg_on_the_damped_system() -> None:
     """D8: a factor on the curvature, missing in the residual's update."""
     matrix, b = np.diag([1.0, 3.0, 7.0]), np.array([1.0, -2.0, 0.5])
-    solver = tb.ConjugateGradient(3, damping=0.7, tolerance=1e-12)
+    solver = tb.ConjugateGradient(3, damping=0.7, rtol=1e-12)
     found = solver.solve(
         tb.LinearSystem(lambda v: tf.linalg.matvec(tf.constant(matrix), v)),
         tf.constant(b),

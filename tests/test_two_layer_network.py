@@ -236,7 +236,7 @@ def adam(steps: int = LONG) -> tb.InnerSolver:
     return tb.InnerSolver(keras.optimizers.Adam(0.02, beta_2=0.99999), steps)
 
 
-TIGHT = {"tolerance": 1e-10}
+TIGHT = {"rtol": 1e-10}
 SOLVED = {
     "unroll": lambda: tb.Unroll(plain()),
     "unroll-checkpoint": lambda: tb.Unroll(plain(), memory="checkpoint"),
@@ -249,9 +249,7 @@ SOLVED = {
     "gradient": lambda: tb.Implicit(plain(), tb.GradientSolver(SGD(0.4), 400, **TIGHT)),
     "approx-grad": lambda: tb.Implicit(
         plain(),
-        tb.GradientSolver(
-            SGD(0.1, momentum=0.9), 900, objective="residual", tolerance=1e-9
-        ),
+        tb.GradientSolver(SGD(0.1, momentum=0.9), 900, objective="residual", rtol=1e-9),
     ),
     "map-plain": lambda: tb.Implicit(
         plain(), tb.FixedPoint(400, **TIGHT), through="optimizer"
@@ -313,7 +311,7 @@ def test_reverse_equals_forward() -> None:
         project_lower=lambda y: [tf.clip_by_value(leaf, -0.6, 0.6) for leaf in y],
     )
     inner = tb.InnerSolver(
-        SGD(0.3, momentum=0.7), 12, learning_rate=lambda x: 0.3 * tf.exp(0.1 * x[1])
+        SGD(0.3, momentum=0.7), 12, learned_rate=lambda x: 0.3 * tf.exp(0.1 * x[1])
     )
     steps = [
         method.step(made, x, y, tb.Batches(None, None), {})

@@ -337,7 +337,7 @@ def test_hypergradient_in_the_inner_learning_rate(name: str, memory: str) -> Non
     """The rate exp(shift) enters the steps only; central differences agree."""
     rule, make = OPTIMIZERS[name]
     inner = tb.InnerSolver(
-        make(), STEPS, learning_rate=lambda x: 0.1 * tf.exp(x["shift"])
+        make(), STEPS, learned_rate=lambda x: 0.1 * tf.exp(x["shift"])
     )
     method = tb.Unroll(inner, memory=memory)
     step = assert_step(
@@ -365,7 +365,7 @@ def test_a_rate_that_is_an_upper_variable_of_its_own(memory: str) -> None:
     problem = tb.Problem(
         upper_loss=lambda x, y, batch: y, lower_loss=lambda x, y, batch: 0.5 * y**2
     )
-    inner = tb.InnerSolver(keras.optimizers.SGD(0.5), 2, learning_rate=lambda x: x)
+    inner = tb.InnerSolver(keras.optimizers.SGD(0.5), 2, learned_rate=lambda x: x)
     method = tb.Unroll(inner, memory=memory)
     x, y = tf.constant(0.3, tf.float64), tf.constant(2.0, tf.float64)
     step = method.step(problem, x, y, NO_DATA, {})
@@ -617,7 +617,7 @@ def test_rates_of_single_entries_in_a_tuple() -> None:
         lower_loss=lambda x, y, batch: 0.5 * (y[0] ** 2 + 3.0 * y[1] ** 2),
     )
     inner = tb.InnerSolver(
-        keras.optimizers.SGD(0.9), 1, learning_rate=lambda x: (x["a"], x["b"])
+        keras.optimizers.SGD(0.9), 1, learned_rate=lambda x: (x["a"], x["b"])
     )
     x = {"a": tf.constant(0.2, tf.float64), "b": tf.constant(0.1, tf.float64)}
     y = (tf.constant(2.0, tf.float64), tf.constant(5.0, tf.float64))

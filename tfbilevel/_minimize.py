@@ -1,6 +1,5 @@
 """The outer loop for plain tensors, compiled whole."""
 
-import collections
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -42,7 +41,8 @@ class Result(NamedTuple):
     Attributes:
         upper: the upper variables at the end.
         lower: the lower variables at the end.
-        state: the method's and the upper optimizer's state, to go on with.
+        state: the method's and the upper optimizer's state, to go on with. It holds
+            what is compiled, too; a copy, or one that was saved, is compiled again.
         steps: outer steps made; one number per start if `stop` returns a vector.
         stopped: whether `stop` ended it; per start likewise.
         metrics: the last step's metrics.
@@ -85,7 +85,7 @@ def minimize(
     Many starts run as one problem when losses are sums over a leading axis that all
     variables share: gradients do not mix. What a method takes of all its variables at
     once it takes of all starts: the coefficient of `tb.RankOne`, the end of
-    `end="pessimistic"`, the exact step of `tb.BAMM`, an inner `tolerance`; with these
+    `end="pessimistic"`, the exact step of `tb.BAMM`, an inner `atol`; with these
     use `tb.over_tasks`, or one start per call. `stop` may then return one bool per
     start; a start that has stopped keeps its values and its step count (the result's
     `state` moves on with the others: continue only runs that stop as a whole).
@@ -151,14 +151,15 @@ def minimize(
     source, data = _batch_source(batches, steps, widest(leaves))
     options = repr(configuration(upper_optimizer))
     parts = (problem, method, upper_optimizer, options, source, steps)
-    rule, run = _loop_of((*parts, stop, trace, jit_compile), going_on=state is not None)
+    loop = _loop_of((*parts, stop, trace, jit_compile), state)
+    rule = loop.rule
     if state is None:
         state = (method.init(problem, upper, lower), rule.init(upper))
     elif not rule.scheduled:  # as it is now, not as it was when the state was made
         rate = tf.constant(rule.learning_rate, state[1].learning_rate.dtype)
         state = (state[0], state[1]._replace(learning_rate=rate))
     with without_memory_rewrites():
-        made = run(upper, lower, state, data)
+        made = loop.run(upper, lower, tuple(state), data)
     k, begun, upper, lower, state, bad, diverged, stopped, taken, metrics, record = made
     if int(bad) >= 0:
         point = Point(begun + k - 1, upper, lower, {})
@@ -168,11 +169,27 @@ def minimize(
         raise NonFiniteError(int(bad), int(point.step), point)
     if int(diverged) >= 0:
         warn_diverged(method, int(diverged))
+    state = _Carried(state)
+    state.loop = loop
     made = int(k)
     record = tf.nest.map_structure(lambda leaf: leaf[:made], record)
     return Result(
         upper, lower, state, taken, stopped, metrics, None if trace is None else record
     )
+
+
+class _Loop(NamedTuple):
+    """A compiled loop.
+
+    Attributes:
+        parts: what it was made of.
+        rule: the update of the upper variables.
+        run: (x, y, state, batches) -> what the loop ends with.
+    """
+
+    parts: tuple
+    rule: UpdateRule
+    run: Callable
 
 
 def _compile(
@@ -197,7 +214,7 @@ def _compile(
         here = problem.seeded(k)
         step = here.step(method, x, y, batch, carried[0])
         moved, optimizer = rule.update(step.upper_gradient, carried[1], x)
-        moved = here.projected_upper(step.damped(x, moved))
+        moved = here.projected_upper(step.scaled(x, moved))
         after = Point(k + 1, moved, step.lower, step.metrics)
         done = tf.constant(False)
         if stop is not None:
@@ -297,24 +314,31 @@ def _compile(
     return rule, tf.function(loop, autograph=False, jit_compile=jit_compile)
 
 
-# The last loops, with what they were made of.
-_LAST: collections.deque = collections.deque(maxlen=8)
+class _Carried(tuple):
+    """A state as `Result` holds it, with the compiled loop that led here.
+
+    A copy, what `tf.nest` makes of it, and what comes back from a file are the state
+    alone: a run that goes on from there is compiled again.
+    """
+
+    loop: _Loop | None = None
+
+    def __reduce__(self) -> tuple:
+        return tuple, (tuple(self),)
 
 
-def _loop_of(parts: tuple, going_on: bool) -> tuple[UpdateRule, Callable]:
+def _loop_of(parts: tuple, state: Any) -> _Loop:
     """The compiled loop of these very objects.
 
-    One that is there already serves only to go on from its own state: a new run
-    traces anew, since a loss may read what has changed in Python since.
+    One that is there already serves only to go on from its own state: a new run is
+    traced, since a loss may read what has changed in Python since.
     """
-    if going_on:
-        for made_of, made in _LAST:
-            pairs = zip(made_of, parts, strict=True)
-            if all(a is b or (isinstance(a, (str, int)) and a == b) for a, b in pairs):
-                return made
-    made = _compile(*parts)
-    _LAST.append((parts, made))
-    return made
+    made = getattr(state, "loop", None)
+    if made is not None:
+        pairs = zip(made.parts, parts, strict=True)
+        if all(a is b or (isinstance(a, (str, int)) and a == b) for a, b in pairs):
+            return made
+    return _Loop(parts, *_compile(*parts))
 
 
 class _Source(NamedTuple):

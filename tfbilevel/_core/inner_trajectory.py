@@ -17,11 +17,11 @@ def trajectory(
     of: Callable[[Any], Any] | None = None,
 ) -> Any:
     """`InnerSolver.trajectory`, of the solver `inner`."""
-    if inner.tolerance is not None:
+    if inner.atol is not None:
         raise ValueError(
-            "`inner.tolerance` must be None for `trajectory`, which makes all steps. "
+            "`inner.atol` must be None for `trajectory`, which makes all steps. "
             "Leave it out, or use `solve`. "
-            f"Received: tolerance={inner.tolerance!r}"
+            f"Received: atol={inner.atol!r}"
         )
     kept = of or (lambda y: y)
     begin = inner.begin(here, lower, state)

@@ -8,6 +8,7 @@ import tensorflow as tf
 
 from tfbilevel._calculus import structure
 from tfbilevel._core.batches import Batches
+from tfbilevel._core.former_arguments import warn_renamed
 from tfbilevel._core.problem import Problem
 
 
@@ -32,12 +33,17 @@ class Step(NamedTuple):
     metrics: dict[str, tf.Tensor]
     upper_scale: Any = ()
 
-    def damped(self, before: Any, after: Any) -> Any:
+    def scaled(self, before: Any, after: Any) -> Any:
         """The upper variables, which the upper optimizer moved from before to after."""
         if isinstance(self.upper_scale, tuple):
             return after
         move = structure.subtract(after, before)
         return structure.add_scaled(before, self.upper_scale, move)
+
+    def damped(self, before: Any, after: Any) -> Any:
+        # Its name in the release before.
+        warn_renamed("tb.Step", "damped", "`scaled`")
+        return self.scaled(before, after)
 
 
 def require_method(method: Any) -> None:

@@ -66,7 +66,7 @@ class Problem:
         prepare: (x, batches) -> batches, computed once per outer step and
             differentiated through: features of a shared encoder that no inner
             step changes.
-        reads: (function, x) -> what the function gives: how `learning_rate` of an
+        reads: (function, x) -> what the function gives: how `learned_rate` of an
             inner solver is called. `None`: with x. `tb.BilevelModel` calls it with
             the upper model.
         seed: an integer, of all that the functions sample. Within an outer step they

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import tensorflow as tf
+from keras.optimizers.schedules import LearningRateSchedule
 
 from tfbilevel._calculus import structure
 from tfbilevel._calculus.loops import serial_loop
@@ -15,9 +16,16 @@ from tfbilevel._core.arguments import (
     require_count,
     require_number,
 )
-from tfbilevel._core.schedules import Schedule, require_tolerance
+from tfbilevel._core.former_arguments import renamed
+from tfbilevel._core.schedules import (
+    Schedule,
+    as_schedule,
+    is_schedule,
+    require_tolerance,
+)
 
 UNROLLED = 10  # steps of a solver without a tolerance
+TOLERANCE = {"tolerance": "rtol"}  # its name in the release before
 
 Product = Callable[[Any], Any]
 
@@ -109,9 +117,32 @@ class LinearSolver(abc.ABC):
     def __post_init__(self) -> None:
         require_number(self.damping, "damping", not_negative, "not negative")
 
+    # What `tb.Implicit` asks before it gives the solver a system.
+
     @property
     def transposes(self) -> bool:
         """Whether it takes products with the transpose of A."""
+        return False
+
+    @property
+    def needs_symmetric(self) -> bool:
+        """Whether A must be symmetric."""
+        return False
+
+    @property
+    def needs_rate(self) -> bool:
+        """Whether it steps with `system.rate`, the inner learning rate, which then
+        must be a constant."""
+        return False
+
+    @property
+    def needs_point(self) -> bool:
+        """Whether it takes the vectors of A for lower variables, at `system.point`."""
+        return False
+
+    @property
+    def scheduled(self) -> bool:
+        """Whether it follows `system.outer_step`."""
         return False
 
     def init(self, like: Any) -> Any:
@@ -149,6 +180,7 @@ class LinearSolver(abc.ABC):
         return product, with_damping(system.transposed)
 
 
+@renamed(TOLERANCE)
 @dataclasses.dataclass(frozen=True, eq=False)
 class IterativeSolver(LinearSolver):
     """A linear solver that makes steps until the residual is small.
@@ -157,24 +189,26 @@ class IterativeSolver(LinearSolver):
     carries the solution of one outer step to the next.
 
     Args:
-        tolerance: stop when ||b - A v|| <= tolerance * ||b||; not negative. A
+        rtol: stop when ||b - A v|| <= rtol * ||b||; not negative. A
             schedule of the outer step lowers it as the outer loop converges.
 
     Example:
         >>> schedule = tb.Geometric(0.1, 0.5)
-        >>> solver = tb.FixedPoint(50, rate=0.25, tolerance=schedule)
+        >>> solver = tb.FixedPoint(50, rate=0.25, rtol=schedule)
         >>> b, outer_step = tf.constant([4.0]), tf.constant(2)
         >>> system = tb.LinearSystem(lambda v: 2.0 * v, outer_step=outer_step)
         >>> bool(solver.solve(system, b).residual <= 0.1 * 0.5**2)
         True
     """
 
-    tolerance: float | Schedule = dataclasses.field(default=1e-6, kw_only=True)
+    rtol: float | Schedule | LearningRateSchedule = dataclasses.field(
+        default=1e-6, kw_only=True
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_count(self.max_steps, "max_steps")
-        require_tolerance(self.tolerance)
+        require_tolerance(self.rtol, "rtol")
 
     def init(self, like: Any) -> Any:
         return structure.zeros_like(like) if self._warm else ()
@@ -183,11 +217,22 @@ class IterativeSolver(LinearSolver):
     def _warm(self) -> bool:
         return getattr(self, "warm_start", False)
 
+    @property
+    def scheduled(self) -> bool:
+        return is_schedule(self.rtol)
+
+    @property
+    def ends_early(self) -> bool:
+        """Whether it may stop before `max_steps`."""
+        rtol: Any = self.rtol
+        return self.scheduled or rtol > 0
+
     def goal(self, system: LinearSystem, dtype: tf.DType) -> tf.Tensor:
         """The relative tolerance at this outer step."""
-        if isinstance(self.tolerance, Schedule):
-            return tf.cast(self.tolerance(system.outer_step), dtype)
-        return structure.scalar(self.tolerance, dtype)
+        if is_schedule(self.rtol):
+            rtol = as_schedule(self.rtol, "rtol")
+            return tf.cast(rtol(tf.convert_to_tensor(system.outer_step)), dtype)
+        return structure.scalar(self.rtol, dtype)
 
     def repeated(
         self, unfinished: Callable, body: Callable, begin: tuple, most: int
@@ -197,8 +242,7 @@ class IterativeSolver(LinearSolver):
         Without a tolerance nearly always all of them: a few are unrolled, since in a
         loop TensorFlow computes again for every product what all have in common.
         """
-        ends_early = isinstance(self.tolerance, Schedule) or self.tolerance > 0
-        if ends_early or most > UNROLLED:
+        if self.ends_early or most > UNROLLED:
             return serial_loop(unfinished, body, begin, most)
         now = begin
         for _ in range(most):

@@ -9,7 +9,9 @@ import tensorflow as tf
 
 from tfbilevel._calculus import structure
 from tfbilevel._core.arguments import require_callable
+from tfbilevel._core.former_arguments import renamed
 from tfbilevel._linear_solvers.base import (
+    TOLERANCE,
     IterativeSolver,
     LinearSolution,
     LinearSystem,
@@ -18,6 +20,7 @@ from tfbilevel._linear_solvers.base import (
 Preconditioner = Callable[[Any, Any, Any], Any]
 
 
+@renamed(TOLERANCE)
 @dataclasses.dataclass(frozen=True, eq=False)
 class ConjugateGradient(IterativeSolver):
     r"""Conjugate gradients for a symmetric positive definite system.
@@ -38,7 +41,7 @@ class ConjugateGradient(IterativeSolver):
         warm_start: begin at the previous outer step's solution.
         preconditioner: (upper, lower, v) -> M^{-1} v at those variables, for a
             symmetric positive definite M that resembles A, such as its diagonal.
-        tolerance: stop at this relative residual.
+        rtol: stop at this relative residual.
         damping: solve (A + damping I) v = b.
 
     Raises:
@@ -65,6 +68,14 @@ class ConjugateGradient(IterativeSolver):
         super().__post_init__()
         if self.preconditioner is not None:
             require_callable(self.preconditioner, "preconditioner")
+
+    @property
+    def needs_symmetric(self) -> bool:
+        return True
+
+    @property
+    def needs_point(self) -> bool:
+        return self.preconditioner is not None
 
     def solve(self, system: LinearSystem, rhs: Any, state: Any = ()) -> LinearSolution:
         product, _ = self.damped(system)

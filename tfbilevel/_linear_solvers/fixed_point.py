@@ -7,7 +7,9 @@ import numpy as np
 import tensorflow as tf
 
 from tfbilevel._calculus import structure
+from tfbilevel._core.former_arguments import renamed
 from tfbilevel._linear_solvers.base import (
+    TOLERANCE,
     IterativeSolver,
     LinearSolution,
     LinearSystem,
@@ -16,6 +18,7 @@ from tfbilevel._linear_solvers.base import (
 )
 
 
+@renamed(TOLERANCE)
 @dataclasses.dataclass(frozen=True, eq=False)
 class FixedPoint(IterativeSolver):
     r"""Fixed-point iteration for the adjoint of a gradient step (AID-FP).
@@ -31,7 +34,7 @@ class FixedPoint(IterativeSolver):
         max_steps: most steps.
         rate: step size; `None`: the inner solver's learning rate.
         warm_start: begin at the previous outer step's solution.
-        tolerance: stop at this relative residual.
+        rtol: stop at this relative residual.
         damping: solve (A + damping I) v = b.
 
     Raises:
@@ -56,6 +59,10 @@ class FixedPoint(IterativeSolver):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_rate(self.rate)
+
+    @property
+    def needs_rate(self) -> bool:
+        return self.rate is None
 
     def solve(self, system: LinearSystem, rhs: Any, state: Any = ()) -> LinearSolution:
         product, _ = self.damped(system)

@@ -1,6 +1,7 @@
 """Any Keras optimizer on the linear system."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import keras
@@ -9,15 +10,17 @@ import tensorflow as tf
 from tfbilevel._calculus import structure
 from tfbilevel._calculus.loops import serial_loop
 from tfbilevel._core.arguments import require_choice
-from tfbilevel._core.schedules import Schedule
+from tfbilevel._core.former_arguments import renamed
 from tfbilevel._linear_solvers.base import (
+    TOLERANCE,
     IterativeSolver,
     LinearSolution,
     LinearSystem,
 )
-from tfbilevel._optimizers.update_rule import differentiable
+from tfbilevel._optimizers.update_rule import UpdateRule, differentiable
 
 
+@renamed(TOLERANCE)
 @dataclasses.dataclass(frozen=True, eq=False)
 class GradientSolver(IterativeSolver):
     r"""Steps of a Keras optimizer on the linear system (ApproxGrad, stochastic AID).
@@ -37,7 +40,7 @@ class GradientSolver(IterativeSolver):
         max_steps: most steps per outer step.
         objective: "quadratic" or "residual".
         warm_start: go on from the previous outer step; else from zero.
-        tolerance: stop at this relative residual.
+        rtol: stop at this relative residual.
         damping: solve (A + damping I) v = b.
 
     Raises:
@@ -63,8 +66,13 @@ class GradientSolver(IterativeSolver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "rule", differentiable(self.optimizer))
+        _ = self.rule  # or an error
         require_choice(self.objective, "objective", ("quadratic", "residual"))
+
+    @functools.cached_property
+    def rule(self) -> UpdateRule:
+        """The update of `optimizer`."""
+        return differentiable(self.optimizer)
 
     def init(self, like: Any) -> Any:
         zeros = structure.zeros_like(like)
@@ -73,9 +81,7 @@ class GradientSolver(IterativeSolver):
 
     def init_blocks(self, like: Any) -> Any:
         state = self.init(like)
-        if not self.warm_start or not (
-            isinstance(self.tolerance, Schedule) or self.tolerance > 0
-        ):
+        if not self.warm_start or not self.ends_early:
             return state
         # The blocks stop at different steps, and go on from them.
         blocks = tf.nest.flatten(state["solution"])[0].shape[0]

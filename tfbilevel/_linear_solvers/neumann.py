@@ -6,7 +6,9 @@ from typing import Any
 import tensorflow as tf
 
 from tfbilevel._calculus import structure
+from tfbilevel._core.former_arguments import renamed
 from tfbilevel._linear_solvers.base import (
+    TOLERANCE,
     IterativeSolver,
     LinearSolution,
     LinearSystem,
@@ -14,6 +16,7 @@ from tfbilevel._linear_solvers.base import (
 )
 
 
+@renamed(TOLERANCE)
 @dataclasses.dataclass(frozen=True, eq=False)
 class Neumann(IterativeSolver):
     r"""The Neumann series of the inverse, cut after K products.
@@ -29,7 +32,7 @@ class Neumann(IterativeSolver):
     Args:
         max_steps: K, products with A.
         rate: step size; `None`: the inner solver's learning rate.
-        tolerance: stop when the next term's relative size falls below it.
+        rtol: stop when the next term's relative size falls below it.
         damping: solve (A + damping I) v = b.
 
     Raises:
@@ -53,6 +56,10 @@ class Neumann(IterativeSolver):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_rate(self.rate)
+
+    @property
+    def needs_rate(self) -> bool:
+        return self.rate is None
 
     def solve(self, system: LinearSystem, rhs: Any, state: Any = ()) -> LinearSolution:
         del state

@@ -7,13 +7,16 @@ import tensorflow as tf
 
 from tfbilevel._calculus import structure
 from tfbilevel._calculus.loops import serial_loop
+from tfbilevel._core.former_arguments import renamed
 from tfbilevel._linear_solvers.base import (
+    TOLERANCE,
     IterativeSolver,
     LinearSolution,
     LinearSystem,
 )
 
 
+@renamed(TOLERANCE)
 @dataclasses.dataclass(frozen=True, eq=False)
 class NormalConjugateGradient(IterativeSolver):
     r"""Conjugate gradients on A'A v = A'b, for any invertible A (CGNR).
@@ -29,7 +32,7 @@ class NormalConjugateGradient(IterativeSolver):
     Args:
         max_steps: most steps.
         warm_start: begin at the previous outer step's solution.
-        tolerance: stop at this relative residual.
+        rtol: stop at this relative residual.
         damping: solve (A + damping I) v = b.
 
     Raises:

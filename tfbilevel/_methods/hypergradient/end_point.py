@@ -51,12 +51,12 @@ class EndPoint:
         require_choice(self.end, "end", ENDS)
         require_aggregation(self.aggregate)
         plain = self.end == "final" and self.aggregate is None
-        if self.inner.tolerance is not None and not plain:
+        if self.inner.atol is not None and not plain:
             raise ValueError(
-                "`inner.tolerance` must be None with end='pessimistic' or `aggregate`: "
+                "`inner.atol` must be None with end='pessimistic' or `aggregate`: "
                 "which iterate counts, and how the losses are mixed there, depends on "
                 "the number of steps. Leave it out. "
-                f"Received: tolerance={self.inner.tolerance!r}, end={self.end!r}, "
+                f"Received: atol={self.inner.atol!r}, end={self.end!r}, "
                 f"aggregate={self.aggregate!r}"
             )
 

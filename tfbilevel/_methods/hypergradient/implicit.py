@@ -17,7 +17,6 @@ from tfbilevel._core.method import Method, Step
 from tfbilevel._core.prepared import Prepared
 from tfbilevel._core.problem import Problem
 from tfbilevel._core.projection import fixed_projection
-from tfbilevel._core.schedules import Schedule
 from tfbilevel._linear_solvers import ConjugateGradient, LinearSolver, LinearSystem
 from tfbilevel._methods.hypergradient.end_point import EndPoint
 
@@ -111,19 +110,15 @@ class Implicit(Method):
                     "point of the optimizer's step is where its steps end. Received: "
                     "through='optimizer', end='pessimistic'"
                 )
-            if isinstance(self.solver, ConjugateGradient) and not _is_plain(self.inner):
+            if self.solver.needs_symmetric and not _is_plain(self.inner):
                 raise _unsymmetric(self.solver)
-            if getattr(self.solver, "preconditioner", None) is not None:
+            if self.solver.needs_point:
                 raise ValueError(
                     "`solver` must not have a preconditioner with through='optimizer', "
                     "whose vectors hold the optimizer's slots too. Leave it out, or "
                     f"take through='gradient'. Received: solver={self.solver!r}"
                 )
-        elif (
-            hasattr(self.solver, "rate")
-            and self.solver.rate is None
-            and (self.inner.rule.scheduled or self.inner.learning_rate is not None)
-        ):
+        elif self.solver.needs_rate and not self.inner.has_constant_rate:
             raise ValueError(
                 "`solver` takes its rate from the inner optimizer, which has no "
                 "constant one. Give the solver a rate, such as tb.Neumann(10, "
@@ -138,7 +133,7 @@ class Implicit(Method):
     def init(self, problem: Problem, upper: Any, lower: Any) -> Any:
         if (
             self.through == "optimizer"
-            and isinstance(self.solver, ConjugateGradient)
+            and self.solver.needs_symmetric
             and problem.project_lower is not None
         ):
             raise _unsymmetric(self.solver)
@@ -155,7 +150,7 @@ class Implicit(Method):
             like = (like, self.inner.fresh(problem, like).slots)
         begin = self.solver.init_blocks if problem.has_tasks else self.solver.init
         state = {"inner": inner, "solver": begin(like)}
-        if isinstance(getattr(self.solver, "tolerance", None), Schedule):
+        if self.solver.scheduled:
             state["step"] = tf.constant(0, tf.int64)
         return state
 
@@ -277,12 +272,12 @@ class _Equation(NamedTuple):
 
 def _is_plain(inner: InnerSolver) -> bool:
     """Whether the inner steps are gradient steps of one rate for all entries."""
-    optimizer, rate = inner.rule.optimizer, inner.learning_rate
+    optimizer = inner.rule.optimizer
     return (
         isinstance(optimizer, keras.optimizers.SGD)
         and not optimizer.momentum
         and not inner.accelerated
-        and (rate is None or isinstance(rate, Schedule))
+        and inner.learned_rate is None
     )
 
 

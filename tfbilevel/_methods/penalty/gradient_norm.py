@@ -1,6 +1,7 @@
 """The gradient-norm penalty."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -61,9 +62,17 @@ class GradientNorm(Method):
     weight: float | Schedule
 
     def __post_init__(self) -> None:
-        rule = UpdateRule(self.lower_optimizer, "lower_optimizer")
-        object.__setattr__(self, "rule", rule)
-        object.__setattr__(self, "schedule", as_weight(self.weight, "weight"))
+        _ = self.rule, self.schedule  # or an error
+
+    @functools.cached_property
+    def rule(self) -> UpdateRule:
+        """The update of `lower_optimizer`."""
+        return UpdateRule(self.lower_optimizer, "lower_optimizer")
+
+    @functools.cached_property
+    def schedule(self) -> Schedule:
+        """The weight at every outer step."""
+        return as_weight(self.weight, "weight")
 
     @property
     def moves_lower(self) -> bool:

@@ -1,6 +1,7 @@
 """The value-gap penalty."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -74,9 +75,7 @@ class ValueGap(Method):
     auxiliary: str = "persistent"
 
     def __post_init__(self) -> None:
-        rule = UpdateRule(self.lower_optimizer, "lower_optimizer")
-        object.__setattr__(self, "rule", rule)
-        object.__setattr__(self, "schedule", as_weight(self.weight, "weight"))
+        _ = self.rule, self.schedule  # or an error
         require_choice(self.auxiliary, "auxiliary", ("persistent", "copy"))
         if self.inner is not None:
             require_inner(self.inner)
@@ -86,6 +85,16 @@ class ValueGap(Method):
                 "copy starts. Use tb.InnerSolver(..., start='warm'). "
                 f"Received: start={self.inner.start!r}"
             )
+
+    @functools.cached_property
+    def rule(self) -> UpdateRule:
+        """The update of `lower_optimizer`."""
+        return UpdateRule(self.lower_optimizer, "lower_optimizer")
+
+    @functools.cached_property
+    def schedule(self) -> Schedule:
+        """The weight at every outer step."""
+        return as_weight(self.weight, "weight")
 
     @property
     def takes_second_derivatives(self) -> bool:

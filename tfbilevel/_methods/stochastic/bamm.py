@@ -1,6 +1,7 @@
 """The single loop with a dual multiplier and averaged losses."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -99,8 +100,7 @@ class BAMM(Method):
     multiplier_step: str = "scheduled"
 
     def __post_init__(self) -> None:
-        rule = UpdateRule(self.lower_optimizer, "lower_optimizer")
-        object.__setattr__(self, "rule", rule)
+        _ = self.rule  # or an error
         require_number(self.multiplier_rate, "multiplier_rate", positive, "above 0")
         require_number(self.decay, "decay", not_negative, "not negative")
         require_aggregation(self.aggregate)
@@ -118,6 +118,11 @@ class BAMM(Method):
                 "of its weight. Leave it out, or pass tb.Aggregation(...). "
                 f"Received: strategy={self.strategy}"
             )
+
+    @functools.cached_property
+    def rule(self) -> UpdateRule:
+        """The update of `lower_optimizer`."""
+        return UpdateRule(self.lower_optimizer, "lower_optimizer")
 
     @property
     def moves_lower(self) -> bool:

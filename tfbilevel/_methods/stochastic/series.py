@@ -10,9 +10,9 @@ from tfbilevel._core.arguments import positive, require_count, require_number
 from tfbilevel._core.prepared import Prepared
 
 
-def require_series(max_steps: int, rate: float) -> None:
+def require_series(count: int, rate: float, name: str = "max_steps") -> None:
     """Raise unless the series has a length and its factors a step size."""
-    require_count(max_steps, "max_steps")
+    require_count(count, name)
     remedy = "Stay below 1 / (largest eigenvalue of the lower Hessian)."
     require_number(rate, "rate", positive, "above 0 (eta)", remedy)
 

@@ -1,6 +1,7 @@
 """The two-timescale single loop."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import keras
@@ -68,8 +69,7 @@ class TTSA(Method):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        rule = UpdateRule(self.lower_optimizer, "lower_optimizer")
-        object.__setattr__(self, "rule", rule)
+        _ = self.rule  # or an error
         require_series(self.max_steps, self.rate)
         require_count(self.seed, "seed", least=0)
         for name in ("lower_power", "upper_power"):
@@ -81,6 +81,11 @@ class TTSA(Method):
                 f"ones are 0.4 and 0.6. Received: lower_power={self.lower_power}, "
                 f"upper_power={self.upper_power}"
             )
+
+    @functools.cached_property
+    def rule(self) -> UpdateRule:
+        """The update of `lower_optimizer`."""
+        return UpdateRule(self.lower_optimizer, "lower_optimizer")
 
     @property
     def draws(self) -> int:
