@@ -58,7 +58,7 @@ def episodes(
     images = tf.constant(classes.images)
     starts = tf.constant(classes.starts[:-1], tf.int32)
     counts = tf.constant(sizes, tf.int32)
-    # Tasks that share no class; after so many the classes are shuffled anew.
+    # Tasks that share no class; after so many the classes are shuffled again.
     per_shuffle = len(sizes) // ways
     shuffles = -(-tasks // per_shuffle)
     labels = tf.repeat(tf.range(ways), [shots]), tf.repeat(tf.range(ways), [queries])

@@ -63,7 +63,7 @@ class Writer:
             self.close()
             raise ValueError(
                 f"{self._partial}, the unfinished work of an earlier run, is damaged "
-                f"({error}). Delete it, and the work begins anew"
+                f"({error}). Delete it, and the work begins again"
             ) from None
         if found != source:
             self.close()
@@ -142,7 +142,7 @@ def read_complete(
                 arrays = {name: file[name][:] for name in names}
     except Exception as error:  # noqa: BLE001  (HDF5 raises whatever it meets)
         raise ValueError(
-            f"{path} is not an HDF5 file, or is damaged ({error}). Make it anew with "
+            f"{path} is not an HDF5 file, or is damaged ({error}). Make it again with "
             f"{tool}"
         ) from None
     if found != kind:

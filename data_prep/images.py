@@ -101,7 +101,7 @@ def load_named(
     except tf.errors.OpError as error:
         raise ValueError(
             f"the files of {dataset} in {builder.data_dir} are damaged "
-            f"({error.message}). Prepare them anew"
+            f"({error.message}). Prepare them again"
         ) from None
     names = {
         key: feature.names

@@ -89,7 +89,7 @@ def fetch(
     except (EOFError, pickle.UnpicklingError, zlib.error, ValueError) as error:
         raise ValueError(
             f"a file of 20 Newsgroups in {home} is damaged ({error}). Delete "
-            "20newsgroup_vectorized*.pkl there, or copy the folder anew"
+            "20newsgroup_vectorized*.pkl there, or copy the folder again"
         ) from None
     except OSError as error:
         raise FileNotFoundError(

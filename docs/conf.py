@@ -21,6 +21,7 @@ autodoc_default_options = {"members": True, "member-order": "bysource"}
 autodoc_typehints = "none"
 autodoc_inherit_docstrings = False  # Keras's are written for another tool
 autodoc_preserve_defaults = True
+napoleon_numpy_docstring = False  # all docstrings are in Google's style
 napoleon_use_rtype = False
 napoleon_use_ivar = True
 napoleon_custom_sections = [("References", "notes")]
@@ -41,6 +42,8 @@ def as_restructured_text(app, what, name, obj, options, lines) -> None:
             text += ["::", ""]
         before = line or before
         text.append(line if equation or section == "Example:" else escaped(line))
+    if what == "property" and text:
+        text[0] = f": {text[0]}"  # or napoleon takes what is before a colon for a type
     lines[:] = text
 
 

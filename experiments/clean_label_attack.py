@@ -386,7 +386,7 @@ class Attack:
             "poison_labels": tf.constant(self.clean.labels[base]),
         }
         heads = draw_heads(1, len(target), [self.args.seed, 1, number])
-        # A first state of our own: without one `tb.minimize` would trace anew.
+        # A first state of our own: without one `tb.minimize` would trace again.
         state = (
             self.method.init(self.problem, upper["base"], heads),
             tb.differentiable(self.optimizer).init(upper["base"]),

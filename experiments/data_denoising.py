@@ -433,7 +433,7 @@ def pretrain(args: argparse.Namespace, run: common.Run, data: Data) -> keras.Mod
         partial = run.out / "partial.weights.h5"
         net.save_weights(partial)
         os.replace(partial, path)
-    # Built anew, as by --resume: training has moved the seeds of dropout.
+    # Built again, as by --resume: training has moved the seeds of dropout.
     net = build_net(args.net, shape, args.seed)
     net.load_weights(path)
     return net

@@ -193,7 +193,7 @@ def build_net(net: str, inputs: int, seed: int) -> keras.Model:
 def draw_weights(shapes: list[tuple], seed: int, step: tf.Tensor) -> list[tf.Tensor]:
     """Kernels and biases uniform in +-1/sqrt(fan_in), as the published nets.
 
-    RHG draws them anew at every outer step.
+    RHG samples them again at every outer step.
     """
     values, limit = [], 1.0
     for index, shape in enumerate(shapes):

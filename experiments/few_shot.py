@@ -17,13 +17,13 @@ images; losses are averaged over the tasks of a meta-batch.
 | imaml      | start of all weights | all weights, x       | implicit, proximal g      |
 | anil       | features, head start | head, learned        | through all steps         |
 | itd-bio    | features             | head, fixed          | through all steps         |
-| fo-itd-bio | features             | head, drawn anew     | steps taken for constants |
+| fo-itd-bio | features             | head, new every step | steps taken for constants |
 | rhg        | features             | head, fixed          | through all steps         |
 | t-rhg      | features             | head, fixed          | through the last steps    |
 | bda        | features             | head, fixed          | of aggregated steps       |
 | iaptt-gm   | features, head start | head, learned        | up to each task's worst f |
-| approxgrad | features             | head, drawn anew     | implicit, Adam on A'A v   |
-| penalty    | features             | head, drawn anew     | augmented Lagrangian      |
+| approxgrad | features             | head, new every step | implicit, Adam on A'A v   |
+| penalty    | features             | head, new every step | augmented Lagrangian      |
 
 Every method has its paper's settings and network for a data set that the paper used,
 and ours elsewhere: Ji, Yang, Liang (2021), arXiv:2010.07962 (maml to fo-itd-bio); Liu,
@@ -182,7 +182,7 @@ class Start(keras.layers.Layer):
 
 
 def fresh_heads(args: argparse.Namespace, head: keras.Model, tasks: int) -> Callable:
-    """Heads drawn anew at every outer step, for every task its own."""
+    """New heads at every outer step, for every task its own."""
     kernel, dtype = head.trainable_variables[0].shape, head.trainable_variables[0].dtype
     edge = kernel[0] ** -0.5
 
@@ -434,7 +434,7 @@ class Judge:
         )
 
     def predicted(self, number: int, batch: tb.Batches) -> np.ndarray:
-        """Classes of every task's query images; heads drawn anew for every batch."""
+        """Classes of every task's query images; with new heads for every batch."""
         self.number.assign(number)
         return self._predict(batch).numpy()
 

@@ -53,7 +53,7 @@ from data_prep.twentynews import Data, Minibatches, Part, take, tensors
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """A method's published settings; `None` where it has no such knob."""
+    """A method's published settings; `None` where it has no such setting."""
 
     inner_steps: int = 10
     solver_steps: int = 10
@@ -475,7 +475,7 @@ def main(argv: list[str] | None = None) -> dict:
         run = common.Run(args.out, config, args.resume)
     keras.utils.set_random_seed(args.seed)
     if alone:
-        # Not anew: the peak of memory would be that of a process that trains nothing.
+        # Not again: the peak of memory would be that of a process that trains nothing.
         summary = run.summary() or train(alone, run, data)
         summaries = [summary]
     else:

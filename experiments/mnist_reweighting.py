@@ -73,7 +73,7 @@ COLUMNS = ("method", "seed", "step", "seconds", "train_loss", "validation_loss")
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """A method's settings; `None` where it has no such knob."""
+    """A method's settings; `None` where it has no such setting."""
 
     outer_steps: int = 50
     inner_steps: int | None = 200
@@ -347,23 +347,6 @@ def outer_batches(
     return tb.pair(validation, train, lower_batches=draws).prefetch(2)
 
 
-def warm_up(model: tb.BilevelModel, batches: tf.data.Dataset, steps: int) -> float:
-    """Compile the outer step without moving anything; the seconds it took."""
-    start = time.perf_counter()
-    before: list | None = None
-
-    def remember(batch: int, logs: Any = None) -> None:
-        nonlocal before
-        before = [v.numpy() for v in model.variables]
-
-    callback = keras.callbacks.LambdaCallback(on_train_batch_begin=remember)
-    with common.one_line_nonfinite():
-        model.fit(batches, steps_per_epoch=steps, callbacks=[callback], verbose=0)
-    for variable, value in zip(model.variables, before or [], strict=True):
-        variable.assign(value)
-    return time.perf_counter() - start
-
-
 def measure(model: tb.BilevelModel, data: Data) -> Callable[[], dict[str, Any]]:
     """A function that evaluates the model."""
     net, logits = model.lower, model.upper.logits
@@ -390,9 +373,10 @@ def measure(model: tb.BilevelModel, data: Data) -> Callable[[], dict[str, Any]]:
 def train(job: argparse.Namespace, run: common.Run, data: Data) -> dict:
     """One method, one seed: rows in `run`, a summary returned."""
     model = build_model(job, data)
-    compile_seconds = warm_up(
-        model, outer_batches(job, model.method), per_execution(job)
-    )
+    begun = time.perf_counter()
+    with common.one_line_nonfinite():
+        model.warm_up(outer_batches(job, model.method))
+    compile_seconds = time.perf_counter() - begun
     evaluate = measure(model, data)
 
     def labelled() -> dict[str, Any]:

@@ -244,10 +244,10 @@ def check(parser: common.Parser, args: argparse.Namespace) -> None:
                 f"--example {name} has none of --method {' '.join(args.method)}: add "
                 f"one of {', '.join(EXAMPLES[name].methods)}"
             )
-    for knob, users in USERS.items():
-        if getattr(args, knob) is not None and not {*users} & {*args.method}:
+    for name, users in USERS.items():
+        if getattr(args, name) is not None and not {*users} & {*args.method}:
             parser.error(
-                f"{common.flag(knob)} means nothing to --method "
+                f"{common.flag(name)} means nothing to --method "
                 f"{' '.join(args.method)}: leave it out"
             )
     if args.project_inner and "sine" not in args.example:
@@ -261,8 +261,8 @@ def check(parser: common.Parser, args: argparse.Namespace) -> None:
         for start in args.start or ():
             check_start(parser, name, start)
     args.examples = {name: chosen(EXAMPLES[name], args) for name in args.example}
-    knobs = [field.name for field in dataclasses.fields(Settings)]
-    given = {k: getattr(args, k) for k in knobs if getattr(args, k) is not None}
+    names = [field.name for field in dataclasses.fields(Settings)]
+    given = {k: getattr(args, k) for k in names if getattr(args, k) is not None}
     args.settings = {
         name: dataclasses.replace(EXAMPLES[name].settings, **given)
         for name in args.example

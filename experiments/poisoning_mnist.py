@@ -55,7 +55,7 @@ SCORES = ("clean", "label_flip", "poisoned")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings(common.InversionFree):
-    """A method's settings; `None` where it has no such knob."""
+    """A method's settings; `None` where it has no such setting."""
 
     outer_steps: int | None = None
 

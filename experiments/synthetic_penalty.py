@@ -66,7 +66,7 @@ class Example(NamedTuple):
 
 
 # Flags that only one method has, and their defaults.
-KNOBS = {
+OWN = {
     "approxgrad": {"damping": 1e-6},
     "penalty": {"weight": 1.0, "lower_weight": 10.0, "tolerance": 1.0, "growth": 1.1},
 }
@@ -111,7 +111,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     add("--jit", choices=("on", "off"), default="on")
     args = parser.parse_args(argv)
-    for method, own in KNOBS.items():
+    for method, own in OWN.items():
         need = method in args.method, f"--method {method}"
         parser.reject_ineffective_flags(args, dict.fromkeys(own, need))
         for name, value in own.items():

@@ -191,6 +191,7 @@ def test_published_settings_are_the_defaults():
     assert (sizes.train_size, sizes.test_size) == (900, 300)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", attack.METHODS)
 def test_the_whole_pipeline(method, tmp_path):
     summary = attack.main([*SMALL, "--method", method, "--out", str(tmp_path)])
@@ -234,6 +235,7 @@ def test_the_files_share_no_image(monkeypatch):
     assert sum(map(len, held)) == len(set.union(*held)) == 5000
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes(tmp_path, monkeypatch):
     broken = [*SMALL, "--out", str(tmp_path / "broken")]
     one = attack.attack_one
@@ -261,6 +263,7 @@ def test_a_killed_run_resumes(tmp_path, monkeypatch):
     assert 0 < seconds[0] < seconds[1] == summary["seconds"]
 
 
+@pytest.mark.slow
 def test_a_bundle_with_a_feature_model(tmp_path, capsys):
     """The published layout and any Keras model, no features prepared."""
     generator = np.random.default_rng(0)
@@ -331,3 +334,12 @@ def test_bad_flags_are_one_line_and_leave_nothing(flags, message, tmp_path, caps
     error = capsys.readouterr().err.strip()
     assert message in error and "\n" not in error
     assert not out.exists()
+
+
+@pytest.mark.parametrize(("flags", "jit"), [([], True), (["--jit", "off"], False)])
+def test_jit_is_that_of_the_heads_training(flags, jit, monkeypatch):
+    seen = []
+    monkeypatch.setattr(common, "trainer", lambda *given: seen.append(given))
+    attack.head_trainer(attack.parse_args(["--out", "x", *flags]))
+    ((_, _, steps, given),) = seen
+    assert (steps, given) == (2001, jit)

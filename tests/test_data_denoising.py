@@ -13,6 +13,7 @@ import scipy.io
 import tensorflow as tf
 from experiment_scripts import arrays_of, load_experiment
 from published_files import prepare_with_tfds
+from suites import fast_where
 
 import tfbilevel as tb
 from data_prep import images, svhn
@@ -220,6 +221,7 @@ def test_augmentation_changes_pixels_and_nothing_else():
     assert (np.abs(pixels - original).max(axis=(1, 2, 3)) > 0.1).all()
 
 
+@pytest.mark.slow
 def test_renormalisation_comes_before_the_row_of_an_epoch(tmp_path):
     flags = [*SMALL, *EPOCHS, "--retrain-threshold", "0", "--out", str(tmp_path)]
     summary = denoising.main(flags)
@@ -228,7 +230,7 @@ def test_renormalisation_comes_before_the_row_of_an_epoch(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::tfbilevel.DivergenceWarning")
-@pytest.mark.parametrize("method", denoising.METHODS)
+@pytest.mark.parametrize("method", fast_where("penalty".__eq__, denoising.METHODS))
 def test_methods_write_their_files(method, tmp_path):
     flags = [*SMALL, *EPOCHS, "--method", method, "--retrain-epochs", "2"]
     summary = denoising.main([*flags, "--out", str(tmp_path)])
@@ -260,7 +262,7 @@ def test_methods_write_their_files(method, tmp_path):
         assert (tmp_path / picture).stat().st_size > 5_000
 
 
-@pytest.mark.parametrize("method", denoising.BASELINES)
+@pytest.mark.parametrize("method", fast_where("oracle".__eq__, denoising.BASELINES))
 def test_baselines_see_what_they_may(method, tmp_path, monkeypatch):
     seen = []
     fit = denoising.fit_plainly
@@ -283,6 +285,7 @@ def test_baselines_see_what_they_may(method, tmp_path, monkeypatch):
     assert (tmp_path / "curves.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_dropout_is_off_unless_asked_for():
     part = part_of(40, 0, (28, 28, 1))
 
@@ -321,6 +324,7 @@ def test_accuracy_counts_every_image_once():
     assert denoising.accuracy(net, part) == pytest.approx(want)
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_numbers(tmp_path, monkeypatch):
     """From a backup between two rows: 3 updates are an epoch of the data. The rows are
     means over parts of 2 and 1 updates then, and those of a run without them."""
@@ -358,6 +362,7 @@ def test_a_killed_run_resumes_to_the_same_numbers(tmp_path, monkeypatch):
     assert [row["step"] for row in rows("whole")] == ["0", "3", "6", "9", "12"]
 
 
+@pytest.mark.slow
 def test_a_run_that_ends_within_an_epoch_is_renormalised_too(tmp_path):
     flags = [*SMALL, "--inner-steps", "2", "--seconds", "1e-9", "--upper-lr", "0.1"]
     flags += ["--retrain-threshold", "0", "--out", str(tmp_path)]
@@ -370,6 +375,7 @@ def test_a_run_that_ends_within_an_epoch_is_renormalised_too(tmp_path):
     assert summary["mean_importance"] == pytest.approx(0.5, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_trials_are_runs_of_their_own(tmp_path):
     flags = [*SIZES, "--method", "val-only", "--baseline-epochs", "1", "--trials", "2"]
     summary = denoising.main([*flags, "--out", str(tmp_path)])
@@ -400,6 +406,7 @@ def svhn_file(tmp_path):
     return out
 
 
+@pytest.mark.slow
 def test_svhn_from_its_published_files(svhn_file, tmp_path):
     flags = ["--dataset", "svhn", "--data-file", str(svhn_file), *SMALL, *EPOCHS]
     flags[flags.index("--validation-size") + 1] = "30"
@@ -408,6 +415,7 @@ def test_svhn_from_its_published_files(svhn_file, tmp_path):
     assert summary["net"] == "svhn-cnn" and summary["epochs"] == 1
 
 
+@pytest.mark.slow
 def test_cifar10_from_its_published_files(tmp_path):
     """The binary version, read by tensorflow-datasets' own builder."""
     binary = tmp_path / "cifar" / "cifar-10-batches-bin"

@@ -81,6 +81,7 @@ def test_other_images_of_the_same_name_and_size_are_not_gone_on_with(
     dogfish_features.prepare(first, out, **options)
 
 
+@pytest.mark.slow
 def test_inception_itself(tmp_path):
     data, out = tmp_path / "d.npz", tmp_path / "f.h5"
     write_bundle(data, sizes=(2, 2), shape=(299, 299, 3))
@@ -102,6 +103,7 @@ def test_inception_itself(tmp_path):
     assert summary["targets"] == 1 and summary["distortion"] > 0
 
 
+@pytest.mark.slow
 def test_a_killed_extraction_resumes(model, tmp_path, monkeypatch):
     data = tmp_path / "d.npz"
     write_bundle(data)

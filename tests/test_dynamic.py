@@ -7,7 +7,8 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from problems import ORACLES, flat
+from problems import ORACLES, Oracle, flat, nested
+from suites import fast_where
 
 import tfbilevel as tb
 
@@ -209,24 +210,39 @@ def with_learned_start(problem: tb.Problem) -> tb.Problem:
     )
 
 
-@pytest.mark.parametrize("oracle", ORACLES, ids=lambda oracle: oracle.name)
-@pytest.mark.parametrize(("options", "learned"), TWELVE)
-def test_the_twelve_on_the_oracles(options, learned, oracle) -> None:
-    """Central differences of the same computation; eager = graph = XLA."""
+def on(oracle: Oracle, options: dict, learned: bool) -> tuple:
+    """One of the twelve: problem, method, and what the problem is evaluated at."""
     upper, lower, batches = oracle.at("float64")
     problem = oracle.problem
     if learned:
         problem, upper = with_learned_start(problem), (upper, lower)
     method = tb.Unroll(tb.InnerSolver(SGD(oracle.rate / 2), 5), **options)
-    report = tb.check_hypergradient(problem, method, upper, lower, batches, probes=2)
+    return problem, method, (upper, lower, batches)
+
+
+@pytest.mark.parametrize(
+    "oracle",
+    fast_where(lambda oracle: oracle.name == "scalar", ORACLES),
+    ids=lambda oracle: oracle.name,
+)
+@pytest.mark.parametrize(("options", "learned"), TWELVE)
+def test_the_twelve_on_the_oracles(options, learned, oracle) -> None:
+    problem, method, inputs = on(oracle, options, learned)
+    report = tb.check_hypergradient(problem, method, *inputs, probes=2)
     assert report.error < 1e-6 and report.noise < 1e-6
-    state = method.init(problem, upper, lower)
-    eager = method.step(problem, upper, lower, batches, state)
-    # Every mode on the largest problem; on the others it would only take time.
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("options", "learned"), TWELVE)
+def test_the_twelve_in_every_mode(options, learned) -> None:
+    """On the largest problem."""
+    problem, method, inputs = on(nested(), options, learned)
+    state = method.init(problem, *inputs[:2])
+    eager = method.step(problem, *inputs, state)
     graph = tf.function(lambda *a: method.step(problem, *a), autograph=False)
     xla = tf.function(lambda *a: graph(*a), autograph=False, jit_compile=True)
-    for compiled in (graph, xla) if oracle.name == "nested" else ():
-        other = compiled(upper, lower, batches, state)
+    for compiled in (graph, xla):
+        other = compiled(*inputs, state)
         np.testing.assert_allclose(
             flat(other.upper_gradient), flat(eager.upper_gradient), rtol=1e-9
         )

@@ -228,17 +228,24 @@ def test_a_sweep_goes_past_what_fails_and_does_nothing_again(tmp_path, capsys):
     assert common.concluded(run, {"runs": 3}, []) == run.summary() == {"runs": 3}
 
 
-def test_plain_training_by_an_inner_solver_is_that_of_numpy():
+@pytest.mark.parametrize("jit", [False, True])
+def test_plain_training_by_an_inner_solver_is_that_of_numpy(jit):
     """Gradient descent on (y - b)^2 / 2, y kept above 0."""
     train = common.trainer(
         lambda y, b: tf.reduce_sum(0.5 * (y - b) ** 2),
         keras.optimizers.SGD(0.25),
         3,
-        jit=False,
+        jit,
         project=tf.nn.relu,
     )
     b, y = np.array([2.0, -3.0]), np.array([1.0, 1.0])
-    found = train(tf.constant(b), tf.constant(y))
+    given = tf.constant(b), tf.constant(y)
+    found = train(*given)
     for _ in range(3):
         y = np.maximum(y - 0.25 * (y - b), 0)
     np.testing.assert_allclose(found, y)
+    if not jit:
+        with pytest.raises(ValueError, match="jit_compile=True"):
+            train.experimental_get_compiler_ir(*given)
+    else:
+        assert "HloModule" in train.experimental_get_compiler_ir(*given)(stage="hlo")

@@ -18,6 +18,7 @@ import sklearn.utils
 import tensorflow as tf
 from common import callbacks
 from experiment_scripts import drawn, load_experiment
+from suites import fast_where
 
 import tfbilevel as tb
 from data_prep import twentynews
@@ -213,7 +214,9 @@ def plain(data: Any) -> tuple[tb.Problem, tb.Batches]:
     )
 
 
-@pytest.mark.parametrize("method", news.METHODS)
+@pytest.mark.parametrize(
+    "method", fast_where({"rhg", "stocbio"}.__contains__, news.METHODS)
+)
 def test_sparse_losses_equal_plain_dense_ones(method: str):
     """Losses, weights and hypergradients of one outer step, in float64."""
     data = load()
@@ -294,7 +297,7 @@ def rows_of(folder: Any) -> list[dict]:
         return list(csv.DictReader(file))
 
 
-@pytest.mark.parametrize("method", news.METHODS)
+@pytest.mark.parametrize("method", fast_where("stocbio".__eq__, news.METHODS))
 def test_every_method_runs_and_writes_its_files(method: str, tmp_path: Any):
     batches = BATCHES if method == "stocbio" else []
     flags = ["--method", method, "--out", str(tmp_path), *SMALL, *batches]
@@ -417,6 +420,7 @@ def test_losses_after_so_many_seconds():
     assert summary["test_loss_after"] == {"1": 2.0, "2": 0.8}
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_resumes_to_the_same_numbers(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ):
@@ -445,6 +449,7 @@ def test_an_interrupted_run_resumes_to_the_same_numbers(
     assert len(rows_of(tmp_path / "broken")) == 10
 
 
+@pytest.mark.slow
 def test_seconds_end_a_run_and_retraining_is_on_both_halves(tmp_path: Any):
     flags = ["--method", "reverse", "--inner-lr", "5", "--inner-momentum", "0.5"]
     limits = ["--seconds", "0.001", "--final-steps", "6", "--upper-lr", "1000"]
@@ -472,6 +477,7 @@ def test_seconds_end_a_run_and_retraining_is_on_both_halves(tmp_path: Any):
     assert summary["retrained_test_loss"] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_comparison_runs_each_method_and_collects_the_rows(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ):
@@ -531,6 +537,7 @@ def test_a_method_of_a_comparison_is_a_process(monkeypatch: pytest.MonkeyPatch):
     assert commands == [[sys.executable, news.__file__, "--out", "x"]]
 
 
+@pytest.mark.slow
 def test_the_others_go_on_past_a_failed_method(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ):

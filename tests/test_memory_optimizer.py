@@ -65,6 +65,7 @@ def by_fit() -> Any:
     return levels[1].kernel.value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", [by_minimize, by_fit])
 def test_large_sums_in_a_loop_within_a_loop(run):
     """Without `without_memory_rewrites`: AlreadyExistsError in the second run, which
@@ -74,6 +75,7 @@ def test_large_sums_in_a_loop_within_a_loop(run):
     np.testing.assert_allclose(found[:3], expected(2), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_choice_of_a_compilation_runs_them_too():
     """Two outer steps in one call, as where a step loops over its tasks."""
 

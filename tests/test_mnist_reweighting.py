@@ -90,6 +90,7 @@ def test_compare_is_every_method_with_a_budget_of_time():
     assert {(job.seconds, job.outer_steps) for job in args.jobs} == {(150.0, None)}
 
 
+@pytest.mark.slow
 @ONE_COMPARISON
 def test_every_method_runs_and_writes_its_files(compared):
     out, summary = compared
@@ -136,6 +137,7 @@ def test_the_best_row_is_that_of_validation_data():
     assert summary["best_test_loss"] == 0.2 and summary["test_loss"] == 1.0
 
 
+@pytest.mark.slow
 @ONE_COMPARISON
 def test_the_table_is_of_each_method_s_own_runs(compared):
     for method, run in compared[1]["methods"].items():
@@ -203,12 +205,14 @@ def test_measures_are_the_formulas(digits):
     assert found["precision"] == pytest.approx(100 * precision)
 
 
+@pytest.mark.slow
 @ONE_COMPARISON
 def test_all_methods_start_from_the_same_network(compared):
     starts = [row["test_loss"] for row in read(compared[0]) if row["step"] == "0"]
     assert len(starts) == len(reweighting.METHODS) and len(set(starts)) == 1
 
 
+@pytest.mark.slow
 @ONE_COMPARISON
 def test_a_finished_comparison_resumed_trains_nothing(compared, monkeypatch):
     out, summary = compared
@@ -332,6 +336,7 @@ def test_aid_cg_is_the_dense_solution_of_softmax_regression(float64):
     assert np.abs(expected).min() > 1e-6
 
 
+@pytest.mark.slow
 def test_a_run_cut_short_resumes_to_the_same_numbers(tmp_path, monkeypatch):
     flags = [*SMALL, *DRAWS, "--outer-steps", "6", "--eval-every", "2", "--jit", "off"]
 

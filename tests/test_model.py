@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from experiment_scripts import arrays_of
+from suites import fast_where
 
 import tfbilevel as tb
+from tfbilevel._keras import outer_step
 
 TRAIN, VALIDATION, FEATURES, CLASSES = 7, 6, 4, 3
 
@@ -109,7 +111,9 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    "name", fast_where({"value_gap", "implicit"}.__contains__, METHODS)
+)
 def test_fit_does_what_minimize_does_on_plain_tensors(name):
     """The same losses written over tensors, through the other loop."""
     model = make(METHODS[name](), optimizer=keras.optimizers.SGD(2.0))
@@ -174,12 +178,11 @@ def test_eager_mode_equals_compiled_mode():
 @pytest.mark.parametrize(
     "batch",
     [
-        tf.ragged.constant([[1.0, 2.0], [3.0]]),
-        tf.sparse.from_dense([[1.0, 0.0]]),
-        tf.zeros([0, 3]),
-        tf.constant(1.0),
+        pytest.param(tf.ragged.constant([[1.0, 2.0], [3.0]]), id="ragged"),
+        pytest.param(tf.sparse.from_dense([[1.0, 0.0]]), id="sparse"),
+        pytest.param(tf.zeros([0, 3]), id="empty", marks=pytest.mark.slow),
+        pytest.param(tf.constant(1.0), id="scalar", marks=pytest.mark.slow),
     ],
-    ids=["ragged", "sparse", "empty", "scalar"],
 )
 def test_automatic_compilation_takes_batches_that_cannot_be_turned(batch):
     def loss(upper, lower, batch):
@@ -199,7 +202,7 @@ def test_automatic_compilation_takes_batches_that_cannot_be_turned(batch):
 
 @pytest.mark.parametrize("xla", [True, False])
 def test_automatic_compilation_takes_what_was_faster(xla, monkeypatch):
-    monkeypatch.setattr(tb._outer_step, "faster_with_xla", lambda *arguments: xla)
+    monkeypatch.setattr(outer_step, "faster_with_xla", lambda *arguments: xla)
     model = make(jit_compile="auto")
     batches = next(iter(full_batch()))
     model._ready(batches, lambda: batches)
@@ -218,7 +221,7 @@ def test_automatic_compilation_decides_without_touching_variables():
     assert_close(weights(auto), weights(plain), rtol=1e-4)
 
 
-def test_one_trace_over_a_thousand_steps():
+def test_one_trace_over_many_steps():
     traces = []
 
     def counted(upper, lower, batch):
@@ -230,10 +233,11 @@ def test_one_trace_over_a_thousand_steps():
     model.fit(full_batch(1), epochs=2, verbose=0)
     # The metrics, made when their names are known, do not make it trace again.
     assert len(traces) == 1
-    model.fit(full_batch(500), epochs=2, verbose=0)
+    model.fit(full_batch(20), epochs=2, verbose=0)
     assert len(traces) == 1
 
 
+@pytest.mark.slow
 def test_memory_is_flat_over_a_thousand_steps():
     def resident():
         gc.collect()
@@ -378,7 +382,8 @@ def test_callbacks_work(tmp_path):
     assert other.outer_step == 2 * (best + 1)
 
 
-@pytest.mark.parametrize("name", METHODS)
+# The one that carries most.
+@pytest.mark.parametrize("name", fast_where("value_gap".__eq__, METHODS))
 def test_saved_weights_continue_to_the_last_bit(name, tmp_path):
     through, first = make(METHODS[name]()), make(METHODS[name]())
     through.fit(full_batch(5), epochs=2, verbose=0)
@@ -437,6 +442,7 @@ np.savez(out / "done.npz", *test_model.weights(model), jit=model.jit_compile,
 """
 
 
+@pytest.mark.slow
 def test_a_fit_killed_and_resumed_equals_one_that_ran_through(tmp_path):
     """SIGKILL in the middle of training, whatever it was doing, then resumed."""
     epochs = 30
@@ -537,7 +543,7 @@ def poisoned(steps, bad):
     return tb.pair(upper, tf.data.Dataset.from_tensors(train))
 
 
-@pytest.mark.parametrize("packed", [1, 3])
+@pytest.mark.parametrize("packed", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_nonfinite_raises_and_keeps_everything_from_before(packed):
     def build():
         model = tb.BilevelModel(
@@ -760,7 +766,7 @@ def test_a_saved_choice_of_compilation_holds_after_loading(tmp_path):
     assert other.jit_compile is False
 
 
-@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("whole", fast_where(bool, [False, True]))
 def test_a_saved_xla_is_used_without_timing(whole, tmp_path, monkeypatch):
     """By load_weights at once, by load_model from its first fit on; within a fit."""
     path = str(tmp_path / ("a.keras" if whole else "a.weights.h5"))
@@ -768,7 +774,7 @@ def test_a_saved_xla_is_used_without_timing(whole, tmp_path, monkeypatch):
     model._ensure_carried()
     model._progress.compilation.assign(2)
     (model.save if whole else model.save_weights)(path)
-    monkeypatch.setattr(tb._outer_step, "faster_with_xla", lambda *arguments: False)
+    monkeypatch.setattr(outer_step, "faster_with_xla", lambda *arguments: False)
     if whole:
         objects = {"upper_loss": upper_loss, "lower_loss": lower_loss}
         objects["method"] = model.method

@@ -148,20 +148,13 @@ def test_an_accelerated_map_over_tasks_is_refused() -> None:
         method.init(tb.over_tasks(quadratic()), x, y)
 
 
-@pytest.mark.parametrize("xla", [False, True])
-@pytest.mark.parametrize("mapping", ["vectorized", "sequential"])
-@pytest.mark.parametrize("prepared", [False, True])
-@pytest.mark.parametrize("known", [False, True])
-@pytest.mark.parametrize(("upper", "lower"), [(1, 1), (2, 2), (1, 4), (4, 1), (6, 6)])
-def test_batches_of_other_tasks_are_an_error(
-    upper: int, lower: int, known: bool, prepared: bool, mapping: str, xla: bool
-) -> None:
-    """They were taken for the mean over all tasks, repeated, or left out."""
+def weighed(prepared: bool, mapping: str) -> tb.Problem:
+    """Four tasks whose batch is a number each."""
 
     def prepare(x: Any, batches: tb.Batches) -> tb.Batches:
         return tb.Batches(*((1.0 + 0.0 * x) * part for part in batches))
 
-    problem = tb.over_tasks(
+    return tb.over_tasks(
         tb.Problem(
             lambda x, y, batch: 0.5 * (y - batch) ** 2,
             lambda x, y, batch: 0.5 * (y - x * batch) ** 2,
@@ -169,28 +162,51 @@ def test_batches_of_other_tasks_are_an_error(
         ),
         mapping,
     )
+
+
+def compiled(
+    problem: tb.Problem, upper: int | None, lower: int | None, xla: bool = False
+) -> Any:
+    """The upper gradient of batches of so many tasks, `None` if known only later."""
     method = unroll()
     x, y = tf.constant(0.0), tf.zeros([4])
+    specs = (tf.TensorSpec([count], tf.float32) for count in (upper, lower))
 
-    def compiled(upper: int | None, lower: int | None) -> Any:
-        specs = (tf.TensorSpec([count], tf.float32) for count in (upper, lower))
+    @tf.function(input_signature=[tb.Batches(*specs)], jit_compile=xla, autograph=False)
+    def gradient(batches: tb.Batches) -> tf.Tensor:
+        state = method.init(problem, x, y)
+        return problem.step(method, x, y, batches, state).upper_gradient
 
-        @tf.function(
-            input_signature=[tb.Batches(*specs)], jit_compile=xla, autograph=False
-        )
-        def gradient(batches: tb.Batches) -> tf.Tensor:
-            state = method.init(problem, x, y)
-            return problem.step(method, x, y, batches, state).upper_gradient
+    return gradient
 
-        return gradient
 
-    whole = compiled(None, None)(tb.Batches(tf.ones([4]), tf.ones([4])))
+WAYS = [(p, m) for p in (False, True) for m in ("vectorized", "sequential")]
+SIZES = [(1, 1), (2, 2), (1, 4), (4, 1), (6, 6)]
+
+
+@pytest.mark.parametrize(("prepared", "mapping"), WAYS)
+@pytest.mark.parametrize(("upper", "lower"), SIZES)
+def test_batches_of_other_tasks_are_an_error(
+    upper: int, lower: int, prepared: bool, mapping: str
+) -> None:
+    """They were taken for the mean over all tasks, repeated, or left out."""
+    gradient = compiled(weighed(prepared, mapping), upper, lower)
+    with pytest.raises(ValueError, match="must carry the same tasks"):
+        gradient(tb.Batches(tf.ones([upper]), tf.ones([lower])))
+
+
+@pytest.mark.parametrize("xla", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("prepared", "mapping"), WAYS)
+def test_batches_of_unknown_sizes_are_refused_in_the_step(
+    prepared: bool, mapping: str, xla: bool
+) -> None:
+    """And those of the right size are not. XLA leaves assertions out."""
+    gradient = compiled(weighed(prepared, mapping), None, None, xla)
+    whole = gradient(tb.Batches(tf.ones([4]), tf.ones([4])))
     assert float(whole) == pytest.approx(-(1 - 0.8**3))  # y_3 = 0, dy_3/dx = 1 - 0.8^3
-    gradient = (upper, lower) if known else (None, None)
-    with pytest.raises((tf.errors.InvalidArgumentError, ValueError)) as refusal:
-        compiled(*gradient)(tb.Batches(tf.ones([upper]), tf.ones([lower])))
-    if known:
-        assert "must carry the same tasks" in str(refusal.value)
+    for upper, lower in SIZES:
+        with pytest.raises((tf.errors.InvalidArgumentError, ValueError)):
+            gradient(tb.Batches(tf.ones([upper]), tf.ones([lower])))
 
 
 def test_export_says_what_to_export(tmp_path) -> None:

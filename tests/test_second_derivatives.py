@@ -252,6 +252,12 @@ class Differences:
         scale = np.abs(want).max()
         np.testing.assert_allclose(curvature, want, atol=self.tolerance * scale)
 
+    def require_same(self, eager: Any, xla: bool = False) -> None:
+        run = tf.function(self.products, autograph=False, jit_compile=xla)
+        for ours, same in zip(run(self.x, self.y, self.v), eager, strict=True):
+            scale = np.abs(same).max()
+            np.testing.assert_allclose(ours, same, atol=1e-5 * scale)
+
 
 @pytest.mark.parametrize("case", ALL)
 def test_products_are_central_differences_of_the_gradient(case):
@@ -264,12 +270,15 @@ def test_products_are_central_differences_of_the_gradient(case):
         assert abs(slope - want) <= 10 * differences.tolerance * abs(want)
     eager = differences.products(*arguments)
     differences.require(*eager)
-    compiled = [False, True] if case in UNDER_XLA else [False]
-    for xla in compiled:
-        run = tf.function(differences.products, autograph=False, jit_compile=xla)
-        for ours, same in zip(run(*arguments), eager, strict=True):
-            scale = np.abs(same).max()
-            np.testing.assert_allclose(ours, same, atol=1e-5 * scale)
+    differences.require_same(eager)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", UNDER_XLA)
+def test_products_under_xla(case):
+    differences = Differences(case)
+    arguments = differences.x, differences.y, differences.v
+    differences.require_same(differences.products(*arguments), xla=True)
 
 
 @pytest.mark.parametrize(

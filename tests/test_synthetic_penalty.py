@@ -127,6 +127,7 @@ def test_rmd_goes_back_through_all_steps():
     np.testing.assert_allclose(step.upper_gradient, want, rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_files_and_resuming(tmp_path):
     flags = [*SMALL, "--problem", "ex4", "--out"]
     summary = synthetic.main([*flags, str(tmp_path / "a")])
@@ -151,6 +152,7 @@ def test_files_and_resuming(tmp_path):
     assert json.loads((tmp_path / "a" / "summary.json").read_text()) == again
 
 
+@pytest.mark.slow
 def test_penalty_sees_the_null_space_and_approxgrad_does_not(tmp_path):
     """The published run but for the number of starts. A simulation in NumPy had 0.0324
     (0.0346 with the null space) and 0.0024 (9.26)."""
@@ -182,3 +184,18 @@ def test_bad_flags(flags, message, tmp_path, capsys):
     error = capsys.readouterr().err.strip()
     assert message in error and "\n" not in error
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(("flags", "jit"), [([], True), (["--jit", "off"], False)])
+def test_jit_reaches_the_loop(flags, jit, tmp_path, monkeypatch):
+    seen = []
+
+    def minimize(*given, **options):
+        seen.append(options["jit_compile"])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tb, "minimize", minimize)
+    args = synthetic.parse_args(["--out", "x", "--trials", "1", *flags])
+    with pytest.raises(KeyboardInterrupt):
+        synthetic.solve(args, synthetic.Job("ex1", "gd", 1), tmp_path / "x.npz")
+    assert seen == [jit]

@@ -19,6 +19,7 @@ from small_models import (
 )
 
 import tfbilevel as tb
+from tfbilevel._keras import outer_step
 
 
 def random_layers() -> list:
@@ -121,7 +122,7 @@ def test_it_chooses_the_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
         tried.append(1)
         return True
 
-    monkeypatch.setattr(tb._outer_step, "faster_with_xla", faster)
+    monkeypatch.setattr(outer_step, "faster_with_xla", faster)
     model = make(method=unroll())
     model.compile(unroll(), SGD(0.1))
     model.warm_up(full_batch())

@@ -54,7 +54,7 @@ class Parser(argparse.ArgumentParser):
 
         Args:
             args: the parsed flags, `None` where not given.
-            published: dataclasses of settings, `None` where they have no such knob.
+            published: dataclasses of settings, `None` where they have no such setting.
             chosen: what chose them, such as "--method rhg".
             ignored: names of flags that the published script takes and ignores there:
                 a warning is enough.
@@ -90,7 +90,7 @@ def flag(name: str) -> str:
 def filled(args: argparse.Namespace, published: Any) -> argparse.Namespace:
     """The flags, with published settings where none was given.
 
-    Settings that are `None` stay `None`, whatever the flag: they have no such knob.
+    Settings that are `None` stay `None`, whatever the flag: they have no such setting.
     """
     made = argparse.Namespace(**vars(args))
     for name, value in dataclasses.asdict(published).items():

@@ -15,7 +15,7 @@ from data_prep.command_line import positive
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InversionFree:
     """Settings of `penalty` or `approxgrad` in the experiments of Mehra and Hamm
-    (2021), arXiv:1911.03432; `None` where the method has no such knob.
+    (2021), arXiv:1911.03432; `None` where the method has no such setting.
 
     Attributes:
         inner_steps: T; of approxgrad's linear solver too.

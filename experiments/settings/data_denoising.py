@@ -11,7 +11,7 @@ BASELINES = ("oracle", "val-only", "train+val")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings(InversionFree):
-    """A method's settings on a data set; `None` where it has no such knob."""
+    """A method's settings on a data set; `None` where it has no such setting."""
 
     epochs: int | None = None
 

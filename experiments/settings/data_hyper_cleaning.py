@@ -11,7 +11,7 @@ NETS = ("linear", "mlp", "mlp-linear")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings(InversionFree):
-    """A method's published settings on one net; `None` where it has no such knob."""
+    """A method's published settings on one net; `None` where it has no such setting."""
 
     outer_steps: int | None
     upper_optimizer: str | None = "sgd"

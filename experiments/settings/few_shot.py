@@ -21,7 +21,7 @@ DATASETS = (
 )
 CHARACTERS = ("glyphs", "omniglot")
 WHOLE = ("maml", "fomaml", "meta-sgd", "imaml")  # all weights are lower variables
-FRESH = ("fo-itd-bio", "approxgrad", "penalty")  # heads are drawn anew
+FRESH = ("fo-itd-bio", "approxgrad", "penalty")  # new heads at every outer step
 LEARNED = ("anil", "iaptt-gm")  # head starts are upper variables
 FOLLOWERS = ("rhg", "t-rhg", "bda", "iaptt-gm")  # of the IAPTT-GM paper
 METHODS = (
@@ -44,7 +44,7 @@ HEADS = ("linear", "conv", "blocks", "cosine")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings(InversionFree):
-    """A method's settings on a data set; `None` where it has no such knob.
+    """A method's settings on a data set; `None` where it has no such setting.
 
     `inner_lr` is the rate of the inner steps, `final_lr` what its cosine decay ends at;
     approxgrad and penalty have `lower_lr` instead, of Adam.
@@ -290,8 +290,8 @@ def completed(parser: Parser, args: argparse.Namespace) -> argparse.Namespace:
         )
     if args.method in FRESH and args.head not in ("linear", "cosine"):
         parser.error(
-            f"--head must be linear or cosine for --method {args.method}, which draws "
-            f"it anew, got {args.head}"
+            f"--head must be linear or cosine for --method {args.method}, which makes "
+            f"a new one at every outer step, got {args.head}"
         )
     if args.head == "conv" and (args.network in VECTORS or args.dataset in CHARACTERS):
         parser.error(

@@ -130,11 +130,9 @@ def _groups(dataset: tf.data.Dataset, count: int, again: bool) -> tf.data.Datase
 
 def _common_size(dataset: tf.data.Dataset) -> int:
     """How many examples the first batch has, 0 if all batches are known to be alike."""
-    specs = [
-        spec
-        for spec in tf.nest.flatten(dataset.element_spec)
-        if not isinstance(spec, tf.NoneTensorSpec)
-    ]
+    nothing = tf.type_spec_from_value(None)  # 2.18 does not export its class
+    leaves = tf.nest.flatten(dataset.element_spec)
+    specs = [spec for spec in leaves if spec != nothing]
     if all(_alike(spec) for spec in specs):
         return 0
     if all(_alike(s, first=1) and s.shape.rank and s.shape[0] is None for s in specs):

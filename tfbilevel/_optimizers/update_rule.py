@@ -246,7 +246,7 @@ class _Pure:
             # slots: the copy there, never updated, would win in stateless_apply.
             object.__setattr__(optimizer, "_learning_rate", wide)
         templates = [
-            keras.Variable(np.zeros(leaf.shape, leaf.dtype.as_numpy_dtype))
+            keras.Variable(np.zeros(leaf.shape), dtype=leaf.dtype.name)
             for leaf in leaves
         ]
         optimizer.build(templates)

@@ -97,7 +97,7 @@ class Implicit(Method):
     aggregate: Aggregation | None = None
 
     def __post_init__(self) -> None:
-        _ = self.end_point  # or an error
+        _ = self._end_point  # or an error
         require_choice(self.through, "through", ("gradient", "optimizer"))
         if not isinstance(self.solver, LinearSolver):
             raise ValueError(
@@ -127,7 +127,7 @@ class Implicit(Method):
             )
 
     @property
-    def end_point(self) -> EndPoint:
+    def _end_point(self) -> EndPoint:
         """Where the inner solve ends."""
         return EndPoint(self.inner, self.end, self.aggregate)
 
@@ -158,7 +158,7 @@ class Implicit(Method):
     def step(
         self, problem: Problem, upper: Nest, lower: Nest, batches: Batches, state: State
     ) -> Step:
-        here, iterate, end, metrics = self.end_point.reach(
+        here, iterate, end, metrics = self._end_point.reach(
             problem.prepared(upper, batches), lower, state["inner"]
         )
         if self.through == "gradient":
@@ -205,7 +205,7 @@ class Implicit(Method):
     def objective(
         self, problem: Problem, upper: Nest, lower: Nest, batches: Batches, state: State
     ) -> Callable[[Nest], tf.Tensor]:
-        return self.end_point.objective(problem, upper, lower, batches, state["inner"])
+        return self._end_point.objective(problem, upper, lower, batches, state["inner"])
 
     def _gradient_equation(
         self, here: Prepared, iterate: Any, rhs: Nest

@@ -65,10 +65,10 @@ class RankOne(Method):
     aggregate: Aggregation | None = None
 
     def __post_init__(self) -> None:
-        _ = self.end_point  # or an error
+        _ = self._end_point  # or an error
 
     @property
-    def end_point(self) -> EndPoint:
+    def _end_point(self) -> EndPoint:
         """Where the inner solve ends."""
         return EndPoint(self.inner, self.end, self.aggregate)
 
@@ -82,7 +82,7 @@ class RankOne(Method):
     def step(
         self, problem: Problem, upper: Nest, lower: Nest, batches: Batches, state: State
     ) -> Step:
-        reached = self.end_point.reach(problem.prepared(upper, batches), lower, state)
+        reached = self._end_point.reach(problem.prepared(upper, batches), lower, state)
         here, point = reached.here, reached.point.lower
         fixed_projection(here.problem, here.upper, point, "RankOne")
         upper_loss, partial, adjoint = here.upper_partials(point)
@@ -113,4 +113,4 @@ class RankOne(Method):
     def objective(
         self, problem: Problem, upper: Nest, lower: Nest, batches: Batches, state: State
     ) -> Callable[[Nest], tf.Tensor]:
-        return self.end_point.objective(problem, upper, lower, batches, state)
+        return self._end_point.objective(problem, upper, lower, batches, state)

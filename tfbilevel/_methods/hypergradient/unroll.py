@@ -142,14 +142,14 @@ class Unroll(Method):
         return self.inner.steps if self.last is None else self.last
 
     @property
-    def first(self) -> int:
+    def _first(self) -> int:
         """T - K, the first inner step that is differentiated."""
         return self.inner.steps - self.differentiated
 
     @property
     def _span(self) -> Span:
         pessimistic = self.end == "pessimistic"
-        return Span(self.inner, self.first, self.first_order, pessimistic)
+        return Span(self.inner, self._first, self.first_order, pessimistic)
 
     @property
     def takes_second_derivatives(self) -> bool:
@@ -174,7 +174,7 @@ class Unroll(Method):
             metrics["truncation"] = run.made.worst.steps
         upper_loss, partial, adjoint = here.upper_partials(point)
         response, adjoint = run.pullback(adjoint)
-        if pull_start is not None and (self.first == 0 or self.skipped == "identity"):
+        if pull_start is not None and (self._first == 0 or self.skipped == "identity"):
             response = derivatives.add_partials(response, pull_start(adjoint)[0])
         return Step(
             upper_gradient=self._total(here, partial, response),
@@ -198,7 +198,7 @@ class Unroll(Method):
         def value(x: Nest) -> tf.Tensor:
             here = self._prepared(problem, x, batches)
             iterate = self.inner.begin(here, lower, state)
-            if self.first > 0:
+            if self._first > 0:
                 moved = structure.zeros_like(fixed.lower)
                 if self.skipped == "identity":
                     moved = structure.subtract(iterate.lower, begun.lower)
@@ -217,7 +217,7 @@ class Unroll(Method):
 
     def _skip(self, here: Prepared, iterate: Iterate) -> Iterate:
         """The steps that are not differentiated."""
-        return self.inner.run(here, iterate, 0, self.first, self.first)[0]
+        return self.inner.run(here, iterate, 0, self._first, self._first)[0]
 
     def _total(self, here: Prepared, partial: Nest, response: Nest) -> Any:
         if self.first_order:
@@ -251,7 +251,7 @@ class Unroll(Method):
         _, _, end = serial_loop(
             lambda t, *_: tf.reduce_any(t < stop),
             body,
-            (tf.constant(self.first), fixed, start),
+            (tf.constant(self._first), fixed, start),
             self.differentiated,
         )
         return end
