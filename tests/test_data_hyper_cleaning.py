@@ -31,9 +31,8 @@ SIZES = [
 SMALL = [*SIZES, "--eval-every", "2", "--jit", "off"]
 
 
-@pytest.mark.parametrize(
-    "method", fast_where("iaptt-gm".__eq__, ["rhg", "bda", "iaptt-gm"])
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["rhg", "bda", "iaptt-gm"])
 def test_the_inner_curve_is_that_of_the_next_outer_step(method, tmp_path, monkeypatch):
     taken = {}
 
@@ -293,7 +292,8 @@ METHOD_FLAGS = {
 )
 def test_hypergradients_are_those_of_the_methods_they_are_called_by(method):
     """Penalty and ApproxGrad are those of several scripts: test_few_shot.py."""
-    generator = np.random.default_rng(3)
+    # With these f is largest after the first inner step: iaptt-gm ends there.
+    generator = np.random.default_rng(11)
     parts = [
         (generator.random((count, PIXELS)), generator.integers(0, 10, count))
         for count in (IMAGES, 7)
@@ -473,6 +473,7 @@ def test_trials_are_the_runs_of_their_seeds(tmp_path):
     assert float(rows[1]["f1"]) == pytest.approx(alone["f1"])
 
 
+@pytest.mark.slow
 def test_trials_go_on_past_one_that_fails(tmp_path, monkeypatch, capsys):
     run = cleaning.one_trial
 

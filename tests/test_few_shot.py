@@ -18,6 +18,7 @@ import tensorflow as tf
 from experiment_scripts import ROOT, drawn, load_experiment
 from published_files import prepare_cifar100
 from settings.few_shot import FRESH, METHODS
+from suites import fast_where
 
 import tfbilevel as tb
 from data_prep import glyphs
@@ -307,8 +308,9 @@ EXACT = ["maml", "fomaml", "meta-sgd", "anil", "itd-bio", "fo-itd-bio", "rhg", "
 EXACT += ["bda", "iaptt-gm", "penalty"]
 
 
+# A shared encoder, and an end of each task's own.
 @pytest.mark.usefixtures("_float64")
-@pytest.mark.parametrize("method", EXACT)
+@pytest.mark.parametrize("method", fast_where({"anil", "iaptt-gm"}.__contains__, EXACT))
 def test_meta_gradients_are_central_differences(method):
     """Of the script's own models, in float64: the losses, starts and features too."""
     args = small(method, "--filters", "3", "--inner-steps", "3", *LAST.get(method, []))
@@ -317,6 +319,7 @@ def test_meta_gradients_are_central_differences(method):
     assert error < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_float64")
 @pytest.mark.parametrize("regulariser", ["distance", "quasi-norm-published"])
 def test_the_conv_head_and_the_regularisers_too(regulariser):
@@ -442,6 +445,7 @@ def test_imaml_solves_its_proximal_system():
     assert np.linalg.norm(product - want) < 1e-3 * np.linalg.norm(want)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_float64")
 def test_approxgrad_is_the_implicit_gradient_where_its_solver_ends():
     flags = ["--inner-steps", "1500", "--solver-lr", "0.02", "--damping", "5"]
@@ -587,6 +591,7 @@ def newcomer(tmp_path_factory):
     return out, done.stdout
 
 
+@pytest.mark.slow
 @ONE_RUN
 def test_a_run_and_its_files(newcomer):
     out, printed = newcomer

@@ -537,6 +537,7 @@ def test_a_method_of_a_comparison_is_a_process(monkeypatch: pytest.MonkeyPatch):
     assert commands == [[sys.executable, news.__file__, "--out", "x"]]
 
 
+@pytest.mark.slow
 def test_the_others_go_on_past_a_failed_method(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ):

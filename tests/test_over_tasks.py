@@ -127,7 +127,24 @@ MEANS = {"upper_loss", "lower_loss", "gap", "multiplier_term", "penalty"}
 ROOTS = {"stationarity", "kkt_residual"}
 
 
-@pytest.mark.parametrize("name", METHODS)
+# Relatives of others in what they do to tasks.
+RELATIVES = {
+    "unroll-accelerated",
+    "pessimistic-checkpoint",
+    "pessimistic-tape",
+    "normal-cg",
+    "fixed-point",
+    "gradient-solver-residual",
+    "finite-difference-bda",
+    "rank-one-pessimistic",
+    "tolerance",
+    "bsa",
+}
+
+
+@pytest.mark.parametrize(
+    "name", fast_where(lambda name: name not in RELATIVES, METHODS)
+)
 def test_every_method_does_to_a_task_what_it_does_to_it_alone(name):
     x, y, batches = data()
     one, method = ridge(), METHODS[name]()
@@ -172,7 +189,11 @@ APART = [
 ]
 
 
-@pytest.mark.parametrize("name", APART)
+# What each of them loops over: steps of y with slots, a system, several sequences.
+LOOPED = {"unroll-momentum", "pessimistic", "cg", "stocbio", "value-gap"}
+
+
+@pytest.mark.parametrize("name", fast_where(LOOPED.__contains__, APART))
 def test_tasks_in_turn_are_the_tasks_at_once(name):
     """Two outer steps, so that what is carried is too."""
     x, y, batches = data()
@@ -221,7 +242,9 @@ def test_the_loose_tolerances_stop_the_tasks_at_different_steps():
         assert len(counts) > 1
 
 
-@pytest.mark.parametrize("memory", ["replay", "checkpoint", "tape"])
+@pytest.mark.parametrize(
+    "memory", fast_where("replay".__eq__, ["replay", "checkpoint", "tape"])
+)
 def test_pessimistic_ends_are_each_task_s_own(memory):
     """IAPTT: k*_i is the first largest upper loss along task i's own iterates."""
     x, y, batches = data(3)
@@ -245,7 +268,11 @@ def test_pessimistic_ends_are_each_task_s_own(memory):
 
 
 @pytest.mark.parametrize(
-    "name", ["unroll", "pessimistic", "pessimistic-tape", "cg", "augmented-lagrangian"]
+    "name",
+    fast_where(
+        {"unroll", "cg"}.__contains__,
+        ["unroll", "pessimistic", "pessimistic-tape", "cg", "augmented-lagrangian"],
+    ),
 )
 def test_central_differences(name):
     x, y, batches = data(1)
@@ -288,7 +315,12 @@ def test_the_pessimistic_first_order_objective_over_tasks():
 
 
 @pytest.mark.parametrize("dtype", fast_where("float64".__eq__, ["float32", "float64"]))
-@pytest.mark.parametrize("name", ["unroll", "pessimistic", "cg", "value-gap"])
+@pytest.mark.parametrize(
+    "name",
+    fast_where(
+        {"unroll", "cg"}.__contains__, ["unroll", "pessimistic", "cg", "value-gap"]
+    ),
+)
 def test_eager_is_graph_is_xla(name, dtype):
     x, y, batches = data(0, dtype)
     tasks, method = tb.over_tasks(ridge()), METHODS[name]()
@@ -510,7 +542,9 @@ def test_every_inner_step_takes_its_slice_of_stacked_lower_batches(prepared, map
     ],
     ids=["unroll", "implicit", "rank-one", "augmented-lagrangian"],
 )
-@pytest.mark.parametrize("mapping", ["vectorized", "sequential"])
+@pytest.mark.parametrize(
+    "mapping", fast_where("vectorized".__eq__, ["vectorized", "sequential"])
+)
 def test_a_start_drawn_by_a_function_is_that_of_every_task(build, mapping):
     """Other at every outer step, too: what a task does alone from there."""
     x, y, batches = data()
@@ -960,6 +994,7 @@ def test_rates_per_layer_under_scaled_steps_are_the_loop_s_by_hand(kind):
     np.testing.assert_allclose(step.upper_gradient, want, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_normal_conjugate_gradients_through_an_optimizer_are_ill_conditioned():
     """Over tasks and alone they may differ by 1e-3 where rounding does as much: a
     start moved by 1e-12 moves the gradient further than the tasks do."""

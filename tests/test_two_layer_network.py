@@ -11,6 +11,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from suites import fast_where
 
 import tfbilevel as tb
 
@@ -272,8 +273,20 @@ SOLVED = {
 }
 
 
-@pytest.mark.parametrize("name", SOLVED)
-def test_solved_methods_equal_central_differences(name, differences) -> None:
+# One of each kind of system and of map; XLA has them in the contract suite.
+FAST = {"unroll", "cg", "gradient", "map-momentum-fixed-point", "map-adam-direct"}
+
+
+# On one process: the differences take seconds.
+@pytest.mark.xdist_group("differences")
+@pytest.mark.parametrize(
+    ("name", "xla"),
+    fast_where(
+        lambda name, xla: name in FAST and not xla,
+        [(name, xla) for name in SOLVED for xla in (False, True)],
+    ),
+)
+def test_solved_methods_equal_central_differences(name, xla, differences) -> None:
     """Of the true solution, found by another algorithm."""
     made, x, y = problem()
     method = SOLVED[name]()
@@ -281,13 +294,11 @@ def test_solved_methods_equal_central_differences(name, differences) -> None:
     graph = tf.function(
         lambda x, y, s: method.step(made, x, y, tb.Batches(None, None), s),
         autograph=False,
+        jit_compile=xla,
     )
-    # Around the traced step: tracing it again would take longer than the rest.
-    xla = tf.function(lambda *a: graph(*a), autograph=False, jit_compile=True)
-    for mode in (graph, xla):
-        gradient = mode(x, y, state).upper_gradient
-        for direction, want in zip(directions(x, 2), differences, strict=True):
-            assert along(gradient, direction) == pytest.approx(want, rel=1e-6)
+    gradient = graph(x, y, state).upper_gradient
+    for direction, want in zip(directions(x, 2), differences, strict=True):
+        assert along(gradient, direction) == pytest.approx(want, rel=1e-6)
 
 
 def test_reverse_equals_forward() -> None:

@@ -7,6 +7,7 @@ import keras
 import tensorflow as tf
 
 from tfbilevel._calculus import structure
+from tfbilevel._calculus.aliases import Metrics, Nest, State
 from tfbilevel._check.example_indices import explain
 from tfbilevel._check.look import require_second_derivatives
 from tfbilevel._core.arguments import require_callable, require_count
@@ -30,9 +31,9 @@ class Point(NamedTuple):
     """
 
     step: tf.Tensor
-    upper: Any
-    lower: Any
-    metrics: dict[str, tf.Tensor]
+    upper: Nest
+    lower: Nest
+    metrics: Metrics
 
 
 class Result(NamedTuple):
@@ -50,27 +51,27 @@ class Result(NamedTuple):
             `None` without `trace`.
     """
 
-    upper: Any
-    lower: Any
-    state: Any
+    upper: Nest
+    lower: Nest
+    state: State
     steps: tf.Tensor
     stopped: tf.Tensor
-    metrics: dict[str, tf.Tensor]
+    metrics: Metrics
     trace: Any
 
 
 def minimize(
     problem: Problem,
     method: Method,
-    upper: Any,
-    lower: Any,
+    upper: Nest,
+    lower: Nest,
     upper_optimizer: keras.optimizers.Optimizer,
     batches: Batches | tf.data.Dataset | Callable[[tf.Tensor], Batches],
     steps: int,
     stop: Callable[[Point, Point], tf.Tensor] | None = None,
     trace: Callable[[Point], Any] | None = None,
     *,
-    state: Any = None,
+    state: State = None,
     jit_compile: bool = False,
 ) -> Result:
     """Solve a bilevel problem over plain tensors in one compiled loop.
@@ -210,7 +211,9 @@ def _compile(
         function = source
         source = _Source(lambda k, _: function(k), lambda _: function(tf.constant(0)))
 
-    def outer_step(k: tf.Tensor, x: Any, y: Any, carried: Any, batch: Batches) -> tuple:
+    def outer_step(
+        k: tf.Tensor, x: Nest, y: Nest, carried: State, batch: Batches
+    ) -> tuple:
         here = problem.seeded(k)
         step = here.step(method, x, y, batch, carried[0])
         moved, optimizer = rule.update(step.upper_gradient, carried[1], x)
@@ -230,7 +233,7 @@ def _compile(
     def recorded(point: Point) -> Any:
         return () if trace is None else trace(point)
 
-    def loop(x: Any, y: Any, carried: Any, data: Any) -> tuple:
+    def loop(x: Nest, y: Nest, carried: State, data: Any) -> tuple:
         begun = tf.cast(carried[1].iteration, tf.int32)  # 0 but where a run goes on
         # Traced once, here, so that the loop knows what a step returns.
         first = source.first(data)
@@ -250,20 +253,20 @@ def _compile(
         ]
 
         def unfinished(
-            k: Any, x: Any, y: Any, s: Any, seen: Any, done: Any, *_: Any
+            k: Any, x: Nest, y: Nest, s: Any, seen: Any, done: Any, *_: Any
         ) -> Any:
             return (seen[0] < 0) & ~tf.reduce_all(done)
 
         def body(
             k: Any,
-            x: Any,
-            y: Any,
+            x: Nest,
+            y: Nest,
             s: Any,
             seen: tuple,
             done: Any,
             taken: Any,
             m: Any,
-            a: Any,
+            a: Nest,
         ) -> tuple:
             number = begun + k
             after, s, bad, now = compiled(number, x, y, s, source.at(number, data))
@@ -327,7 +330,7 @@ class _Carried(tuple):
         return tuple, (tuple(self),)
 
 
-def _loop_of(parts: tuple, state: Any) -> _Loop:
+def _loop_of(parts: tuple, state: State) -> _Loop:
     """The compiled loop of these very objects.
 
     One that is there already serves only to go on from its own state: a new run is
@@ -350,7 +353,7 @@ class _Source(NamedTuple):
     """
 
     at: Callable[[tf.Tensor, Any], Any]
-    first: Callable[[Any], Any]
+    first: Callable[[Nest], Nest]
 
 
 _FIXED = _Source(at=lambda k, data: data, first=lambda data: data)
@@ -393,5 +396,5 @@ def _specs(values: Any) -> Any:
     )
 
 
-def _zeros(like: Any) -> Any:
+def _zeros(like: Nest) -> Any:
     return tf.nest.map_structure(lambda leaf: tf.zeros(leaf.shape, leaf.dtype), like)

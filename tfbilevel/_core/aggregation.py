@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
+from tfbilevel._calculus.aliases import Nest
 from tfbilevel._core.arguments import require_number, share
 from tfbilevel._core.batches import Batches
 from tfbilevel._core.loss import TaskLoss, losses
@@ -83,7 +84,7 @@ class Aggregation:
         """
         upper_loss, lower_loss = here.problem.upper_loss, here.problem.lower_loss
 
-        def mixture(c: Any, y: Any, drawn: _Drawn) -> tf.Tensor:
+        def mixture(c: Nest, y: Nest, drawn: _Drawn) -> tf.Tensor:
             g = losses(lower_loss)(c, y, drawn.batch)
             f = tf.cast(losses(upper_loss)(c, y, here.batches.upper), g.dtype)
             a = tf.cast(self.weight(drawn.t if at is None else at), g.dtype)
@@ -118,7 +119,7 @@ class _Drawn(NamedTuple):
     """A lower batch and the inner step that draws it."""
 
     t: Any
-    batch: Any
+    batch: Nest
 
 
 class _NumberedBatches(Batches):

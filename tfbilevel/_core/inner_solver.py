@@ -10,6 +10,7 @@ import tensorflow as tf
 from keras.optimizers.schedules import LearningRateSchedule
 
 from tfbilevel._calculus import derivatives, structure
+from tfbilevel._calculus.aliases import Nest
 from tfbilevel._calculus.loops import serial_loop
 from tfbilevel._core.arguments import require_choice, require_count
 from tfbilevel._core.former_arguments import of_former, renamed
@@ -31,7 +32,7 @@ from tfbilevel._optimizers.update_rule import OptimizerState, UpdateRule, differ
 class Iterate(NamedTuple):
     """A point of an inner loop: lower variables and optimizer state."""
 
-    lower: Any
+    lower: Nest
     optimizer: OptimizerState
 
 
@@ -105,7 +106,7 @@ class InnerSolver:
     optimizer_state: str = "reset"
     accelerated: bool = False
     atol: float | Schedule | LearningRateSchedule | None = None
-    learned_rate: Callable[[Any], Any] | None = None
+    learned_rate: Callable[[Nest], Nest] | None = None
 
     def __post_init__(self) -> None:
         # Given by name, it is the rule's.
@@ -129,7 +130,7 @@ class InnerSolver:
         changed = self.learning_rate is not None or self.learned_rate is not None
         return not (changed or self.rule.scheduled)
 
-    def init(self, problem: Problem, upper: Any, lower: Any) -> dict[str, Any]:
+    def init(self, problem: Problem, upper: Nest, lower: Nest) -> dict[str, Any]:
         """What the solver carries over outer steps."""
         state: dict[str, Any] = {}
         # The rule makes its templates here: made while a function is traced, they
@@ -144,7 +145,7 @@ class InnerSolver:
             state["optimizer"] = fresh
         return state
 
-    def begin(self, here: Prepared, lower: Any, state: dict) -> Iterate:
+    def begin(self, here: Prepared, lower: Nest, state: dict) -> Iterate:
         """The iterate that this outer step starts from."""
         problem = here.problem
         if problem.lower_start is not None:
@@ -164,20 +165,20 @@ class InnerSolver:
         return Iterate(start, optimizer)
 
     def begin_pullback(
-        self, here: Prepared, lower: Any, state: dict
+        self, here: Prepared, lower: Nest, state: dict
     ) -> tuple[Iterate, derivatives.Pullback | None]:
         """`begin`, and the pullback of y_0 to x where the problem has a start."""
         if here.problem.lower_start is None:
             return self.begin(here, lower, state), None
 
-        def start(c: Any) -> tuple[Any, Iterate]:
+        def start(c: Nest) -> tuple[Any, Iterate]:
             iterate = self.begin(here.at(c), lower, state)
             return iterate.lower, iterate
 
         _, iterate, pullback = derivatives.vjp(start, here.upper)
         return iterate, pullback
 
-    def fresh(self, problem: Problem, lower: Any) -> OptimizerState:
+    def fresh(self, problem: Problem, lower: Nest) -> OptimizerState:
         """The optimizer's state before the first step."""
         state = self.rule.init(lower)
         # Where tasks stop at different steps, each has its own count of them.
@@ -185,10 +186,10 @@ class InnerSolver:
         if self.atol is not None:
             tasks = problem.inner_product.shape(structure.to_tensors(lower))
         if tasks.rank:
-            state = self.rule.counted(state, *tasks)
+            state = self.rule.counted(state, int(tasks[0] or 0))
         return nesterov.begun(state, lower, tasks) if self.accelerated else state
 
-    def point(self, iterate: Iterate) -> Any:
+    def point(self, iterate: Iterate) -> Nest:
         """Where the next gradient is taken: y_t, or u_t of the accelerated steps."""
         if not self.accelerated:
             return iterate.lower
@@ -197,11 +198,11 @@ class InnerSolver:
 
     def gradient(
         self, here: Prepared, iterate: Iterate, t: Any
-    ) -> tuple[tf.Tensor, Any]:
+    ) -> tuple[tf.Tensor, Nest]:
         """The lower loss and its gradient that step t is made of."""
         return here.lower_gradient(self.point(iterate), t)
 
-    def move(self, here: Prepared, iterate: Iterate, gradient: Any) -> Iterate:
+    def move(self, here: Prepared, iterate: Iterate, gradient: Nest) -> Iterate:
         """The iterate after a step along `gradient`."""
         point, own, sequence = self.point(iterate), iterate.optimizer, None
         if self.accelerated:
@@ -269,7 +270,7 @@ class InnerSolver:
         return iterate, value
 
     def solve(
-        self, here: Prepared, lower: Any, state: dict, *former: Any
+        self, here: Prepared, lower: Nest, state: dict, *former: Any
     ) -> tuple[Any, dict, tf.Tensor]:
         """All steps, not differentiated.
 
@@ -289,7 +290,7 @@ class InnerSolver:
         return iterate.lower, self.carried(iterate, state), value
 
     def settle(
-        self, here: Prepared, lower: Any, state: dict
+        self, here: Prepared, lower: Nest, state: dict
     ) -> tuple[Iterate, tf.Tensor]:
         """`steps` steps, or fewer where the tolerance is met, not differentiated."""
         iterate = self.begin(here, lower, state)
@@ -299,7 +300,7 @@ class InnerSolver:
         if is_schedule(self.atol):
             goal = tf.cast(as_schedule(self.atol, "atol")(state["step"]), dtype)
         else:
-            goal = tf.constant(self.atol, dtype)
+            goal = structure.scalar(self.atol, dtype)
 
         def body(t: tf.Tensor, now: Iterate, value: tf.Tensor, size: Any) -> tuple:
             del value
@@ -336,9 +337,9 @@ class InnerSolver:
     def trajectory(
         self,
         here: Prepared,
-        lower: Any,
+        lower: Nest,
         state: dict,
-        of: Callable[[Any], Any] | None = None,
+        of: Callable[[Nest], Nest] | None = None,
     ) -> Any:
         """The iterates y_1, ..., y_T that `solve` goes through, T = `steps`.
 

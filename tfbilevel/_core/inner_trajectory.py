@@ -5,6 +5,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from tfbilevel._calculus.aliases import Nest
 from tfbilevel._calculus.loops import serial_loop
 from tfbilevel._core.prepared import Prepared
 
@@ -12,9 +13,9 @@ from tfbilevel._core.prepared import Prepared
 def trajectory(
     inner: Any,
     here: Prepared,
-    lower: Any,
+    lower: Nest,
     state: dict,
-    of: Callable[[Any], Any] | None = None,
+    of: Callable[[Nest], Nest] | None = None,
 ) -> Any:
     """`InnerSolver.trajectory`, of the solver `inner`."""
     if inner.atol is not None:

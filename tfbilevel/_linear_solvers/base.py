@@ -9,6 +9,7 @@ import tensorflow as tf
 from keras.optimizers.schedules import LearningRateSchedule
 
 from tfbilevel._calculus import structure
+from tfbilevel._calculus.aliases import Nest, State
 from tfbilevel._calculus.loops import serial_loop
 from tfbilevel._core.arguments import (
     not_negative,
@@ -27,7 +28,7 @@ from tfbilevel._core.schedules import (
 UNROLLED = 10  # steps of a solver without a tolerance
 TOLERANCE = {"tolerance": "rtol"}  # its name in the release before
 
-Product = Callable[[Any], Any]
+Product = Callable[[Nest], Nest]
 
 
 class LinearSystem(NamedTuple):
@@ -67,15 +68,15 @@ class LinearSystem(NamedTuple):
         """The same system over vectors of this inner product."""
         return self._replace(leading=product.leading)
 
-    def dot(self, a: Any, b: Any) -> tf.Tensor:
+    def dot(self, a: Nest, b: Nest) -> tf.Tensor:
         """The inner product, of every block its own."""
         return self.inner_product.dot(a, b)
 
-    def norm(self, a: Any) -> tf.Tensor:
+    def norm(self, a: Nest) -> tf.Tensor:
         """The Euclidean norm, of every block its own."""
         return self.inner_product.norm(a)
 
-    def stepped(self, going: tf.Tensor, before: Any, after: Any) -> Any:
+    def stepped(self, going: tf.Tensor, before: Nest, after: Nest) -> Nest:
         """`after`, but `before` for blocks whose steps are over."""
         return structure.stepped(going, before, after)
 
@@ -97,7 +98,7 @@ class LinearSolution(NamedTuple):
     value: Any
     residual: tf.Tensor
     iterations: tf.Tensor
-    state: Any = ()
+    state: State = ()
     diverged: Any = False
 
 
@@ -145,17 +146,19 @@ class LinearSolver(abc.ABC):
         """Whether it follows `system.outer_step`."""
         return False
 
-    def init(self, like: Any) -> Any:
+    def init(self, like: Nest) -> State:
         """What is carried before the first outer step, for right-hand sides `like`."""
         del like
         return ()
 
-    def init_blocks(self, like: Any) -> Any:
+    def init_blocks(self, like: Nest) -> State:
         """`init` for a block-diagonal system, its blocks along the leading axis."""
         return self.init(like)
 
     @abc.abstractmethod
-    def solve(self, system: LinearSystem, rhs: Any, state: Any = ()) -> LinearSolution:
+    def solve(
+        self, system: LinearSystem, rhs: Nest, state: State = ()
+    ) -> LinearSolution:
         """Solve A v = rhs.
 
         Args:
@@ -210,7 +213,7 @@ class IterativeSolver(LinearSolver):
         require_count(self.max_steps, "max_steps")
         require_tolerance(self.rtol, "rtol")
 
-    def init(self, like: Any) -> Any:
+    def init(self, like: Nest) -> State:
         return structure.zeros_like(like) if self._warm else ()
 
     @property
@@ -250,7 +253,7 @@ class IterativeSolver(LinearSolver):
             now = structure.where(going, body(*now), now)
         return now
 
-    def start(self, system: LinearSystem, rhs: Any, state: Any) -> Any:
+    def start(self, system: LinearSystem, rhs: Nest, state: State) -> Nest:
         """Where the steps begin: zero for b = 0, whose solution it is."""
         zeros = structure.zeros_like(rhs)
         if is_cold(state):
@@ -258,7 +261,7 @@ class IterativeSolver(LinearSolver):
         return structure.where(system.norm(rhs) > 0, state, zeros)
 
     def start_and_residual(
-        self, system: LinearSystem, product: Product, rhs: Any, state: Any
+        self, system: LinearSystem, product: Product, rhs: Nest, state: State
     ) -> tuple[Any, Any]:
         """Where the steps begin, and b - A v there; zero costs no product."""
         start = self.start(system, rhs, state)
@@ -271,7 +274,7 @@ class IterativeSolver(LinearSolver):
         system: LinearSystem,
         value: Any,
         residual_norm: tf.Tensor,
-        rhs: Any,
+        rhs: Nest,
         steps: tf.Tensor,
         diverged: tf.Tensor | None = None,
         first_norm: tf.Tensor | None = None,
@@ -303,6 +306,6 @@ def require_rate(rate: float | None) -> None:
         require_number(rate, "rate", positive, "above 0", remedy)
 
 
-def is_cold(state: Any) -> bool:
+def is_cold(state: State) -> bool:
     """Whether a solver carried nothing here and begins at zero."""
     return isinstance(state, tuple) and not state

@@ -8,6 +8,7 @@ from typing import Any
 import tensorflow as tf
 
 from tfbilevel._calculus import structure
+from tfbilevel._calculus.aliases import Nest, State
 from tfbilevel._core.arguments import require_callable
 from tfbilevel._core.former_arguments import renamed
 from tfbilevel._linear_solvers.base import (
@@ -77,13 +78,15 @@ class ConjugateGradient(IterativeSolver):
     def needs_point(self) -> bool:
         return self.preconditioner is not None
 
-    def solve(self, system: LinearSystem, rhs: Any, state: Any = ()) -> LinearSolution:
+    def solve(
+        self, system: LinearSystem, rhs: Nest, state: State = ()
+    ) -> LinearSolution:
         product, _ = self.damped(system)
         rhs_square = system.dot(rhs, rhs)
         goal = tf.square(self.goal(system, rhs_square.dtype)) * rhs_square
         start, residual = self.start_and_residual(system, product, rhs, state)
 
-        def preconditioned(vector: Any) -> Any:
+        def preconditioned(vector: Nest) -> Any:
             if self.preconditioner is None:
                 return vector
             upper, lower = system.point

@@ -7,6 +7,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfbilevel._calculus import structure
+from tfbilevel._calculus.aliases import Nest, State
 from tfbilevel._core.former_arguments import renamed
 from tfbilevel._linear_solvers.base import (
     TOLERANCE,
@@ -64,7 +65,9 @@ class FixedPoint(IterativeSolver):
     def needs_rate(self) -> bool:
         return self.rate is None
 
-    def solve(self, system: LinearSystem, rhs: Any, state: Any = ()) -> LinearSolution:
+    def solve(
+        self, system: LinearSystem, rhs: Nest, state: State = ()
+    ) -> LinearSolution:
         product, _ = self.damped(system)
         rate = system.rate if self.rate is None else self.rate
         rhs_norm = system.norm(rhs)

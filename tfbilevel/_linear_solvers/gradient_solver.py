@@ -8,6 +8,7 @@ import keras
 import tensorflow as tf
 
 from tfbilevel._calculus import structure
+from tfbilevel._calculus.aliases import Nest, State
 from tfbilevel._calculus.loops import serial_loop
 from tfbilevel._core.arguments import require_choice
 from tfbilevel._core.former_arguments import renamed
@@ -74,12 +75,12 @@ class GradientSolver(IterativeSolver):
         """The update of `optimizer`."""
         return differentiable(self.optimizer)
 
-    def init(self, like: Any) -> Any:
+    def init(self, like: Nest) -> State:
         zeros = structure.zeros_like(like)
         optimizer = self.rule.init(zeros)
         return {"solution": zeros, "optimizer": optimizer} if self.warm_start else ()
 
-    def init_blocks(self, like: Any) -> Any:
+    def init_blocks(self, like: Nest) -> State:
         state = self.init(like)
         if not self.warm_start or not self.ends_early:
             return state
@@ -91,7 +92,9 @@ class GradientSolver(IterativeSolver):
     def transposes(self) -> bool:
         return self.objective == "residual"
 
-    def solve(self, system: LinearSystem, rhs: Any, state: Any = ()) -> LinearSolution:
+    def solve(
+        self, system: LinearSystem, rhs: Nest, state: State = ()
+    ) -> LinearSolution:
         product, transposed = self.damped(system)
         rhs_norm = system.norm(rhs)
         goal = self.goal(system, rhs_norm.dtype) * rhs_norm

@@ -6,6 +6,7 @@ from typing import Any
 import tensorflow as tf
 
 from tfbilevel._calculus import structure
+from tfbilevel._calculus.aliases import Nest, State
 from tfbilevel._core.former_arguments import renamed
 from tfbilevel._linear_solvers.base import (
     TOLERANCE,
@@ -61,18 +62,20 @@ class Neumann(IterativeSolver):
     def needs_rate(self) -> bool:
         return self.rate is None
 
-    def solve(self, system: LinearSystem, rhs: Any, state: Any = ()) -> LinearSolution:
+    def solve(
+        self, system: LinearSystem, rhs: Nest, state: State = ()
+    ) -> LinearSolution:
         del state
         product, _ = self.damped(system)
         rate = system.rate if self.rate is None else self.rate
         rhs_norm = system.norm(rhs)
         goal = self.goal(system, rhs_norm.dtype) * rhs_norm
 
-        def unfinished(step: Any, term: Any, total: Any, size: Any) -> Any:
+        def unfinished(step: Any, term: Any, total: Nest, size: Any) -> Any:
             del step, term, total
             return tf.reduce_any(size > goal)
 
-        def body(step: Any, term: Any, total: Any, size: Any) -> tuple:
+        def body(step: Any, term: Any, total: Nest, size: Any) -> tuple:
             before, going = (term, total, size), size > goal
             term = structure.subtract(term, structure.scale(rate, product(term)))
             after = (term, structure.add(total, term), system.norm(term))

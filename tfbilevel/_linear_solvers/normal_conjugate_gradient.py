@@ -6,6 +6,7 @@ from typing import Any
 import tensorflow as tf
 
 from tfbilevel._calculus import structure
+from tfbilevel._calculus.aliases import Nest, State
 from tfbilevel._calculus.loops import serial_loop
 from tfbilevel._core.former_arguments import renamed
 from tfbilevel._linear_solvers.base import (
@@ -57,7 +58,9 @@ class NormalConjugateGradient(IterativeSolver):
     def transposes(self) -> bool:
         return True
 
-    def solve(self, system: LinearSystem, rhs: Any, state: Any = ()) -> LinearSolution:
+    def solve(
+        self, system: LinearSystem, rhs: Nest, state: State = ()
+    ) -> LinearSolution:
         product, transposed = self.damped(system)
         start, residual = self.start_and_residual(system, product, rhs, state)
         first_norm = system.norm(residual)

@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfbilevel._calculus import derivatives, structure
+from tfbilevel._calculus.aliases import Nest, State
 from tfbilevel._core.aggregation import Aggregation
 from tfbilevel._core.arguments import require_choice
 from tfbilevel._core.batches import Batches
@@ -130,7 +131,7 @@ class Implicit(Method):
         """Where the inner solve ends."""
         return EndPoint(self.inner, self.end, self.aggregate)
 
-    def init(self, problem: Problem, upper: Any, lower: Any) -> Any:
+    def init(self, problem: Problem, upper: Nest, lower: Nest) -> State:
         if (
             self.through == "optimizer"
             and self.solver.needs_symmetric
@@ -155,7 +156,7 @@ class Implicit(Method):
         return state
 
     def step(
-        self, problem: Problem, upper: Any, lower: Any, batches: Batches, state: Any
+        self, problem: Problem, upper: Nest, lower: Nest, batches: Batches, state: State
     ) -> Step:
         here, iterate, end, metrics = self._end_point.reach(
             problem.prepared(upper, batches), lower, state["inner"]
@@ -202,11 +203,13 @@ class Implicit(Method):
         )
 
     def objective(
-        self, problem: Problem, upper: Any, lower: Any, batches: Batches, state: Any
-    ) -> Callable[[Any], tf.Tensor]:
+        self, problem: Problem, upper: Nest, lower: Nest, batches: Batches, state: State
+    ) -> Callable[[Nest], tf.Tensor]:
         return self._end_point.objective(problem, upper, lower, batches, state["inner"])
 
-    def _gradient_equation(self, here: Prepared, iterate: Any, rhs: Any) -> "_Equation":
+    def _gradient_equation(
+        self, here: Prepared, iterate: Any, rhs: Nest
+    ) -> "_Equation":
         lower_loss, gradient, pullback = here.lower_gradient_pullback(
             iterate.lower, self.inner.steps
         )
@@ -220,12 +223,12 @@ class Implicit(Method):
         )
 
     def _optimizer_equation(
-        self, here: Prepared, iterate: Any, adjoint: Any
+        self, here: Prepared, iterate: Any, adjoint: Nest
     ) -> "_Equation":
         point = (iterate.lower, iterate.optimizer.slots)
         draw = self.inner.steps
 
-        def inner_map(c: Any, state: Any) -> tuple[Any, None]:
+        def inner_map(c: Nest, state: State) -> tuple[Any, None]:
             lower, slots = state
             optimizer = iterate.optimizer._replace(slots=slots)
             start = iterate._replace(lower=lower, optimizer=optimizer)
@@ -234,11 +237,11 @@ class Implicit(Method):
 
         _, _, pullback = derivatives.vjp(inner_map, here.upper, point)
 
-        def product(vector: Any) -> Any:
+        def product(vector: Nest) -> Any:
             turned = derivatives.fill_zeros(pullback(vector)[1], point)
             return structure.subtract(vector, turned)
 
-        def transposed(vector: Any) -> Any:
+        def transposed(vector: Nest) -> Any:
             return structure.subtract(vector, push((vector,)))
 
         push: Any = None
@@ -264,10 +267,10 @@ class _Equation(NamedTuple):
     """
 
     system: LinearSystem
-    rhs: Any
-    response: Callable[[Any], Any]
+    rhs: Nest
+    response: Callable[[Nest], Nest]
     lower_loss: tf.Tensor
-    gradient: Any
+    gradient: Nest
 
 
 def _is_plain(inner: InnerSolver) -> bool:

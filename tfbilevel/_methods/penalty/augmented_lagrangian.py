@@ -10,6 +10,7 @@ import keras
 import tensorflow as tf
 
 from tfbilevel._calculus import structure
+from tfbilevel._calculus.aliases import Nest, State
 from tfbilevel._calculus.loops import serial_loop
 from tfbilevel._core.arguments import (
     not_negative,
@@ -172,7 +173,7 @@ class AugmentedLagrangian(Method):
         # One schedule for all, which looks at the mean of their sizes.
         return True
 
-    def init(self, problem: Problem, upper: Any, lower: Any) -> Any:
+    def init(self, problem: Problem, upper: Nest, lower: Nest) -> State:
         if self.independent_starts is not None and problem.has_tasks:
             raise ValueError(
                 "`independent_starts` must be None over tasks: the leading axis holds "
@@ -213,12 +214,12 @@ class AugmentedLagrangian(Method):
         }
 
     def step(
-        self, problem: Problem, upper: Any, lower: Any, batches: Batches, state: Any
+        self, problem: Problem, upper: Nest, lower: Nest, batches: Batches, state: State
     ) -> Step:
         here = problem.prepared(upper, batches)
         iterate = self.inner.begin(here, lower, state["inner"])
 
-        def body(t: tf.Tensor, y: Any, optimizer: Any) -> tuple:
+        def body(t: tf.Tensor, y: Nest, optimizer: Any) -> tuple:
             _, along = self._directions(here, y, t, state)
             moved, optimizer = self.inner.rule.update(along, optimizer, y)
             moved = structure.subtract(moved, y)
@@ -272,7 +273,7 @@ class AugmentedLagrangian(Method):
         )
 
     def _directions(
-        self, here: Prepared, lower: Any, draw: Any, state: Any
+        self, here: Prepared, lower: Nest, draw: Any, state: State
     ) -> tuple["_Point", Any]:
         """All derivatives at a point, and d_y."""
         upper_loss, partial, direct = here.upper_partials(lower)
@@ -284,7 +285,7 @@ class AugmentedLagrangian(Method):
         return point, structure.add(along, curvature)
 
     def _schedule(
-        self, state: dict, gradient: Any, size: tf.Tensor
+        self, state: dict, gradient: Nest, size: tf.Tensor
     ) -> tuple[dict, tf.Tensor]:
         """The state after a step, and the size that the tolerance was compared with."""
         dtype = state["weight"].dtype
@@ -312,18 +313,18 @@ class AugmentedLagrangian(Method):
         """The inner product of variables: one per start."""
         return structure.InnerProduct(0 if self.independent_starts is None else 1)
 
-    def _dot(self, here: Prepared, a: Any, b: Any) -> tf.Tensor:
+    def _dot(self, here: Prepared, a: Nest, b: Nest) -> tf.Tensor:
         """Of lower variables: one per start, and over tasks their mean."""
         if not here.problem.has_tasks:
             return self._starts.dot(a, b)
         return tf.reduce_mean(here.dot(a, b))
 
     def objective(
-        self, problem: Problem, upper: Any, lower: Any, batches: Batches, state: Any
-    ) -> Callable[[Any], tf.Tensor]:
+        self, problem: Problem, upper: Nest, lower: Nest, batches: Batches, state: State
+    ) -> Callable[[Nest], tf.Tensor]:
         reached = self.step(problem, upper, lower, batches, state).lower
 
-        def value(x: Any) -> tf.Tensor:
+        def value(x: Nest) -> tf.Tensor:
             here = problem.prepared(x, batches)
             upper_loss = here.upper_loss(reached)
             _, gradient = here.lower_gradient(reached, self.steps)
@@ -339,11 +340,11 @@ class _Point(NamedTuple):
 
     upper_loss: tf.Tensor
     lower_loss: tf.Tensor
-    gradient: Any
-    partial: Any
-    mixed: Any
+    gradient: Nest
+    partial: Nest
+    mixed: Nest
 
 
-def _projected(project: Callable, point: Any, gradient: Any) -> Any:
+def _projected(project: Callable, point: Any, gradient: Nest) -> Nest:
     """The projected gradient z - P(z - d)."""
     return structure.subtract(point, project(structure.subtract(point, gradient)))

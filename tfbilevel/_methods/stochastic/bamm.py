@@ -3,13 +3,13 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
 from tfbilevel._calculus import structure
+from tfbilevel._calculus.aliases import Nest, State
 from tfbilevel._core.aggregation import Aggregation, aggregated, require_aggregation
 from tfbilevel._core.arguments import (
     not_negative,
@@ -133,7 +133,7 @@ class BAMM(Method):
         # A residual of one task that is not finite is seen in all of x.
         return True
 
-    def init(self, problem: Problem, upper: Any, lower: Any) -> Any:
+    def init(self, problem: Problem, upper: Nest, lower: Nest) -> State:
         del upper
         multiplier = structure.zeros_like(structure.to_tensors(lower))
         return {
@@ -145,7 +145,7 @@ class BAMM(Method):
         }
 
     def step(
-        self, problem: Problem, upper: Any, lower: Any, batches: Batches, state: Any
+        self, problem: Problem, upper: Nest, lower: Nest, batches: Batches, state: State
     ) -> Step:
         here = self._prepared(problem, upper, batches, state)
         lower, multiplier = structure.to_tensors(lower), state["multiplier"]
@@ -189,9 +189,9 @@ class BAMM(Method):
         )
 
     def objective(
-        self, problem: Problem, upper: Any, lower: Any, batches: Batches, state: Any
-    ) -> Callable[[Any], tf.Tensor]:
-        def value(x: Any) -> tf.Tensor:
+        self, problem: Problem, upper: Nest, lower: Nest, batches: Batches, state: State
+    ) -> Callable[[Nest], tf.Tensor]:
+        def value(x: Nest) -> tf.Tensor:
             here = self._prepared(problem, x, batches, state)
             _, gradient = here.lower_gradient(lower, 0)
             product = here.mean(structure.dot(state["multiplier"], gradient))
@@ -201,7 +201,7 @@ class BAMM(Method):
         return value
 
     def _prepared(
-        self, problem: Problem, upper: Any, batches: Batches, state: Any
+        self, problem: Problem, upper: Nest, batches: Batches, state: State
     ) -> Prepared:
         here = problem.prepared(upper, batches)
         return aggregated(self.aggregate, here, at=state["step"])

@@ -1,9 +1,9 @@
 """The stochastic bilevel optimizer with a Neumann series over fresh batches."""
 
 import dataclasses
-from typing import Any
 
 from tfbilevel._calculus import structure
+from tfbilevel._calculus.aliases import Nest, State
 from tfbilevel._core.arguments import require_choice
 from tfbilevel._core.batches import Batches
 from tfbilevel._core.former_arguments import renamed
@@ -83,11 +83,11 @@ class StocBiO(Method):
         series = self.terms if self.factors == "fresh" else 1
         return self.inner.steps + series + 1
 
-    def init(self, problem: Problem, upper: Any, lower: Any) -> Any:
+    def init(self, problem: Problem, upper: Nest, lower: Nest) -> State:
         return self.inner.init(problem, upper, lower)
 
     def step(
-        self, problem: Problem, upper: Any, lower: Any, batches: Batches, state: Any
+        self, problem: Problem, upper: Nest, lower: Nest, batches: Batches, state: State
     ) -> Step:
         here = problem.prepared(upper, batches)
         lower, after, _ = self.inner.solve(here, lower, state)

@@ -2,12 +2,12 @@
 
 import dataclasses
 import functools
-from typing import Any
 
 import keras
 import tensorflow as tf
 
 from tfbilevel._calculus import structure
+from tfbilevel._calculus.aliases import Nest, State
 from tfbilevel._core.arguments import not_negative, require_count, require_number
 from tfbilevel._core.batches import Batches
 from tfbilevel._core.method import Method, Step
@@ -101,12 +101,12 @@ class TTSA(Method):
         # All have a series of one random length.
         return True
 
-    def init(self, problem: Problem, upper: Any, lower: Any) -> Any:
+    def init(self, problem: Problem, upper: Nest, lower: Nest) -> State:
         del problem, upper
         return {"step": tf.constant(0, tf.int64), "optimizer": self.rule.init(lower)}
 
     def step(
-        self, problem: Problem, upper: Any, lower: Any, batches: Batches, state: Any
+        self, problem: Problem, upper: Nest, lower: Nest, batches: Batches, state: State
     ) -> Step:
         here = problem.prepared(upper, batches)
         count = tf.cast(state["step"] + 1, tf.float64)
