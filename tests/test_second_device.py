@@ -31,10 +31,6 @@ def _equal(cases):
     assert done.stdout.split("\n")[:-1] == [f"equal {case}" for case in cases]
 
 
-def test_fit_is_equal_on_a_second_device():
-    _equal(["Implicit:on", "Unroll:off", "ValueGap:auto"])
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("jit", ["on", "off", "auto"])
 def test_every_method_is_equal_on_a_second_device(jit):
