@@ -3,7 +3,8 @@
     python docs/flags.py
 
 A table stands between two comments on `docs/experiments/NAME.md`. The test
-`tests/test_published_commands.py` fails if one is not what this script would write.
+`tests/documents/test_published_commands.py` fails if one is not what this script
+would write.
 """
 
 import argparse

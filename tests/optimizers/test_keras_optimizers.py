@@ -120,8 +120,9 @@ def require_unmoved(optimizer: str, found: list[str]) -> None:
         release = ".".join(keras.__version__.split(".")[:2])
         pytest.fail(
             f"Keras {keras.__version__} moved what `tb.differentiable` stands on. "
-            f"{optimizer}: {'; '.join(found)}. Run tests/test_differentiable.py. If it "
-            "passes and the new body reads and writes nothing else, put its hash into "
+            f"{optimizer}: {'; '.join(found)}. Run "
+            "tests/optimizers/test_differentiable.py. If it passes and the new body "
+            "reads and writes nothing else, put its hash into "
             f"{__file__}; otherwise adapt tfbilevel/_optimizers/update_rule.py, or set "
             f'"keras<{release}" in pyproject.toml.',
             pytrace=False,

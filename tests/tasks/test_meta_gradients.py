@@ -16,7 +16,7 @@ from suites import fast_where
 import tfbilevel as tb
 
 EXPECTED = json.loads(
-    (pathlib.Path(__file__).parent / "data" / "meta_gradients.json").read_text()
+    (pathlib.Path(__file__).parents[1] / "data" / "meta_gradients.json").read_text()
 )
 TASKS, IMAGES, SIDE, FILTERS, WAYS, STEPS, RATE = 3, 4, 6, 3, 2, 2, 0.3
 

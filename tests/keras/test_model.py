@@ -422,7 +422,7 @@ def test_keras_backup_and_restore_resumes_to_the_last_bit(tmp_path):
 KILLED = """
 import pathlib, sys
 import keras, numpy as np
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {tests!r}
 import test_model
 import tfbilevel as tb
 out = pathlib.Path({out!r})
@@ -450,7 +450,7 @@ def test_a_fit_killed_and_resumed_equals_one_that_ran_through(tmp_path):
     def start(out, backup=True):
         out.mkdir(exist_ok=True)
         code = KILLED.format(
-            tests=str(pathlib.Path(__file__).parent),
+            tests=[str(folder) for folder in pathlib.Path(__file__).parents[:2]],
             out=str(out),
             backup=backup,
             epochs=epochs,

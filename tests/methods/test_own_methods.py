@@ -13,7 +13,7 @@ import tensorflow as tf
 import tfbilevel as tb
 
 SGD = keras.optimizers.SGD
-PAGE = pathlib.Path(__file__).resolve().parents[1] / "docs" / "extending.md"
+PAGE = pathlib.Path(__file__).resolve().parents[2] / "docs" / "extending.md"
 TASKS, SIZE = 3, 4
 
 

@@ -7,8 +7,8 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from method_table import METHODS, Row
 from problems import ORACLES, Oracle, flat, quadratic
-from test_contract import METHODS, Row
 
 import tfbilevel as tb
 

@@ -1,6 +1,6 @@
 """The rooms of the library, counted from its own imports.
 
-    python tests/test_rooms.py
+    python tests/documents/test_rooms.py
 
 prints the rooms from the lowest to the highest, with what each imports.
 """
@@ -9,7 +9,7 @@ import ast
 import pathlib
 from collections.abc import Iterator
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "tfbilevel"
 
 # A room imports those before it alone. docs/architecture.md tells what they are for.

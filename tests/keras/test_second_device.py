@@ -18,7 +18,7 @@ METHODS = (
 
 
 def _equal(cases):
-    here = pathlib.Path(__file__).parent
+    here = pathlib.Path(__file__).parents[1]
     path = os.pathsep.join([str(here.parent), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, here / "second_device.py", *cases],

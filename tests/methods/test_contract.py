@@ -1,0 +1,177 @@
+"""What every method promises, on every oracle problem, in one body.
+
+The methods, with the numbers expected of them, are those of tests/method_table.py.
+"""
+
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from method_table import METHODS, Row
+from problems import ORACLES, Oracle, Vector, flat
+from suites import fast_where
+
+import tfbilevel as tb
+
+# float64: the inner solve leaves 0.45^28 = 2e-10 times at most 28, relative.
+# float32: its rounding, times the few dozen operations behind each number.
+TOLERANCE = {"float64": 2e-8, "float32": 2e-5}
+MODES_AGREE = {"float64": 1e-12, "float32": 5e-6}
+
+
+def assert_close(got: Any, want: Vector, tolerance: float) -> None:
+    got = flat(got)
+    error = np.linalg.norm(got - want) / max(np.linalg.norm(want), 1e-3)
+    assert error < tolerance, f"relative error {error:.2e}: {got} is not {want}"
+
+
+CASES = [
+    pytest.param(row, oracle, id=f"{row.name}-{oracle.name}")
+    for row in METHODS
+    for oracle in ORACLES
+    if oracle.name in row.oracles
+]
+
+
+def whole(row: Row, oracle: Oracle) -> bool:
+    """Whether `make test` has every mode and dtype of it: one oracle per method."""
+    return oracle.name == ("scalar" if "scalar" in row.oracles else row.oracles[0])
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize(("row", "oracle"), fast_where(whole, CASES))
+def test_contract(row: Row, oracle: Oracle, dtype: str) -> None:
+    contract(row, oracle, dtype)
+
+
+@pytest.mark.parametrize(
+    ("row", "oracle"), [case for case in CASES if not whole(*case.values)]
+)
+def test_contract_of_graphs(row: Row, oracle: Oracle) -> None:
+    """What structures, ranks and sizes can break, without the other programs."""
+    contract(row, oracle, "float64", graph_alone=True)
+
+
+def contract(
+    row: Row, oracle: Oracle, dtype: str, *, graph_alone: bool = False
+) -> None:
+    upper, lower, batches = oracle.at(dtype)
+    method = row.build(oracle)
+    state = method.init(oracle.problem, upper, lower)
+    inputs = (upper, lower, batches, state)
+    before = [np.array(leaf) for leaf in tf.nest.flatten(inputs) if leaf is not None]
+
+    def step(x: Any, y: Any, data: tb.Batches, carried: Any) -> tb.Step:
+        return method.step(oracle.problem, x, y, data, carried)
+
+    graph = tf.function(step, autograph=False)
+    # Around the traced step: tracing it again would take longer than the rest.
+    xla = tf.function(
+        lambda *arguments: graph(*arguments), autograph=False, jit_compile=True
+    )
+    modes = [graph] if graph_alone else [step, graph, xla]
+    results = [mode(*inputs) for mode in modes]
+
+    # 1. An independent number, in every mode.
+    gradient, after = row.expected(oracle, flat(oracle.x), flat(oracle.y))
+    tolerance = (row.tolerance or TOLERANCE)[dtype]
+    for result in results:
+        assert_close(result.upper_gradient, gradient, tolerance)
+        assert_close(result.lower, after, TOLERANCE[dtype])
+
+    # 2. Eager = graph = XLA, state and metrics too.
+    first = results[0]
+    for result in results[1:]:
+        tf.nest.assert_same_structure(result, first)
+        # How small a residual is, and when it is small enough, is rounding.
+        loose = {"residual", "stationarity", "iterations", "gap"}
+        ours = result._replace(
+            metrics={k: v for k, v in result.metrics.items() if k not in loose}
+        )
+        theirs = first._replace(
+            metrics={k: v for k, v in first.metrics.items() if k not in loose}
+        )
+        for a, b in zip(tf.nest.flatten(ours), tf.nest.flatten(theirs), strict=True):
+            assert a.dtype == b.dtype and a.shape == b.shape
+            assert_close(a, flat(b), (row.tolerance or MODES_AGREE)[dtype])
+
+    # 3. One trace over many calls, with other values and the state handed on.
+    for compiled in [graph] if graph_alone else [graph, xla]:
+        moved = tf.nest.map_structure(lambda leaf: leaf * 0.9, upper)
+        second = compiled(moved, first.lower, batches, first.state)
+        compiled(upper, second.lower, batches, second.state)
+        assert compiled.experimental_get_tracing_count() == 1
+
+    # 4. Inputs untouched.
+    now = [np.array(leaf) for leaf in tf.nest.flatten(inputs) if leaf is not None]
+    for a, b in zip(now, before, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+    # 5. Structures, shapes and dtypes of the variables they belong to.
+    for made, like in ((first.upper_gradient, upper), (first.lower, lower)):
+        tf.nest.assert_same_structure(made, like)
+        for a, b in zip(tf.nest.flatten(made), tf.nest.flatten(like), strict=True):
+            assert a.shape == b.shape and a.dtype == b.dtype
+    tf.nest.assert_same_structure(first.state, state)
+    for name, metric in first.metrics.items():
+        assert metric.shape.rank == 0, name
+
+
+@pytest.mark.parametrize("xla", fast_where(lambda xla: not xla, [False, True]))
+@pytest.mark.parametrize(
+    "oracle",
+    fast_where(lambda oracle: oracle.name == "nested", ORACLES),
+    ids=lambda oracle: oracle.name,
+)
+def test_the_map_of_adam(oracle: Oracle, xla: bool) -> None:
+    """Compiled only: eager, so many steps of Adam would take minutes."""
+    upper, lower, batches = oracle.at("float64")
+    solver = tb.InnerSolver(keras.optimizers.Adam(0.02, beta_2=0.9999), 3000)
+    method = tb.Implicit(solver, tb.Direct(), through="optimizer")
+    state = method.init(oracle.problem, upper, lower)
+    compiled = tf.function(
+        lambda x: method.step(oracle.problem, x, lower, batches, state).upper_gradient,
+        autograph=False,
+        jit_compile=xla,
+    )
+    assert_close(compiled(upper), oracle.hypergradient(flat(oracle.x)), 1e-6)
+
+
+# Where inputs are converted: one method of each kind.
+KINDS = {
+    "unroll-replay",
+    "forward-unroll",
+    "implicit-cg",
+    "value-gap",
+    "gradient-norm",
+    "augmented-lagrangian",
+    "bamm",
+    "ttsa",
+    "stocbio",
+}
+
+
+@pytest.mark.parametrize(
+    "row",
+    fast_where(lambda row: row.name in KINDS, METHODS),
+    ids=lambda row: row.name,
+)
+def test_arrays_and_variables_are_as_good_as_tensors(row):
+    method = row.build(ORACLES[0])
+    problem = tb.Problem(
+        lambda x, y, batch: tf.reduce_sum((y - 1.0) ** 2 + x * x),
+        lambda x, y, batch: 0.5 * tf.reduce_sum((y - x) ** 2),
+    )
+    values = np.array([1.0, 2.0, 3.0]), np.array([0.0, 1.0, 0.5])
+
+    def gradient(convert):
+        x, y = (convert(value) for value in values)
+        state = method.init(problem, x, y)
+        step = method.step(problem, x, y, tb.Batches(None, None), state)
+        return step.upper_gradient.numpy()
+
+    expected = gradient(tf.constant)
+    for kind in (np.asarray, tf.Variable, keras.Variable):
+        np.testing.assert_allclose(gradient(kind), expected, rtol=1e-6)
