@@ -408,6 +408,7 @@ def one_task(method, *flags):
     return model, x, y, batch
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_float64")
 def test_imaml_solves_its_proximal_system():
     """d_x / lambda is v of (H + lambda I) v = f_y: H v by differences of gradients."""

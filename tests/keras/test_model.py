@@ -754,6 +754,7 @@ def test_prepare_works_with_non_trainable_state():
     assert model.outer_step == 3
 
 
+@pytest.mark.slow
 def test_a_saved_choice_of_compilation_holds_after_loading(tmp_path):
     model = make(jit_compile="auto")
     model.fit(full_batch(), verbose=0)

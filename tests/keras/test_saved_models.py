@@ -183,6 +183,7 @@ def test_shared_layers(trainable: bool, tmp_path: Any) -> None:
     build(None).save_weights(tmp_path / "model.weights.h5")
 
 
+@pytest.mark.slow
 def test_one_batch_after_loading_is_compiled_as_it_was(tmp_path: Any) -> None:
     model = build_whole()
     model.compile(value_gap(), SGD(0.1), jit_compile="auto")

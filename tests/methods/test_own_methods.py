@@ -75,7 +75,7 @@ def by_hand(name: str, x: Any, y: Any, target: Any, centre: Any) -> tuple:
         ("Alternating", "vectorized", None),
         pytest.param("Alternating", "sequential", None, marks=pytest.mark.slow),
         ("OneStep", "vectorized", lambda x, batches: batches),
-        ("OneStep", "sequential", None),
+        pytest.param("OneStep", "sequential", None, marks=pytest.mark.slow),
     ],
 )
 def test_over_tasks_the_gradient_is_the_mean_of_the_tasks_own(name, mapping, prepare):

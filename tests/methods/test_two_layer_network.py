@@ -274,7 +274,7 @@ SOLVED = {
 
 
 # One of each kind of system and of map; XLA has them in the contract suite.
-FAST = {"unroll", "cg", "gradient", "map-momentum-fixed-point", "map-adam-direct"}
+FAST = {"cg", "gradient", "map-momentum-fixed-point", "map-adam-direct"}
 
 
 # On one process: the differences take seconds.

@@ -222,6 +222,7 @@ def test_adapt_needs_tasks():
         model.adapt(next(iter(meta_batches(1))), inner(), lambda *_: 0.0)
 
 
+@pytest.mark.slow
 def test_a_killed_run_over_tasks_resumes_bit_identically(tmp_path):
     def run(epochs: int, folder: Any, load: bool = False) -> list:
         model = anil()

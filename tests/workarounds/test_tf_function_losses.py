@@ -11,6 +11,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from suites import fast_where
 from tensorflow.python.eager.polymorphic_function import polymorphic_function
 
 import tfbilevel as tb
@@ -211,7 +212,7 @@ CASES = {
 UNDER_XLA = ["ran-before", "control-flow", "compiled"]
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", fast_where("graph".__eq__, MODES))
 def test_steps_are_those_without_tf_function(mode):
     want = step(network(), upper_loss, lower_loss, mode)
     assert np.abs(want[:8]).max() > 1e-3
@@ -256,7 +257,7 @@ def test_concrete_functions_that_read_the_weights_are_refused(mode):
         step(lower, upper_loss, loss, mode)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", fast_where("graph".__eq__, MODES))
 def test_problems_of_tensors(mode):
     """`tb.functional` in a decorated loss, and a layer whose call is decorated."""
 
