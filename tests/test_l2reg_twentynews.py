@@ -617,7 +617,7 @@ def test_a_data_folder_that_cannot_be_written_is_named(
     with pytest.raises(SystemExit) as stop:
         news.main(["--out", str(tmp_path / "run")])
     assert stop.value.code == 2
-    assert "cannot be written" in capsys.readouterr().err
+    assert "is not writable" in capsys.readouterr().err
 
 
 def test_a_copy_that_a_kill_has_cut_short_is_named(
