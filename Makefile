@@ -9,11 +9,13 @@ demo: .venv/experiments
 	rm -rf runs/demo
 	$(BIN)/python experiments/data_hyper_cleaning.py --out runs/demo
 
+PYTEST = $(BIN)/python -m pytest -n 3 --dist loadgroup --max-worker-restart=0
+
 test: .venv/test
-	$(BIN)/python -m pytest -n 3 --dist loadgroup --max-worker-restart=0
+	$(PYTEST)
 
 test-slow: .venv/test
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 lint: .venv/test
 	$(BIN)/ruff format --check .

@@ -21,6 +21,7 @@ autodoc_default_options = {"members": True, "member-order": "bysource"}
 autodoc_typehints = "none"
 autodoc_inherit_docstrings = False  # Keras's are written for another tool
 autodoc_preserve_defaults = True
+napoleon_numpy_docstring = False  # all docstrings are in Google's style
 napoleon_use_rtype = False
 napoleon_use_ivar = True
 napoleon_custom_sections = [("References", "notes")]

@@ -352,9 +352,9 @@ class Attack:
             args.inner_steps,
             weight=args.weight,
             lower_weight=args.lower_weight,
-            tolerance=args.tolerance,
+            atol=args.tolerance,
             # The published test compares fourth powers, see data_denoising.py.
-            tolerance_decay=0.9**0.5,
+            schedule=tb.PenaltySchedule(tolerance_decay=0.9**0.5),
         )
         self.optimizer = common.adam(args.upper_lr)
         # Feature collision has one level: an inner solver moves the poison.

@@ -232,14 +232,17 @@ def build_method(
             # smaller by this factor than the mean of the tasks' squares, used here.
             weight=args.weight / args.tasks,
             lower_weight=args.lower_weight,
-            tolerance=args.tolerance,
-            tolerance_decay=0.9**0.5,  # for the norm; the published test squares it
-            multiplier=args.multiplier,
-            rate_decay=0.99,
+            atol=args.tolerance,
+            initial_multiplier=args.multiplier,
+            schedule=tb.PenaltySchedule(
+                # For the norm; the published test squares it.
+                tolerance_decay=0.9**0.5,
+                rate_decay=0.99,
+            ),
             start=fresh or "warm",
             # Every outer step has different tasks.
             optimizer_state="reset",
-            multipliers="reset",
+            multiplier_state="reset",
         )
     decay = args.final_lr and tb.CosineDecay(
         args.inner_lr, args.final_lr, args.outer_steps
@@ -248,7 +251,8 @@ def build_method(
         inner_optimizer(args),
         args.inner_steps,
         start=fresh or "warm",
-        learning_rate=decay or learned_rates(args, model),
+        learning_rate=decay or None,
+        learned_rate=None if decay else learned_rates(args, model),
     )
     if args.method == "imaml":
         return tb.Implicit(inner, tb.ConjugateGradient(args.cg_steps))
@@ -258,7 +262,7 @@ def build_method(
             args.inner_steps,
             "residual",
             warm_start=False,
-            tolerance=0.0,
+            rtol=0.0,
             damping=args.damping * args.tasks,  # likewise for the mean over all tasks
         )
         return tb.Implicit(inner, solver)
@@ -402,7 +406,7 @@ def test_solver(
         kind(rate),
         args.test_steps,
         start=start,
-        learning_rate=learned_rates(args, model),
+        learned_rate=learned_rates(args, model),
     )
 
 

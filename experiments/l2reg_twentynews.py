@@ -194,10 +194,10 @@ def build_method(args: argparse.Namespace) -> tb.Method:
         return tb.Unroll(inner_steps(), last=steps)
     if args.method == "hoag":
         tolerance = tb.Geometric(args.tolerance, args.tolerance_ratio)
-        solver = tb.ConjugateGradient(steps, tolerance=tolerance)
-        return tb.Implicit(inner_steps(tolerance=tolerance), solver)
+        solver = tb.ConjugateGradient(steps, rtol=tolerance)
+        return tb.Implicit(inner_steps(atol=tolerance), solver)
     kind = {"aid-fp": tb.FixedPoint, "aid-cg": tb.ConjugateGradient}[args.method]
-    return tb.Implicit(inner_steps(), kind(steps, tolerance=args.tolerance))
+    return tb.Implicit(inner_steps(), kind(steps, rtol=args.tolerance))
 
 
 def full_batches(data: Data) -> tf.data.Dataset:

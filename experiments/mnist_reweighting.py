@@ -311,8 +311,8 @@ def build_method(job: argparse.Namespace) -> tb.Method:
         return tb.TTSA(optimizer, job.hessian_q, job.eta, seed=job.seed)
     if job.method == "hoag":
         tolerance = tb.Geometric(job.tolerance, job.tolerance_decay)
-        inner = tb.InnerSolver(optimizer, job.inner_steps, tolerance=tolerance)
-        solver = tb.ConjugateGradient(job.hessian_q, tolerance=tolerance)
+        inner = tb.InnerSolver(optimizer, job.inner_steps, atol=tolerance)
+        solver = tb.ConjugateGradient(job.hessian_q, rtol=tolerance)
         return tb.Implicit(inner, solver)
     inner = tb.InnerSolver(optimizer, job.inner_steps)
     if job.method == "stocbio":
@@ -322,7 +322,7 @@ def build_method(job: argparse.Namespace) -> tb.Method:
     if job.method == "reverse":
         return tb.Unroll(inner, last=job.hessian_q)
     solver = {"aid-fp": tb.FixedPoint, "aid-cg": tb.ConjugateGradient}[job.method]
-    return tb.Implicit(inner, solver(job.hessian_q, tolerance=1e-12))
+    return tb.Implicit(inner, solver(job.hessian_q, rtol=1e-12))
 
 
 def index_batches(

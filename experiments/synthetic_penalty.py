@@ -189,7 +189,7 @@ def build_method(
             common.adam(args.lower_lr),
             steps,
             "residual",
-            tolerance=0.0,
+            rtol=0.0,
             damping=args.damping,
         )
         method = tb.Implicit(inner(common.adam(args.lower_lr)), solver)
@@ -199,12 +199,9 @@ def build_method(
             steps,
             weight=args.weight,
             lower_weight=args.lower_weight,
-            tolerance=args.tolerance,
-            growth=args.growth,
-            decay=1 / args.growth,
-            tolerance_decay=1 / args.growth,
-            rate_decay=1 / args.growth,
-            starts=args.trials,
+            atol=args.tolerance,
+            independent_starts=args.trials,
+            schedule=tb.PenaltySchedule(args.growth, *[1 / args.growth] * 3),
         )
     return method, common.adam(args.upper_lr)
 

@@ -9,7 +9,6 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 # More test processes than cores already.
 os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
 
-import keras  # noqa: E402
 import pytest  # noqa: E402
 
 # Tracing makes millions of objects that live as long as their graph: looking through
@@ -19,4 +18,6 @@ gc.set_threshold(50_000, 20, 50)
 
 @pytest.fixture(autouse=True)
 def seed():
+    import keras  # the process that hands tests to others needs no TensorFlow
+
     keras.utils.set_random_seed(0)

@@ -34,7 +34,7 @@ METHODS = {
     "ValueGap": lambda: tb.ValueGap(inner(), SGD(0.1), weight=1.0),
     "GradientNorm": lambda: tb.GradientNorm(SGD(0.1), weight=1.0),
     "AugmentedLagrangian": lambda: tb.AugmentedLagrangian(SGD(0.1), steps=3),
-    "StocBiO": lambda: tb.StocBiO(inner(), max_steps=3, rate=0.1),
+    "StocBiO": lambda: tb.StocBiO(inner(), terms=3, rate=0.1),
 }
 
 

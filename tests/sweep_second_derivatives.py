@@ -33,8 +33,10 @@ import numpy as np  # noqa: E402
 import tensorflow as tf  # noqa: E402
 
 import tfbilevel as tb  # noqa: E402
-from tfbilevel import _derivatives as derivatives  # noqa: E402
-from tfbilevel import _structure as structure  # noqa: E402
+from tfbilevel._calculus import (
+    derivatives,  # noqa: E402
+    structure,  # noqa: E402
+)
 
 VECTOR, SEQUENCE, IMAGE, VOLUME = (2, 4), (2, 5, 3), (2, 6, 6, 3), (2, 4, 4, 4, 2)
 OTHER_BACKEND = "of another framework or a saved model"

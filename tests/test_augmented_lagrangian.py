@@ -45,7 +45,7 @@ def test_the_upper_gradient_at_the_minimiser_is_the_implicit_one(
         lambda leaf: tf.constant(leaf, tf.float64), unflat(y, oracle.y)
     )
     method = tb.AugmentedLagrangian(
-        SGD(1e-3), 1, weight=rho, lower_weight=lower_weight, multiplier=nu
+        SGD(1e-3), 1, weight=rho, lower_weight=lower_weight, initial_multiplier=nu
     )
     state = method.init(oracle.problem, upper, lower)
     step = method.step(oracle.problem, upper, lower, batches, state)
@@ -112,7 +112,7 @@ def test_both_directions_are_those_of_the_objective_on_a_network():
         return value + with_lower * lam * float(problem.lower_loss(x, y, None))
 
     method = tb.AugmentedLagrangian(
-        SGD(0.01), 1, weight=rho, lower_weight=lam, multiplier=nu
+        SGD(0.01), 1, weight=rho, lower_weight=lam, initial_multiplier=nu
     )
     step = method.step(problem, x, y, NOTHING, method.init(problem, x, y))
     along = numeric_gradient(lambda at: h(x, at, 1.0), y, 1e-3)
@@ -135,9 +135,10 @@ def line():
 def by_hand(x, y, steps, outer, rates, **options):
     """The whole method on `line`, one number per variable; its state at the end."""
     rho, lam, eps, nu = (
-        options[k] for k in ("weight", "lower_weight", "tolerance", "multiplier")
+        options[k] for k in ("weight", "lower_weight", "atol", "initial_multiplier")
     )
-    scale, notches, mean = 1.0, 0, None
+    growth, decay, eps_decay, rate_decay = options["factors"]
+    scale, updates, mean = 1.0, 0, None
     for _ in range(outer):
         for _ in range(steps):
             w = nu + rho * (y - x)
@@ -151,41 +152,45 @@ def by_hand(x, y, steps, outer, rates, **options):
         x -= scale * rates[1] * d_x
         if mean < eps**2:
             nu += rho * gap
-            rho, lam = rho * options["growth"], lam * options["decay"]
-            eps *= options["tolerance_decay"]
-            scale *= options["rate_decay"]
-            notches, mean = notches + 1, None
+            rho, lam, eps = rho * growth, lam * decay, eps * eps_decay
+            scale *= rate_decay
+            updates, mean = updates + 1, None
     return x, y, {
         "weight": rho, "lower_weight": lam, "tolerance": eps, "multiplier": nu,
         "rate_scale": scale,
-    }, notches  # fmt: skip
+    }, updates  # fmt: skip
 
 
 OPTIONS = {
-    "weight": 0.8, "lower_weight": 2.0, "tolerance": 0.9, "multiplier": 0.1,
-    "growth": 1.25, "decay": 0.75, "tolerance_decay": 0.875, "rate_decay": 0.9375,
+    "weight": 0.8, "lower_weight": 2.0, "atol": 0.9, "initial_multiplier": 0.1,
 }  # fmt: skip
+FACTORS = (1.25, 0.75, 0.875, 0.9375)
+SCHEDULE = tb.PenaltySchedule(
+    growth=1.25, decay=0.75, tolerance_decay=0.875, rate_decay=0.9375
+)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.5, 0.9])
 def test_schedule_arithmetic(smoothing):
-    """Multipliers with the rho of before the notch; every factor in its place."""
+    """Multipliers with the rho of before the update; every factor in its place."""
     options = OPTIONS | {"smoothing": smoothing}
-    x, y, want, notches = by_hand(2.0, -1.0, 3, 60, (0.1, 0.2), **options)
-    assert 5 < notches < 55
-    method = tb.AugmentedLagrangian(SGD(0.1), 3, **options)
+    x, y, want, updates = by_hand(
+        2.0, -1.0, 3, 60, (0.1, 0.2), factors=FACTORS, **options
+    )
+    assert 5 < updates < 55
+    method = tb.AugmentedLagrangian(SGD(0.1), 3, schedule=SCHEDULE, **options)
     start = tf.constant(2.0, tf.float64), tf.constant(-1.0, tf.float64)
     result = tb.minimize(line(), method, *start, SGD(0.2), NOTHING, 60)
     state, _ = result.state
     for name, value in want.items():
         assert float(state[name]) == pytest.approx(value, rel=1e-7), name
-    assert float(state["weight"]) == pytest.approx(0.8 * 1.25**notches)
+    assert float(state["weight"]) == pytest.approx(0.8 * 1.25**updates)
     assert float(result.upper) == pytest.approx(x, rel=1e-6)
     assert float(result.lower) == pytest.approx(y, rel=1e-6)
 
 
 def test_metrics_are_what_the_step_used():
-    method = tb.AugmentedLagrangian(SGD(0.1), 1, **OPTIONS)
+    method = tb.AugmentedLagrangian(SGD(0.1), 1, schedule=SCHEDULE, **OPTIONS)
     x, y = tf.constant(2.0, tf.float64), tf.constant(-1.0, tf.float64)
     step = method.step(line(), x, y, NOTHING, method.init(line(), x, y))
     after, x = float(step.lower), 2.0
@@ -216,7 +221,9 @@ def test_the_schedule_moves_at_an_active_bound():
         line().lower_loss,
         project_upper=lambda x: tf.maximum(x, 1.5),
     )
-    method = tb.AugmentedLagrangian(SGD(0.1), 5, tolerance=0.5, rate_decay=1.0)
+    method = tb.AugmentedLagrangian(
+        SGD(0.1), 5, atol=0.5, schedule=tb.PenaltySchedule(rate_decay=1.0)
+    )
     start = tf.constant(2.0, tf.float64), tf.constant(0.0, tf.float64)
     result = tb.minimize(problem, method, *start, SGD(0.1), NOTHING, 300)
     assert float(result.upper) == 1.5
@@ -232,7 +239,11 @@ def test_the_schedule_moves_at_an_active_lower_bound():
         project_lower=lambda y: tf.minimum(y, 0.3),
     )
     method = tb.AugmentedLagrangian(
-        SGD(0.05), 5, weight=1.0, growth=1.001, tolerance=0.05, rate_decay=1.0
+        SGD(0.05),
+        5,
+        weight=1.0,
+        atol=0.05,
+        schedule=tb.PenaltySchedule(growth=1.001, rate_decay=1.0),
     )
     start = tf.constant(2.0, tf.float64), tf.constant(0.0, tf.float64)
     result = tb.minimize(problem, method, *start, SGD(0.05), NOTHING, 600)
@@ -289,7 +300,7 @@ def test_starts_are_problems_of_their_own():
         result = tb.minimize(problem, method, x, y, rate, NOTHING, 80)
         return result.upper, result.lower["y"], result.state[0]
 
-    together = run(points[:, :1], points[:, 1:], starts=3)
+    together = run(points[:, :1], points[:, 1:], independent_starts=3)
     alone = [run(point[:1], point[1:]) for point in points]
     weights = together[2]["weight"].numpy()
     assert len(set(weights)) > 1  # they did not move together
@@ -323,7 +334,10 @@ def test_the_upper_rate_decays_under_every_optimizer_in_fit():
             ),
         )
         method = tb.AugmentedLagrangian(
-            SGD(1e-6), 1, tolerance=1e6, tolerance_decay=1.0, rate_decay=rate_decay
+            SGD(1e-6),
+            1,
+            atol=1e6,
+            schedule=tb.PenaltySchedule(tolerance_decay=1.0, rate_decay=rate_decay),
         )
         model.compile(method, keras.optimizers.Adam(0.1), jit_compile=False)
         generator = np.random.default_rng(0)
@@ -355,7 +369,7 @@ def test_the_schedule_survives_saving(tmp_path):
                 upper(None)[:, None] * (lower(batch) - 1.0) ** 2
             ),
         )
-        method = tb.AugmentedLagrangian(keras.optimizers.Adam(0.01), 2, tolerance=100.0)
+        method = tb.AugmentedLagrangian(keras.optimizers.Adam(0.01), 2, atol=100.0)
         model.compile(method, keras.optimizers.Adam(0.1), jit_compile=False)
         return model
 
@@ -370,7 +384,7 @@ def test_the_schedule_survives_saving(tmp_path):
     history = second.fit(batches, verbose=0).history
     for a, b in zip(whole.get_weights(), second.get_weights(), strict=True):
         np.testing.assert_array_equal(a, b)
-    # A notch at every step: steps 5 to 9.
+    # A schedule update at every step: steps 5 to 9.
     mean = np.mean([1.1**k for k in range(5, 10)])
     assert history["weight"][0] == pytest.approx(mean, rel=1e-5)
 
@@ -389,7 +403,7 @@ def test_every_outer_step_may_start_anew(kind):
         line().lower_loss,
         lower_start=(lambda x: 2.0 * x) if kind == "lower_start" else None,
     )
-    method = tb.AugmentedLagrangian(SGD(0.1), 1, multiplier=0.3, **options)
+    method = tb.AugmentedLagrangian(SGD(0.1), 1, initial_multiplier=0.3, **options)
     y = tf.constant(-1.0, tf.float64)
     state = method.init(problem, tf.constant(2.0, tf.float64), y)
     for x, start in zip((2.0, 0.5), starts[kind], strict=True):
@@ -407,15 +421,13 @@ def test_every_outer_step_may_start_anew(kind):
         ("weight", 0.0),
         ("weight", "much"),
         ("lower_weight", -1.0),
-        ("tolerance", float("nan")),
-        ("multiplier", float("inf")),
-        ("growth", 0.9),
-        ("decay", 1.5),
-        ("tolerance_decay", 0.0),
-        ("rate_decay", True),
+        ("atol", float("nan")),
+        ("initial_multiplier", float("inf")),
+        ("multiplier_state", "keep"),
+        ("schedule", 1.1),
         ("smoothing", 1.0),
         ("steps", 0),
-        ("starts", 0),
+        ("independent_starts", 0),
         ("start", "hot"),
     ],
 )
@@ -425,7 +437,16 @@ def test_arguments_out_of_range(argument, value):
         tb.AugmentedLagrangian(SGD(0.1), **arguments)
 
 
+@pytest.mark.parametrize(
+    "argument, value",
+    [("growth", 0.9), ("decay", 1.5), ("tolerance_decay", 0.0), ("rate_decay", True)],
+)
+def test_factors_out_of_range(argument, value):
+    with pytest.raises(ValueError, match=f"`{argument}` must be .*Received"):
+        tb.PenaltySchedule(**{argument: value})
+
+
 def test_starts_must_be_the_leading_axis():
-    method = tb.AugmentedLagrangian(SGD(0.1), 1, starts=3)
+    method = tb.AugmentedLagrangian(SGD(0.1), 1, independent_starts=3)
     with pytest.raises(ValueError, match=r"leading axis.*lower of shape \(2,\)"):
         method.init(line(), tf.zeros([3]), tf.zeros([2]))

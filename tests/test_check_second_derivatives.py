@@ -140,9 +140,7 @@ def test_refused_by_name_before_work_is_lost(name: str, tmp_path: Any) -> None:
         tb.FiniteDifference(tb.InnerSolver(SGD(0.1), 1)),
         tb.RankOne(tb.InnerSolver(SGD(0.1), 2)),
         tb.Unroll(
-            tb.InnerSolver(
-                SGD(0.1), 2, learning_rate=lambda u: tf.reduce_mean(u(None))
-            ),
+            tb.InnerSolver(SGD(0.1), 2, learned_rate=lambda u: tf.reduce_mean(u(None))),
             first_order=True,
         ),
     ],

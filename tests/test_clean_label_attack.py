@@ -130,7 +130,9 @@ def test_the_gradient_passes_through_the_features():
     problem = tb.Problem(
         made.problem.upper_loss, made.problem.lower_loss, prepare=counting
     )
-    method = tb.AugmentedLagrangian(keras.optimizers.SGD(0.1), 4, multiplier=0.2)
+    method = tb.AugmentedLagrangian(
+        keras.optimizers.SGD(0.1), 4, initial_multiplier=0.2
+    )
     state = method.init(problem, u, heads)
     step = method.step(problem, u, heads, batches, state)
     assert len(calls) == 1

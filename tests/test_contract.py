@@ -181,9 +181,9 @@ METHODS = [
     Row("unroll-checkpoint-last", unroll(last=3, memory="checkpoint"), finite(3)),
     Row("unroll-tape-last", unroll(last=3, memory="tape"), finite(3)),
     Row("unroll-converged", unroll(STEPS), exact),
-    Row("implicit-cg", implicit(tb.ConjugateGradient(13, tolerance=1e-10)), exact),
-    Row("implicit-neumann", implicit(tb.Neumann(30, tolerance=0.0)), exact),
-    Row("implicit-fixed-point", implicit(tb.FixedPoint(30, tolerance=0.0)), exact),
+    Row("implicit-cg", implicit(tb.ConjugateGradient(13, rtol=1e-10)), exact),
+    Row("implicit-neumann", implicit(tb.Neumann(30, rtol=0.0)), exact),
+    Row("implicit-fixed-point", implicit(tb.FixedPoint(30, rtol=0.0)), exact),
     Row(
         "unroll-first-order",
         unroll(first_order=True),
@@ -261,14 +261,14 @@ METHODS = [
     Row("implicit-direct", implicit(tb.Direct()), exact),
     Row(
         "implicit-gradient-solver",
-        implicit(tb.GradientSolver(SGD(0.3), 80, warm_start=False, tolerance=1e-11)),
+        implicit(tb.GradientSolver(SGD(0.3), 80, warm_start=False, rtol=1e-11)),
         exact,
     ),
     Row(
         "implicit-optimizer-map",
         lambda oracle: tb.Implicit(
             tb.InnerSolver(keras.optimizers.SGD(oracle.rate / 2, momentum=0.2), 80),
-            tb.NormalConjugateGradient(30, tolerance=1e-10),
+            tb.NormalConjugateGradient(30, rtol=1e-10),
             through="optimizer",
         ),
         exact,
@@ -308,7 +308,7 @@ METHODS = [
     Row(
         "augmented-lagrangian",
         lambda oracle: tb.AugmentedLagrangian(
-            rate(), FEW, weight=1.7, lower_weight=0.6, multiplier=0.3
+            rate(), FEW, weight=1.7, lower_weight=0.6, initial_multiplier=0.3
         ),
         multipliers,
     ),

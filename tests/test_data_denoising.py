@@ -54,9 +54,10 @@ def test_published_settings_are_the_defaults():
     # norm^2 < 0.01 as published: 0.1 for the norm.
     assert args.tolerance == pytest.approx(0.01**0.5)
     method = denoising.Settings.method(args, 295)
-    assert method.tolerance_decay == pytest.approx(0.9**0.5)
-    assert (method.growth, method.decay, method.rate_decay) == (1.1, 0.9, 0.9)
-    assert method.multiplier == 1e-6
+    assert method.schedule.tolerance_decay == pytest.approx(0.9**0.5)
+    factors = method.schedule
+    assert (factors.growth, factors.decay, factors.rate_decay) == (1.1, 0.9, 0.9)
+    assert method.initial_multiplier == 1e-6
     assert not args.augment and args.retrain_threshold == 0
     assert parse("--dataset", "cifar10").augment
     small = parse("--dataset", "mnist-small")
@@ -284,6 +285,7 @@ def test_baselines_see_what_they_may(method, tmp_path, monkeypatch):
     assert (tmp_path / "curves.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_dropout_is_off_unless_asked_for():
     part = part_of(40, 0, (28, 28, 1))
 
@@ -360,6 +362,7 @@ def test_a_killed_run_resumes_to_the_same_numbers(tmp_path, monkeypatch):
     assert [row["step"] for row in rows("whole")] == ["0", "3", "6", "9", "12"]
 
 
+@pytest.mark.slow
 def test_a_run_that_ends_within_an_epoch_is_renormalised_too(tmp_path):
     flags = [*SMALL, "--inner-steps", "2", "--seconds", "1e-9", "--upper-lr", "0.1"]
     flags += ["--retrain-threshold", "0", "--out", str(tmp_path)]

@@ -1,6 +1,7 @@
 """Hyper-cleaning: settings, losses, runs on small data, files and errors."""
 
 import csv
+import functools
 import itertools
 import json
 import os
@@ -30,9 +31,8 @@ SIZES = [
 SMALL = [*SIZES, "--eval-every", "2", "--jit", "off"]
 
 
-@pytest.mark.parametrize(
-    "method", fast_where("iaptt-gm".__eq__, ["rhg", "bda", "iaptt-gm"])
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["rhg", "bda", "iaptt-gm"])
 def test_the_inner_curve_is_that_of_the_next_outer_step(method, tmp_path, monkeypatch):
     taken = {}
 
@@ -176,6 +176,168 @@ def test_methods_are_what_they_are_called():
     assert built(*flags).inner.optimizer.momentum == 0.5
 
 
+# One step on six images of four pixels, against NumPy: which method a name stands for.
+
+PIXELS, IMAGES = 4, 6
+STEPS = 5
+
+
+class Regression:
+    """Softmax regression in NumPy: its losses and their derivatives by hand.
+
+    Weights y are [pixels + 1, 10], the last row the biases; x is a logit per image.
+    """
+
+    def __init__(self, train: tuple, validation: tuple):
+        self.train, self.validation = train, validation
+
+    def terms(self, y, part):
+        """Losses of the images, probabilities less labels, and inputs."""
+        pixels, labels = part
+        inputs = np.hstack([pixels, np.ones((len(labels), 1))])
+        logits = inputs @ y
+        log_sum = np.log(np.exp(logits).sum(1, keepdims=True))
+        losses = log_sum[:, 0] - logits[np.arange(len(labels)), labels]
+        return losses, np.exp(logits - log_sum) - np.eye(10)[labels], inputs
+
+    def f(self, y):
+        return self.terms(y, self.validation)[0].mean()
+
+    def f_y(self, y):
+        _, error, inputs = self.terms(y, self.validation)
+        return inputs.T @ error / len(inputs)
+
+    def g_y(self, x, y):
+        _, error, inputs = self.terms(y, self.train)
+        return inputs.T @ (error / (1 + np.exp(-x[:, None]))) / len(inputs)
+
+    def g_x(self, x, y):
+        share = 1 / (1 + np.exp(-x))
+        return share * (1 - share) * self.terms(y, self.train)[0] / IMAGES
+
+    def along(self, function, at, vector, width=1e-6):
+        """The derivative of a function of y along a vector."""
+        size = np.linalg.norm(vector)
+        move = width / size * vector
+        return size * (function(at + move) - function(at - move)) / (2 * width)
+
+    def hessian(self, x, y):
+        columns = [
+            self.along(lambda y: self.g_y(x, y), y, unit.reshape(y.shape)).ravel()
+            for unit in np.eye(y.size)
+        ]
+        return np.stack(columns, axis=1)
+
+
+def expected_upper_gradient(method, problem, x, y, fresh):
+    """Of the flags in METHOD_FLAGS; `fresh`: where rhg's inner solves start."""
+
+    def path(x, y, steps=STEPS, mix=lambda t: 0.0):
+        made = [y]
+        for t in range(steps):
+            now, a = made[-1], mix(t)
+            made.append(
+                now - 0.3 * ((1 - a) * problem.g_y(x, now) + a * problem.f_y(now))
+            )
+        return made
+
+    def differences(objective):
+        units = 1e-5 * np.eye(IMAGES)
+        return np.array([(objective(x + u) - objective(x - u)) / 2e-5 for u in units])
+
+    def response(v, end):
+        """-g_xy v: what y's part of the upper gradient is, given (g_yy)^-1 f_y."""
+        return -problem.along(lambda y: problem.g_x(x, y), end, v.reshape(end.shape))
+
+    if method == "rhg":
+        return differences(lambda x: problem.f(path(x, fresh)[-1]))
+    if method == "t-rhg":
+        begin = path(x, fresh, STEPS - 2)[-1]
+        return differences(lambda x: problem.f(path(x, begin, 2)[-1]))
+    if method == "bda":
+        return differences(
+            lambda x: problem.f(path(x, y, mix=lambda t: 0.4 * 0.8**t)[-1])
+        )
+    if method == "iaptt-gm":
+        last = 1 + int(np.argmax([problem.f(made) for made in path(x, y)[1:]]))
+        return differences(lambda x: problem.f(path(x, y)[last]))
+    if method == "v-pbgd":
+        z = path(x, y)[-1]
+        return 0.5 * (problem.g_x(x, y) - problem.g_x(x, z))
+    if method == "g-pbgd":
+        return -0.5 * response(problem.g_y(x, y), y)
+    end = path(x, y)[-1]
+    matrix, right = problem.hessian(x, end), problem.f_y(end).ravel()
+    if method == "aid-cg":
+        return response(np.linalg.solve(matrix + 0.1 * np.eye(right.size), right), end)
+    v = 0.3 * right if method == "neumann" else 0.0 * right
+    for _ in range(3):  # the same recursion: the series has a term more
+        v = v + 0.3 * (right - matrix @ v)
+    return response(v, end)
+
+
+METHOD_FLAGS = {
+    "v-pbgd": ["--gamma-init", "0.5", "--gamma-max", "1", "--lower-lr", "0.7"],
+    "g-pbgd": ["--gamma-init", "0.5", "--gamma-max", "1", "--lower-lr", "0.7"],
+    "t-rhg": ["--last", "2"],
+    "bda": ["--alpha", "0.4", "--alpha-decay", "0.8"],
+    "aid-cg": ["--solver-steps", "60", "--damping", "0.1"],
+    "aid-fp": ["--solver-steps", "3"],
+    "neumann": ["--solver-steps", "3"],
+}
+
+
+@pytest.mark.parametrize(
+    "method", [m for m in cleaning.METHODS if m not in ("penalty", "approxgrad")]
+)
+def test_hypergradients_are_those_of_the_methods_they_are_called_by(method):
+    """Penalty and ApproxGrad are those of several scripts: test_few_shot.py."""
+    # With these f is largest after the first inner step: iaptt-gm ends there.
+    generator = np.random.default_rng(11)
+    parts = [
+        (generator.random((count, PIXELS)), generator.integers(0, 10, count))
+        for count in (IMAGES, 7)
+    ]
+    train, validation = (
+        (tf.constant(pixels, tf.float32), tf.constant(labels, tf.int32))
+        for pixels, labels in parts
+    )
+    flags = ["--out", "x", "--method", method, *METHOD_FLAGS.get(method, [])]
+    if method != "g-pbgd":
+        flags += ["--inner-steps", str(STEPS), "--inner-lr", "0.3"]
+    args = cleaning.parse_args(flags)
+    network = cleaning.build_net("linear", PIXELS, seed=1)
+    weights = tb.ExampleWeights(IMAGES)
+    logits = generator.normal(size=IMAGES)
+    weights.logits.assign(logits)
+    model = tb.BilevelModel(
+        weights,
+        network,
+        cleaning.upper_loss,
+        functools.partial(cleaning.lower_loss, reg=0.0),
+    )
+    own = cleaning.build_method(args, network)
+    x = [tf.convert_to_tensor(v.value) for v in weights.trainable_variables]
+    y = [tf.convert_to_tensor(v.value) for v in network.trainable_variables]
+    batches = tb.Batches(upper=validation, lower=train)
+    state = own.init(model.problem, x, y)
+    run = tf.function(
+        lambda *inputs: model.problem.step(own, *inputs).upper_gradient, autograph=False
+    )
+    (found,) = run(x, y, batches, state)
+    fresh = cleaning.draw_weights(
+        [v.shape for v in y], args.seed, tf.constant(0, tf.int64)
+    )
+    stacked = [
+        np.vstack([np.float64(kernel), np.float64(bias)[None]])
+        for kernel, bias in (y, fresh)
+    ]
+    want = expected_upper_gradient(method, Regression(*parts), logits, *stacked)
+    scale = np.abs(want).max()
+    np.testing.assert_allclose(found, want, atol=2e-3 * scale)
+    assert scale > 1e-6
+
+
 @pytest.mark.parametrize(
     "baseline", fast_where("oracle".__eq__, ["oracle", "val-only", "train+val"])
 )
@@ -311,6 +473,7 @@ def test_trials_are_the_runs_of_their_seeds(tmp_path):
     assert float(rows[1]["f1"]) == pytest.approx(alone["f1"])
 
 
+@pytest.mark.slow
 def test_trials_go_on_past_one_that_fails(tmp_path, monkeypatch, capsys):
     run = cleaning.one_trial
 

@@ -107,7 +107,8 @@ def test_a_pessimistic_end_of_one_step(memory: str) -> None:
     problem, x, y = quadratic(), tf.constant([2.0]), tf.constant([4.0])
     state = method.init(problem, x, y)
     step = tf.function(
-        lambda: method.step(problem, x, y, tb.Batches(None, None), state)
+        lambda: method.step(problem, x, y, tb.Batches(None, None), state),
+        autograph=False,
     )()
     np.testing.assert_allclose(step.upper_gradient, [(3.0 - 1.0) * 0.5])
 

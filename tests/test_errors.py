@@ -73,15 +73,23 @@ BAD: dict[str, tuple[Callable[[], Any], list[str]]] = {
     ),
     "learning rate": (
         lambda: inner(learning_rate=0.1),
-        ["`learning_rate`", "function", "0.1"],
+        ["`learning_rate`", "schedule of the outer step", "0.1"],
     ),
-    "learning rate of Keras": (
-        lambda: inner(learning_rate=SCHEDULE),
-        ["`learning_rate`", "Keras schedule", "tb.CosineDecay"],
+    "learned rate": (
+        lambda: inner(learned_rate=tb.Constant(0.1)),
+        ["`learned_rate`", "function of the upper variables", "Constant"],
+    ),
+    "learning rate and learned rate": (
+        lambda: inner(learning_rate=SCHEDULE, learned_rate=lambda x: x),
+        ["`learning_rate` and `learned_rate`", "exclude"],
     ),
     "learning rate and schedule": (
-        lambda: tb.InnerSolver(SGD(SCHEDULE), 3, learning_rate=lambda x: x),
+        lambda: tb.InnerSolver(SGD(SCHEDULE), 3, learning_rate=tb.Constant(0.1)),
         ["`learning_rate`", "exclude"],
+    ),
+    "learned rate and schedule": (
+        lambda: tb.InnerSolver(SGD(SCHEDULE), 3, learned_rate=lambda x: x),
+        ["`learned_rate`", "exclude"],
     ),
     "optimizer": (lambda: tb.InnerSolver("sgdd", 3), ["`optimizer`", "'sgdd'"]),
     "last above steps": (
@@ -99,21 +107,21 @@ BAD: dict[str, tuple[Callable[[], Any], list[str]]] = {
         ["`solver`", "rate"],
     ),
     "solver with learned rate": (
-        lambda: tb.Implicit(inner(learning_rate=lambda x: x), tb.FixedPoint(3)),
+        lambda: tb.Implicit(inner(learned_rate=lambda x: x), tb.FixedPoint(3)),
         ["`solver`", "rate"],
     ),
     "max steps": (lambda: tb.ConjugateGradient(0), ["`max_steps`", "at least 1"]),
     "tolerance": (
-        lambda: tb.ConjugateGradient(3, tolerance=-1.0),
-        ["`tolerance`", "not negative"],
+        lambda: tb.ConjugateGradient(3, rtol=-1.0),
+        ["`rtol`", "not negative"],
     ),
     "tolerance that falls below 0": (
-        lambda: tb.ConjugateGradient(3, tolerance=tb.LinearRamp(0.5, -1.0, 3)),
-        ["`tolerance`", "not be negative: it is compared", "from 0.5 to -1"],
+        lambda: tb.ConjugateGradient(3, rtol=tb.LinearRamp(0.5, -1.0, 3)),
+        ["`rtol`", "not be negative: it is compared", "from 0.5 to -1"],
     ),
     "tolerance nan": (
-        lambda: tb.Neumann(3, tolerance=float("nan")),
-        ["`tolerance`", "finite"],
+        lambda: tb.Neumann(3, rtol=float("nan")),
+        ["`rtol`", "finite"],
     ),
     "damping": (
         lambda: tb.FixedPoint(3, damping=-0.1),
@@ -146,8 +154,8 @@ BAD: dict[str, tuple[Callable[[], Any], list[str]]] = {
     "ramp stop": (lambda: tb.LinearRamp(0.0, float("nan"), 3), ["`stop`", "finite"]),
     "ratio": (lambda: tb.Geometric(1.0, 0.0), ["`ratio`", "above 0"]),
     "tolerance of words": (
-        lambda: tb.ConjugateGradient(5, tolerance="tight"),
-        ["`tolerance`", "'tight'"],
+        lambda: tb.ConjugateGradient(5, rtol="tight"),
+        ["`rtol`", "'tight'"],
     ),
     "radius of words": (
         lambda: tb.FiniteDifference(inner(), radius="small"),

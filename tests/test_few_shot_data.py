@@ -302,6 +302,7 @@ def test_omniglot_from_tensorflow_datasets(tmp_path, monkeypatch):
     assert made.of(0)[0][:, :7].min() == 255 and made.of(0)[0][:, 9:].max() == 0
 
 
+@pytest.mark.slow
 def test_an_unprepared_omniglot_is_one_line(tmp_path):
     command = [sys.executable, "data_prep/omniglot.py", "--data-dir", str(tmp_path)]
     done = subprocess.run(

@@ -86,6 +86,6 @@ def test_nests_are_kept_and_a_tolerance_is_refused() -> None:
     found = inner.trajectory(here, y, inner.init(nested, x, y))
     np.testing.assert_allclose(found["a"], [1.0, 1.75])
     np.testing.assert_allclose(found["b"][0], [0.5, 0.25])
-    stopping = tb.InnerSolver(sgd, 2, tolerance=0.1)
+    stopping = tb.InnerSolver(sgd, 2, atol=0.1)
     with pytest.raises(ValueError, match="must be None for `trajectory`"):
         stopping.trajectory(here, y, stopping.init(nested, x, y))

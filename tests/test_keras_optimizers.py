@@ -13,7 +13,7 @@ import keras
 import pytest
 from keras import optimizers
 
-from tfbilevel import _differentiable
+from tfbilevel._optimizers import update_rule
 
 # The first eight hexadecimal digits of the SHA-256 of each body, the same in Keras 3.10
 # to 3.15. AdamW has Adam's.
@@ -83,7 +83,7 @@ def compared(owner: type, name: str, known: str) -> list[str]:
 
 
 def moved(kind: type) -> list[str]:
-    """What of an optimizer is no longer as `_differentiable.py` expects it."""
+    """What of an optimizer is no longer as `update_rule.py` expects it."""
     found = compared(kind, "update_step", UPDATE_STEPS[kind.__name__])
     optimizer = kind(learning_rate=0.5)
     found += [
@@ -107,7 +107,7 @@ def moved_base() -> list[str]:
         return ["no class of this name is a base of keras.optimizers.Optimizer"]
     found = [
         f"`{name}` is gone"
-        for name in _differentiable._PURE_METHODS
+        for name in update_rule._PURE_METHODS
         if not hasattr(base, name)
     ]
     for name, known in BASE_METHODS.items():
@@ -122,13 +122,13 @@ def require_unmoved(optimizer: str, found: list[str]) -> None:
             f"Keras {keras.__version__} moved what `tb.differentiable` stands on. "
             f"{optimizer}: {'; '.join(found)}. Run tests/test_differentiable.py. If it "
             "passes and the new body reads and writes nothing else, put its hash into "
-            f"{__file__}; otherwise adapt tfbilevel/_differentiable.py, or set "
+            f"{__file__}; otherwise adapt tfbilevel/_optimizers/update_rule.py, or set "
             f'"keras<{release}" in pyproject.toml.',
             pytrace=False,
         )
 
 
-@pytest.mark.parametrize("kind", _differentiable.SUPPORTED, ids=lambda k: k.__name__)
+@pytest.mark.parametrize("kind", update_rule.SUPPORTED, ids=lambda k: k.__name__)
 def test_optimizer_is_as_expected(kind: type) -> None:
     require_unmoved(kind.__name__, moved(kind))
 
@@ -155,4 +155,4 @@ def test_what_moved_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         require_unmoved("SGD", moved(optimizers.SGD))
     line = str(caught.value)
     assert keras.__version__ in line and "SGD: `update_step` has another body" in line
-    assert "_differentiable.py" in line and "pyproject.toml" in line
+    assert "update_rule.py" in line and "pyproject.toml" in line

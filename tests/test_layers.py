@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from suites import fast_where
 
 import tfbilevel as tb
 
@@ -141,12 +142,18 @@ FINE = [0, 1, 2, 3]
     ("rows", "options"),
     [
         (([0, 1, 2, 4],), {}),
-        (([0, 1, -1, 3],), {"jit": False}),
-        ((FINE, FINE, [0, 1, 2, 9]), {}),
-        ((FINE, [3, 3, 3, -7]), {"on_nonfinite": "skip"}),
+        pytest.param(([0, 1, -1, 3],), {"jit": False}, marks=pytest.mark.slow),
+        pytest.param((FINE, FINE, [0, 1, 2, 9]), {}, marks=pytest.mark.slow),
+        pytest.param(
+            (FINE, [3, 3, 3, -7]), {"on_nonfinite": "skip"}, marks=pytest.mark.slow
+        ),
         ((FINE, FINE, [0, 4, 0, 0]), {"steps_per_execution": 3, "jit": False}),
-        ((FINE, [0, 1, 2, 4]), {"stacked": 2}),
-        ((FINE, [0, 1, 2, 4]), {"run_eagerly": True, "jit": False}),
+        pytest.param((FINE, [0, 1, 2, 4]), {"stacked": 2}, marks=pytest.mark.slow),
+        pytest.param(
+            (FINE, [0, 1, 2, 4]),
+            {"run_eagerly": True, "jit": False},
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_an_index_out_of_range_is_named(rows, options):
@@ -248,7 +255,7 @@ def test_losses_that_are_not_one_per_example_are_refused(losses, index):
         tb.ExampleWeights(4).mean(losses, index)
 
 
-@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("jit", fast_where(bool, [False, True]))
 @pytest.mark.parametrize("one", [False, True])
 def test_losses_of_a_size_that_only_the_step_knows_are_refused_by_name(jit, one):
     """Mini-batches without an index; one loss for all of a batch's indices."""

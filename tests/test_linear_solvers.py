@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import Oracle, flat, nested, quadratic
 from references import descend, implicit
+from suites import fast_where
 
 import tfbilevel as tb
-from tfbilevel._linear_solvers import _base
+from tfbilevel._linear_solvers import base
 
 QUICK = settings(max_examples=25, deadline=None)
 
@@ -64,7 +65,7 @@ def test_cg_meets_its_tolerance(seed: int, size: int) -> None:
     """Within as many steps as there are unknowns, and a few for rounding."""
     matrix = spd(seed, size)
     b = np.random.default_rng(seed + 1).normal(size=size)
-    found = solve(tb.ConjugateGradient(size + 3, tolerance=1e-9), matrix, b)
+    found = solve(tb.ConjugateGradient(size + 3, rtol=1e-9), matrix, b)
     assert residual(matrix, b, found.value) <= 1.01e-9
     assert float(found.residual) <= 1e-9
     np.testing.assert_allclose(found.value, np.linalg.solve(matrix, b), rtol=1e-6)
@@ -96,7 +97,7 @@ def test_cg_minimises_the_energy_over_the_krylov_space(
     krylov = np.stack([np.linalg.matrix_power(matrix, j) @ b for j in range(steps)], 1)
     basis, _ = np.linalg.qr(krylov)
     want = basis @ np.linalg.solve(basis.T @ matrix @ basis, basis.T @ b)
-    found = solve(tb.ConjugateGradient(steps, tolerance=0.0), matrix, b)
+    found = solve(tb.ConjugateGradient(steps, rtol=0.0), matrix, b)
     np.testing.assert_allclose(found.value, want, rtol=1e-6, atol=1e-9)
     assert int(found.iterations) == steps
 
@@ -118,7 +119,7 @@ def test_cg_stops_early() -> None:
     _, vectors = np.linalg.eigh(basis)
     spectrum = np.array([1, 1, 1, 2, 2, 5, 5, 5.0])
     matrix = vectors @ np.diag(spectrum) @ vectors.T
-    found = solve(tb.ConjugateGradient(20, tolerance=1e-8), matrix, np.ones(8))
+    found = solve(tb.ConjugateGradient(20, rtol=1e-8), matrix, np.ones(8))
     assert int(found.iterations) == 3
 
 
@@ -135,7 +136,7 @@ def test_cg_of_several_tensors_uses_one_global_norm() -> None:
     }
     matrix, b = spd(5, 9, 20.0), flat(like)
     for steps in (2, 12):
-        solver = tb.ConjugateGradient(steps, tolerance=1e-10)
+        solver = tb.ConjugateGradient(steps, rtol=1e-10)
         nest = solver.solve(tb.LinearSystem(product_with(matrix, like)), like)
         tf.nest.assert_same_structure(nest.value, like)
         krylov = np.stack([np.linalg.matrix_power(matrix, j) @ b for j in range(2)], 1)
@@ -151,7 +152,7 @@ def test_cg_of_several_tensors_uses_one_global_norm() -> None:
 
 def test_cg_relative_tolerance_does_not_depend_on_the_scale() -> None:
     matrix, b = spd(4, 6), np.arange(1.0, 7.0)
-    solver = tb.ConjugateGradient(20, tolerance=1e-4)
+    solver = tb.ConjugateGradient(20, rtol=1e-4)
     plain, tiny = solve(solver, matrix, b), solve(solver, matrix, 1e-9 * b)
     assert int(plain.iterations) == int(tiny.iterations) < 20
     np.testing.assert_allclose(1e-9 * plain.value.numpy(), tiny.value, rtol=1e-9)
@@ -194,7 +195,7 @@ def test_cg_of_a_singular_system_is_finite() -> None:
 
 def test_cg_in_float32_goes_past_its_precision_without_nan() -> None:
     matrix, b = spd(2, 8, 1e4).astype("float32"), np.ones(8, "float32")
-    found = tb.ConjugateGradient(200, tolerance=0.0).solve(
+    found = tb.ConjugateGradient(200, rtol=0.0).solve(
         tb.LinearSystem(product_with(matrix)), tf.constant(b)
     )
     want = np.linalg.solve(matrix.astype("float64"), b)
@@ -205,13 +206,13 @@ def test_cg_in_float32_goes_past_its_precision_without_nan() -> None:
 # Every solver.
 
 SOLVERS = {
-    "cg": tb.ConjugateGradient(60, tolerance=1e-10),
-    "neumann": tb.Neumann(400, rate=0.19, tolerance=1e-10),
-    "fixed point": tb.FixedPoint(400, rate=0.19, tolerance=1e-10),
+    "cg": tb.ConjugateGradient(60, rtol=1e-10),
+    "neumann": tb.Neumann(400, rate=0.19, rtol=1e-10),
+    "fixed point": tb.FixedPoint(400, rate=0.19, rtol=1e-10),
 }
 WARM = {
-    "cg": tb.ConjugateGradient(60, warm_start=True, tolerance=1e-8),
-    "fixed point": tb.FixedPoint(400, rate=0.19, warm_start=True, tolerance=1e-8),
+    "cg": tb.ConjugateGradient(60, warm_start=True, rtol=1e-8),
+    "fixed point": tb.FixedPoint(400, rate=0.19, warm_start=True, rtol=1e-8),
 }
 
 
@@ -247,7 +248,7 @@ def test_zero_right_hand_side_from_a_warm_start(name: str) -> None:
 @pytest.mark.parametrize("name", SOLVERS)
 def test_damping_shifts_the_spectrum(name: str) -> None:
     matrix, b = spd(8, 6, 8.0), np.arange(1.0, 7.0)
-    options = {"tolerance": 1e-10, "damping": 2.0}
+    options = {"rtol": 1e-10, "damping": 2.0}
     solver = {
         "cg": lambda: tb.ConjugateGradient(60, **options),
         "neumann": lambda: tb.Neumann(400, rate=0.15, **options),
@@ -333,8 +334,8 @@ def test_neumann_is_one_more_fixed_point_step(seed: int, size: int, terms: int) 
     matrix = spd(seed, size, 5.0)
     b = np.random.default_rng(seed).normal(size=size)
     rate = 0.3
-    series = solve(tb.Neumann(terms, rate=rate, tolerance=0.0), matrix, b)
-    fixed = solve(tb.FixedPoint(terms + 1, rate=rate, tolerance=0.0), matrix, b)
+    series = solve(tb.Neumann(terms, rate=rate, rtol=0.0), matrix, b)
+    fixed = solve(tb.FixedPoint(terms + 1, rate=rate, rtol=0.0), matrix, b)
     np.testing.assert_allclose(series.value, fixed.value, rtol=1e-12, atol=1e-14)
     decay = np.eye(size) - rate * matrix
     powers = [np.linalg.matrix_power(decay, j) @ b for j in range(terms + 1)]
@@ -347,7 +348,7 @@ def test_neumann_is_one_more_fixed_point_step(seed: int, size: int, terms: int) 
 def test_residual_is_that_of_the_iterate_before_the_last_update(kind: type) -> None:
     """As documented, and never smaller than that of what is returned."""
     matrix, b, rate = spd(10, 6, 5.0), np.arange(1.0, 7.0), 0.3
-    found = solve(kind(4, rate=rate, tolerance=0.0), matrix, b)
+    found = solve(kind(4, rate=rate, rtol=0.0), matrix, b)
     assert int(found.iterations) == 4
     decay = np.eye(6) - rate * matrix
     updates = {tb.Neumann: 4, tb.FixedPoint: 3}[kind]
@@ -359,11 +360,11 @@ def test_residual_is_that_of_the_iterate_before_the_last_update(kind: type) -> N
 @pytest.mark.parametrize(
     ("solver", "products"),
     [
-        (tb.ConjugateGradient(4, tolerance=0.0), 4),
-        (tb.NormalConjugateGradient(4, tolerance=0.0), 9),  # A'b, then two a step
-        (tb.Neumann(4, rate=0.3, tolerance=0.0), 4),
-        (tb.FixedPoint(4, rate=0.3, tolerance=0.0), 3),
-        (tb.FixedPoint(1, rate=0.3, tolerance=0.0), 0),
+        (tb.ConjugateGradient(4, rtol=0.0), 4),
+        (tb.NormalConjugateGradient(4, rtol=0.0), 9),  # A'b, then two a step
+        (tb.Neumann(4, rate=0.3, rtol=0.0), 4),
+        (tb.FixedPoint(4, rate=0.3, rtol=0.0), 3),
+        (tb.FixedPoint(1, rate=0.3, rtol=0.0), 0),
     ],
 )
 def test_no_product_is_spent_on_zero(solver: tb.LinearSolver, products: int) -> None:
@@ -401,8 +402,8 @@ def _implicit(solver: tb.LinearSolver) -> tuple[Oracle, tb.Implicit]:
 @pytest.mark.parametrize("name", WARM)
 def test_implicit_hands_a_warm_solution_on(name: str) -> None:
     solver = {
-        "cg": tb.ConjugateGradient(20, warm_start=True, tolerance=1e-8),
-        "fixed point": tb.FixedPoint(60, warm_start=True, tolerance=1e-8),
+        "cg": tb.ConjugateGradient(20, warm_start=True, rtol=1e-8),
+        "fixed point": tb.FixedPoint(60, warm_start=True, rtol=1e-8),
     }[name]
     oracle, method = _implicit(solver)
     x, y, batches = oracle.at("float64")
@@ -426,7 +427,7 @@ def test_implicit_reports_stationarity() -> None:
     """The norm of the lower gradient at the y it used."""
     oracle = nested()
     inner = tb.InnerSolver(keras.optimizers.SGD(oracle.rate), 2)
-    method = tb.Implicit(inner, tb.ConjugateGradient(20, tolerance=1e-12))
+    method = tb.Implicit(inner, tb.ConjugateGradient(20, rtol=1e-12))
     x, y, batches = oracle.at("float64")
     step = method.step(oracle.problem, x, y, batches, method.init(oracle.problem, x, y))
     end = descend(oracle, flat(oracle.x), flat(oracle.y), oracle.rate, 2)[-1]
@@ -438,13 +439,15 @@ def test_implicit_reports_stationarity() -> None:
     )
 
 
-@pytest.mark.parametrize("kind", ["definite", "indefinite", "solved", "tasks"])
+@pytest.mark.parametrize(
+    "kind", fast_where("tasks".__eq__, ["definite", "indefinite", "solved", "tasks"])
+)
 @pytest.mark.parametrize(
     "solver",
     [
-        tb.ConjugateGradient(4, tolerance=0.0),
-        tb.FixedPoint(4, rate=0.1, tolerance=0.0),
-        tb.Neumann(4, rate=0.1, tolerance=0.0),
+        tb.ConjugateGradient(4, rtol=0.0),
+        tb.FixedPoint(4, rate=0.1, rtol=0.0),
+        tb.Neumann(4, rate=0.1, rtol=0.0),
     ],
     ids=lambda solver: type(solver).__name__,
 )
@@ -465,9 +468,10 @@ def test_unrolled_steps_are_those_of_the_loop(solver, kind, monkeypatch) -> None
     def solved() -> tuple:
         return tuple(solver.solve(system, b))[:3]
 
-    found = [mode(solved)() for mode in (lambda f: f, tf.function)]
-    found.append(tf.function(solved, jit_compile=True)())
-    monkeypatch.setattr(_base, "UNROLLED", 0)
+    found = [solved()]
+    for jit in (False, True):
+        found.append(tf.function(solved, autograph=False, jit_compile=jit)())
+    monkeypatch.setattr(base, "UNROLLED", 0)
     loop = solved()
     assert kind in ("solved", "indefinite") or int(loop[2]) in (3, 4)
     for one in found:

@@ -106,7 +106,7 @@ METHODS: dict[str, tuple[tb.Method, Callable[[], Pair]]] = {
     "bamm": (tb.BAMM(SGD(0.1)), bamm),
     "augmented-lagrangian": (
         tb.AugmentedLagrangian(
-            SGD(0.1), STEPS, weight=1.7, lower_weight=0.6, multiplier=0.3
+            SGD(0.1), STEPS, weight=1.7, lower_weight=0.6, initial_multiplier=0.3
         ),
         multipliers,
     ),
@@ -157,8 +157,8 @@ def test_draws_of_random_products(name: str) -> None:
     "inner",
     [
         tb.InnerSolver(SGD(RATE), 3, accelerated=True),
-        tb.InnerSolver(SGD(1.0, 0.5), 3, learning_rate=lambda x: 0.2 + 0.05 * x[0]),
-        tb.InnerSolver(SGD(1.0), 3, learning_rate=lambda x: 0.1 + 0.05 * x[:1] ** 2),
+        tb.InnerSolver(SGD(1.0, 0.5), 3, learned_rate=lambda x: 0.2 + 0.05 * x[0]),
+        tb.InnerSolver(SGD(1.0), 3, learned_rate=lambda x: 0.1 + 0.05 * x[:1] ** 2),
         tb.InnerSolver(SGD(RATE), 1),
     ],
     ids=["accelerated", "learned-rate", "rate-per-entry", "one-step"],

@@ -25,8 +25,8 @@ def linear(**options) -> tb.Problem:
 
 
 def penalty(**options) -> tb.Method:
-    """One step of y in each of x; no notch."""
-    return tb.AugmentedLagrangian(rule(), 1, tolerance=1e-9, **options)
+    """One step of y in each of x; no schedule update."""
+    return tb.AugmentedLagrangian(rule(), 1, atol=1e-9, **options)
 
 
 # A method, and what the direction of y is in f_y = g_y = 1.
@@ -81,9 +81,10 @@ def test_every_position_is_projected(name: str) -> None:
 
 @pytest.mark.parametrize("multipliers", ["carry", "reset"])
 def test_multipliers_are_those_of_the_tasks(multipliers: str) -> None:
-    """A notch at every step: nu + rho g_y, rho 1 and then 1.1, or nu as it began."""
+    """The schedule is updated at every step: nu + rho g_y, rho 1 and then 1.1, or nu
+    as it began."""
     method = tb.AugmentedLagrangian(
-        rule(), 1, tolerance=1e6, multiplier=0.3, multipliers=multipliers
+        rule(), 1, atol=1e6, initial_multiplier=0.3, multiplier_state=multipliers
     )
     problem, zero = linear(), tf.constant(0.0, tf.float64)
     state, found = method.init(problem, zero, zero), []
@@ -94,7 +95,7 @@ def test_multipliers_are_those_of_the_tasks(multipliers: str) -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-7)
 
 
-def test_x_is_damped_before_it_is_projected() -> None:
+def test_x_is_scaled_before_it_is_projected() -> None:
     """TTSA: a whole step, then (k + 1)^-0.6 of one; the projection doubles what is
     left, so that the order shows."""
     problem = tb.Problem(

@@ -12,6 +12,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from suites import fast_where
 
 import tfbilevel as tb
 
@@ -72,7 +73,9 @@ def problem_of(case: str) -> tuple[tb.Problem, Any, Any, tb.Batches]:
     return tb.Problem(upper_loss, loss), x, y, tb.Batches(data, data[::-1])
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", fast_where({"batch", "layer", "function"}.__contains__, CASES)
+)
 def test_second_derivatives_are_central_differences(case):
     problem, x, y, batches = problem_of(case)
     method = tb.Unroll(tb.InnerSolver(keras.optimizers.SGD(0.3), 2))
@@ -80,7 +83,7 @@ def test_second_derivatives_are_central_differences(case):
     assert report.error < 1e-6, report
 
 
-@pytest.mark.parametrize("case", ["batch", "group"])
+@pytest.mark.parametrize("case", fast_where("batch".__eq__, ["batch", "group"]))
 def test_penalties_see_them_too(case):
     """The other file's way to a second derivative: a tape within a tape."""
     problem, x, y, batches = problem_of(case)
@@ -89,6 +92,7 @@ def test_penalties_see_them_too(case):
     assert report.error < 1e-6, report
 
 
+@pytest.mark.slow
 def test_forward_mode_sees_them_too():
     problem, x, y, batches = problem_of("batch")
     method = tb.ForwardUnroll(tb.InnerSolver(keras.optimizers.SGD(0.3), 2))
@@ -172,6 +176,7 @@ def test_tensorflow_is_left_as_it_was():
     assert seen[-1] is seen[0] and tf.nn.moments is before
 
 
+@pytest.mark.slow
 def test_over_tasks_whoever_evaluates_a_loss_first() -> None:
     """The mapped loss keeps its first trace: it must be a differentiable one."""
     problem, x, y, batches = problem_of("batch")

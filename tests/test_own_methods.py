@@ -73,7 +73,7 @@ def by_hand(name: str, x: Any, y: Any, target: Any, centre: Any) -> tuple:
     ("name", "mapping", "prepare"),
     [
         ("Alternating", "vectorized", None),
-        ("Alternating", "sequential", None),
+        pytest.param("Alternating", "sequential", None, marks=pytest.mark.slow),
         ("OneStep", "vectorized", lambda x, batches: batches),
         ("OneStep", "sequential", None),
     ],
@@ -161,10 +161,10 @@ def dataset(tasks: int | None, steps: int = 2) -> tf.data.Dataset:
     ("name", "mapping", "jit"),
     [
         ("Alternating", None, False),
-        ("Alternating", "sequential", True),
-        ("OneStep", None, True),
+        pytest.param("Alternating", "sequential", True, marks=pytest.mark.slow),
+        pytest.param("OneStep", None, True, marks=pytest.mark.slow),
         ("OneStep", "vectorized", False),
-        ("OneStep", "sequential", False),
+        pytest.param("OneStep", "sequential", False, marks=pytest.mark.slow),
     ],
 )
 def test_fit_moves_along_the_central_difference(name, mapping, jit):
@@ -194,7 +194,7 @@ def test_fit_moves_along_the_central_difference(name, mapping, jit):
         assert float(moved[row, 0]) == pytest.approx(slope, rel=5e-3, abs=2e-4)
 
 
-@pytest.mark.parametrize("tasks", [None, TASKS])
+@pytest.mark.parametrize("tasks", [None, pytest.param(TASKS, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", OWN)
 def test_a_saved_run_goes_on_as_if_nothing_had_happened(name, tasks, tmp_path):
     def method() -> tb.Method:

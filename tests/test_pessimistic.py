@@ -104,7 +104,7 @@ def test_first_order_keeps_the_rate() -> None:
         upper_loss=lambda r, y, batch: 0.5 * (y - 0.7) ** 2,
         lower_loss=lambda r, y, batch: 0.5 * y**2,
     )
-    inner = tb.InnerSolver(SGD(0.1), steps=3, learning_rate=lambda r: r)
+    inner = tb.InnerSolver(SGD(0.1), steps=3, learned_rate=lambda r: r)
     method = tb.Unroll(inner, first_order=True)
     r, y = tf.constant(0.3, tf.float64), tf.constant(2.0, tf.float64)
     found = method.step(problem, r, y, NONE, method.init(problem, r, y))
@@ -243,16 +243,16 @@ def test_combinations_that_exclude_each_other() -> None:
         tb.Aggregation(tb.LinearRamp(0.5, 3.0, 5))
     with pytest.raises(ValueError, match="decays by itself"):
         tb.Aggregation(Harmonic(), 0.9)
-    early = tb.InnerSolver(SGD(T), steps=5, tolerance=1e-3)
+    early = tb.InnerSolver(SGD(T), steps=5, atol=1e-3)
     for build in (tb.Unroll, tb.ForwardUnroll, tb.FiniteDifference):
-        with pytest.raises(ValueError, match="`inner.tolerance` must be None"):
+        with pytest.raises(ValueError, match="`inner.atol` must be None"):
             build(early)
     with pytest.raises(ValueError, match="`radius` must be a finite number, above 0"):
         tb.FiniteDifference(inner, radius=0.0)
     for build in (tb.Implicit, tb.RankOne):
-        with pytest.raises(ValueError, match="`inner.tolerance` must be None"):
+        with pytest.raises(ValueError, match="`inner.atol` must be None"):
             build(early, end="pessimistic")
-        with pytest.raises(ValueError, match="`inner.tolerance` must be None"):
+        with pytest.raises(ValueError, match="`inner.atol` must be None"):
             build(early, aggregate=tb.Aggregation(0.5))
         with pytest.raises(ValueError, match="`end` must be one of"):
             build(inner, end="worst")

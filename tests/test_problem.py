@@ -202,7 +202,7 @@ def test_projections_are_applied_by_name() -> None:
 def methods(inner: tb.InnerSolver) -> dict[str, tb.Method]:
     return {
         "unroll": tb.Unroll(inner),
-        "implicit": tb.Implicit(inner, tb.ConjugateGradient(10, tolerance=1e-13)),
+        "implicit": tb.Implicit(inner, tb.ConjugateGradient(10, rtol=1e-13)),
         "gap": tb.ValueGap(
             tb.InnerSolver(keras.optimizers.SGD(0.3), 2), keras.optimizers.SGD(0.1), 0.5
         ),

@@ -5,9 +5,12 @@ import importlib.util
 import pathlib
 import re
 import shlex
+from typing import Any
 
 import pytest
 from experiment_scripts import ROOT, load_experiment
+
+import tfbilevel as tb
 
 SCRIPTS = sorted(path.stem for path in (ROOT / "experiments").glob("*.py"))
 OWN_PAGES = {script: f"docs/experiments/{script}.md" for script in SCRIPTS}
@@ -55,14 +58,21 @@ def test_every_experiment_has_its_page() -> None:
         assert f"](experiments/{script}.md)" in overview, script
 
 
+def flags_of_docs() -> Any:
+    """`docs/flags.py`, which is run as a file."""
+    spec = importlib.util.spec_from_file_location(
+        "flags_of_docs", ROOT / "docs" / "flags.py"
+    )
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_tables_of_flags_are_those_of_the_parsers(script: str) -> None:
     """`python docs/flags.py` writes them."""
-    place = ROOT / "docs" / "flags.py"
-    spec = importlib.util.spec_from_file_location("flags_of_docs", place)
-    assert spec and spec.loader
-    flags = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(flags)
+    flags = flags_of_docs()
     page = (ROOT / OWN_PAGES[script]).read_text()
     assert flags.renewed(page, script) == page
     shown = {*re.findall(r"`(--[a-z-]+)`", flags.table(script))}
@@ -70,3 +80,26 @@ def test_tables_of_flags_are_those_of_the_parsers(script: str) -> None:
     source = (ROOT / "experiments" / f"{script}.py").read_text()
     added = {*re.findall(r'^    add\(\s*"(--[a-z-]+)"', source, re.MULTILINE)}
     assert added <= shown
+
+
+def test_every_method_is_named_in_the_literature() -> None:
+    page = (ROOT / "docs" / "literature.md").read_text()
+    flags, named = flags_of_docs(), set()
+    for script in SCRIPTS:
+        for action in flags.parser_of(script)._actions:
+            if "--method" in action.option_strings:
+                named |= {*action.choices} - {"all"}
+    assert len(named) > 30
+    named |= {
+        name
+        for name, value in vars(tb).items()
+        if isinstance(value, type) and issubclass(value, tb.Method)
+    } - {"Method"}
+    missing = {
+        name
+        for name in named
+        if not re.search(
+            rf"(?<![\w+-]){re.escape(name)}(?![\w+-])", page, re.IGNORECASE
+        )
+    }
+    assert missing == set()

@@ -70,7 +70,9 @@ def test_averages_that_would_leave_the_set_are_refused() -> None:
     with pytest.raises(ValueError, match="use_ema.* with constraints of upper"):
         constrained.compile(unroll(), averaging)
     free = make()
-    scaled = tb.AugmentedLagrangian(SGD(0.1), 2, weight=1.0, rate_decay=0.5)
+    scaled = tb.AugmentedLagrangian(
+        SGD(0.1), 2, weight=1.0, schedule=tb.PenaltySchedule(rate_decay=0.5)
+    )
     free.compile(scaled, SGD(0.1, use_ema=True), jit_compile=False)
     with pytest.raises(ValueError, match="use_ema.* scales the upper step"):
         free.fit(full_batch(), verbose=0)
@@ -124,7 +126,7 @@ def test_a_dataset_that_turns_out_to_be_empty() -> None:
 
 def test_conjugate_gradients_are_refused_for_unsymmetric_maps() -> None:
     solver = tb.ConjugateGradient(5)
-    rates = tb.InnerSolver(SGD(1.0), 3, learning_rate=lambda x: tf.nn.sigmoid(x))
+    rates = tb.InnerSolver(SGD(1.0), 3, learned_rate=lambda x: tf.nn.sigmoid(x))
     with pytest.raises(ValueError, match="symmetric system"):
         tb.Implicit(rates, solver, through="optimizer")
     plain = tb.Implicit(tb.InnerSolver(SGD(0.5), 3), solver, through="optimizer")
@@ -220,7 +222,7 @@ def test_a_vector_of_rates_one_per_inner_step_gets_one_line(rates) -> None:
 
 
 def test_learned_rates_one_per_inner_step_get_one_line() -> None:
-    inner = tb.InnerSolver(keras.optimizers.SGD(0.1), 3, learning_rate=lambda x: x)
+    inner = tb.InnerSolver(keras.optimizers.SGD(0.1), 3, learned_rate=lambda x: x)
     problem = tb.Problem(
         lambda x, y, batch: tf.reduce_sum(y["a"] ** 2),
         lambda x, y, batch: tf.reduce_sum(y["a"] ** 2),

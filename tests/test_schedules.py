@@ -76,3 +76,56 @@ def test_the_weight_moves_with_the_outer_steps_and_is_scaled() -> None:
         state = step.state
     want = [1.0, (1 + 2 * 2) / 2, (1 + 4 * 2) / 4, (1 + 4 * 2) / 4]
     np.testing.assert_allclose(gradients, want, rtol=1e-7)
+
+
+# Schedules of Keras, which go wherever ours do.
+
+SGD = keras.optimizers.SGD(0.1)
+HALVED = keras.optimizers.schedules.ExponentialDecay(0.4, 1, 0.5)  # 0.4 * 0.5^k
+OURS = tb.Geometric(0.4, 0.5)
+TAKERS = {
+    "gap weight": lambda s: tb.ValueGap(tb.InnerSolver(SGD, 2), SGD, s),
+    "norm weight": lambda s: tb.GradientNorm(SGD, s),
+    "inner rate": lambda s: tb.Unroll(tb.InnerSolver(SGD, 2, learning_rate=s)),
+    "atol": lambda s: tb.Implicit(tb.InnerSolver(SGD, 60, "cold", atol=s)),
+    "rtol": lambda s: tb.Implicit(
+        tb.InnerSolver(SGD, 9), tb.FixedPoint(60, rate=0.1, rtol=s)
+    ),
+    "alpha": lambda s: tb.Unroll(tb.InnerSolver(SGD, 4), aggregate=tb.Aggregation(s)),
+}
+
+
+@pytest.mark.parametrize("name", TAKERS)
+def test_a_schedule_of_keras_is_called_with_the_outer_step(name: str) -> None:
+    """As ours of the same values, which differ from those of a constant."""
+    problem = tb.Problem(
+        lambda x, y, b: 0.5 * tf.reduce_sum((y - 1.0) ** 2 + x**2),
+        lambda x, y, b: 0.5 * tf.reduce_sum(tf.constant([1.0, 3.0]) * (y - x) ** 2),
+    )
+
+    def run(schedule) -> np.ndarray:
+        start, none = tf.constant([2.0, -1.0]), tb.Batches(None, None)
+        method = TAKERS[name](schedule)
+        result = tb.minimize(problem, method, start, 2 * start, SGD, none, 4)
+        return np.stack([result.upper, result.lower])
+
+    found, want = run(HALVED), run(OURS)
+    np.testing.assert_allclose(found, want, rtol=1e-6)
+    assert np.abs(run(tb.Constant(0.4)) - want).max() > 1e-3
+
+
+def test_a_schedule_of_keras_that_falls_below_zero_is_refused() -> None:
+    falling = keras.optimizers.schedules.PolynomialDecay(0.1, 3, -1.0)
+    with pytest.raises(ValueError, match="`weight` must not be negative"):
+        tb.GradientNorm(SGD, falling)
+    with pytest.raises(ValueError, match="`rtol` must not be negative"):
+        tb.ConjugateGradient(3, rtol=falling)
+
+
+def test_the_schedules_have_a_module_of_their_own() -> None:
+    for name in ("Schedule", "Constant", "LinearRamp", "Geometric"):
+        assert getattr(tb.schedules, name) is getattr(tb, name)
+    assert tb.schedules.CosineDecay is tb.CosineDecay
+    assert tb.schedules.InversePower is tb.InversePower
+    for name in ("Dynamic", "DynamicResult", "DynamicState"):
+        assert getattr(tb.compat, name) is getattr(tb, name)

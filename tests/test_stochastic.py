@@ -68,7 +68,7 @@ def test_stocbio_takes_every_draw_once(factors: str) -> None:
     """v = eta sum_{j <= Q} prod (I - eta H_j) f_y: inner steps on draws 0 to 3,
     factors on the next ones, the mixed product on the one after."""
     inner = tb.InnerSolver(SGD(0.3), steps=4)
-    method = tb.StocBiO(inner, max_steps=3, rate=0.4, factors=factors)
+    method = tb.StocBiO(inner, terms=3, rate=0.4, factors=factors)
     y = descend(Y, 0.3, 4)
     term = total = y - TARGET
     for j in range(3):
@@ -91,7 +91,7 @@ def test_d13_stocbio_tends_to_the_inverse_and_the_published_helper_does_not() ->
     helper, peers.md D13) it would tend to about H^{-1} f_y / eta - f_y."""
     one = tb.Batches(BATCHES.upper, tf.nest.map_structure(lambda a: a[0], BATCHES[1]))
     inner = tb.InnerSolver(SGD(0.3), steps=1)
-    found = run(tb.StocBiO(inner, max_steps=400, rate=0.4), batches=one)
+    found = run(tb.StocBiO(inner, terms=400, rate=0.4), batches=one)
     y = descend(Y, 0.3, 1)
     v = np.linalg.solve(HESSIANS[0], y - TARGET)
     want = hypergradient(y, v, 0)
@@ -105,7 +105,7 @@ def test_draws_beyond_the_last_slice_begin_again() -> None:
         BATCHES.upper, tf.nest.map_structure(lambda a: a[:4], BATCHES.lower)
     )
     inner = tb.InnerSolver(SGD(0.3), steps=4)
-    found = run(tb.StocBiO(inner, max_steps=1, rate=0.4), batches=few)
+    found = run(tb.StocBiO(inner, terms=1, rate=0.4), batches=few)
     y = descend(Y, 0.3, 4)
     term = y - TARGET
     total = 2 * term - 0.4 * HESSIANS[0] @ term  # draw 4 is draw 0
@@ -235,8 +235,8 @@ def test_minimize_and_fit_warn_of_a_diverging_solve(recwarn) -> None:
 
 def test_ranges() -> None:
     inner = tb.InnerSolver(SGD(0.3), 2)
-    for kind in (tb.StocBiO, tb.BSA):
-        with pytest.raises(ValueError, match="`max_steps` must be an integer"):
+    for kind, name in ((tb.StocBiO, "terms"), (tb.BSA, "max_steps")):
+        with pytest.raises(ValueError, match=f"`{name}` must be an integer"):
             kind(inner, 0)
         for rate in (0.0, -1.0, float("nan")):
             with pytest.raises(

@@ -84,10 +84,11 @@ def test_methods_have_the_published_settings():
     assert float(upper.learning_rate) == pytest.approx(1e-3)
     assert upper.epsilon == 1e-8
     assert float(method.lower_optimizer.learning_rate) == pytest.approx(1e-4)
-    assert (method.weight, method.lower_weight, method.tolerance) == (1, 10, 1)
-    assert (method.growth, method.steps, method.starts) == (1.1, 5, 20)
+    assert (method.weight, method.lower_weight, method.atol) == (1, 10, 1)
+    assert (method.steps, method.independent_starts) == (5, 20)
+    assert method.schedule.growth == 1.1
     for name in ("decay", "tolerance_decay", "rate_decay"):
-        assert getattr(method, name) == pytest.approx(1 / 1.1)
+        assert getattr(method.schedule, name) == pytest.approx(1 / 1.1)
     method, _ = synthetic.build_method(args, synthetic.Job("ex1", "approxgrad", 10))
     solver = method.solver
     assert (solver.max_steps, solver.damping, solver.objective) == (

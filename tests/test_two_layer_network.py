@@ -11,6 +11,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from suites import fast_where
 
 import tfbilevel as tb
 
@@ -235,7 +236,7 @@ def adam(steps: int = LONG) -> tb.InnerSolver:
     return tb.InnerSolver(keras.optimizers.Adam(0.02, beta_2=0.99999), steps)
 
 
-TIGHT = {"tolerance": 1e-10}
+TIGHT = {"rtol": 1e-10}
 SOLVED = {
     "unroll": lambda: tb.Unroll(plain()),
     "unroll-checkpoint": lambda: tb.Unroll(plain(), memory="checkpoint"),
@@ -248,9 +249,7 @@ SOLVED = {
     "gradient": lambda: tb.Implicit(plain(), tb.GradientSolver(SGD(0.4), 400, **TIGHT)),
     "approx-grad": lambda: tb.Implicit(
         plain(),
-        tb.GradientSolver(
-            SGD(0.1, momentum=0.9), 900, objective="residual", tolerance=1e-9
-        ),
+        tb.GradientSolver(SGD(0.1, momentum=0.9), 900, objective="residual", rtol=1e-9),
     ),
     "map-plain": lambda: tb.Implicit(
         plain(), tb.FixedPoint(400, **TIGHT), through="optimizer"
@@ -274,8 +273,20 @@ SOLVED = {
 }
 
 
-@pytest.mark.parametrize("name", SOLVED)
-def test_solved_methods_equal_central_differences(name, differences) -> None:
+# One of each kind of system and of map; XLA has them in the contract suite.
+FAST = {"unroll", "cg", "gradient", "map-momentum-fixed-point", "map-adam-direct"}
+
+
+# On one process: the differences take seconds.
+@pytest.mark.xdist_group("differences")
+@pytest.mark.parametrize(
+    ("name", "xla"),
+    fast_where(
+        lambda name, xla: name in FAST and not xla,
+        [(name, xla) for name in SOLVED for xla in (False, True)],
+    ),
+)
+def test_solved_methods_equal_central_differences(name, xla, differences) -> None:
     """Of the true solution, found by another algorithm."""
     made, x, y = problem()
     method = SOLVED[name]()
@@ -283,13 +294,11 @@ def test_solved_methods_equal_central_differences(name, differences) -> None:
     graph = tf.function(
         lambda x, y, s: method.step(made, x, y, tb.Batches(None, None), s),
         autograph=False,
+        jit_compile=xla,
     )
-    # Around the traced step: tracing it again would take longer than the rest.
-    xla = tf.function(lambda *a: graph(*a), autograph=False, jit_compile=True)
-    for mode in (graph, xla):
-        gradient = mode(x, y, state).upper_gradient
-        for direction, want in zip(directions(x, 2), differences, strict=True):
-            assert along(gradient, direction) == pytest.approx(want, rel=1e-6)
+    gradient = graph(x, y, state).upper_gradient
+    for direction, want in zip(directions(x, 2), differences, strict=True):
+        assert along(gradient, direction) == pytest.approx(want, rel=1e-6)
 
 
 def test_reverse_equals_forward() -> None:
@@ -302,7 +311,7 @@ def test_reverse_equals_forward() -> None:
         project_lower=lambda y: [tf.clip_by_value(leaf, -0.6, 0.6) for leaf in y],
     )
     inner = tb.InnerSolver(
-        SGD(0.3, momentum=0.7), 12, learning_rate=lambda x: 0.3 * tf.exp(0.1 * x[1])
+        SGD(0.3, momentum=0.7), 12, learned_rate=lambda x: 0.3 * tf.exp(0.1 * x[1])
     )
     steps = [
         method.step(made, x, y, tb.Batches(None, None), {})

@@ -70,6 +70,9 @@ from tfbilevel._methods.penalty.augmented_lagrangian import (
     AugmentedLagrangian as AugmentedLagrangian,
 )
 from tfbilevel._methods.penalty.gradient_norm import GradientNorm as GradientNorm
+from tfbilevel._methods.penalty.penalty_schedule import (
+    PenaltySchedule as PenaltySchedule,
+)
 from tfbilevel._methods.penalty.value_gap import ValueGap as ValueGap
 from tfbilevel._methods.stochastic import BAMM as BAMM
 from tfbilevel._methods.stochastic import BSA as BSA

@@ -1,6 +1,5 @@
 """The outer loop for plain tensors, compiled as a whole."""
 
-import collections
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -8,6 +7,7 @@ import keras
 import tensorflow as tf
 
 from tfbilevel._calculus import structure
+from tfbilevel._calculus.aliases import Metrics, Nest, State
 from tfbilevel._check.example_indices import explain
 from tfbilevel._check.look import require_second_derivatives
 from tfbilevel._core.arguments import require_callable, require_count
@@ -31,9 +31,9 @@ class Point(NamedTuple):
     """
 
     step: tf.Tensor
-    upper: Any
-    lower: Any
-    metrics: dict[str, tf.Tensor]
+    upper: Nest
+    lower: Nest
+    metrics: Metrics
 
 
 class Result(NamedTuple):
@@ -42,7 +42,8 @@ class Result(NamedTuple):
     Attributes:
         upper: the final upper variables.
         lower: the final lower variables.
-        state: the state of the method and the upper optimizer, to continue the run.
+        state: the state of the method and the upper optimizer, to continue the run. It
+            contains the compiled loop; a copy, or a saved one, is compiled again.
         steps: outer steps made; one number per start if `stop` returns a vector.
         stopped: whether `stop` ended the run; likewise per start.
         metrics: the last step's metrics.
@@ -50,27 +51,27 @@ class Result(NamedTuple):
             `None` without `trace`.
     """
 
-    upper: Any
-    lower: Any
-    state: Any
+    upper: Nest
+    lower: Nest
+    state: State
     steps: tf.Tensor
     stopped: tf.Tensor
-    metrics: dict[str, tf.Tensor]
+    metrics: Metrics
     trace: Any
 
 
 def minimize(
     problem: Problem,
     method: Method,
-    upper: Any,
-    lower: Any,
+    upper: Nest,
+    lower: Nest,
     upper_optimizer: keras.optimizers.Optimizer,
     batches: Batches | tf.data.Dataset | Callable[[tf.Tensor], Batches],
     steps: int,
     stop: Callable[[Point, Point], tf.Tensor] | None = None,
     trace: Callable[[Point], Any] | None = None,
     *,
-    state: Any = None,
+    state: State = None,
     jit_compile: bool = False,
 ) -> Result:
     """Solve a bilevel problem over plain tensors in one compiled loop.
@@ -86,10 +87,10 @@ def minimize(
     variables share, since the gradients of different starts do not mix. But a quantity
     that a method computes from all its variables together is then shared by all
     starts: the coefficient of `tb.RankOne`, the end of `end="pessimistic"`, the exact
-    step of `tb.BAMM`, an inner `tolerance`. With these, use `tb.over_tasks`, or one
-    start per call. `stop` may return one bool per start; a start that has stopped
-    keeps its values and its step count. The result's `state` changes with the other
-    starts, so continue only runs that stop as a whole.
+    step of `tb.BAMM`, an inner `atol`. With these, use `tb.over_tasks`, or one start
+    per call. `stop` may return one bool per start; a start that has stopped keeps its
+    values and its step count. The result's `state` changes with the other starts, so
+    continue only runs that stop as a whole.
 
     Args:
         problem: the problem.
@@ -152,14 +153,15 @@ def minimize(
     source, data = _batch_source(batches, steps, widest(leaves))
     options = repr(configuration(upper_optimizer))
     parts = (problem, method, upper_optimizer, options, source, steps)
-    rule, run = _loop_of((*parts, stop, trace, jit_compile), going_on=state is not None)
+    loop = _loop_of((*parts, stop, trace, jit_compile), state)
+    rule = loop.rule
     if state is None:
         state = (method.init(problem, upper, lower), rule.init(upper))
     elif not rule.scheduled:  # the current rate, not that of when the state was made
         rate = tf.constant(rule.learning_rate, state[1].learning_rate.dtype)
         state = (state[0], state[1]._replace(learning_rate=rate))
     with without_memory_rewrites():
-        made = run(upper, lower, state, data)
+        made = loop.run(upper, lower, tuple(state), data)
     k, start, upper, lower, state, bad, diverged, stopped, taken, metrics, record = made
     if int(bad) >= 0:
         point = Point(start + k - 1, upper, lower, {})
@@ -169,11 +171,27 @@ def minimize(
         raise NonFiniteError(int(bad), int(point.step), point)
     if int(diverged) >= 0:
         warn_diverged(method, int(diverged))
+    state = _Carried(state)
+    state.loop = loop
     made = int(k)
     record = tf.nest.map_structure(lambda leaf: leaf[:made], record)
     return Result(
         upper, lower, state, taken, stopped, metrics, None if trace is None else record
     )
+
+
+class _Loop(NamedTuple):
+    """A compiled loop.
+
+    Attributes:
+        parts: what it was made of.
+        rule: the update of the upper variables.
+        run: (x, y, state, batches) -> what the loop ends with.
+    """
+
+    parts: tuple
+    rule: UpdateRule
+    run: Callable
 
 
 def _compile(
@@ -194,11 +212,13 @@ def _compile(
         function = source
         source = _Source(lambda k, _: function(k), lambda _: function(tf.constant(0)))
 
-    def outer_step(k: tf.Tensor, x: Any, y: Any, carried: Any, batch: Batches) -> tuple:
+    def outer_step(
+        k: tf.Tensor, x: Nest, y: Nest, carried: State, batch: Batches
+    ) -> tuple:
         here = problem.seeded(k)
         step = here.step(method, x, y, batch, carried[0])
         moved, optimizer = rule.update(step.upper_gradient, carried[1], x)
-        moved = here.projected_upper(step.damped(x, moved))
+        moved = here.projected_upper(step.scaled(x, moved))
         after = Point(k + 1, moved, step.lower, step.metrics)
         done = tf.constant(False)
         if stop is not None:
@@ -214,7 +234,7 @@ def _compile(
     def recorded(point: Point) -> Any:
         return () if trace is None else trace(point)
 
-    def loop(x: Any, y: Any, carried: Any, data: Any) -> tuple:
+    def loop(x: Nest, y: Nest, carried: State, data: Any) -> tuple:
         start = tf.cast(carried[1].iteration, tf.int32)  # 0 for a new run
         # Trace one step first, to know the structure of its results.
         first = source.first(data)
@@ -234,20 +254,20 @@ def _compile(
         ]
 
         def unfinished(
-            k: Any, x: Any, y: Any, s: Any, seen: Any, done: Any, *_: Any
+            k: Any, x: Nest, y: Nest, s: Any, seen: Any, done: Any, *_: Any
         ) -> Any:
             return (seen[0] < 0) & ~tf.reduce_all(done)
 
         def body(
             k: Any,
-            x: Any,
-            y: Any,
+            x: Nest,
+            y: Nest,
             s: Any,
             seen: tuple,
             done: Any,
             taken: Any,
             m: Any,
-            a: Any,
+            a: Nest,
         ) -> tuple:
             number = start + k
             after, s, bad, now = compiled(number, x, y, s, source.at(number, data))
@@ -298,24 +318,31 @@ def _compile(
     return rule, tf.function(loop, autograph=False, jit_compile=jit_compile)
 
 
-# The last loops, with the objects they were compiled from.
-_LAST: collections.deque = collections.deque(maxlen=8)
+class _Carried(tuple):
+    """A state as `Result` holds it, with the compiled loop that computed it.
+
+    A copy, a result of `tf.nest` functions, or a state loaded from a file has no loop:
+    a run that continues from it is compiled again.
+    """
+
+    loop: _Loop | None = None
+
+    def __reduce__(self) -> tuple:
+        return tuple, (tuple(self),)
 
 
-def _loop_of(parts: tuple, going_on: bool) -> tuple[UpdateRule, Callable]:
+def _loop_of(parts: tuple, state: State) -> _Loop:
     """The compiled loop for exactly these objects.
 
     A loop is reused only to continue from its own state. A new run is traced again,
     because a loss may read Python values that have changed since.
     """
-    if going_on:
-        for made_of, made in _LAST:
-            pairs = zip(made_of, parts, strict=True)
-            if all(a is b or (isinstance(a, (str, int)) and a == b) for a, b in pairs):
-                return made
-    made = _compile(*parts)
-    _LAST.append((parts, made))
-    return made
+    made = getattr(state, "loop", None)
+    if made is not None:
+        pairs = zip(made.parts, parts, strict=True)
+        if all(a is b or (isinstance(a, (str, int)) and a == b) for a, b in pairs):
+            return made
+    return _Loop(parts, *_compile(*parts))
 
 
 class _Source(NamedTuple):
@@ -327,7 +354,7 @@ class _Source(NamedTuple):
     """
 
     at: Callable[[tf.Tensor, Any], Any]
-    first: Callable[[Any], Any]
+    first: Callable[[Nest], Nest]
 
 
 _FIXED = _Source(at=lambda k, data: data, first=lambda data: data)
@@ -370,5 +397,5 @@ def _specs(values: Any) -> Any:
     )
 
 
-def _zeros(like: Any) -> Any:
+def _zeros(like: Nest) -> Any:
     return tf.nest.map_structure(lambda leaf: tf.zeros(leaf.shape, leaf.dtype), like)

@@ -32,7 +32,7 @@ def make_method(name: str, inner_steps: int) -> tb.Method:
         return tb.StocBiO(inner, protocol.FACTORS, protocol.SERIES_RATE)
     # A tolerance of 0, so that all steps are made.
     solver = {"aid-cg": tb.ConjugateGradient, "aid-fp": tb.FixedPoint}[name](
-        protocol.SOLVER_STEPS, tolerance=0.0
+        protocol.SOLVER_STEPS, rtol=0.0
     )
     return tb.Implicit(tb.InnerSolver(optimizer, steps=1), solver)
 

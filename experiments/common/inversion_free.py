@@ -68,18 +68,18 @@ class InversionFree:
                 args.inner_steps,
                 weight=args.weight,
                 lower_weight=args.lower_weight,
-                tolerance=args.tolerance,
-                multiplier=args.multiplier,
+                atol=args.tolerance,
+                initial_multiplier=args.multiplier,
                 # The published test squares norms that are squared already. Its factor
                 # of 0.9 corresponds to the root of 0.9 for the norm, as do tolerances.
-                tolerance_decay=0.9**0.5,
+                schedule=tb.PenaltySchedule(tolerance_decay=0.9**0.5),
             )
         rate = halved(args.lower_lr, args.halve_every, unit * args.inner_steps)
         solver = tb.GradientSolver(
             adam(args.solver_lr),
             args.inner_steps,
             "residual",
-            tolerance=0.0,
+            rtol=0.0,
             damping=args.damping,
         )
         inner = tb.InnerSolver(adam(rate), args.inner_steps, optimizer_state="carry")

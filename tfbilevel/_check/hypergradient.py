@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfbilevel._calculus import derivatives, structure
+from tfbilevel._calculus.aliases import Nest, State
 from tfbilevel._check.example_indices import explain
 from tfbilevel._check.look import require_second_derivatives
 from tfbilevel._core.arguments import require_count
@@ -71,12 +72,12 @@ class HypergradientReport:
 def check_hypergradient(
     problem: Problem,
     method: Method,
-    upper: Any,
-    lower: Any,
+    upper: Nest,
+    lower: Nest,
     batches: Batches,
     probes: int = 5,
     *,
-    state: Any = None,
+    state: State = None,
     seed: int = 0,
 ) -> HypergradientReport:
     r"""Compare a method's upper gradient with independent values.
@@ -192,7 +193,7 @@ def _notes(objective: Any, rounded: bool) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _direction(like: Any, seed: int) -> tuple[Any, float]:
+def _direction(like: Nest, seed: int) -> tuple[Any, float]:
     """A unit vector, and its length when every entry of x moves by the leaf's size."""
     scaled = tf.nest.pack_sequence_as(
         like,
@@ -225,7 +226,7 @@ class _Differences:
 
 
 def _differences(
-    objective: Callable, upper: Any, probes: list, claimed: list[float]
+    objective: Callable, upper: Nest, probes: list, claimed: list[float]
 ) -> _Differences:
     """The differences at the first step size that is quiet enough along the first
     probe, otherwise at the least noisy one."""
@@ -246,7 +247,7 @@ def _differences(
 
 
 def _at_step(
-    objective: Callable, upper: Any, probes: list, claimed: list[float], step: float
+    objective: Callable, upper: Nest, probes: list, claimed: list[float], step: float
 ) -> _Differences:
     differences, halves, rounding = [], [], 0.0
     for probe, length in probes:
@@ -273,13 +274,13 @@ def _relative(a: list[float], b: list[float]) -> float:
     )
 
 
-def _distance(a: Any, b: Any) -> float:
+def _distance(a: Nest, b: Nest) -> float:
     larger = max(float(structure.norm(a)), float(structure.norm(b)))
     return float(structure.norm(structure.subtract(a, b))) / larger if larger else 0.0
 
 
 def _dense_implicit(
-    problem: Problem, upper: Any, lower: Any, batches: Batches, draw: int
+    problem: Problem, upper: Nest, lower: Nest, batches: Batches, draw: int
 ) -> tuple[Any, float]:
     here = problem.prepared(upper, batches)
     _, (partial, rhs) = derivatives.value_and_partials(

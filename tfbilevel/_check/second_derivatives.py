@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfbilevel._calculus import derivatives, structure
+from tfbilevel._calculus.aliases import Nest
 from tfbilevel._calculus.lost_derivatives import MissingSecondDerivativeError, Operation
 from tfbilevel._check.float64 import in_float64, leaves_float64, to_float64
 from tfbilevel._check.look import one_task, operations
@@ -123,8 +124,8 @@ class SecondDerivativesReport:
 def check_second_derivatives(
     problem: Any,
     batches: Batches,
-    upper: Any = None,
-    lower: Any = None,
+    upper: Nest = None,
+    lower: Nest = None,
     probes: int = 3,
     *,
     seed: int = 0,
@@ -234,7 +235,7 @@ def _probed(
 
 
 def _differenced(
-    problem: Problem, upper: Any, lower: Any, batches: Batches, probes: int, seed: int
+    problem: Problem, upper: Nest, lower: Nest, batches: Batches, probes: int, seed: int
 ) -> tuple[tuple[Probe, ...], bool]:
     """The probes, and whether everything had at least the variables' precision."""
     one, y, batches = one_task(problem, lower, batches)
@@ -242,7 +243,7 @@ def _differenced(
     c, y = structure.to_tensors((here.upper, y))
     loss, batch = here.problem.lower_loss, here.batches.lower_at(0)
 
-    def along(c: Any, y: Any, v: Any) -> tf.Tensor:
+    def along(c: Nest, y: Nest, v: Any) -> tf.Tensor:
         return structure.dot(derivatives.lower_gradient(loss, c, y, batch)[1], v)
 
     def products(v: Any, u: Any, w: Any) -> tuple:
@@ -258,7 +259,7 @@ def _differenced(
     dtype = tf.nest.flatten(y)[0].dtype if whole else tf.float32
     epsilon = float(np.finfo(dtype.name).eps)
 
-    def probe(name: str, claimed: Any, slope: Any, size: float, moved: Any) -> Probe:
+    def probe(name: str, claimed: Any, slope: Any, size: float, moved: Nest) -> Probe:
         best, before = (np.inf, 0.0), np.inf
         for width in WIDTHS:
             h = width * (size or 1.0)

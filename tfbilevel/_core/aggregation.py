@@ -1,15 +1,17 @@
 """Aggregating both losses in the inner direction."""
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import tensorflow as tf
 
+from tfbilevel._calculus.aliases import Nest
 from tfbilevel._core.arguments import require_number, share
 from tfbilevel._core.batches import Batches
 from tfbilevel._core.loss import TaskLoss, losses
 from tfbilevel._core.prepared import Prepared
-from tfbilevel._core.schedules import Schedule, as_schedule, at_ends
+from tfbilevel._core.schedules import Schedule, as_schedule, at_ends, is_schedule
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -48,7 +50,6 @@ class Aggregation:
     constant_lower: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "schedule", as_schedule(self.alpha, "alpha"))
         start, end = at_ends(self.schedule)
         if not (0 < start <= 1 and 0 <= end <= 1):
             raise ValueError(
@@ -58,11 +59,16 @@ class Aggregation:
             )
         remedy = "Use 1 for a constant weight."
         require_number(self.decay, "decay", share, "above 0 and at most 1", remedy)
-        if isinstance(self.alpha, Schedule) and self.decay != 1:
+        if is_schedule(self.alpha) and self.decay != 1:
             raise ValueError(
                 "`decay` means nothing to a schedule, which decays by itself. Leave "
                 f"it out. Received: alpha={self.alpha!r}, decay={self.decay}"
             )
+
+    @functools.cached_property
+    def schedule(self) -> Schedule:
+        """a_t / decay^t at every inner step."""
+        return as_schedule(self.alpha, "alpha")
 
     def weight(self, t: Any) -> tf.Tensor:
         """a_t, a float64 scalar."""
@@ -78,7 +84,7 @@ class Aggregation:
         """
         upper_loss, lower_loss = here.problem.upper_loss, here.problem.lower_loss
 
-        def mixture(c: Any, y: Any, drawn: _Drawn) -> tf.Tensor:
+        def mixture(c: Nest, y: Nest, drawn: _Drawn) -> tf.Tensor:
             g = losses(lower_loss)(c, y, drawn.batch)
             f = tf.cast(losses(upper_loss)(c, y, here.batches.upper), g.dtype)
             a = tf.cast(self.weight(drawn.t if at is None else at), g.dtype)
@@ -113,7 +119,7 @@ class _Drawn(NamedTuple):
     """A lower batch and the inner step that draws it."""
 
     t: Any
-    batch: Any
+    batch: Nest
 
 
 class _NumberedBatches(Batches):

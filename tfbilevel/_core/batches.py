@@ -4,6 +4,8 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
+from tfbilevel._calculus.aliases import Nest
+
 
 class Batches(NamedTuple):
     """The data of one outer step, named so that the levels cannot be swapped.
@@ -13,8 +15,8 @@ class Batches(NamedTuple):
         lower: what `lower_loss` receives as its batch (training data).
     """
 
-    upper: Any
-    lower: Any
+    upper: Nest
+    lower: Nest
 
     def lower_at(self, draw: Any) -> Any:
         """The lower batch of one draw (inner step): here always the same."""
@@ -102,7 +104,7 @@ def apart(batches: Batches) -> tuple[Any, Any]:
     return batches.upper, _swapped(batches.lower) if stacked else batches.lower
 
 
-def together(upper: Any, lower: Any, like: Batches) -> Batches:
+def together(upper: Nest, lower: Nest, like: Batches) -> Batches:
     """The batches from what `apart` made of them."""
     stacked = isinstance(like, StackedBatches)
     return type(like)(upper, _swapped(lower) if stacked else lower)
@@ -127,7 +129,7 @@ def require_dense(tasks: Any) -> None:
         )
 
 
-def _swapped(batch: Any) -> Any:
+def _swapped(batch: Nest) -> Any:
     """Draws and tasks, the two leading axes, exchanged."""
 
     def swap(leaf: Any) -> Any:

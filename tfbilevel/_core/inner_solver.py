@@ -1,32 +1,42 @@
 """The inner solver: a number of optimizer steps on the lower loss."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
+from keras.optimizers.schedules import LearningRateSchedule
 
 from tfbilevel._calculus import derivatives, structure
+from tfbilevel._calculus.aliases import Nest
 from tfbilevel._calculus.loops import serial_loop
 from tfbilevel._core.arguments import require_choice, require_count
-from tfbilevel._core.former_arguments import of_former
+from tfbilevel._core.former_arguments import of_former, renamed
+from tfbilevel._core.inner_rates import is_function, require_rates
 from tfbilevel._core.inner_trajectory import trajectory
 from tfbilevel._core.prepared import Prepared
 from tfbilevel._core.problem import Problem
-from tfbilevel._core.schedules import Schedule, require_tolerance
+from tfbilevel._core.schedules import (
+    Schedule,
+    as_schedule,
+    is_schedule,
+    require_tolerance,
+)
 from tfbilevel._optimizers import nesterov
 from tfbilevel._optimizers.learned_rate import rated, stretched
-from tfbilevel._optimizers.update_rule import OptimizerState, differentiable
+from tfbilevel._optimizers.update_rule import OptimizerState, UpdateRule, differentiable
 
 
 class Iterate(NamedTuple):
     """A point of an inner loop: lower variables and optimizer state."""
 
-    lower: Any
+    lower: Nest
     optimizer: OptimizerState
 
 
+@renamed({"tolerance": "atol"}, split={"learning_rate": ("learned_rate", is_function)})
 @dataclasses.dataclass(frozen=True, eq=False)
 class InnerSolver:
     r"""Approximates the lower solution y*(x) by steps of an optimizer.
@@ -56,22 +66,25 @@ class InnerSolver:
             problem with a `lower_start` always starts there (but for `tb.ValueGap`,
             whose `auxiliary` decides).
         learning_rate: a schedule of the outer step, such as tb.CosineDecay(0.1, 0.01,
-            1000); or x -> scalar, the rate as a function of the upper variables
-            where it is to be learned; or x -> rates like the lower variables, or that
-            broadcast to them: one per entry (Meta-SGD), or one per layer. `None`: the
-            optimizer's own.
+            1000). `None`: the optimizer's own, of which a schedule of Keras counts
+            inner steps.
         optimizer_state: "reset": momentum and moments start at zero at every outer
             step. "carry": they go on from the last one.
         accelerated: Nesterov's sequence of extrapolations.
-        tolerance: stop before `steps` once |g_y| (Euclidean, absolute) is at most
+        atol: stop before `steps` once |g_y| (Euclidean, absolute) is at most
             this; a number, or a schedule of the outer step such as
             tb.Geometric(0.1, 0.9). Only for methods that do not unroll the steps.
+        learned_rate: x -> scalar, the rate as a function of the upper variables; or
+            x -> rates like the lower variables, or that broadcast to them: one per
+            entry (Meta-SGD), or one per layer. `None`: the rate is not learned.
 
     Raises:
         ValueError: for an unsupported optimizer, `steps` below 1, an unknown `start`
-            or `optimizer_state`, a `learning_rate` that is not callable or is Keras's
-            schedule, or a negative `tolerance`; at the first step for rates that do
-            not fit the lower variables, or of single entries with Ftrl.
+            or `optimizer_state`, a `learning_rate` that is no schedule, a
+            `learned_rate` that is no function, more than one of these two and a
+            schedule on the optimizer, or a negative `atol`; at the first step for
+            learned rates that do not fit the lower variables, or of single entries
+            with Ftrl.
 
     Example:
         >>> inner = tb.InnerSolver(keras.optimizers.SGD(0.5), steps=20)
@@ -89,55 +102,42 @@ class InnerSolver:
     optimizer: keras.optimizers.Optimizer | str
     steps: int
     start: str | Callable[[tf.Tensor], Any] = "warm"
-    learning_rate: Schedule | Callable[[Any], tf.Tensor] | None = None
+    learning_rate: Schedule | LearningRateSchedule | None = None
     optimizer_state: str = "reset"
     accelerated: bool = False
-    tolerance: float | Schedule | None = None
+    atol: float | Schedule | LearningRateSchedule | None = None
+    learned_rate: Callable[[Nest], Nest] | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "rule", differentiable(self.optimizer))
         # Given by name, it is the rule's.
         object.__setattr__(self, "optimizer", self.rule.optimizer)
         require_count(self.steps, "steps")
         if not callable(self.start):
             require_choice(self.start, "start", ("warm", "cold"))
         require_choice(self.optimizer_state, "optimizer_state", ("reset", "carry"))
-        if self.tolerance is not None:
-            require_tolerance(self.tolerance)
-        if self.learning_rate is not None:
-            if not callable(self.learning_rate):
-                raise ValueError(
-                    "`learning_rate` must be a function of the upper variables or a "
-                    "schedule of the outer step. Set a constant rate on the "
-                    "optimizer instead; one rate per inner step too: "
-                    "keras.optimizers.schedules.PiecewiseConstantDecay. Received: "
-                    f"learning_rate={self.learning_rate!r}"
-                )
-            if isinstance(
-                self.learning_rate, keras.optimizers.schedules.LearningRateSchedule
-            ):
-                raise ValueError(
-                    "`learning_rate` must not be a Keras schedule: it would be called "
-                    "with the upper variables. Use a schedule of the outer step, such "
-                    "as tb.CosineDecay, or give the optimizer Keras's, which counts "
-                    "inner steps. "
-                    f"Received: learning_rate={self.learning_rate!r}"
-                )
-            if self.rule.scheduled:
-                raise ValueError(
-                    "`learning_rate` and a LearningRateSchedule exclude each other. "
-                    "Give the optimizer a number. Received: "
-                    f"optimizer={self.optimizer!r}"
-                )
+        if self.atol is not None:
+            require_tolerance(self.atol, "atol")
+        require_rates(self)
 
-    def init(self, problem: Problem, upper: Any, lower: Any) -> dict[str, Any]:
+    @functools.cached_property
+    def rule(self) -> UpdateRule:
+        """The update of `optimizer`, of which it reads the rate once."""
+        return differentiable(self.optimizer)
+
+    @property
+    def has_constant_rate(self) -> bool:
+        """Whether all steps of all outer steps have the optimizer's rate, a number."""
+        changed = self.learning_rate is not None or self.learned_rate is not None
+        return not (changed or self.rule.scheduled)
+
+    def init(self, problem: Problem, upper: Nest, lower: Nest) -> dict[str, Any]:
         """What the solver carries over outer steps."""
         state: dict[str, Any] = {}
         # The rule makes its templates here: made while a function is traced, they
         # would have TensorFlow trace it a second time.
         fresh = self.fresh(problem, lower)
-        followed = (self.tolerance, self.learning_rate)
-        if callable(self.start) or any(isinstance(one, Schedule) for one in followed):
+        followed = (self.atol, self.learning_rate)
+        if callable(self.start) or any(map(is_schedule, followed)):
             state["step"] = tf.constant(0, tf.int64)
         if self.start == "cold" and problem.lower_start is None:
             state["start"] = structure.copied(lower)
@@ -145,7 +145,7 @@ class InnerSolver:
             state["optimizer"] = fresh
         return state
 
-    def begin(self, here: Prepared, lower: Any, state: dict) -> Iterate:
+    def begin(self, here: Prepared, lower: Nest, state: dict) -> Iterate:
         """The iterate that this outer step starts from."""
         problem = here.problem
         if problem.lower_start is not None:
@@ -158,39 +158,38 @@ class InnerSolver:
             optimizer = state["optimizer"]
         else:
             optimizer = self.fresh(problem, start)
-        if isinstance(self.learning_rate, Schedule):
-            rate = tf.cast(
-                self.learning_rate(state["step"]), optimizer.learning_rate.dtype
-            )
+        if self.learning_rate is not None:
+            rate = as_schedule(self.learning_rate, "learning_rate")(state["step"])
+            rate = tf.cast(rate, optimizer.learning_rate.dtype)
             optimizer = optimizer._replace(learning_rate=rate)
         return Iterate(start, optimizer)
 
     def begin_pullback(
-        self, here: Prepared, lower: Any, state: dict
+        self, here: Prepared, lower: Nest, state: dict
     ) -> tuple[Iterate, derivatives.Pullback | None]:
         """`begin`, and the pullback of y_0 to x where the problem has a start."""
         if here.problem.lower_start is None:
             return self.begin(here, lower, state), None
 
-        def start(c: Any) -> tuple[Any, Iterate]:
+        def start(c: Nest) -> tuple[Any, Iterate]:
             iterate = self.begin(here.at(c), lower, state)
             return iterate.lower, iterate
 
         _, iterate, pullback = derivatives.vjp(start, here.upper)
         return iterate, pullback
 
-    def fresh(self, problem: Problem, lower: Any) -> OptimizerState:
+    def fresh(self, problem: Problem, lower: Nest) -> OptimizerState:
         """The optimizer's state before the first step."""
         state = self.rule.init(lower)
         # Where tasks stop at different steps, each has its own count of them.
         tasks = tf.TensorShape([])
-        if self.tolerance is not None:
+        if self.atol is not None:
             tasks = problem.inner_product.shape(structure.to_tensors(lower))
         if tasks.rank:
-            state = self.rule.counted(state, *tasks)
+            state = self.rule.counted(state, int(tasks[0] or 0))
         return nesterov.begun(state, lower, tasks) if self.accelerated else state
 
-    def point(self, iterate: Iterate) -> Any:
+    def point(self, iterate: Iterate) -> Nest:
         """Where the next gradient is taken: y_t, or u_t of the accelerated steps."""
         if not self.accelerated:
             return iterate.lower
@@ -199,20 +198,19 @@ class InnerSolver:
 
     def gradient(
         self, here: Prepared, iterate: Iterate, t: Any
-    ) -> tuple[tf.Tensor, Any]:
+    ) -> tuple[tf.Tensor, Nest]:
         """The lower loss and its gradient that step t is made of."""
         return here.lower_gradient(self.point(iterate), t)
 
-    def move(self, here: Prepared, iterate: Iterate, gradient: Any) -> Iterate:
+    def move(self, here: Prepared, iterate: Iterate, gradient: Nest) -> Iterate:
         """The iterate after a step along `gradient`."""
         point, own, sequence = self.point(iterate), iterate.optimizer, None
         if self.accelerated:
             own, _, sequence = nesterov.split(own, iterate.lower)
-        learned = self.learning_rate
-        if learned is None or isinstance(learned, Schedule):
+        if self.learned_rate is None:
             lower, state = self.rule.update(gradient, own, point)
         else:
-            made = here.problem._reading(learned, here.upper)
+            made = here.problem._reading(self.learned_rate, here.upper)
             state, rates = rated(own, made, iterate.lower)
             lower, state = self.rule.update(gradient, state, point)
             state = state._replace(learning_rate=own.learning_rate)
@@ -272,7 +270,7 @@ class InnerSolver:
         return iterate, value
 
     def solve(
-        self, here: Prepared, lower: Any, state: dict, *former: Any
+        self, here: Prepared, lower: Nest, state: dict, *former: Any
     ) -> tuple[Any, dict, tf.Tensor]:
         """All steps, not differentiated.
 
@@ -292,17 +290,17 @@ class InnerSolver:
         return iterate.lower, self.carried(iterate, state), value
 
     def settle(
-        self, here: Prepared, lower: Any, state: dict
+        self, here: Prepared, lower: Nest, state: dict
     ) -> tuple[Iterate, tf.Tensor]:
         """`steps` steps, or fewer where the tolerance is met, not differentiated."""
         iterate = self.begin(here, lower, state)
-        if self.tolerance is None:
+        if self.atol is None:
             return self.run(here, iterate, 0, self.steps, self.steps)
         dtype = tf.nest.flatten(iterate.lower)[0].dtype
-        if isinstance(self.tolerance, Schedule):
-            goal = tf.cast(self.tolerance(state["step"]), dtype)
+        if is_schedule(self.atol):
+            goal = tf.cast(as_schedule(self.atol, "atol")(state["step"]), dtype)
         else:
-            goal = tf.constant(self.tolerance, dtype)
+            goal = structure.scalar(self.atol, dtype)
 
         def body(t: tf.Tensor, now: Iterate, value: tf.Tensor, size: Any) -> tuple:
             del value
@@ -339,9 +337,9 @@ class InnerSolver:
     def trajectory(
         self,
         here: Prepared,
-        lower: Any,
+        lower: Nest,
         state: dict,
-        of: Callable[[Any], Any] | None = None,
+        of: Callable[[Nest], Nest] | None = None,
     ) -> Any:
         """The iterates y_1, ..., y_T that `solve` goes through, T = `steps`.
 
@@ -362,7 +360,7 @@ class InnerSolver:
             what `solve` returns.
 
         Raises:
-            ValueError: if the solver has a `tolerance`, whose steps may be fewer.
+            ValueError: if the solver has an `atol`, whose steps may be fewer.
 
         Example:
             >>> inner = tb.InnerSolver(keras.optimizers.SGD(0.5), steps=3)
@@ -391,9 +389,9 @@ def require_inner(inner: Any) -> None:
 
 def require_fixed_length(inner: InnerSolver, method: str) -> None:
     """Raise if the inner solver may stop early, which no unroll can differentiate."""
-    if inner.tolerance is not None:
+    if inner.atol is not None:
         raise ValueError(
-            f"`inner.tolerance` must be None for tb.{method}: the steps it "
+            f"`inner.atol` must be None for tb.{method}: the steps it "
             "differentiates must not depend on the variables. Leave it out, or use "
-            f"tb.Implicit. Received: tolerance={inner.tolerance!r}"
+            f"tb.Implicit. Received: atol={inner.atol!r}"
         )

@@ -5,6 +5,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from tfbilevel._calculus.aliases import Nest
 from tfbilevel._calculus.loops import serial_loop
 from tfbilevel._core.prepared import Prepared
 
@@ -12,16 +13,16 @@ from tfbilevel._core.prepared import Prepared
 def trajectory(
     inner: Any,
     here: Prepared,
-    lower: Any,
+    lower: Nest,
     state: dict,
-    of: Callable[[Any], Any] | None = None,
+    of: Callable[[Nest], Nest] | None = None,
 ) -> Any:
     """`InnerSolver.trajectory`, of the solver `inner`."""
-    if inner.tolerance is not None:
+    if inner.atol is not None:
         raise ValueError(
-            "`inner.tolerance` must be None for `trajectory`, which makes all steps. "
+            "`inner.atol` must be None for `trajectory`, which makes all steps. "
             "Leave it out, or use `solve`. "
-            f"Received: tolerance={inner.tolerance!r}"
+            f"Received: atol={inner.atol!r}"
         )
     kept = of or (lambda y: y)
     begin = inner.begin(here, lower, state)

@@ -6,7 +6,7 @@ from typing import Any
 
 import tensorflow as tf
 
-Loss = Callable[[Any, Any, Any], tf.Tensor]
+from tfbilevel._calculus.aliases import Loss, Nest
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -24,7 +24,7 @@ class TaskLoss:
     each: Loss
     mean: bool = False
 
-    def __call__(self, x: Any, y: Any, batch: Any) -> tf.Tensor:
+    def __call__(self, x: Nest, y: Nest, batch: Nest) -> tf.Tensor:
         losses = self.each(x, y, batch)
         return tf.reduce_mean(losses) if self.mean else tf.reduce_sum(losses)
 
@@ -37,7 +37,7 @@ def losses(loss: Loss) -> Loss:
 def rewired(loss: Loss, arguments: Callable[[Any, Any, Any], tuple]) -> Loss:
     """The loss of other arguments, over tasks still if it was."""
 
-    def at(x: Any, y: Any, batch: Any) -> tf.Tensor:
+    def at(x: Nest, y: Nest, batch: Nest) -> tf.Tensor:
         return losses(loss)(*arguments(x, y, batch))
 
     return dataclasses.replace(loss, each=at) if isinstance(loss, TaskLoss) else at

@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from tfbilevel._calculus import structure
+from tfbilevel._calculus.aliases import Metrics, Nest, State
 from tfbilevel._core.batches import Batches
+from tfbilevel._core.former_arguments import warn_renamed
 from tfbilevel._core.problem import Problem
 
 
@@ -26,18 +28,23 @@ class Step(NamedTuple):
             would not.
     """
 
-    upper_gradient: Any
-    lower: Any
-    state: Any
-    metrics: dict[str, tf.Tensor]
+    upper_gradient: Nest
+    lower: Nest
+    state: State
+    metrics: Metrics
     upper_scale: Any = ()
 
-    def damped(self, before: Any, after: Any) -> Any:
+    def scaled(self, before: Nest, after: Nest) -> Nest:
         """The upper variables, which the upper optimizer moved from before to after."""
         if isinstance(self.upper_scale, tuple):
             return after
         move = structure.subtract(after, before)
         return structure.add_scaled(before, self.upper_scale, move)
+
+    def damped(self, before: Nest, after: Nest) -> Nest:
+        # Its name in the release before.
+        warn_renamed("tb.Step", "damped", "`scaled`")
+        return self.scaled(before, after)
 
 
 def require_method(method: Any) -> None:
@@ -58,7 +65,7 @@ class Method(abc.ABC):
     `tf.function`, under XLA, in `BilevelModel.fit` and in `tb.minimize`.
     """
 
-    def init(self, problem: Problem, upper: Any, lower: Any) -> Any:
+    def init(self, problem: Problem, upper: Nest, lower: Nest) -> State:
         """The state before the first step: a nest of tensors, `()` if none."""
         del problem, upper, lower
         return ()
@@ -103,7 +110,7 @@ class Method(abc.ABC):
 
     @abc.abstractmethod
     def step(
-        self, problem: Problem, upper: Any, lower: Any, batches: Batches, state: Any
+        self, problem: Problem, upper: Nest, lower: Nest, batches: Batches, state: State
     ) -> Step:
         """One outer step: the upper gradient and the new lower variables.
 
@@ -113,8 +120,8 @@ class Method(abc.ABC):
         """
 
     def objective(
-        self, problem: Problem, upper: Any, lower: Any, batches: Batches, state: Any
-    ) -> Callable[[Any], tf.Tensor]:
+        self, problem: Problem, upper: Nest, lower: Nest, batches: Batches, state: State
+    ) -> Callable[[Nest], tf.Tensor]:
         """The scalar function of x whose derivative at `upper` `step` estimates.
 
         Whatever the method holds constant is computed at `upper` once. By default
@@ -122,7 +129,7 @@ class Method(abc.ABC):
         `tb.check_hypergradient` takes central differences of it.
         """
 
-        def value(x: Any) -> tf.Tensor:
+        def value(x: Nest) -> tf.Tensor:
             lower_after = problem.step(self, x, lower, batches, state).lower
             return problem.prepared(x, batches).upper_loss(lower_after)
 

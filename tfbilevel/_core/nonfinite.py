@@ -6,6 +6,7 @@ from typing import Any
 import tensorflow as tf
 
 from tfbilevel._calculus import structure
+from tfbilevel._calculus.aliases import Nest
 from tfbilevel._core.method import Step
 
 QUANTITIES = (
@@ -63,7 +64,7 @@ def warn_diverged(method: object, step: int | None = None) -> None:
     )
 
 
-def first_nonfinite(step: Step, moved: Any = ()) -> tf.Tensor:
+def first_nonfinite(step: Step, moved: Nest = ()) -> tf.Tensor:
     """The index into QUANTITIES of the first one that is not finite, else -1.
 
     Args:

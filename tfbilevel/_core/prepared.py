@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import tensorflow as tf
 
 from tfbilevel._calculus import derivatives, structure
+from tfbilevel._calculus.aliases import Nest
 from tfbilevel._core.batches import Batches, StackedBatches
 from tfbilevel._core.loss import losses
 from tfbilevel._randomness.seeds import DRAW, Noisy, folded
@@ -70,16 +71,16 @@ class Prepared:
     """
 
     problem: "Problem"
-    upper: Any
+    upper: Nest
     batches: Batches
-    total: Callable[[Any, Any], Any]
+    total: Callable[[Nest, Nest], Nest]
     tasks: Any = None
 
-    def at(self, upper: Any) -> "Prepared":
+    def at(self, upper: Nest) -> "Prepared":
         """The same at other upper variables, like `here.upper`."""
         return dataclasses.replace(self, upper=upper)
 
-    def gradient(self, partial: Any, response: Any = ()) -> Any:
+    def gradient(self, partial: Nest, response: Nest = ()) -> Any:
         """The gradient in the problem's own x: f_x + response.
 
         Args:
@@ -99,15 +100,15 @@ class Prepared:
         """A sum over tasks as their mean; without tasks as it is."""
         return value if self.tasks is None else value / tf.cast(self.tasks, value.dtype)
 
-    def dot(self, a: Any, b: Any) -> tf.Tensor:
+    def dot(self, a: Nest, b: Nest) -> tf.Tensor:
         """The inner product of nests like y, over tasks one of each task."""
         return self.problem.inner_product.dot(a, b)
 
-    def norm(self, a: Any) -> tf.Tensor:
+    def norm(self, a: Nest) -> tf.Tensor:
         """The Euclidean norm of a nest like y, over tasks one of each task."""
         return self.problem.inner_product.norm(a)
 
-    def where(self, condition: tf.Tensor, a: Any, b: Any) -> Any:
+    def where(self, condition: tf.Tensor, a: Nest, b: Nest) -> Nest:
         """a where the condition holds, else b: nests like y.
 
         Args:
@@ -115,7 +116,7 @@ class Prepared:
         """
         return structure.where(condition, a, b)
 
-    def scale(self, factor: Any, a: Any) -> Any:
+    def scale(self, factor: Any, a: Nest) -> Nest:
         """factor * a, a nest like y.
 
         Args:
@@ -123,7 +124,7 @@ class Prepared:
         """
         return structure.scale(factor, a)
 
-    def add_scaled(self, a: Any, factor: Any, b: Any) -> Any:
+    def add_scaled(self, a: Nest, factor: Any, b: Nest) -> Nest:
         """a + factor * b, nests like y.
 
         Args:
@@ -131,16 +132,16 @@ class Prepared:
         """
         return structure.add_scaled(a, factor, b)
 
-    def upper_loss(self, lower: Any) -> tf.Tensor:
+    def upper_loss(self, lower: Nest) -> tf.Tensor:
         """f, over tasks the mean."""
         return self.mean(self.problem.upper_loss(self.upper, lower, self.batches.upper))
 
-    def upper_losses(self, lower: Any) -> tf.Tensor:
+    def upper_losses(self, lower: Nest) -> tf.Tensor:
         """f, over tasks one of each task."""
         values = losses(self.problem.upper_loss)(self.upper, lower, self.batches.upper)
         return self._value(values)
 
-    def upper_partials(self, lower: Any) -> tuple[tf.Tensor, Any, Any]:
+    def upper_partials(self, lower: Nest) -> tuple[tf.Tensor, Nest, Nest]:
         """f, f_x (`None` where not connected) and f_y (every entry connected)."""
         value, (partial, response) = derivatives.value_and_partials(
             lambda c, y: self.problem.upper_loss(c, y, self.batches.upper),
@@ -152,7 +153,7 @@ class Prepared:
         )
         return self.mean(value), partial, response
 
-    def lower_loss(self, lower: Any, draw: Any = 0) -> tf.Tensor:
+    def lower_loss(self, lower: Nest, draw: Any = 0) -> tf.Tensor:
         """g, over tasks the mean.
 
         Args:
@@ -161,7 +162,7 @@ class Prepared:
         batch = self.batches.lower_at(draw)
         return self.mean(self.problem.lower_loss(self.upper, lower, batch))
 
-    def lower_gradient(self, lower: Any, draw: Any = 0) -> tuple[tf.Tensor, Any]:
+    def lower_gradient(self, lower: Nest, draw: Any = 0) -> tuple[tf.Tensor, Nest]:
         """g and g_y, every entry connected.
 
         Args:
@@ -173,7 +174,7 @@ class Prepared:
         return self.mean(value), gradient
 
     def lower_gradient_pullback(
-        self, lower: Any, draw: Any = 0
+        self, lower: Nest, draw: Any = 0
     ) -> tuple[tf.Tensor, Any, derivatives.Pullback]:
         """g, g_y and v -> (g_xy v, g_yy v), one reverse sweep for both products.
 
@@ -188,7 +189,7 @@ class Prepared:
         return self.mean(value), gradient, pullback
 
     def lower_pullback(
-        self, lower: Any, draw: Any = 0
+        self, lower: Nest, draw: Any = 0
     ) -> tuple[tf.Tensor, derivatives.Pullback]:
         """g, and weight -> (weight * g_x, weight * g_y): first derivatives alone.
 
@@ -200,7 +201,7 @@ class Prepared:
         """
         batch = self.batches.lower_at(draw)
 
-        def at(c: Any, y: Any) -> tuple[tf.Tensor, None]:
+        def at(c: Nest, y: Nest) -> tuple[tf.Tensor, None]:
             values = losses(self.problem.lower_loss)(c, y, batch)
             return self._value(values), None
 

@@ -8,6 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfbilevel._calculus import structure
+from tfbilevel._calculus.aliases import Nest, State
 from tfbilevel._calculus.derivatives import (
     add_partials,
     fill_zeros,
@@ -66,7 +67,7 @@ class Problem:
         prepare: (x, batches) -> batches, computed once per outer step and
             differentiated through: features of a shared encoder that no inner
             step changes.
-        reads: (function, x) -> what the function gives: how `learning_rate` of an
+        reads: (function, x) -> what the function gives: how `learned_rate` of an
             inner solver is called. `None`: with x. `tb.BilevelModel` calls it with
             the upper model.
         seed: an integer, of all that the functions sample. Within an outer step they
@@ -89,8 +90,8 @@ class Problem:
 
     upper_loss: Loss
     lower_loss: Loss
-    lower_start: Callable[[Any], Any] | None = None
-    project_upper: Callable[[Any], Any] | None = None
+    lower_start: Callable[[Nest], Nest] | None = None
+    project_upper: Callable[[Nest], Nest] | None = None
     project_lower: Callable[..., Any] | None = None
     prepare: Callable[[Any, Batches], Batches] | None = None
     reads: Callable[[Callable, Any], Any] | None = dataclasses.field(
@@ -121,10 +122,10 @@ class Problem:
     def step(
         self,
         method: "Method",
-        upper: Any,
-        lower: Any,
+        upper: Nest,
+        lower: Nest,
         batches: Batches,
-        state: Any,
+        state: State,
     ) -> "Step":
         """One outer step: what `method.step` returns for this problem.
 
@@ -144,11 +145,11 @@ class Problem:
         """
         return dataclasses.replace(self, seed=of_step(as_seed(self.seed), number))
 
-    def _one_lower(self, lower: Any) -> Any:
+    def _one_lower(self, lower: Nest) -> Nest:
         """The lower variables, over tasks those of the first one."""
         return lower
 
-    def _started(self, upper: Any, lower: Any) -> Any:
+    def _started(self, upper: Nest, lower: Nest) -> Nest:
         """Lower variables like `lower` at the problem's own start."""
         assert self.lower_start is not None
         begun = with_seed(as_seed(self.seed), START, self.lower_start)
@@ -158,18 +159,18 @@ class Problem:
         _require_like_lower(start, lower, "lower_start")
         return start
 
-    def _sampled(self, start: Callable, step: tf.Tensor, lower: Any) -> Any:
+    def _sampled(self, start: Callable, step: tf.Tensor, lower: Nest) -> Nest:
         """Lower variables like `lower` from a function of the outer step."""
         made = structure.to_tensors(start(step))
         _require_like_lower(made, structure.to_tensors(lower), "start")
         return made
 
-    def projected_upper(self, upper: Any) -> Any:
+    def projected_upper(self, upper: Nest) -> Nest:
         """`project_upper` applied, or the upper variables as they are."""
         project = self._fixed(self.project_upper, PROJECT_UPPER)
         return _projected(project, upper, "project_upper")
 
-    def projected_lower(self, upper: Any, lower: Any) -> Any:
+    def projected_lower(self, upper: Nest, lower: Nest) -> Nest:
         """`project_lower` applied, or the lower variables as they are."""
         project = self.project_lower
         if project is not None and takes_two(project):
@@ -177,7 +178,7 @@ class Problem:
             project = lambda y: of_both(own, y)  # noqa: E731
         return _projected(self._fixed(project, PROJECT_LOWER), lower, "project_lower")
 
-    def _reading(self, function: Callable, upper: Any) -> Any:
+    def _reading(self, function: Callable, upper: Nest) -> Nest:
         """What a function of the upper variables gives, the learned rate say."""
         own = self._own_upper(upper)
         return function(own) if self.reads is None else self.reads(function, own)
@@ -185,11 +186,11 @@ class Problem:
     def _fixed(self, function: Callable | None, role: int) -> Callable | None:
         return function and with_seed(as_seed(self.seed), role, function)
 
-    def _own_upper(self, upper: Any) -> Any:
+    def _own_upper(self, upper: Nest) -> Nest:
         """The user's upper variables, to which `prepared` may have added."""
         return upper
 
-    def prepared(self, upper: Any, batches: Batches) -> Prepared:
+    def prepared(self, upper: Nest, batches: Batches) -> Prepared:
         """This problem for one outer step, with `prepare` done: the first line of a
         method's `step`.
 
@@ -214,7 +215,7 @@ class Problem:
         here = summed._prepared(upper, batches, of_tasks(seed, tasks))
         return dataclasses.replace(here, tasks=tasks)
 
-    def _prepared(self, upper: Any, batches: Batches, seed: Any) -> Prepared:
+    def _prepared(self, upper: Nest, batches: Batches, seed: Any) -> Prepared:
         """`prepared`, with the seed of this step, over tasks of every task."""
         upper_seed, lower_seed = (
             folded(seed, ROLE, role) for role in (UPPER_LOSS, LOWER_LOSS)
@@ -226,7 +227,7 @@ class Problem:
             return Prepared(self, upper, seeded, _total_gradient(upper))
         prepare = with_seed(as_seed(self.seed), PREPARE, self.prepare)
 
-        def floating_part(x: Any) -> tuple[list[tf.Tensor], Batches]:
+        def floating_part(x: Nest) -> tuple[list[tf.Tensor], Batches]:
             made = prepare(x, batches)
             if type(made) is not type(batches):
                 raise ValueError(
@@ -247,17 +248,17 @@ class Problem:
             ]
             return tf.nest.pack_sequence_as(template, leaves, expand_composites=True)
 
-        def at_upper(joined: dict, y: Any, empty: Noisy) -> tuple:
+        def at_upper(joined: dict, y: Nest, empty: Noisy) -> tuple:
             return joined["upper"], y, empty._replace(batch=merged(joined).upper)
 
-        def at_lower(joined: dict, y: Any, draw: Noisy) -> tuple:
+        def at_lower(joined: dict, y: Nest, draw: Noisy) -> tuple:
             return (
                 joined["upper"],
                 y,
                 seeded_batch(merged(joined), draw.seed, draw.batch),
             )
 
-        def gradient(partial: dict, response: dict) -> Any:
+        def gradient(partial: dict, response: dict) -> Nest:
             joined = add_partials(partial, response)
             through = pullback(fill_zeros(joined["prepared"], floating))[0]
             total = add_partials(joined["upper"], through)
@@ -284,15 +285,15 @@ class _Joined(Problem):
 
     of: Problem = dataclasses.field(kw_only=True)
 
-    def _own_upper(self, upper: Any) -> Any:
+    def _own_upper(self, upper: Nest) -> Nest:
         return upper["upper"]
 
-    def _sampled(self, start: Callable, step: tf.Tensor, lower: Any) -> Any:
+    def _sampled(self, start: Callable, step: tf.Tensor, lower: Nest) -> Nest:
         return self.of._sampled(start, step, lower)
 
 
-def _total_gradient(upper: Any) -> Callable[[Any, Any], Any]:
-    def gradient(partial: Any, response: Any) -> Any:
+def _total_gradient(upper: Nest) -> Callable[[Nest, Nest], Nest]:
+    def gradient(partial: Nest, response: Nest) -> Nest:
         source = "the lower problem (lower loss, start and rate)"
         response = require_connected(response, upper, "upper", source)
         return add_partials(partial, response)
@@ -309,7 +310,7 @@ def _is_floating(leaf: Any) -> bool:
     return leaf is not None and tf.convert_to_tensor(leaf).dtype.is_floating
 
 
-def _projected(project: Callable | None, variables: Any, name: str) -> Any:
+def _projected(project: Callable | None, variables: Nest, name: str) -> Nest:
     if project is None:
         return variables
     projected = structure.to_tensors(project(variables))
@@ -328,12 +329,12 @@ def require_problem(problem: Any) -> None:
         )
 
 
-def _require_like_lower(made: Any, lower: Any, name: str) -> None:
+def _require_like_lower(made: Any, lower: Nest, name: str) -> None:
     rule = "return variables like the lower ones"
     structure.require_like(made, lower, name, rule)
 
 
-def _repeated(made: Any, stacked: Any, name: str) -> Any:
+def _repeated(made: Any, stacked: Nest, name: str) -> Any:
     """One task's variables repeated for every task, or an error naming their source."""
     first = tf.nest.map_structure(
         lambda leaf: tf.TensorSpec(leaf.shape[1:], leaf.dtype), stacked

@@ -5,10 +5,11 @@ from typing import Any
 import tensorflow as tf
 
 from tfbilevel._calculus import derivatives
+from tfbilevel._calculus.aliases import Nest
 from tfbilevel._core.problem import Problem
 
 
-def fixed_projection(problem: Problem, upper: Any, lower: Any, method: str) -> Any:
+def fixed_projection(problem: Problem, upper: Nest, lower: Nest, method: str) -> Any:
     """`problem.projected_lower`, for methods that do not differentiate it.
 
     Raises:
@@ -18,7 +19,7 @@ def fixed_projection(problem: Problem, upper: Any, lower: Any, method: str) -> A
     if problem.project_lower is None:
         return lower
 
-    def project(c: Any) -> tuple[Any, None]:
+    def project(c: Nest) -> tuple[Any, None]:
         return problem.projected_lower(c, lower), None
 
     projected, _, pullback = derivatives.vjp(project, upper)

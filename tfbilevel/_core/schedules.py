@@ -6,6 +6,7 @@ import math
 import numbers
 from typing import Any
 
+import keras
 import tensorflow as tf
 
 from tfbilevel._core.arguments import (
@@ -17,7 +18,11 @@ from tfbilevel._core.arguments import (
 
 
 class Schedule(abc.ABC):
-    """A value for every step, computed inside the compiled step."""
+    """A value for every step, computed inside the compiled step.
+
+    Wherever one goes, a `keras.optimizers.schedules.LearningRateSchedule` goes too: it
+    is called with the same step, and computes in float32.
+    """
 
     @abc.abstractmethod
     def __call__(self, step: tf.Tensor) -> tf.Tensor:
@@ -167,10 +172,28 @@ class InversePower(Schedule):
         return self.start * tf.pow(count, tf.constant(-self.power, tf.float64))
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class _OfKeras(Schedule):
+    """A schedule of Keras, called with the outer step."""
+
+    schedule: keras.optimizers.schedules.LearningRateSchedule
+
+    def __call__(self, step: tf.Tensor) -> tf.Tensor:
+        return tf.cast(self.schedule(step), tf.float64)
+
+
+def is_schedule(value: Any) -> bool:
+    """Whether it is a schedule, ours or of Keras."""
+    kinds = (Schedule, keras.optimizers.schedules.LearningRateSchedule)
+    return isinstance(value, kinds)
+
+
 def as_schedule(value: Any, name: str) -> Schedule:
-    """The schedule itself, or a number as a constant one."""
+    """The schedule itself, one of Keras as ours, or a number as a constant one."""
     if isinstance(value, Schedule):
         return value
+    if is_schedule(value):
+        return _OfKeras(value)
     if isinstance(value, numbers.Real) and not isinstance(value, bool):
         return Constant(float(value))
     raise ValueError(
@@ -205,14 +228,14 @@ def _not_negative(schedule: Schedule, name: str, why: str) -> Schedule:
     return schedule
 
 
-def require_tolerance(tolerance: Any) -> None:
+def require_tolerance(tolerance: Any, name: str) -> None:
     """Raise unless it is a finite number, not negative, or such a schedule."""
-    if isinstance(tolerance, Schedule):
-        _not_negative(tolerance, "tolerance", "it is compared with a norm")
+    if is_schedule(tolerance):
+        _not_negative(as_schedule(tolerance, name), name, "it is compared with a norm")
     else:
         require_number(
             tolerance,
-            "tolerance",
+            name,
             not_negative,
             "not negative",
             "A schedule such as tb.Geometric(0.1, 0.9) will do too.",

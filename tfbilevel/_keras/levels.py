@@ -300,7 +300,7 @@ class Levels:
                 return structure.to_tensors(rate(self.upper))
             except (TypeError, AttributeError, LookupError, ValueError) as error:
                 raise ValueError(
-                    "`learning_rate` is called with the upper model, like the losses "
+                    "`learned_rate` is called with the upper model, like the losses "
                     "of a tb.BilevelModel, and no longer with a list of tensors. Read "
                     "its `trainable_variables`, or call it. Received: "
                     f"{type(error).__name__}: {error}"

@@ -81,7 +81,7 @@ class OuterUpdate(NamedTuple):
             self.start_optimizer.apply(gradients[1], variables[1])
         moved = [tf.convert_to_tensor(v.value) for v in upper]
         problem = self.levels.problem_at(number.value)
-        moved = problem.projected_upper(step.damped(before, moved))
+        moved = problem.projected_upper(step.scaled(before, moved))
         fine = structure.all_finite(moved)
         for variable, value, old in zip(upper, moved, before, strict=True):
             variable.assign(tf.where(fine, value, old))

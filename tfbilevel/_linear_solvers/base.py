@@ -6,8 +6,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import tensorflow as tf
+from keras.optimizers.schedules import LearningRateSchedule
 
 from tfbilevel._calculus import structure
+from tfbilevel._calculus.aliases import Nest, State
 from tfbilevel._calculus.loops import serial_loop
 from tfbilevel._core.arguments import (
     not_negative,
@@ -15,11 +17,18 @@ from tfbilevel._core.arguments import (
     require_count,
     require_number,
 )
-from tfbilevel._core.schedules import Schedule, require_tolerance
+from tfbilevel._core.former_arguments import renamed
+from tfbilevel._core.schedules import (
+    Schedule,
+    as_schedule,
+    is_schedule,
+    require_tolerance,
+)
 
 UNROLLED = 10  # steps of a solver without a tolerance
+TOLERANCE = {"tolerance": "rtol"}  # its name in the release before
 
-Product = Callable[[Any], Any]
+Product = Callable[[Nest], Nest]
 
 
 class LinearSystem(NamedTuple):
@@ -59,15 +68,15 @@ class LinearSystem(NamedTuple):
         """The same system over vectors of this inner product."""
         return self._replace(leading=product.leading)
 
-    def dot(self, a: Any, b: Any) -> tf.Tensor:
+    def dot(self, a: Nest, b: Nest) -> tf.Tensor:
         """The inner product, of every block its own."""
         return self.inner_product.dot(a, b)
 
-    def norm(self, a: Any) -> tf.Tensor:
+    def norm(self, a: Nest) -> tf.Tensor:
         """The Euclidean norm, of every block its own."""
         return self.inner_product.norm(a)
 
-    def stepped(self, going: tf.Tensor, before: Any, after: Any) -> Any:
+    def stepped(self, going: tf.Tensor, before: Nest, after: Nest) -> Nest:
         """`after`, but `before` for blocks whose steps are over."""
         return structure.stepped(going, before, after)
 
@@ -89,7 +98,7 @@ class LinearSolution(NamedTuple):
     value: Any
     residual: tf.Tensor
     iterations: tf.Tensor
-    state: Any = ()
+    state: State = ()
     diverged: Any = False
 
 
@@ -109,22 +118,47 @@ class LinearSolver(abc.ABC):
     def __post_init__(self) -> None:
         require_number(self.damping, "damping", not_negative, "not negative")
 
+    # What `tb.Implicit` asks before it gives the solver a system.
+
     @property
     def transposes(self) -> bool:
         """Whether it takes products with the transpose of A."""
         return False
 
-    def init(self, like: Any) -> Any:
+    @property
+    def needs_symmetric(self) -> bool:
+        """Whether A must be symmetric."""
+        return False
+
+    @property
+    def needs_rate(self) -> bool:
+        """Whether it steps with `system.rate`, the inner learning rate, which then
+        must be a constant."""
+        return False
+
+    @property
+    def needs_point(self) -> bool:
+        """Whether it takes the vectors of A for lower variables, at `system.point`."""
+        return False
+
+    @property
+    def scheduled(self) -> bool:
+        """Whether it follows `system.outer_step`."""
+        return False
+
+    def init(self, like: Nest) -> State:
         """What is carried before the first outer step, for right-hand sides `like`."""
         del like
         return ()
 
-    def init_blocks(self, like: Any) -> Any:
+    def init_blocks(self, like: Nest) -> State:
         """`init` for a block-diagonal system, its blocks along the leading axis."""
         return self.init(like)
 
     @abc.abstractmethod
-    def solve(self, system: LinearSystem, rhs: Any, state: Any = ()) -> LinearSolution:
+    def solve(
+        self, system: LinearSystem, rhs: Nest, state: State = ()
+    ) -> LinearSolution:
         """Solve A v = rhs.
 
         Args:
@@ -149,6 +183,7 @@ class LinearSolver(abc.ABC):
         return product, with_damping(system.transposed)
 
 
+@renamed(TOLERANCE)
 @dataclasses.dataclass(frozen=True, eq=False)
 class IterativeSolver(LinearSolver):
     """A linear solver that makes steps until the residual is small.
@@ -157,37 +192,50 @@ class IterativeSolver(LinearSolver):
     carries the solution of one outer step to the next.
 
     Args:
-        tolerance: stop when ||b - A v|| <= tolerance * ||b||; not negative. A
+        rtol: stop when ||b - A v|| <= rtol * ||b||; not negative. A
             schedule of the outer step lowers it as the outer loop converges.
 
     Example:
         >>> schedule = tb.Geometric(0.1, 0.5)
-        >>> solver = tb.FixedPoint(50, rate=0.25, tolerance=schedule)
+        >>> solver = tb.FixedPoint(50, rate=0.25, rtol=schedule)
         >>> b, outer_step = tf.constant([4.0]), tf.constant(2)
         >>> system = tb.LinearSystem(lambda v: 2.0 * v, outer_step=outer_step)
         >>> bool(solver.solve(system, b).residual <= 0.1 * 0.5**2)
         True
     """
 
-    tolerance: float | Schedule = dataclasses.field(default=1e-6, kw_only=True)
+    rtol: float | Schedule | LearningRateSchedule = dataclasses.field(
+        default=1e-6, kw_only=True
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_count(self.max_steps, "max_steps")
-        require_tolerance(self.tolerance)
+        require_tolerance(self.rtol, "rtol")
 
-    def init(self, like: Any) -> Any:
+    def init(self, like: Nest) -> State:
         return structure.zeros_like(like) if self._warm else ()
 
     @property
     def _warm(self) -> bool:
         return getattr(self, "warm_start", False)
 
+    @property
+    def scheduled(self) -> bool:
+        return is_schedule(self.rtol)
+
+    @property
+    def ends_early(self) -> bool:
+        """Whether it may stop before `max_steps`."""
+        rtol: Any = self.rtol
+        return self.scheduled or rtol > 0
+
     def goal(self, system: LinearSystem, dtype: tf.DType) -> tf.Tensor:
         """The relative tolerance at this outer step."""
-        if isinstance(self.tolerance, Schedule):
-            return tf.cast(self.tolerance(system.outer_step), dtype)
-        return structure.scalar(self.tolerance, dtype)
+        if is_schedule(self.rtol):
+            rtol = as_schedule(self.rtol, "rtol")
+            return tf.cast(rtol(tf.convert_to_tensor(system.outer_step)), dtype)
+        return structure.scalar(self.rtol, dtype)
 
     def repeated(
         self, unfinished: Callable, body: Callable, begin: tuple, most: int
@@ -197,8 +245,7 @@ class IterativeSolver(LinearSolver):
         Without a tolerance nearly always all of them: a few are unrolled, since in a
         loop TensorFlow computes again for every product what all have in common.
         """
-        ends_early = isinstance(self.tolerance, Schedule) or self.tolerance > 0
-        if ends_early or most > UNROLLED:
+        if self.ends_early or most > UNROLLED:
             return serial_loop(unfinished, body, begin, most)
         now = begin
         for _ in range(most):
@@ -206,7 +253,7 @@ class IterativeSolver(LinearSolver):
             now = structure.where(going, body(*now), now)
         return now
 
-    def start(self, system: LinearSystem, rhs: Any, state: Any) -> Any:
+    def start(self, system: LinearSystem, rhs: Nest, state: State) -> Nest:
         """Where the steps begin: zero for b = 0, whose solution it is."""
         zeros = structure.zeros_like(rhs)
         if is_cold(state):
@@ -214,7 +261,7 @@ class IterativeSolver(LinearSolver):
         return structure.where(system.norm(rhs) > 0, state, zeros)
 
     def start_and_residual(
-        self, system: LinearSystem, product: Product, rhs: Any, state: Any
+        self, system: LinearSystem, product: Product, rhs: Nest, state: State
     ) -> tuple[Any, Any]:
         """Where the steps begin, and b - A v there; zero costs no product."""
         start = self.start(system, rhs, state)
@@ -227,7 +274,7 @@ class IterativeSolver(LinearSolver):
         system: LinearSystem,
         value: Any,
         residual_norm: tf.Tensor,
-        rhs: Any,
+        rhs: Nest,
         steps: tf.Tensor,
         diverged: tf.Tensor | None = None,
         first_norm: tf.Tensor | None = None,
@@ -259,6 +306,6 @@ def require_rate(rate: float | None) -> None:
         require_number(rate, "rate", positive, "above 0", remedy)
 
 
-def is_cold(state: Any) -> bool:
+def is_cold(state: State) -> bool:
     """Whether a solver carried nothing here and begins at zero."""
     return isinstance(state, tuple) and not state

@@ -8,8 +8,11 @@ from typing import Any
 import tensorflow as tf
 
 from tfbilevel._calculus import structure
+from tfbilevel._calculus.aliases import Nest, State
 from tfbilevel._core.arguments import require_callable
+from tfbilevel._core.former_arguments import renamed
 from tfbilevel._linear_solvers.base import (
+    TOLERANCE,
     IterativeSolver,
     LinearSolution,
     LinearSystem,
@@ -18,6 +21,7 @@ from tfbilevel._linear_solvers.base import (
 Preconditioner = Callable[[Any, Any, Any], Any]
 
 
+@renamed(TOLERANCE)
 @dataclasses.dataclass(frozen=True, eq=False)
 class ConjugateGradient(IterativeSolver):
     r"""Conjugate gradients for a symmetric positive definite system.
@@ -38,7 +42,7 @@ class ConjugateGradient(IterativeSolver):
         warm_start: begin at the previous outer step's solution.
         preconditioner: (upper, lower, v) -> M^{-1} v at those variables, for a
             symmetric positive definite M that resembles A, such as its diagonal.
-        tolerance: stop at this relative residual.
+        rtol: stop at this relative residual.
         damping: solve (A + damping I) v = b.
 
     Raises:
@@ -66,13 +70,23 @@ class ConjugateGradient(IterativeSolver):
         if self.preconditioner is not None:
             require_callable(self.preconditioner, "preconditioner")
 
-    def solve(self, system: LinearSystem, rhs: Any, state: Any = ()) -> LinearSolution:
+    @property
+    def needs_symmetric(self) -> bool:
+        return True
+
+    @property
+    def needs_point(self) -> bool:
+        return self.preconditioner is not None
+
+    def solve(
+        self, system: LinearSystem, rhs: Nest, state: State = ()
+    ) -> LinearSolution:
         product, _ = self.damped(system)
         rhs_square = system.dot(rhs, rhs)
         goal = tf.square(self.goal(system, rhs_square.dtype)) * rhs_square
         start, residual = self.start_and_residual(system, product, rhs, state)
 
-        def preconditioned(vector: Any) -> Any:
+        def preconditioned(vector: Nest) -> Any:
             if self.preconditioner is None:
                 return vector
             upper, lower = system.point

@@ -1,11 +1,11 @@
 """Dense elimination."""
 
 import dataclasses
-from typing import Any
 
 import tensorflow as tf
 
 from tfbilevel._calculus import structure
+from tfbilevel._calculus.aliases import Nest, State
 from tfbilevel._linear_solvers.base import LinearSolution, LinearSolver, LinearSystem
 
 LIMIT = 5000
@@ -37,7 +37,9 @@ class Direct(LinearSolver):
         array([0.5, 1. ], dtype=float32)
     """
 
-    def solve(self, system: LinearSystem, rhs: Any, state: Any = ()) -> LinearSolution:
+    def solve(
+        self, system: LinearSystem, rhs: Nest, state: State = ()
+    ) -> LinearSolution:
         del state
         product, _ = self.damped(system)
         space = system.inner_product

@@ -7,7 +7,10 @@ import numpy as np
 import tensorflow as tf
 
 from tfbilevel._calculus import structure
+from tfbilevel._calculus.aliases import Nest, State
+from tfbilevel._core.former_arguments import renamed
 from tfbilevel._linear_solvers.base import (
+    TOLERANCE,
     IterativeSolver,
     LinearSolution,
     LinearSystem,
@@ -16,6 +19,7 @@ from tfbilevel._linear_solvers.base import (
 )
 
 
+@renamed(TOLERANCE)
 @dataclasses.dataclass(frozen=True, eq=False)
 class FixedPoint(IterativeSolver):
     r"""Fixed-point iteration for the adjoint of a gradient step (AID-FP).
@@ -31,7 +35,7 @@ class FixedPoint(IterativeSolver):
         max_steps: most steps.
         rate: step size; `None`: the inner solver's learning rate.
         warm_start: begin at the previous outer step's solution.
-        tolerance: stop at this relative residual.
+        rtol: stop at this relative residual.
         damping: solve (A + damping I) v = b.
 
     Raises:
@@ -57,7 +61,13 @@ class FixedPoint(IterativeSolver):
         super().__post_init__()
         require_rate(self.rate)
 
-    def solve(self, system: LinearSystem, rhs: Any, state: Any = ()) -> LinearSolution:
+    @property
+    def needs_rate(self) -> bool:
+        return self.rate is None
+
+    def solve(
+        self, system: LinearSystem, rhs: Nest, state: State = ()
+    ) -> LinearSolution:
         product, _ = self.damped(system)
         rate = system.rate if self.rate is None else self.rate
         rhs_norm = system.norm(rhs)

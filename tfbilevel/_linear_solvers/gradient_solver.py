@@ -1,23 +1,27 @@
 """Any Keras optimizer on the linear system."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import keras
 import tensorflow as tf
 
 from tfbilevel._calculus import structure
+from tfbilevel._calculus.aliases import Nest, State
 from tfbilevel._calculus.loops import serial_loop
 from tfbilevel._core.arguments import require_choice
-from tfbilevel._core.schedules import Schedule
+from tfbilevel._core.former_arguments import renamed
 from tfbilevel._linear_solvers.base import (
+    TOLERANCE,
     IterativeSolver,
     LinearSolution,
     LinearSystem,
 )
-from tfbilevel._optimizers.update_rule import differentiable
+from tfbilevel._optimizers.update_rule import UpdateRule, differentiable
 
 
+@renamed(TOLERANCE)
 @dataclasses.dataclass(frozen=True, eq=False)
 class GradientSolver(IterativeSolver):
     r"""Steps of a Keras optimizer on the linear system (ApproxGrad, stochastic AID).
@@ -37,7 +41,7 @@ class GradientSolver(IterativeSolver):
         max_steps: most steps per outer step.
         objective: "quadratic" or "residual".
         warm_start: go on from the previous outer step; else from zero.
-        tolerance: stop at this relative residual.
+        rtol: stop at this relative residual.
         damping: solve (A + damping I) v = b.
 
     Raises:
@@ -63,19 +67,22 @@ class GradientSolver(IterativeSolver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "rule", differentiable(self.optimizer))
+        _ = self.rule  # or an error
         require_choice(self.objective, "objective", ("quadratic", "residual"))
 
-    def init(self, like: Any) -> Any:
+    @functools.cached_property
+    def rule(self) -> UpdateRule:
+        """The update of `optimizer`."""
+        return differentiable(self.optimizer)
+
+    def init(self, like: Nest) -> State:
         zeros = structure.zeros_like(like)
         optimizer = self.rule.init(zeros)
         return {"solution": zeros, "optimizer": optimizer} if self.warm_start else ()
 
-    def init_blocks(self, like: Any) -> Any:
+    def init_blocks(self, like: Nest) -> State:
         state = self.init(like)
-        if not self.warm_start or not (
-            isinstance(self.tolerance, Schedule) or self.tolerance > 0
-        ):
+        if not self.warm_start or not self.ends_early:
             return state
         # The blocks stop at different steps, and go on from them.
         blocks = tf.nest.flatten(state["solution"])[0].shape[0]
@@ -85,7 +92,9 @@ class GradientSolver(IterativeSolver):
     def transposes(self) -> bool:
         return self.objective == "residual"
 
-    def solve(self, system: LinearSystem, rhs: Any, state: Any = ()) -> LinearSolution:
+    def solve(
+        self, system: LinearSystem, rhs: Nest, state: State = ()
+    ) -> LinearSolution:
         product, transposed = self.damped(system)
         rhs_norm = system.norm(rhs)
         goal = self.goal(system, rhs_norm.dtype) * rhs_norm

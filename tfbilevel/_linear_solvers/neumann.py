@@ -6,7 +6,10 @@ from typing import Any
 import tensorflow as tf
 
 from tfbilevel._calculus import structure
+from tfbilevel._calculus.aliases import Nest, State
+from tfbilevel._core.former_arguments import renamed
 from tfbilevel._linear_solvers.base import (
+    TOLERANCE,
     IterativeSolver,
     LinearSolution,
     LinearSystem,
@@ -14,6 +17,7 @@ from tfbilevel._linear_solvers.base import (
 )
 
 
+@renamed(TOLERANCE)
 @dataclasses.dataclass(frozen=True, eq=False)
 class Neumann(IterativeSolver):
     r"""The Neumann series of the inverse, cut after K products.
@@ -29,7 +33,7 @@ class Neumann(IterativeSolver):
     Args:
         max_steps: K, products with A.
         rate: step size; `None`: the inner solver's learning rate.
-        tolerance: stop when the next term's relative size falls below it.
+        rtol: stop when the next term's relative size falls below it.
         damping: solve (A + damping I) v = b.
 
     Raises:
@@ -54,18 +58,24 @@ class Neumann(IterativeSolver):
         super().__post_init__()
         require_rate(self.rate)
 
-    def solve(self, system: LinearSystem, rhs: Any, state: Any = ()) -> LinearSolution:
+    @property
+    def needs_rate(self) -> bool:
+        return self.rate is None
+
+    def solve(
+        self, system: LinearSystem, rhs: Nest, state: State = ()
+    ) -> LinearSolution:
         del state
         product, _ = self.damped(system)
         rate = system.rate if self.rate is None else self.rate
         rhs_norm = system.norm(rhs)
         goal = self.goal(system, rhs_norm.dtype) * rhs_norm
 
-        def unfinished(step: Any, term: Any, total: Any, size: Any) -> Any:
+        def unfinished(step: Any, term: Any, total: Nest, size: Any) -> Any:
             del step, term, total
             return tf.reduce_any(size > goal)
 
-        def body(step: Any, term: Any, total: Any, size: Any) -> tuple:
+        def body(step: Any, term: Any, total: Nest, size: Any) -> tuple:
             before, going = (term, total, size), size > goal
             term = structure.subtract(term, structure.scale(rate, product(term)))
             after = (term, structure.add(total, term), system.norm(term))

@@ -6,14 +6,18 @@ from typing import Any
 import tensorflow as tf
 
 from tfbilevel._calculus import structure
+from tfbilevel._calculus.aliases import Nest, State
 from tfbilevel._calculus.loops import serial_loop
+from tfbilevel._core.former_arguments import renamed
 from tfbilevel._linear_solvers.base import (
+    TOLERANCE,
     IterativeSolver,
     LinearSolution,
     LinearSystem,
 )
 
 
+@renamed(TOLERANCE)
 @dataclasses.dataclass(frozen=True, eq=False)
 class NormalConjugateGradient(IterativeSolver):
     r"""Conjugate gradients on A'A v = A'b, for any invertible A (CGNR).
@@ -29,7 +33,7 @@ class NormalConjugateGradient(IterativeSolver):
     Args:
         max_steps: most steps.
         warm_start: begin at the previous outer step's solution.
-        tolerance: stop at this relative residual.
+        rtol: stop at this relative residual.
         damping: solve (A + damping I) v = b.
 
     Raises:
@@ -54,7 +58,9 @@ class NormalConjugateGradient(IterativeSolver):
     def transposes(self) -> bool:
         return True
 
-    def solve(self, system: LinearSystem, rhs: Any, state: Any = ()) -> LinearSolution:
+    def solve(
+        self, system: LinearSystem, rhs: Nest, state: State = ()
+    ) -> LinearSolution:
         product, transposed = self.damped(system)
         start, residual = self.start_and_residual(system, product, rhs, state)
         first_norm = system.norm(residual)

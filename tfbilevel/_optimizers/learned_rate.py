@@ -21,7 +21,7 @@ def rated(state: OptimizerState, made: Any, lower: Any) -> tuple[OptimizerState,
         )
     except (TypeError, ValueError) as error:
         raise ValueError(
-            "`learning_rate` must return a scalar or rates that broadcast to the lower "
+            "`learned_rate` must return a scalar or rates that broadcast to the lower "
             "variables, in a nest like theirs. Return one rate, or one tensor for each "
             "lower variable. One rate per inner step cannot be learned: every step has "
             f"the same. Received: {made!r} for {lower!r}"
@@ -35,7 +35,7 @@ def stretched(
     """A step of rate 1, entry by entry as long as its own rate says."""
     if isinstance(optimizer, keras.optimizers.Ftrl):
         raise ValueError(
-            "`learning_rate` must return a scalar with Ftrl, whose shrinkage depends "
+            "`learned_rate` must return a scalar with Ftrl, whose shrinkage depends "
             "on the rate: its step is no multiple of one of rate 1. Use another "
             f"optimizer for rates of single entries. Received: {rates!r}"
         )

@@ -1,6 +1,7 @@
 """Keras optimizers as pure, differentiable update rules."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -59,8 +60,7 @@ class OptimizerState(NamedTuple):
 class UpdateRule:
     """A Keras optimizer's update as a pure function of tensors.
 
-    See `tb.differentiable`, which makes it. `learning_rate` is the constant rate as
-    the user wrote it, `None` where a schedule holds it (`scheduled`).
+    See `tb.differentiable`, which makes it.
     """
 
     optimizer: keras.optimizers.Optimizer
@@ -69,19 +69,28 @@ class UpdateRule:
     def __post_init__(self, argument: str) -> None:
         object.__setattr__(self, "optimizer", optimizer_of(self.optimizer, argument))
         _require_supported(self.optimizer, argument)
-        rate = self.optimizer._learning_rate
-        scheduled = not isinstance(rate, keras.Variable)
-        object.__setattr__(self, "scheduled", scheduled)
-        object.__setattr__(self, "learning_rate", None)
-        if not scheduled:
-            # Keras rounds the rate to float32. The shortest decimal that rounds to
-            # the same float32 gives back what was written, so that float64
-            # variables move at 0.1 and not at 0.10000000149; float32 ones see no
-            # difference.
-            with tf.init_scope():
-                written = float(str(rate.numpy()))
-            object.__setattr__(self, "learning_rate", written)
-        object.__setattr__(self, "_built", {})
+        _ = self.learning_rate  # read now: one that is assigned later changes nothing
+
+    @functools.cached_property
+    def scheduled(self) -> bool:
+        """Whether a `LearningRateSchedule` holds the rate."""
+        return not isinstance(self.optimizer._learning_rate, keras.Variable)
+
+    @functools.cached_property
+    def learning_rate(self) -> Any:
+        """The constant rate as the user wrote it, `None` where a schedule holds it."""
+        if self.scheduled:
+            return None
+        # Keras rounds the rate to float32. The shortest decimal that rounds to the
+        # same float32 gives back what was written, so that float64 variables move at
+        # 0.1 and not at 0.10000000149; float32 ones see no difference.
+        with tf.init_scope():
+            return float(str(self.optimizer._learning_rate.numpy()))
+
+    @functools.cached_property
+    def _built(self) -> dict:
+        """The pure updates made so far, by the shapes of the variables."""
+        return {}
 
     def init(self, variables: Any) -> OptimizerState:
         """The state before the first update of `variables`, any nest of tensors."""

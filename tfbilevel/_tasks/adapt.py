@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from tfbilevel._calculus.aliases import Nest
 from tfbilevel._core.arguments import require_callable
 from tfbilevel._core.batches import Batches, apart, require_batches
 from tfbilevel._core.inner_solver import InnerSolver, require_inner
@@ -24,8 +25,8 @@ def require_adaptable(tasks: Any, batches: Any, inner: Any, function: Any) -> No
 
 def adapted(
     problem: Problem,
-    x: Any,
-    y: Any,
+    x: Nest,
+    y: Nest,
     batches: Batches,
     inner: InnerSolver,
     function: Callable[[Any, Any, Batches], Any],

@@ -5,6 +5,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from tfbilevel._calculus.aliases import Nest
 from tfbilevel._calculus.derivatives import require_scalar
 from tfbilevel._core.batches import require_dense
 from tfbilevel._core.loss import Loss
@@ -23,7 +24,7 @@ def mapped_loss(loss: Loss, sequential: Callable[[Any], bool]) -> Loss:
         sequential: stacked y -> whether tasks run one after the other.
     """
 
-    def each(x: Any, y: Any, batch: Any) -> tf.Tensor:
+    def each(x: Nest, y: Nest, batch: Nest) -> tf.Tensor:
         batch = of_same_tasks({"lower variables": y, "batch": batch})["batch"]
         dtype = tf.nest.flatten(y)[0].dtype
 
@@ -40,7 +41,7 @@ def mapped_loss(loss: Loss, sequential: Callable[[Any], bool]) -> Loss:
     # Eagerly the mapping would be traced at every call, which takes 0.3 seconds.
     traced = tf.function(each, autograph=False)
 
-    def mapped(x: Any, y: Any, batch: Any) -> Any:
+    def mapped(x: Nest, y: Nest, batch: Nest) -> Any:
         return (traced if tf.executing_eagerly() else each)(x, y, batch)
 
     return mapped

@@ -8,6 +8,7 @@ from typing import Any
 import tensorflow as tf
 
 from tfbilevel._calculus import structure
+from tfbilevel._calculus.aliases import Nest, State
 from tfbilevel._core.arguments import require_choice
 from tfbilevel._core.batches import Batches, apart, together
 from tfbilevel._core.loss import TaskLoss
@@ -91,7 +92,7 @@ def over_tasks(problem: Problem, mapping: str = "auto") -> Problem:
     require_problem(problem)
     if mapping == "in-turn":
         warnings.warn(
-            'mapping="in-turn" is now called "sequential", and will go',
+            'mapping="in-turn" of tb.over_tasks is now called "sequential"',
             DeprecationWarning,
             stacklevel=2,
         )
@@ -103,7 +104,7 @@ def over_tasks(problem: Problem, mapping: str = "auto") -> Problem:
             "Received: a problem over tasks"
         )
 
-    def sequential(y: Any) -> bool:
+    def sequential(y: Nest) -> bool:
         return _are_sequential(mapping, y)
 
     project, prepare = problem.project_lower, problem.prepare
@@ -135,14 +136,14 @@ class OverTasks(Problem):
     mapping: str = dataclasses.field(kw_only=True)
 
     def step(
-        self, method: Method, upper: Any, lower: Any, batches: Batches, state: Any
+        self, method: Method, upper: Nest, lower: Nest, batches: Batches, state: State
     ) -> Step:
         if method.couples_tasks or not _are_sequential(self.mapping, lower):
             return super().step(method, upper, lower, batches, state)
         one = self._one_of(structure.to_tensors(lower))
         return sequential_step(one, method, upper, lower, batches, state)
 
-    def each(self, function: Callable, lower: Any, *parts: Any) -> Any:
+    def each(self, function: Callable, lower: Nest, *parts: Any) -> Any:
         """A function of one task's (lower variables, *parts), applied to every task.
 
         Args:
@@ -154,10 +155,10 @@ class OverTasks(Problem):
         mapped = map_sequentially if sequential else map_tasks
         return mapped(function, (lower, *parts))
 
-    def _one_lower(self, lower: Any) -> Any:
+    def _one_lower(self, lower: Nest) -> Nest:
         return tf.nest.map_structure(lambda leaf: leaf[0], lower)
 
-    def _one_of(self, lower: Any) -> OneOfTasks:
+    def _one_of(self, lower: Nest) -> OneOfTasks:
         """The problem of the first task of these lower variables."""
         fields = {
             f.name: getattr(self.one, f.name) for f in dataclasses.fields(Problem)
@@ -176,7 +177,7 @@ class OverTasks(Problem):
         return dataclasses.replace(self, one=one, prepare=None)
 
 
-def _are_sequential(mapping: str, y: Any) -> bool:
+def _are_sequential(mapping: str, y: Nest) -> bool:
     """Whether the tasks of stacked lower variables run one after the other."""
     leaves = tf.nest.flatten(structure.to_tensors(y))
     kernels = any(leaf.shape.rank > 4 for leaf in leaves)
@@ -203,7 +204,7 @@ def _of_few_images(tasks: Any) -> bool:
 
 
 def _prepared_tasks(prepare: Callable, mapping: str) -> Callable:
-    def made(x: Any, batches: Batches) -> Batches:
+    def made(x: Nest, batches: Batches) -> Batches:
         def one(task: tuple) -> tuple:
             upper, lower = prepare(x, type(batches)(*task))
             return upper, lower

@@ -7,6 +7,7 @@ from typing import Any
 import tensorflow as tf
 
 from tfbilevel._calculus import structure
+from tfbilevel._calculus.aliases import Nest, State
 from tfbilevel._core.batches import Batches, apart
 from tfbilevel._core.method import Method, Step
 from tfbilevel._core.problem import Problem
@@ -26,7 +27,7 @@ class OneOfTasks(Problem):
     number: Any = dataclasses.field(kw_only=True)
     every: Any = dataclasses.field(kw_only=True)
 
-    def _sampled(self, start: Callable, step: tf.Tensor, lower: Any) -> Any:
+    def _sampled(self, start: Callable, step: tf.Tensor, lower: Nest) -> Nest:
         # The function returns the starts of all tasks, as in the vectorized step.
         starts = super()._sampled(start, step, self.every)
         return tf.nest.map_structure(lambda leaf: tf.gather(leaf, self.number), starts)
@@ -35,10 +36,10 @@ class OneOfTasks(Problem):
 def sequential_step(
     one: OneOfTasks,
     method: Method,
-    upper: Any,
-    lower: Any,
+    upper: Nest,
+    lower: Nest,
     batches: Batches,
-    state: Any,
+    state: State,
 ) -> Step:
     """The step of a method that does not couple tasks, one task after the other.
 

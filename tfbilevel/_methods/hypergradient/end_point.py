@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
+from tfbilevel._calculus.aliases import Metrics, Nest
 from tfbilevel._core.aggregation import Aggregation, aggregated, require_aggregation
 from tfbilevel._core.arguments import require_choice
 from tfbilevel._core.batches import Batches
@@ -28,7 +29,7 @@ class Reached(NamedTuple):
     here: Prepared
     point: Iterate
     after: Iterate
-    metrics: dict[str, tf.Tensor]
+    metrics: Metrics
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -51,16 +52,16 @@ class EndPoint:
         require_choice(self.end, "end", ENDS)
         require_aggregation(self.aggregate)
         plain = self.end == "final" and self.aggregate is None
-        if self.inner.tolerance is not None and not plain:
+        if self.inner.atol is not None and not plain:
             raise ValueError(
-                "`inner.tolerance` must be None with end='pessimistic' or `aggregate`: "
+                "`inner.atol` must be None with end='pessimistic' or `aggregate`: "
                 "which iterate counts, and how the losses are mixed there, depends on "
                 "the number of steps. Leave it out. "
-                f"Received: tolerance={self.inner.tolerance!r}, end={self.end!r}, "
+                f"Received: atol={self.inner.atol!r}, end={self.end!r}, "
                 f"aggregate={self.aggregate!r}"
             )
 
-    def reach(self, here: Prepared, lower: Any, state: dict) -> Reached:
+    def reach(self, here: Prepared, lower: Nest, state: dict) -> Reached:
         """All inner steps from where this outer step starts."""
         along = aggregated(self.aggregate, here)
         steps: Any = self.inner.steps
@@ -80,12 +81,12 @@ class EndPoint:
         return Reached(there, point, after, metrics)
 
     def objective(
-        self, problem: Problem, upper: Any, lower: Any, batches: Batches, state: dict
-    ) -> Callable[[Any], tf.Tensor]:
+        self, problem: Problem, upper: Nest, lower: Nest, batches: Batches, state: dict
+    ) -> Callable[[Nest], tf.Tensor]:
         """x -> f at the iterate that counts; which one that is does not change."""
         met = self.reach(problem.prepared(upper, batches), lower, state).metrics
 
-        def value(x: Any) -> tf.Tensor:
+        def value(x: Nest) -> tf.Tensor:
             here = problem.prepared(x, batches)
             if self.end == "final":
                 return here.upper_loss(self.reach(here, lower, state).after.lower)

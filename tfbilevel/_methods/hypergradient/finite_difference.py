@@ -7,6 +7,7 @@ from typing import Any
 import tensorflow as tf
 
 from tfbilevel._calculus import derivatives, structure
+from tfbilevel._calculus.aliases import Nest, State
 from tfbilevel._core.aggregation import Aggregation, aggregated, require_aggregation
 from tfbilevel._core.arguments import positive, require_number
 from tfbilevel._core.batches import Batches
@@ -79,11 +80,11 @@ class FiniteDifference(Method):
     def takes_second_derivatives(self) -> bool:
         return False
 
-    def init(self, problem: Problem, upper: Any, lower: Any) -> Any:
+    def init(self, problem: Problem, upper: Nest, lower: Nest) -> State:
         return self.inner.init(problem, upper, lower)
 
     def step(
-        self, problem: Problem, upper: Any, lower: Any, batches: Batches, state: Any
+        self, problem: Problem, upper: Nest, lower: Nest, batches: Batches, state: State
     ) -> Step:
         here = aggregated(self.aggregate, problem.prepared(upper, batches))
         inner, last = self.inner, self.inner.steps - 1
@@ -91,7 +92,7 @@ class FiniteDifference(Method):
         iterate, _ = inner.run(here, iterate, 0, last, last)
         lower_loss, gradient = inner.gradient(here, iterate, last)
 
-        def move(c: Any, y: Any, g: Any) -> tuple[Any, Any]:
+        def move(c: Nest, y: Nest, g: Any) -> tuple[Any, Any]:
             end = inner.move(here.at(c), iterate._replace(lower=y), g)
             return end.lower, end
 
@@ -116,13 +117,13 @@ class FiniteDifference(Method):
         )
 
     def objective(
-        self, problem: Problem, upper: Any, lower: Any, batches: Batches, state: Any
-    ) -> Callable[[Any], tf.Tensor]:
+        self, problem: Problem, upper: Nest, lower: Nest, batches: Batches, state: State
+    ) -> Callable[[Nest], tf.Tensor]:
         exact = Unroll(self.inner, last=1, aggregate=self.aggregate)
         return exact.objective(problem, upper, lower, batches, state)
 
     def _products(
-        self, here: Prepared, iterate: Iterate, direction: Any, t: int
+        self, here: Prepared, iterate: Iterate, direction: Nest, t: int
     ) -> tuple:
         """g_xy w and g_yy w along `direction`, by central differences; of each task
         with a width of its own."""

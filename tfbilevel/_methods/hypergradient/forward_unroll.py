@@ -6,6 +6,7 @@ from typing import Any
 import tensorflow as tf
 
 from tfbilevel._calculus import derivatives, structure
+from tfbilevel._calculus.aliases import Nest, State
 from tfbilevel._calculus.loops import serial_loop
 from tfbilevel._core.batches import Batches
 from tfbilevel._core.inner_solver import (
@@ -59,11 +60,11 @@ class ForwardUnroll(Method):
         require_inner(self.inner)
         require_fixed_length(self.inner, "ForwardUnroll")
 
-    def init(self, problem: Problem, upper: Any, lower: Any) -> Any:
+    def init(self, problem: Problem, upper: Nest, lower: Nest) -> State:
         return self.inner.init(problem, upper, lower)
 
     def step(
-        self, problem: Problem, upper: Any, lower: Any, batches: Batches, state: Any
+        self, problem: Problem, upper: Nest, lower: Nest, batches: Batches, state: State
     ) -> Step:
         here = problem.prepared(upper, batches)
         basis = _basis(structure.to_tensors(here.upper))
@@ -72,7 +73,7 @@ class ForwardUnroll(Method):
         def note(reached: Any) -> None:
             connected.update(i for i, hit in enumerate(tf.nest.flatten(reached)) if hit)
 
-        def start(c: Any) -> tuple[Any, Iterate]:
+        def start(c: Nest) -> tuple[Any, Iterate]:
             iterate = self.inner.begin(here.at(c), lower, state)
             return (iterate.lower, iterate.optimizer.slots), iterate
 
@@ -87,7 +88,7 @@ class ForwardUnroll(Method):
         def body(t: tf.Tensor, now: Iterate, value: Any, tangents: Any) -> tuple:
             del value
 
-            def inner_map(c: Any, y: Any, slots: list) -> tuple[Any, Any]:
+            def inner_map(c: Nest, y: Nest, slots: list) -> tuple[Any, Any]:
                 optimizer = now.optimizer._replace(slots=slots)
                 point = Iterate(y, optimizer)
                 end, value = self.inner.advance(here.at(c), point, t)
@@ -133,7 +134,7 @@ class ForwardUnroll(Method):
         )
 
 
-def _basis(like: Any) -> Any:
+def _basis(like: Nest) -> Any:
     """All unit vectors of the nest, stacked on a leading axis."""
     unit = tf.eye(structure.size(like), dtype=tf.nest.flatten(like)[0].dtype)
     return tf.map_fn(
@@ -143,7 +144,7 @@ def _basis(like: Any) -> Any:
     )
 
 
-def _specs(like: Any) -> Any:
+def _specs(like: Nest) -> Any:
     return tf.nest.map_structure(
         lambda leaf: tf.TensorSpec(leaf.shape, leaf.dtype), like
     )

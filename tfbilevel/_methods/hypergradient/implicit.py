@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfbilevel._calculus import derivatives, structure
+from tfbilevel._calculus.aliases import Nest, State
 from tfbilevel._core.aggregation import Aggregation
 from tfbilevel._core.arguments import require_choice
 from tfbilevel._core.batches import Batches
@@ -17,7 +18,6 @@ from tfbilevel._core.method import Method, Step
 from tfbilevel._core.prepared import Prepared
 from tfbilevel._core.problem import Problem
 from tfbilevel._core.projection import fixed_projection
-from tfbilevel._core.schedules import Schedule
 from tfbilevel._linear_solvers import ConjugateGradient, LinearSolver, LinearSystem
 from tfbilevel._methods.hypergradient.end_point import EndPoint
 
@@ -111,19 +111,15 @@ class Implicit(Method):
                     "point of the optimizer's step is where its steps end. Received: "
                     "through='optimizer', end='pessimistic'"
                 )
-            if isinstance(self.solver, ConjugateGradient) and not _is_plain(self.inner):
+            if self.solver.needs_symmetric and not _is_plain(self.inner):
                 raise _unsymmetric(self.solver)
-            if getattr(self.solver, "preconditioner", None) is not None:
+            if self.solver.needs_point:
                 raise ValueError(
                     "`solver` must not have a preconditioner with through='optimizer', "
                     "whose vectors hold the optimizer's slots too. Leave it out, or "
                     f"take through='gradient'. Received: solver={self.solver!r}"
                 )
-        elif (
-            hasattr(self.solver, "rate")
-            and self.solver.rate is None
-            and (self.inner.rule.scheduled or self.inner.learning_rate is not None)
-        ):
+        elif self.solver.needs_rate and not self.inner.has_constant_rate:
             raise ValueError(
                 "`solver` takes its rate from the inner optimizer, which has no "
                 "constant one. Give the solver a rate, such as tb.Neumann(10, "
@@ -135,10 +131,10 @@ class Implicit(Method):
         """Where the inner solve ends."""
         return EndPoint(self.inner, self.end, self.aggregate)
 
-    def init(self, problem: Problem, upper: Any, lower: Any) -> Any:
+    def init(self, problem: Problem, upper: Nest, lower: Nest) -> State:
         if (
             self.through == "optimizer"
-            and isinstance(self.solver, ConjugateGradient)
+            and self.solver.needs_symmetric
             and problem.project_lower is not None
         ):
             raise _unsymmetric(self.solver)
@@ -155,12 +151,12 @@ class Implicit(Method):
             like = (like, self.inner.fresh(problem, like).slots)
         begin = self.solver.init_blocks if problem.has_tasks else self.solver.init
         state = {"inner": inner, "solver": begin(like)}
-        if isinstance(getattr(self.solver, "tolerance", None), Schedule):
+        if self.solver.scheduled:
             state["step"] = tf.constant(0, tf.int64)
         return state
 
     def step(
-        self, problem: Problem, upper: Any, lower: Any, batches: Batches, state: Any
+        self, problem: Problem, upper: Nest, lower: Nest, batches: Batches, state: State
     ) -> Step:
         here, iterate, end, metrics = self._end_point.reach(
             problem.prepared(upper, batches), lower, state["inner"]
@@ -207,11 +203,13 @@ class Implicit(Method):
         )
 
     def objective(
-        self, problem: Problem, upper: Any, lower: Any, batches: Batches, state: Any
-    ) -> Callable[[Any], tf.Tensor]:
+        self, problem: Problem, upper: Nest, lower: Nest, batches: Batches, state: State
+    ) -> Callable[[Nest], tf.Tensor]:
         return self._end_point.objective(problem, upper, lower, batches, state["inner"])
 
-    def _gradient_equation(self, here: Prepared, iterate: Any, rhs: Any) -> "_Equation":
+    def _gradient_equation(
+        self, here: Prepared, iterate: Any, rhs: Nest
+    ) -> "_Equation":
         lower_loss, gradient, pullback = here.lower_gradient_pullback(
             iterate.lower, self.inner.steps
         )
@@ -225,12 +223,12 @@ class Implicit(Method):
         )
 
     def _optimizer_equation(
-        self, here: Prepared, iterate: Any, adjoint: Any
+        self, here: Prepared, iterate: Any, adjoint: Nest
     ) -> "_Equation":
         point = (iterate.lower, iterate.optimizer.slots)
         draw = self.inner.steps
 
-        def inner_map(c: Any, state: Any) -> tuple[Any, None]:
+        def inner_map(c: Nest, state: State) -> tuple[Any, None]:
             lower, slots = state
             optimizer = iterate.optimizer._replace(slots=slots)
             start = iterate._replace(lower=lower, optimizer=optimizer)
@@ -239,11 +237,11 @@ class Implicit(Method):
 
         _, _, pullback = derivatives.vjp(inner_map, here.upper, point)
 
-        def product(vector: Any) -> Any:
+        def product(vector: Nest) -> Any:
             turned = derivatives.fill_zeros(pullback(vector)[1], point)
             return structure.subtract(vector, turned)
 
-        def transposed(vector: Any) -> Any:
+        def transposed(vector: Nest) -> Any:
             return structure.subtract(vector, push((vector,)))
 
         push: Any = None
@@ -269,20 +267,20 @@ class _Equation(NamedTuple):
     """
 
     system: LinearSystem
-    rhs: Any
-    response: Callable[[Any], Any]
+    rhs: Nest
+    response: Callable[[Nest], Nest]
     lower_loss: tf.Tensor
-    gradient: Any
+    gradient: Nest
 
 
 def _is_plain(inner: InnerSolver) -> bool:
     """Whether the inner steps are gradient steps of one rate for all entries."""
-    optimizer, rate = inner.rule.optimizer, inner.learning_rate
+    optimizer = inner.rule.optimizer
     return (
         isinstance(optimizer, keras.optimizers.SGD)
         and not optimizer.momentum
         and not inner.accelerated
-        and (rate is None or isinstance(rate, Schedule))
+        and inner.learned_rate is None
     )
 
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from tfbilevel._calculus import derivatives, structure
+from tfbilevel._calculus.aliases import Nest
 from tfbilevel._calculus.loops import serial_loop
 from tfbilevel._core.inner_solver import InnerSolver, Iterate
 from tfbilevel._core.prepared import Prepared
@@ -60,9 +61,9 @@ class Worst(NamedTuple):
 
     upper_loss: tf.Tensor
     steps: tf.Tensor
-    lower: Any
+    lower: Nest
 
-    def against(self, here: Prepared, steps: tf.Tensor, lower: Any) -> "Worst":
+    def against(self, here: Prepared, steps: tf.Tensor, lower: Nest) -> "Worst":
         loss = here.upper_losses(lower)
         # NaN wins and stays, so that it is seen.
         worse = tf.logical_not(
@@ -110,13 +111,13 @@ def tape(span: Span, here: Prepared, iterate: Iterate) -> Loop:
         searched = search(span, here, iterate)
         stop = searched.worst.steps
 
-    def rest(c: Any, y: Any) -> tuple[Any, Run]:
+    def rest(c: Nest, y: Nest) -> tuple[Any, Run]:
         end, value = span.run(here.at(c), iterate._replace(lower=y), stop)
         return end.lower, Run(end, value, ())
 
     _, made, both = derivatives.vjp(rest, here.upper, iterate.lower)
 
-    def pullback(adjoint: Any) -> tuple[Any, Any]:
+    def pullback(adjoint: Nest) -> tuple[Any, Any]:
         response, start = both(adjoint)
         return response, derivatives.fill_zeros(start, iterate.lower)
 
@@ -129,7 +130,7 @@ def replay(span: Span, here: Prepared, iterate: Iterate) -> Loop:
     made, kept = _make(span, here, begun, kept, first, last, last - first)
     stop = span.stop(made)
 
-    def pullback(adjoint: Any) -> tuple[Any, Any]:
+    def pullback(adjoint: Nest) -> tuple[Any, Any]:
         sweep = _Sweep(span, here, iterate, stop)
         carried = sweep.run(kept, first, _latest(stop), sweep.begin(adjoint))
         return sweep.response(carried), carried.lower
@@ -160,7 +161,7 @@ def checkpoint(span: Span, here: Prepared, iterate: Iterate) -> Loop:
     stop = span.stop(made)
     latest = _latest(stop)
 
-    def pullback(adjoint: Any) -> tuple[Any, Any]:
+    def pullback(adjoint: Nest) -> tuple[Any, Any]:
         sweep = _Sweep(span, here, iterate, stop)
 
         def backward(segment: tf.Tensor, carried: _Adjoint) -> tuple:
@@ -240,9 +241,9 @@ def _make(
 class _Adjoint(NamedTuple):
     """What the reverse sweep carries: adjoints of y, of the slots and of c."""
 
-    lower: Any
+    lower: Nest
     slots: list
-    upper: Any
+    upper: Nest
 
 
 class _Sweep:
@@ -254,7 +255,7 @@ class _Sweep:
         # Which leaves of c the inner map reaches: known once its step was traced.
         self._connected: set[int] = set()
 
-    def begin(self, adjoint: Any) -> _Adjoint:
+    def begin(self, adjoint: Nest) -> _Adjoint:
         self._given = adjoint
         return _Adjoint(
             # With an end of its own each task's adjoint enters there.
@@ -275,7 +276,7 @@ class _Sweep:
                 )
             now = _read(trajectory, t - first, self.start, passed)
 
-            def inner_map(c: Any, y: Any, slots: list) -> tuple[Any, None]:
+            def inner_map(c: Nest, y: Nest, slots: list) -> tuple[Any, None]:
                 optimizer = now.optimizer._replace(slots=slots)
                 end, _ = self.span.inner.advance(
                     self.here.at(c), Iterate(y, optimizer), t, self.span.first_order

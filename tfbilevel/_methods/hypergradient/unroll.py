@@ -7,6 +7,7 @@ from typing import Any
 import tensorflow as tf
 
 from tfbilevel._calculus import derivatives, structure
+from tfbilevel._calculus.aliases import Nest, State
 from tfbilevel._calculus.loops import serial_loop
 from tfbilevel._core.aggregation import Aggregation, aggregated, require_aggregation
 from tfbilevel._core.arguments import require_choice, require_count
@@ -154,11 +155,11 @@ class Unroll(Method):
     def takes_second_derivatives(self) -> bool:
         return not self.first_order
 
-    def init(self, problem: Problem, upper: Any, lower: Any) -> Any:
+    def init(self, problem: Problem, upper: Nest, lower: Nest) -> State:
         return self.inner.init(problem, upper, lower)
 
     def step(
-        self, problem: Problem, upper: Any, lower: Any, batches: Batches, state: Any
+        self, problem: Problem, upper: Nest, lower: Nest, batches: Batches, state: State
     ) -> Step:
         here = self._prepared(problem, upper, batches)
         loop = {"replay": replay, "checkpoint": checkpoint, "tape": tape}[self.memory]
@@ -187,14 +188,14 @@ class Unroll(Method):
         )
 
     def objective(
-        self, problem: Problem, upper: Any, lower: Any, batches: Batches, state: Any
-    ) -> Callable[[Any], tf.Tensor]:
+        self, problem: Problem, upper: Nest, lower: Nest, batches: Batches, state: State
+    ) -> Callable[[Nest], tf.Tensor]:
         at = self._prepared(problem, upper, batches)
         begun = self.inner.begin(at, lower, state)
         fixed = self._skip(at, begun)
         stop = self._span.stop(search(self._span, at, fixed))
 
-        def value(x: Any) -> tf.Tensor:
+        def value(x: Nest) -> tf.Tensor:
             here = self._prepared(problem, x, batches)
             iterate = self.inner.begin(here, lower, state)
             if self._first > 0:
@@ -211,14 +212,14 @@ class Unroll(Method):
 
         return value
 
-    def _prepared(self, problem: Problem, upper: Any, batches: Batches) -> Prepared:
+    def _prepared(self, problem: Problem, upper: Nest, batches: Batches) -> Prepared:
         return aggregated(self.aggregate, problem.prepared(upper, batches))
 
     def _skip(self, here: Prepared, iterate: Iterate) -> Iterate:
         """The steps that are not differentiated."""
         return self.inner.run(here, iterate, 0, self._first, self._first)[0]
 
-    def _total(self, here: Prepared, partial: Any, response: Any) -> Any:
+    def _total(self, here: Prepared, partial: Nest, response: Nest) -> Any:
         if self.first_order:
             # Nothing through y is what the method says, where f depends on x itself.
             nothing = derivatives.scale_partial(0.0, partial)

@@ -1,6 +1,7 @@
 """The method of multipliers on the lower problem's stationarity."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,6 +10,7 @@ import keras
 import tensorflow as tf
 
 from tfbilevel._calculus import structure
+from tfbilevel._calculus.aliases import Nest, State
 from tfbilevel._calculus.loops import serial_loop
 from tfbilevel._core.arguments import (
     not_negative,
@@ -16,19 +18,33 @@ from tfbilevel._core.arguments import (
     require_choice,
     require_count,
     require_number,
-    share,
 )
 from tfbilevel._core.batches import Batches
+from tfbilevel._core.former_arguments import renamed
 from tfbilevel._core.inner_solver import InnerSolver
 from tfbilevel._core.method import Method, Step
 from tfbilevel._core.prepared import Prepared
 from tfbilevel._core.problem import Problem
 from tfbilevel._core.projection import fixed_projection
+from tfbilevel._methods.penalty.penalty_schedule import PenaltySchedule
 from tfbilevel._optimizers.update_rule import UpdateRule
 
-SCHEDULE = ("weight", "lower_weight", "tolerance", "rate_scale")
+FOLLOWING = ("weight", "lower_weight", "tolerance", "rate_scale")
 
 
+@renamed(
+    {
+        "tolerance": "atol",
+        "multiplier": "initial_multiplier",
+        "starts": "independent_starts",
+        "multipliers": "multiplier_state",
+    },
+    gathered={"schedule": PenaltySchedule},
+    positional=(
+        *(field.name for field in dataclasses.fields(PenaltySchedule)),
+        *("smoothing", "start", "starts", "optimizer_state", "multipliers"),
+    ),
+)
 @dataclasses.dataclass(frozen=True, eq=False)
 class AugmentedLagrangian(Method):
     r"""Multipliers and a penalty on g_y = 0; inverts nothing (Penalty, Mehra & Hamm).
@@ -48,11 +64,11 @@ class AugmentedLagrangian(Method):
 
         ||d_x||^2 + ||d_y||^2 < epsilon^2       (d_x, d_y at y after its T steps),
 
-    the schedule moves by one notch: nu <- nu + rho g_y, rho <- growth rho,
+    the schedule is updated: nu <- nu + rho g_y, rho <- growth rho,
     lambda <- decay lambda, epsilon <- tolerance_decay epsilon, and every later step of
-    x and y is rate_decay times as long. Under projections each of d_x and d_y is the
-    projected gradient z - P(z - d), which vanishes at an active bound too. Over tasks
-    (`tb.over_tasks`) ||d_y||^2 is the mean over the tasks.
+    x and y is rate_decay times as long (`tb.PenaltySchedule`). Under projections each
+    of d_x and d_y is the projected gradient z - P(z - d), which vanishes at an active
+    bound too. Over tasks (`tb.over_tasks`) ||d_y||^2 is the mean over the tasks.
 
     Cost per inner step: one gradient of f, one of g and one second-order product
     (about two gradients of g); the step of x costs one more. Memory: nu, w and the
@@ -73,21 +89,19 @@ class AugmentedLagrangian(Method):
             the step of x slice T.
         weight: rho at the start, positive.
         lower_weight: lambda at the start, not negative.
-        tolerance: epsilon at the start, positive.
-        multiplier: nu at the start, in every entry.
-        growth: factor of rho at a notch, at least 1.
-        decay: factor of lambda at a notch, in [0, 1].
-        tolerance_decay: factor of epsilon at a notch, in (0, 1].
-        rate_decay: factor of both levels' steps at a notch, in (0, 1].
+        atol: epsilon at the start, positive.
+        initial_multiplier: nu at the start, in every entry.
         smoothing: compare a running mean with epsilon^2, in which the past has this
-            share, in [0, 1): with minibatches a lucky one moves the schedule else.
+            share, in [0, 1): otherwise one lucky minibatch updates the schedule.
         start: where every outer step's y starts, as in `tb.InnerSolver`.
-        starts: `None`, or how many independent problems share a leading axis of all
-            variables: each has a schedule of its own, and metrics are means.
+        independent_starts: `None`, or how many independent problems share a leading
+            axis of all variables: each has a schedule of its own, and metrics are
+            means.
         optimizer_state: "carry": the slots of `lower_optimizer` go on from one outer
             step to the next. "reset": they start at zero, as befits new tasks.
-        multipliers: "carry", or "reset": nu is `multiplier` at every outer step, for
-            tasks that change with it.
+        multiplier_state: "carry", or "reset": nu is `initial_multiplier` at every
+            outer step, for tasks that change with it.
+        schedule: the factors of a schedule update.
 
     Raises:
         ValueError: for an unsupported optimizer or an argument out of its range.
@@ -98,7 +112,7 @@ class AugmentedLagrangian(Method):
         ...     lower_loss=lambda x, y, batch: 0.5 * (y - x) ** 2,
         ... )
         >>> method = tb.AugmentedLagrangian(
-        ...     keras.optimizers.SGD(0.1), steps=20, tolerance=0.1)
+        ...     keras.optimizers.SGD(0.1), steps=20, atol=0.1)
         >>> result = tb.minimize(problem, method, tf.constant(3.0), tf.constant(0.0),
         ...     keras.optimizers.SGD(0.1), tb.Batches(None, None), steps=400)
         >>> round(float(result.upper), 2), round(float(result.lower), 2)
@@ -113,92 +127,99 @@ class AugmentedLagrangian(Method):
     steps: int
     weight: float = 1.0
     lower_weight: float = 1.0
-    tolerance: float = 1.0
-    multiplier: float = 0.0
-    growth: float = 1.1
-    decay: float = 0.9
-    tolerance_decay: float = 0.9
-    rate_decay: float = 0.9
+    atol: float = 1.0
+    initial_multiplier: float = 0.0
+    _: dataclasses.KW_ONLY
     smoothing: float = 0.0
     start: str | Callable[[tf.Tensor], Any] = "warm"
-    starts: int | None = None
+    independent_starts: int | None = None
     optimizer_state: str = "carry"
-    multipliers: str = "carry"
+    multiplier_state: str = "carry"
+    schedule: PenaltySchedule = PenaltySchedule()
 
     def __post_init__(self) -> None:
         UpdateRule(self.lower_optimizer, "lower_optimizer")  # or an error
-        inner = InnerSolver(
+        _ = self.inner  # or an error
+        require_choice(self.multiplier_state, "multiplier_state", ("carry", "reset"))
+        if not isinstance(self.schedule, PenaltySchedule):
+            raise ValueError(
+                "`schedule` must be a tb.PenaltySchedule, such as "
+                "tb.PenaltySchedule(growth=1.1). "
+                f"Received: schedule={self.schedule!r}"
+            )
+        for name, holds, rule in (
+            ("weight", positive, "above 0"),
+            ("lower_weight", not_negative, "not negative"),
+            ("atol", positive, "above 0"),
+            ("initial_multiplier", lambda v: True, "of either sign"),
+            ("smoothing", lambda v: 0 <= v < 1, "at least 0 and below 1"),
+        ):
+            require_number(getattr(self, name), name, holds, rule)
+        if self.independent_starts is not None:
+            require_count(self.independent_starts, "independent_starts")
+
+    @functools.cached_property
+    def inner(self) -> InnerSolver:
+        """Where y starts, and what its steps carry."""
+        return InnerSolver(
             self.lower_optimizer,
             self.steps,
             self.start,
             optimizer_state=self.optimizer_state,
         )
-        require_choice(self.multipliers, "multipliers", ("carry", "reset"))
-        object.__setattr__(self, "inner", inner)
-        for name, holds, rule in (
-            ("weight", positive, "above 0"),
-            ("lower_weight", not_negative, "not negative"),
-            ("tolerance", positive, "above 0"),
-            ("multiplier", lambda v: True, "of either sign"),
-            ("growth", lambda v: v >= 1, "at least 1"),
-            ("decay", lambda v: 0 <= v <= 1, "between 0 and 1"),
-            ("tolerance_decay", share, "above 0 and at most 1"),
-            ("rate_decay", share, "above 0 and at most 1"),
-            ("smoothing", lambda v: 0 <= v < 1, "at least 0 and below 1"),
-        ):
-            require_number(getattr(self, name), name, holds, rule)
-        if self.starts is not None:
-            require_count(self.starts, "starts")
 
     @property
     def couples_tasks(self) -> bool:
         # One schedule for all, which looks at the mean of their sizes.
         return True
 
-    def init(self, problem: Problem, upper: Any, lower: Any) -> Any:
-        if self.starts is not None and problem.has_tasks:
+    def init(self, problem: Problem, upper: Nest, lower: Nest) -> State:
+        if self.independent_starts is not None and problem.has_tasks:
             raise ValueError(
-                "`starts` cannot be many over tasks: the leading axis holds the tasks. "
-                f"Leave it out. Received: starts={self.starts} and a problem over tasks"
+                "`independent_starts` must be None over tasks: the leading axis holds "
+                "the tasks. Leave it out. Received: "
+                f"independent_starts={self.independent_starts} and a problem over tasks"
             )
         upper, lower = structure.to_tensors((upper, lower))
         dtype = tf.nest.flatten(lower)[0].dtype
-        shape = [] if self.starts is None else [self.starts]
+        count = self.independent_starts
+        shape = [] if count is None else [count]
         for level, variables in (("upper", upper), ("lower", lower)):
             leaves = tf.nest.flatten(variables)
             for leaf, path in zip(
                 leaves, structure.paths(variables, level), strict=True
             ):
-                if self.starts is not None and leaf.shape[:1] != [self.starts]:
+                if count is not None and leaf.shape[:1] != [count]:
                     raise ValueError(
-                        "`starts` must be the leading axis of all variables. Stack "
-                        f"the starts along it. Received: starts={self.starts}, {path} "
-                        f"of shape {leaf.shape}"
+                        "`independent_starts` must be the leading axis of all "
+                        "variables. Stack the starts along it. Received: "
+                        f"independent_starts={count}, {path} of shape {leaf.shape}"
                     )
 
         def begun(value: float) -> tf.Tensor:
             return tf.fill(shape, tf.constant(value, dtype))
 
+        def multiplier(y: tf.Tensor) -> tf.Tensor:
+            return tf.fill(y.shape, tf.constant(self.initial_multiplier, y.dtype))
+
         return {
             "inner": self.inner.init(problem, upper, lower),
-            "multiplier": tf.nest.map_structure(
-                lambda y: tf.fill(y.shape, tf.constant(self.multiplier, y.dtype)), lower
-            ),
+            "multiplier": tf.nest.map_structure(multiplier, lower),
             "weight": begun(self.weight),
             "lower_weight": begun(self.lower_weight),
-            "tolerance": begun(self.tolerance),
+            "tolerance": begun(self.atol),
             "rate_scale": begun(1.0),
             # No mean yet: nothing is small enough.
             "mean": begun(math.inf),
         }
 
     def step(
-        self, problem: Problem, upper: Any, lower: Any, batches: Batches, state: Any
+        self, problem: Problem, upper: Nest, lower: Nest, batches: Batches, state: State
     ) -> Step:
         here = problem.prepared(upper, batches)
         iterate = self.inner.begin(here, lower, state["inner"])
 
-        def body(t: tf.Tensor, y: Any, optimizer: Any) -> tuple:
+        def body(t: tf.Tensor, y: Nest, optimizer: Any) -> tuple:
             _, along = self._directions(here, y, t, state)
             moved, optimizer = self.inner.rule.update(along, optimizer, y)
             moved = structure.subtract(moved, y)
@@ -237,7 +258,7 @@ class AugmentedLagrangian(Method):
             "penalty": 0.5 * state["weight"] * norms,
             "multiplier_term": self._dot(here, state["multiplier"], end.gradient),
             "kkt_residual": tf.sqrt(size),
-            **{name: state[name] for name in SCHEDULE},
+            **{name: state[name] for name in FOLLOWING},
         }
         return Step(
             upper_gradient=gradient,
@@ -252,7 +273,7 @@ class AugmentedLagrangian(Method):
         )
 
     def _directions(
-        self, here: Prepared, lower: Any, draw: Any, state: Any
+        self, here: Prepared, lower: Nest, draw: Any, state: State
     ) -> tuple["_Point", Any]:
         """All derivatives at a point, and d_y."""
         upper_loss, partial, direct = here.upper_partials(lower)
@@ -264,7 +285,7 @@ class AugmentedLagrangian(Method):
         return point, structure.add(along, curvature)
 
     def _schedule(
-        self, state: dict, gradient: Any, size: tf.Tensor
+        self, state: dict, gradient: Nest, size: tf.Tensor
     ) -> tuple[dict, tf.Tensor]:
         """The state after a step, and the size that the tolerance was compared with."""
         dtype = state["weight"].dtype
@@ -275,12 +296,12 @@ class AugmentedLagrangian(Method):
         mean = tf.math.multiply_no_nan(state["mean"], past) + (1 - past) * size
         near = mean < state["tolerance"] ** 2
         raised = structure.add_scaled(state["multiplier"], state["weight"], gradient)
-        factors = (self.growth, self.decay, self.tolerance_decay, self.rate_decay)
+        factors = dataclasses.astuple(self.schedule)
         after = {
             name: tf.where(near, structure.scalar(factor, dtype), 1) * state[name]
-            for name, factor in zip(SCHEDULE, factors, strict=True)
+            for name, factor in zip(FOLLOWING, factors, strict=True)
         }
-        if self.multipliers == "reset":
+        if self.multiplier_state == "reset":
             raised = state["multiplier"]
         after["multiplier"] = structure.where(near, raised, state["multiplier"])
         # A new penalty is a new problem: its mean starts afresh.
@@ -290,20 +311,20 @@ class AugmentedLagrangian(Method):
     @property
     def _starts(self) -> structure.InnerProduct:
         """The inner product of variables: one per start."""
-        return structure.InnerProduct(0 if self.starts is None else 1)
+        return structure.InnerProduct(0 if self.independent_starts is None else 1)
 
-    def _dot(self, here: Prepared, a: Any, b: Any) -> tf.Tensor:
+    def _dot(self, here: Prepared, a: Nest, b: Nest) -> tf.Tensor:
         """Of lower variables: one per start, and over tasks their mean."""
         if not here.problem.has_tasks:
             return self._starts.dot(a, b)
         return tf.reduce_mean(here.dot(a, b))
 
     def objective(
-        self, problem: Problem, upper: Any, lower: Any, batches: Batches, state: Any
-    ) -> Callable[[Any], tf.Tensor]:
+        self, problem: Problem, upper: Nest, lower: Nest, batches: Batches, state: State
+    ) -> Callable[[Nest], tf.Tensor]:
         reached = self.step(problem, upper, lower, batches, state).lower
 
-        def value(x: Any) -> tf.Tensor:
+        def value(x: Nest) -> tf.Tensor:
             here = problem.prepared(x, batches)
             upper_loss = here.upper_loss(reached)
             _, gradient = here.lower_gradient(reached, self.steps)
@@ -319,11 +340,11 @@ class _Point(NamedTuple):
 
     upper_loss: tf.Tensor
     lower_loss: tf.Tensor
-    gradient: Any
-    partial: Any
-    mixed: Any
+    gradient: Nest
+    partial: Nest
+    mixed: Nest
 
 
-def _projected(project: Callable, point: Any, gradient: Any) -> Any:
+def _projected(project: Callable, point: Any, gradient: Nest) -> Nest:
     """The projected gradient z - P(z - d)."""
     return structure.subtract(point, project(structure.subtract(point, gradient)))

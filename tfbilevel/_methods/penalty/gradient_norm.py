@@ -1,13 +1,14 @@
 """The gradient-norm penalty."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
-from typing import Any
 
 import keras
 import tensorflow as tf
 
 from tfbilevel._calculus import structure
+from tfbilevel._calculus.aliases import Nest, State
 from tfbilevel._core.batches import Batches
 from tfbilevel._core.method import Method, Step
 from tfbilevel._core.problem import Problem
@@ -61,9 +62,17 @@ class GradientNorm(Method):
     weight: float | Schedule
 
     def __post_init__(self) -> None:
-        rule = UpdateRule(self.lower_optimizer, "lower_optimizer")
-        object.__setattr__(self, "rule", rule)
-        object.__setattr__(self, "schedule", as_weight(self.weight, "weight"))
+        _ = self.rule, self.schedule  # or an error
+
+    @functools.cached_property
+    def rule(self) -> UpdateRule:
+        """The update of `lower_optimizer`."""
+        return UpdateRule(self.lower_optimizer, "lower_optimizer")
+
+    @functools.cached_property
+    def schedule(self) -> Schedule:
+        """The weight at every outer step."""
+        return as_weight(self.weight, "weight")
 
     @property
     def moves_lower(self) -> bool:
@@ -73,11 +82,11 @@ class GradientNorm(Method):
     def mean_metrics(self) -> tuple[str, ...]:
         return (*super().mean_metrics, "weight")
 
-    def init(self, problem: Problem, upper: Any, lower: Any) -> Any:
+    def init(self, problem: Problem, upper: Nest, lower: Nest) -> State:
         return {"step": tf.constant(0, tf.int64), "optimizer": self.rule.init(lower)}
 
     def step(
-        self, problem: Problem, upper: Any, lower: Any, batches: Batches, state: Any
+        self, problem: Problem, upper: Nest, lower: Nest, batches: Batches, state: State
     ) -> Step:
         here = problem.prepared(upper, batches)
         weight, scale = penalty_weight(self.schedule, state["step"], lower)
@@ -102,11 +111,11 @@ class GradientNorm(Method):
         )
 
     def objective(
-        self, problem: Problem, upper: Any, lower: Any, batches: Batches, state: Any
-    ) -> Callable[[Any], tf.Tensor]:
+        self, problem: Problem, upper: Nest, lower: Nest, batches: Batches, state: State
+    ) -> Callable[[Nest], tf.Tensor]:
         weight, scale = penalty_weight(self.schedule, state["step"], lower)
 
-        def value(x: Any) -> tf.Tensor:
+        def value(x: Nest) -> tf.Tensor:
             here = problem.prepared(x, batches)
             _, gradient = here.lower_gradient(lower, 0)
             penalty = 0.5 * weight * structure.dot(gradient, gradient)

@@ -1,6 +1,7 @@
 """The value-gap penalty."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +9,7 @@ import keras
 import tensorflow as tf
 
 from tfbilevel._calculus import derivatives, structure
+from tfbilevel._calculus.aliases import Metrics, Nest, State
 from tfbilevel._core.arguments import require_choice
 from tfbilevel._core.batches import Batches
 from tfbilevel._core.inner_solver import InnerSolver, require_inner
@@ -74,9 +76,7 @@ class ValueGap(Method):
     auxiliary: str = "persistent"
 
     def __post_init__(self) -> None:
-        rule = UpdateRule(self.lower_optimizer, "lower_optimizer")
-        object.__setattr__(self, "rule", rule)
-        object.__setattr__(self, "schedule", as_weight(self.weight, "weight"))
+        _ = self.rule, self.schedule  # or an error
         require_choice(self.auxiliary, "auxiliary", ("persistent", "copy"))
         if self.inner is not None:
             require_inner(self.inner)
@@ -86,6 +86,16 @@ class ValueGap(Method):
                 "copy starts. Use tb.InnerSolver(..., start='warm'). "
                 f"Received: start={self.inner.start!r}"
             )
+
+    @functools.cached_property
+    def rule(self) -> UpdateRule:
+        """The update of `lower_optimizer`."""
+        return UpdateRule(self.lower_optimizer, "lower_optimizer")
+
+    @functools.cached_property
+    def schedule(self) -> Schedule:
+        """The weight at every outer step."""
+        return as_weight(self.weight, "weight")
 
     @property
     def takes_second_derivatives(self) -> bool:
@@ -99,7 +109,7 @@ class ValueGap(Method):
     def mean_metrics(self) -> tuple[str, ...]:
         return (*super().mean_metrics, "gap", "weight")
 
-    def init(self, problem: Problem, upper: Any, lower: Any) -> Any:
+    def init(self, problem: Problem, upper: Nest, lower: Nest) -> State:
         state = {
             "step": tf.constant(0, tf.int64),
             "optimizer": self.rule.init(lower),
@@ -110,7 +120,7 @@ class ValueGap(Method):
         return state
 
     def step(
-        self, problem: Problem, upper: Any, lower: Any, batches: Batches, state: Any
+        self, problem: Problem, upper: Nest, lower: Nest, batches: Batches, state: State
     ) -> Step:
         here = problem.prepared(upper, batches)
         weight, scale = penalty_weight(self.schedule, state["step"], lower)
@@ -124,9 +134,9 @@ class ValueGap(Method):
             )
             value = tf.cast(value, weight.dtype)
 
-        losses: dict[str, tf.Tensor] = {}
+        losses: Metrics = {}
 
-        def penalised(c_partial: Any, c_response: Any, y: Any) -> tf.Tensor:
+        def penalised(c_partial: Any, c_response: Any, y: Nest) -> tf.Tensor:
             f = here.problem.upper_loss(c_partial, y, here.batches.upper)
             g = _lower_loss(here, c_response, y, self._draw)
             losses.update(upper_loss=f, lower_loss=g)
@@ -157,13 +167,13 @@ class ValueGap(Method):
         )
 
     def objective(
-        self, problem: Problem, upper: Any, lower: Any, batches: Batches, state: Any
-    ) -> Callable[[Any], tf.Tensor]:
+        self, problem: Problem, upper: Nest, lower: Nest, batches: Batches, state: State
+    ) -> Callable[[Nest], tf.Tensor]:
         weight, scale = penalty_weight(self.schedule, state["step"], lower)
         at = problem.prepared(upper, batches)
         auxiliary = None if self.inner is None else self._solve(at, lower, state)[0]
 
-        def value(x: Any) -> tf.Tensor:
+        def value(x: Nest) -> tf.Tensor:
             here = problem.prepared(x, batches)
             gap = _lower_loss(here, here.upper, lower, self._draw)
             if auxiliary is not None:
@@ -178,7 +188,7 @@ class ValueGap(Method):
     def _draw(self) -> int:
         return 0 if self.inner is None else self.inner.steps
 
-    def _solve(self, here: Prepared, lower: Any, state: Any) -> tuple[Any, Any]:
+    def _solve(self, here: Prepared, lower: Nest, state: State) -> tuple[Any, Any]:
         start = lower if self.auxiliary == "copy" else state["auxiliary"]
         # `auxiliary` says where z starts, not the problem's `lower_start`.
         problem = dataclasses.replace(here.problem, lower_start=None)
@@ -188,7 +198,7 @@ class ValueGap(Method):
 
 
 def penalty_weight(
-    schedule: Schedule, step: tf.Tensor, lower: Any
+    schedule: Schedule, step: tf.Tensor, lower: Nest
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """gamma at this step and the step scale min(1 / gamma, 1), in y's dtype."""
     weight = schedule(step)
@@ -197,5 +207,5 @@ def penalty_weight(
     return tf.cast(weight, dtype), tf.cast(scale, dtype)
 
 
-def _lower_loss(here: Prepared, c: Any, y: Any, draw: int) -> tf.Tensor:
+def _lower_loss(here: Prepared, c: Nest, y: Nest, draw: int) -> tf.Tensor:
     return here.problem.lower_loss(c, y, here.batches.lower_at(draw))

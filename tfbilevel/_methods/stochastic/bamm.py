@@ -1,14 +1,15 @@
 """The single loop with a dual multiplier and averaged losses."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
-from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
 from tfbilevel._calculus import structure
+from tfbilevel._calculus.aliases import Nest, State
 from tfbilevel._core.aggregation import Aggregation, aggregated, require_aggregation
 from tfbilevel._core.arguments import (
     not_negative,
@@ -99,8 +100,7 @@ class BAMM(Method):
     multiplier_step: str = "scheduled"
 
     def __post_init__(self) -> None:
-        rule = UpdateRule(self.lower_optimizer, "lower_optimizer")
-        object.__setattr__(self, "rule", rule)
+        _ = self.rule  # or an error
         require_number(self.multiplier_rate, "multiplier_rate", positive, "above 0")
         require_number(self.decay, "decay", not_negative, "not negative")
         require_aggregation(self.aggregate)
@@ -119,6 +119,11 @@ class BAMM(Method):
                 f"Received: strategy={self.strategy}"
             )
 
+    @functools.cached_property
+    def rule(self) -> UpdateRule:
+        """The update of `lower_optimizer`."""
+        return UpdateRule(self.lower_optimizer, "lower_optimizer")
+
     @property
     def moves_lower(self) -> bool:
         return True
@@ -128,7 +133,7 @@ class BAMM(Method):
         # A residual of one task that is not finite is seen in all of x.
         return True
 
-    def init(self, problem: Problem, upper: Any, lower: Any) -> Any:
+    def init(self, problem: Problem, upper: Nest, lower: Nest) -> State:
         del upper
         multiplier = structure.zeros_like(structure.to_tensors(lower))
         return {
@@ -140,7 +145,7 @@ class BAMM(Method):
         }
 
     def step(
-        self, problem: Problem, upper: Any, lower: Any, batches: Batches, state: Any
+        self, problem: Problem, upper: Nest, lower: Nest, batches: Batches, state: State
     ) -> Step:
         here = self._prepared(problem, upper, batches, state)
         lower, multiplier = structure.to_tensors(lower), state["multiplier"]
@@ -184,9 +189,9 @@ class BAMM(Method):
         )
 
     def objective(
-        self, problem: Problem, upper: Any, lower: Any, batches: Batches, state: Any
-    ) -> Callable[[Any], tf.Tensor]:
-        def value(x: Any) -> tf.Tensor:
+        self, problem: Problem, upper: Nest, lower: Nest, batches: Batches, state: State
+    ) -> Callable[[Nest], tf.Tensor]:
+        def value(x: Nest) -> tf.Tensor:
             here = self._prepared(problem, x, batches, state)
             _, gradient = here.lower_gradient(lower, 0)
             product = here.mean(structure.dot(state["multiplier"], gradient))
@@ -196,7 +201,7 @@ class BAMM(Method):
         return value
 
     def _prepared(
-        self, problem: Problem, upper: Any, batches: Batches, state: Any
+        self, problem: Problem, upper: Nest, batches: Batches, state: State
     ) -> Prepared:
         here = problem.prepared(upper, batches)
         return aggregated(self.aggregate, here, at=state["step"])

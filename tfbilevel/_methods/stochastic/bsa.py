@@ -6,6 +6,7 @@ from typing import Any
 import tensorflow as tf
 
 from tfbilevel._calculus import structure
+from tfbilevel._calculus.aliases import Metrics, Nest, State
 from tfbilevel._core.arguments import require_count
 from tfbilevel._core.batches import Batches
 from tfbilevel._core.inner_solver import InnerSolver, require_inner
@@ -81,14 +82,14 @@ class BSA(Method):
         # All have a series of one random length.
         return True
 
-    def init(self, problem: Problem, upper: Any, lower: Any) -> Any:
+    def init(self, problem: Problem, upper: Nest, lower: Nest) -> State:
         return {
             "inner": self.inner.init(problem, upper, lower),
             "step": tf.constant(0, tf.int64),
         }
 
     def step(
-        self, problem: Problem, upper: Any, lower: Any, batches: Batches, state: Any
+        self, problem: Problem, upper: Nest, lower: Nest, batches: Batches, state: State
     ) -> Step:
         here = problem.prepared(upper, batches)
         lower, inner_state, _ = self.inner.solve(here, lower, state["inner"])
@@ -111,12 +112,12 @@ class BSA(Method):
 
 def random_product(
     here: Prepared,
-    lower: Any,
+    lower: Nest,
     most: int,
     rate: float,
     first: int,
     key: tuple[int, tf.Tensor],
-) -> tuple[Any, dict[str, tf.Tensor]]:
+) -> tuple[Any, Metrics]:
     """The hypergradient estimate at y from draws first, first + 1, ...; metrics."""
     seed = tf.stack([tf.cast(part, tf.int64) for part in key])
     count = tf.random.stateless_uniform([], seed, 0, most, tf.int32)

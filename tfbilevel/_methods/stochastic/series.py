@@ -5,22 +5,23 @@ from typing import Any
 import tensorflow as tf
 
 from tfbilevel._calculus import structure
+from tfbilevel._calculus.aliases import Metrics, Nest
 from tfbilevel._calculus.loops import serial_loop
 from tfbilevel._core.arguments import positive, require_count, require_number
 from tfbilevel._core.prepared import Prepared
 
 
-def require_series(max_steps: int, rate: float) -> None:
+def require_series(count: int, rate: float, name: str = "max_steps") -> None:
     """Raise unless the series has a length and its factors a step size."""
-    require_count(max_steps, "max_steps")
+    require_count(count, name)
     remedy = "Stay below 1 / (largest eigenvalue of the lower Hessian)."
     require_number(rate, "rate", positive, "above 0 (eta)", remedy)
 
 
 def factors(
     here: Prepared,
-    lower: Any,
-    vector: Any,
+    lower: Nest,
+    vector: Nest,
     rate: float,
     *,
     first: Any,
@@ -33,7 +34,7 @@ def factors(
     H_j is the lower Hessian on the lower batch of draw first + j * stride.
     """
 
-    def body(j: tf.Tensor, term: Any, total: Any) -> tuple:
+    def body(j: tf.Tensor, term: Any, total: Nest) -> tuple:
         _, _, pullback = here.lower_gradient_pullback(lower, first + j * stride)
         term = structure.add_scaled(term, -rate, pullback(term)[1])
         return j + 1, term, structure.add(total, term)
@@ -44,13 +45,13 @@ def factors(
     return term, total
 
 
-def mixed_product(here: Prepared, lower: Any, vector: Any, draw: Any) -> tuple:
+def mixed_product(here: Prepared, lower: Nest, vector: Nest, draw: Any) -> tuple:
     """g_xy v and the lower loss on one draw; `None` where not connected."""
     value, _, pullback = here.lower_gradient_pullback(lower, draw)
     return pullback(vector)[0], value
 
 
-def growth_metrics(here: Prepared, term: Any, vector: Any) -> dict[str, tf.Tensor]:
+def growth_metrics(here: Prepared, term: Any, vector: Nest) -> Metrics:
     """How much the products grew, of each task its own; above 1 the series does not
     converge."""
     growth = structure.ratio(here.norm(term), here.norm(vector))

@@ -1,11 +1,12 @@
 """The stochastic bilevel optimizer with a Neumann series over fresh batches."""
 
 import dataclasses
-from typing import Any
 
 from tfbilevel._calculus import structure
+from tfbilevel._calculus.aliases import Nest, State
 from tfbilevel._core.arguments import require_choice
 from tfbilevel._core.batches import Batches
+from tfbilevel._core.former_arguments import renamed
 from tfbilevel._core.inner_solver import InnerSolver, require_inner
 from tfbilevel._core.method import Method, Step
 from tfbilevel._core.problem import Problem
@@ -18,6 +19,7 @@ from tfbilevel._methods.stochastic.series import (
 )
 
 
+@renamed({"max_steps": "terms"})
 @dataclasses.dataclass(frozen=True, eq=False)
 class StocBiO(Method):
     r"""Stochastic hypergradient by a Neumann series over minibatches (stocBiO).
@@ -38,7 +40,8 @@ class StocBiO(Method):
 
     Args:
         inner: the inner solver; warm-started in the paper.
-        max_steps: Q, Hessian-vector products.
+        terms: Q, the terms of the series that follow r_0, one Hessian-vector product
+            each.
         rate: eta.
         factors: "fresh": every factor of the series draws its own lower batch;
             "shared": one draw for all of them.
@@ -52,7 +55,7 @@ class StocBiO(Method):
         ...     lower_loss=lambda x, y, batch: 0.5 * (y - x) ** 2,
         ... )
         >>> inner = tb.InnerSolver(keras.optimizers.SGD(0.5), steps=40)
-        >>> method = tb.StocBiO(inner, max_steps=1, rate=0.5)
+        >>> method = tb.StocBiO(inner, terms=1, rate=0.5)
         >>> x, y = tf.constant(3.0), tf.constant(0.0)
         >>> step = method.step(problem, x, y, tb.Batches(None, None), method.init(
         ...     problem, x, y))
@@ -65,26 +68,26 @@ class StocBiO(Method):
     """
 
     inner: InnerSolver
-    max_steps: int = 3
+    terms: int = 3
     rate: float = 0.5
     factors: str = "fresh"
 
     def __post_init__(self) -> None:
         require_inner(self.inner)
-        require_series(self.max_steps, self.rate)
+        require_series(self.terms, self.rate, "terms")
         require_choice(self.factors, "factors", ("fresh", "shared"))
 
     @property
     def draws(self) -> int:
         """How many lower batches one step draws."""
-        series = self.max_steps if self.factors == "fresh" else 1
+        series = self.terms if self.factors == "fresh" else 1
         return self.inner.steps + series + 1
 
-    def init(self, problem: Problem, upper: Any, lower: Any) -> Any:
+    def init(self, problem: Problem, upper: Nest, lower: Nest) -> State:
         return self.inner.init(problem, upper, lower)
 
     def step(
-        self, problem: Problem, upper: Any, lower: Any, batches: Batches, state: Any
+        self, problem: Problem, upper: Nest, lower: Nest, batches: Batches, state: State
     ) -> Step:
         here = problem.prepared(upper, batches)
         lower, after, _ = self.inner.solve(here, lower, state)
@@ -96,8 +99,8 @@ class StocBiO(Method):
             adjoint,
             self.rate,
             first=self.inner.steps,
-            count=self.max_steps,
-            most=self.max_steps,
+            count=self.terms,
+            most=self.terms,
             stride=1 if self.factors == "fresh" else 0,
         )
         solution = structure.scale(-self.rate, total)

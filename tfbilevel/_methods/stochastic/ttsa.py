@@ -1,12 +1,13 @@
 """The two-timescale single loop."""
 
 import dataclasses
-from typing import Any
+import functools
 
 import keras
 import tensorflow as tf
 
 from tfbilevel._calculus import structure
+from tfbilevel._calculus.aliases import Nest, State
 from tfbilevel._core.arguments import not_negative, require_count, require_number
 from tfbilevel._core.batches import Batches
 from tfbilevel._core.method import Method, Step
@@ -68,8 +69,7 @@ class TTSA(Method):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        rule = UpdateRule(self.lower_optimizer, "lower_optimizer")
-        object.__setattr__(self, "rule", rule)
+        _ = self.rule  # or an error
         require_series(self.max_steps, self.rate)
         require_count(self.seed, "seed", least=0)
         for name in ("lower_power", "upper_power"):
@@ -81,6 +81,11 @@ class TTSA(Method):
                 f"ones are 0.4 and 0.6. Received: lower_power={self.lower_power}, "
                 f"upper_power={self.upper_power}"
             )
+
+    @functools.cached_property
+    def rule(self) -> UpdateRule:
+        """The update of `lower_optimizer`."""
+        return UpdateRule(self.lower_optimizer, "lower_optimizer")
 
     @property
     def draws(self) -> int:
@@ -96,12 +101,12 @@ class TTSA(Method):
         # All have a series of one random length.
         return True
 
-    def init(self, problem: Problem, upper: Any, lower: Any) -> Any:
+    def init(self, problem: Problem, upper: Nest, lower: Nest) -> State:
         del problem, upper
         return {"step": tf.constant(0, tf.int64), "optimizer": self.rule.init(lower)}
 
     def step(
-        self, problem: Problem, upper: Any, lower: Any, batches: Batches, state: Any
+        self, problem: Problem, upper: Nest, lower: Nest, batches: Batches, state: State
     ) -> Step:
         here = problem.prepared(upper, batches)
         count = tf.cast(state["step"] + 1, tf.float64)
