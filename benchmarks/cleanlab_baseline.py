@@ -1,16 +1,16 @@
-"""cleanlab 2 as a baseline for finding wrong labels.
+"""cleanlab 2 as a baseline for detecting wrong labels.
 
     .venv-bench/bin/python benchmarks/cleanlab_baseline.py predictions.npz
     .venv-bench/bin/python benchmarks/cleanlab_baseline.py predictions.npz \\
         --out kept.npz
 
 The file has three arrays: `labels` (n given labels, some wrong), `probabilities`
-(n x classes, from a model that has not seen these labels) and `clean` (n, 1 where
-the label was left alone). Prints one JSON line with precision, recall and F1 in percent
-and the seconds cleanlab took. A label counts as kept if cleanlab's default settings do
-not flag it; the positive class is clean, as for the published F1. `--out` writes
-what is kept: `experiments/data_hyper_cleaning.py --method kept+val --kept kept.npz`
-trains on it.
+(n x classes, from a model that was not trained on these labels) and `clean` (n, 1 if
+the label is the original one). Prints one JSON line with precision, recall and F1 in
+percent and the seconds that cleanlab took. A label counts as kept if cleanlab, with
+default settings, does not flag it. The positive class is clean, as for the published
+F1. `--out` writes the kept labels, on which
+`experiments/data_hyper_cleaning.py --method kept+val --kept kept.npz` trains.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from data_prep import label_noise  # noqa: E402
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("file", type=pathlib.Path)
-    parser.add_argument("--out", type=pathlib.Path, help="an .npz: labels and kept")
+    parser.add_argument("--out", type=pathlib.Path, help=".npz with labels and kept")
     arguments = parser.parse_args(argv)
     try:
         with np.load(arguments.file) as arrays:
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
 def find(
     labels: np.ndarray, probabilities: np.ndarray
 ) -> tuple[np.ndarray, float, str]:
-    """Which labels cleanlab keeps, after how many seconds, and its version."""
+    """The labels that cleanlab keeps, the seconds it took, and its version."""
     try:
         import cleanlab
         from cleanlab.filter import find_label_issues
@@ -66,7 +66,7 @@ def find(
             "error: cleanlab is not installed here. Run this with "
             ".venv-bench/bin/python, which `make bench-env` creates."
         ) from None
-    # A model's float32 rows sum to one only nearly; cleanlab wants probabilities.
+    # A model's float32 rows sum to one only approximately; cleanlab checks the sums.
     probabilities = probabilities / probabilities.sum(axis=1, keepdims=True)
     start = time.perf_counter()
     flagged = find_label_issues(labels=labels, pred_probs=probabilities)

@@ -2,10 +2,11 @@
 
     python benchmarks/compilation.py [--nets linear mlp cnn] [--ways auto off on]
 
-Each way is a process of its own, so that nothing compiled is shared. `first` is from
-the call of fit to the end of its first outer step, tracing and the trial of "auto"
-included; `step` is the median of the steps after it. Floor of a step: an `Unroll` of 5
-inner steps takes 6 gradients, and 5 vector-Jacobian products of about two gradients.
+Each way runs in a separate process, so that no compiled code is shared. `first` is the
+time from the call of fit to the end of its first outer step, including tracing and the
+trial of "auto"; `step` is the median of the later steps. Floor of a step: an `Unroll`
+of 5 inner steps takes 6 gradients, and 5 vector-Jacobian products that cost about two
+gradients each.
 """
 
 import argparse
@@ -42,7 +43,7 @@ def build(net: str) -> keras.Model:
 
 
 class Clock(keras.callbacks.Callback):
-    """When each outer step ended."""
+    """Records when each outer step ended."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,7 +83,7 @@ def measure(net: str, way: str, examples: int, steps: int) -> dict[str, float | 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Time of ways of compilation.")
+    parser = argparse.ArgumentParser(description="Times the ways of compilation.")
     parser.add_argument("--nets", nargs="+", choices=NETS, default=list(NETS))
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     parser.add_argument("--examples", type=int, default=400)

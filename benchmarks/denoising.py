@@ -1,23 +1,23 @@
-"""One update of the penalty method against one of ApproxGrad, on the MNIST network.
+"""One update of the penalty method and of ApproxGrad on the MNIST network.
 
     python benchmarks/denoising.py --out runs/bench-denoising
 
 All make T = 20 steps of the network's weights (1,389,578) on batches of 200 + 200
-images, in this process and in turns; ApproxGrad 20 more on its linear system. It runs
-twice: as the library does it, and as the published script does (`as-published`), whose
-steps are calls of their own: each step of the solver makes both gradients again, where
-the library's have one pass for all. Its hypergradient is compared with the library's.
-The floor counts the multiplications of convolutions and dense layers alone, in units of
-one forward pass over a batch:
+images; ApproxGrad makes 20 more on its linear system. They run alternately in one
+process. ApproxGrad runs in two versions: the library's, and that of the published
+script (`as-published`), in which each step is a separate call and each solver step
+computes both gradients again, while the library's solver steps share one pass. Its
+hypergradient is compared with the library's. The floor counts the multiplications of
+convolutions and dense layers only, in units of one forward pass over a batch:
 
     gradient of a loss            3     forward, weight gradients, input gradients
-    Hessian-vector product        6     where the gradient's forward pass is at hand
+    Hessian-vector product        6     if the gradient's forward pass is available
     penalty, inner step          12     gradients of f and g, one product
     ApproxGrad, inner step        3     gradient of g
     ApproxGrad, solver step      12     two products: the residual and its gradient
       as published               18     and the gradients of f and g
 
-and divides them by the rate of a large matrix product, measured beside it.
+and divides them by the rate of a large matrix product, measured in the same run.
 """
 
 import argparse
@@ -50,7 +50,7 @@ LAYERS = {  # forward multiplications and additions of one image
     "convolution 2": 2 * 8 * 8 * 128 * 25 * 64,
     "dense": 2 * (2048 * 512 + 512 * 256 + 256 * 10),
 }
-# No layer is below the first: it has no input gradient.
+# The first layer has no input gradient.
 FIRST = LAYERS["convolution 1"]
 FORWARD = sum(LAYERS.values())
 GRADIENT = 3 * FORWARD - FIRST
@@ -69,7 +69,7 @@ def floor(method: str, steps: int, solver_steps: int) -> float:
 
 
 def build(method: str, steps: int) -> tuple[Any, tuple]:
-    """The model, and the arguments of one step."""
+    """The model and the arguments of one step."""
     flags = ["--out", "x", "--dataset", "mnist", "--method", method]
     flags += ["--train-size", "1000", "--inner-steps", str(steps)]
     args = data_denoising.parse_args(flags)
@@ -100,7 +100,7 @@ def compiled(model: Any, xla: bool) -> Callable:
 
 
 def as_published(model: Any, xla: bool) -> Callable:
-    """One update of ApproxGrad in 41 calls, each of plain automatic differentiation."""
+    """One update of ApproxGrad in 41 calls with plain automatic differentiation."""
     problem, inner, solver = model.problem, model.method.inner, model.method.solver
 
     @tf.function(autograph=False, jit_compile=xla)
@@ -160,7 +160,7 @@ def products(loss: Callable, x: list, y: list, batch: tuple) -> Callable:
 
 
 def seconds_of(step: Callable, arguments: tuple) -> tuple[float, np.ndarray]:
-    """Seconds, and the hypergradient."""
+    """The seconds, and the hypergradient."""
     begun = time.perf_counter()
     made = step(*arguments)
     found = (made.upper_gradient if isinstance(made, tb.Step) else made)[0].numpy()
@@ -196,7 +196,7 @@ def main(argv: list[str] | None = None) -> dict:
         "as-published": (as_published(approxgrad, args.xla), arguments),
     }
     found: dict[str, Any] = {"matrix_gflops": rate / 1e9, "xla": args.xla}
-    _, ours = seconds_of(*contestants["approxgrad"])  # these trace
+    _, ours = seconds_of(*contestants["approxgrad"])  # the first calls trace
     _, published = seconds_of(*contestants["as-published"])
     error = np.linalg.norm(published - ours) / np.linalg.norm(ours)
     found["as-published_difference"] = float(error)

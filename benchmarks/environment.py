@@ -1,9 +1,9 @@
-"""Create `.venv-bench`, the environment of the benchmarks' peers.
+"""Creates `.venv-bench`, the environment of the benchmarks' peers.
 
     python3 benchmarks/environment.py
 
-The peers live apart from the library: they bring their own array packages and
-versions. Running this again installs only what is missing.
+The peers are installed apart from the library, because they need other versions of
+array packages. Running this again installs only what is missing.
 """
 
 import json
@@ -17,10 +17,10 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 ENVIRONMENT = ROOT / ".venv-bench"
 PYTHON = ENVIRONMENT / ("Scripts" if os.name == "nt" else "bin") / "python"
 
-# Pinned: the CPU wheel of PyTorch; anything newer may pull GPU packages.
+# Pinned to a CPU wheel of PyTorch; newer versions may install GPU packages.
 TORCH = "torch==2.13.0"
 PEERS = ("higher==0.2.1", "jax", "cleanlab>=2", "scikit-learn", "numpy")
-# Alone: its unused dependency torchvision would bring another PyTorch.
+# Installed without dependencies: its unused torchvision would replace PyTorch.
 HYPERGRAD = "hypergrad==0.0.1"
 IMPORTED = ("torch", "higher", "jax", "cleanlab", "sklearn", "hypergrad")
 
@@ -29,14 +29,14 @@ def main() -> int:
     if not PYTHON.exists():
         print(f"creating {ENVIRONMENT}", flush=True)
         venv.EnvBuilder(with_pip=True).create(ENVIRONMENT)
-    # PyTorch first and alone, so that no peer can ask for another build of it.
+    # PyTorch is installed first, so that no peer can request another build of it.
     for requirements in ((TORCH,), (TORCH, *PEERS), ("--no-deps", HYPERGRAD)):
         print("installing", " ".join(requirements), flush=True)
         command = [PYTHON, "-m", "pip", "install", "--quiet", *requirements]
         if subprocess.run(command).returncode != 0:
             print(
-                f"error: pip could not install {' '.join(requirements)}; its message "
-                "stands above. Check the package index, then run this again.",
+                f"error: pip could not install {' '.join(requirements)}; see its "
+                "message above. Check the package index, then run this again.",
                 file=sys.stderr,
             )
             return 1

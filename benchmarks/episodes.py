@@ -1,8 +1,8 @@
-"""Few-shot tasks per second from the pipeline, against what training needs.
+"""Few-shot tasks per second from the pipeline, compared with what training needs.
 
     python benchmarks/episodes.py --out runs/bench-episodes
 
-Draws meta-batches of glyphs (turned, as `few_shot.py` does) as fast as they come, then
+Samples meta-batches of glyphs (rotated, as in `few_shot.py`) as fast as possible, then
 times the training step of ANIL on one fixed meta-batch, in the same process.
 """
 

@@ -1,11 +1,11 @@
-"""Meta-iterations per second of MAML and ANIL against torch.func and higher.
+"""Meta-iterations per second of MAML and ANIL, compared with torch.func and higher.
 
     python benchmarks/few_shot.py --out runs/bench-few-shot
 
 A four-block network of 64 filters on 28 x 28 images, 16 tasks, 5-way 1-shot with 15
-query images of a class, 5 inner steps. The peers run in `.venv-bench` (`make
-bench-env`). Contestants are processes of their own that take turns, as in
-hyper_cleaning.py; `error` is that of the first meta-gradient against float64.
+query images per class, 5 inner steps. The peers run in `.venv-bench` (`make
+bench-env`). Contestants run alternately in separate processes, as in hyper_cleaning.py.
+`error` is that of the first meta-gradient, compared with float64.
 """
 
 import argparse
@@ -43,10 +43,10 @@ def forward_operations() -> int:
 
 
 def floor(method: str, instance: few_shot_protocol.Instance) -> float:
-    """Operations of convolutions in one meta-iteration that cannot be done without.
+    """The least operations of convolutions in one meta-iteration.
 
-    A gradient is three forward passes, a second-order product six beside a gradient's
-    own (the inputs of the first layer have no gradient: left out of the count).
+    A gradient takes three forward passes, and a second-order product six more. (The
+    first layer's input has no gradient, so it is not counted.)
     """
     support, query = (
         instance.support[..., 0, 0, 0].size,
@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=2.0, help="per measurement")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--xla", action="store_true", help="XLA too: it compiles long")
+    parser.add_argument("--xla", action="store_true", help="XLA too (compiles slowly)")
     args = parser.parse_args(argv)
     if args.rounds < 1:
         parser.error(f"--rounds must be at least 1, got {args.rounds}")

@@ -1,11 +1,11 @@
-"""Speed, memory and hypergradient error on data hyper-cleaning, against peers.
+"""Speed, memory and hypergradient error on data hyper-cleaning, compared with peers.
 
     python benchmarks/hyper_cleaning.py --out runs/bench
 
 Run it in the library's environment. The peers run in `.venv-bench`, which
-`make bench-env` creates; without it they are left out. Every contestant is a process
-of its own and only one computes at a time. They take turns, so that whatever else the
-machine does hits all of them alike. See README.md beside this file.
+`make bench-env` creates; without it they are left out. Every contestant runs in a
+separate process, and only one computes at a time. They alternate, so that load spikes
+of the machine affect all of them. See README.md in this folder.
 """
 
 import argparse
@@ -35,7 +35,7 @@ import reference  # noqa: E402
 
 
 class Contestant(NamedTuple):
-    """How one implementation is called in the tables, and how it is started."""
+    """An implementation: its name in the tables, and how it is started."""
 
     name: str
     family: str
@@ -82,7 +82,7 @@ CONTESTANTS_IN_ORDER = (
     ),
 )
 
-# Families in the summary, and their columns.
+# Families of peers in the summary, with the titles of their columns.
 COMPARED = {
     "bare": "tf.function",
     "torch": "PyTorch as published",
@@ -147,10 +147,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/bench"))
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--rows", type=int, default=5000, help="images per level")
-    parser.add_argument("--inner-steps", type=int, default=50, help="of RHG")
+    parser.add_argument("--inner-steps", type=int, default=50, help="RHG's inner steps")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
-        "--seconds", type=float, default=0.5, help="least time of one measurement"
+        "--seconds", type=float, default=0.5, help="shortest time of one measurement"
     )
     parser.add_argument(
         "--nets", nargs="+", choices=protocol.NETS, default=protocol.NETS
@@ -236,7 +236,7 @@ def worker_environment(threads: int) -> dict[str, str]:
 
 
 def pinned(threads: int) -> Any:
-    """Runs in the child: every library then sees just as many cores."""
+    """Runs in the child process: every library then sees this number of cores."""
     cores = sorted(os.sched_getaffinity(0))[:threads]
     return lambda: os.sched_setaffinity(0, cores)
 
@@ -248,7 +248,7 @@ def measure(
     entrants: list[Contestant],
     exact: np.ndarray,
 ) -> dict[str, Any]:
-    """Rounds in which every contestant is timed once, one after the other."""
+    """Runs rounds in which every contestant is timed once, one after the other."""
     units = arguments.inner_steps if method == "rhg" else 1
     workers: list[Worker] = []
     try:
@@ -267,7 +267,7 @@ def measure(
         busy = Busy(workers)
         for _ in range(arguments.rounds):
             for worker in workers:
-                # Threads of the one before may still spin for their next task.
+                # Threads of the previous contestant may still wait in a spin loop.
                 time.sleep(0.05)
                 count = counts[worker.contestant.name]
                 answer = worker.ask(f"run {count}")
@@ -303,7 +303,7 @@ def measure(
 
 
 class Busy:
-    """How much of the machine went to processes that are not this benchmark's."""
+    """The share of the machine that other processes use during the benchmark."""
 
     def __init__(self, workers: list[Worker]):
         self.pids = [worker.process.pid for worker in workers] + [os.getpid()]
@@ -336,7 +336,7 @@ def fastest(results: list[dict], *families: str) -> dict | None:
 
 
 def ratios(results: list[dict]) -> dict[str, dict[str, Any]]:
-    """How many times as long as the library's faster variant each peer takes."""
+    """Each peer's time divided by that of the library's faster variant."""
     ours = fastest(results, "library")
     found: dict[str, dict[str, Any]] = {}
     for family in COMPARED:

@@ -2,9 +2,9 @@
 
     python benchmarks/memory.py --out runs/bench
 
-Each case is a process of its own. Its memory is the most it ever had less what it had
-with TensorFlow and the data loaded. `tape` at 200 steps of 5,000 images needs about
-8 GB; leave it out with `--cases` where that is too much.
+Each case runs in a separate process. Its memory is the peak, minus the memory after
+TensorFlow and the data were loaded. `tape` at 200 steps of 5,000 images needs about
+8 GB; leave it out with `--cases` if that is too much.
 """
 
 import argparse
@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
             failed.append(name)
             continue
         results[name] = json.loads(done.stdout)
-        # After each case: the next one may end with the machine's memory.
+        # Written after each case, because the next one may run out of memory.
         (arguments.out / "memory.json").write_text(json.dumps(results, indent=2) + "\n")
         (arguments.out / "memory.md").write_text(table(results))
     if results:
@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def measure(case: Case, threads: int) -> dict:
-    """One hypergradient, in this process."""
+    """Compute one hypergradient in this process."""
     import library
     import tensorflow as tf
 
@@ -95,7 +95,7 @@ def measure(case: Case, threads: int) -> dict:
     batches = library.make_batches("rhg", instance)
     x = tf.constant(instance.upper)
     y = [tf.constant(leaf) for leaf in instance.lower]
-    # One product starts the thread pools, which are not the method's.
+    # One product starts the thread pools, whose memory does not belong to the method.
     tf.matmul(tf.ones([256, 256]), tf.ones([256, 256])).numpy()
     baseline = protocol.resident()
 

@@ -1,9 +1,9 @@
-"""Meta-gradients of MAML, FOMAML and ANIL by PyTorch and `higher`, for the tests.
+"""Meta-gradients of MAML, FOMAML and ANIL from PyTorch and `higher`, for the tests.
 
     .venv-bench/bin/python benchmarks/meta_gradients.py tests/data/meta_gradients.json
 
-Float64, three tasks of 6 x 6 images, a convolution of three filters and a linear head,
-two inner steps. The inputs are written beside the gradients.
+Float64, three tasks of 6 x 6 images, a convolution with three filters and a linear
+head, two inner steps. The inputs are stored with the gradients.
 """
 
 import json
@@ -44,7 +44,7 @@ class Network(torch.nn.Module):
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
         made = torch.tanh(F.conv2d(images, self.kernel, self.bias))
-        # TensorFlow's order of entries: channels last.
+        # TensorFlow's order of entries has the channels last.
         return made.permute(0, 2, 3, 1).flatten(1)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -83,7 +83,7 @@ def meta_gradient(method: str, arrays: dict[str, np.ndarray]) -> dict[str, list]
                 inner.step(F.cross_entropy(patched(support), labels))
             loss = F.cross_entropy(patched(query), labels) / TASKS
             if method == "fomaml":
-                # The gradient at the adapted weights is the start's.
+                # First order: the gradient at the adapted weights is used at the start.
                 made = torch.autograd.grad(loss, list(patched.parameters()))
                 for parameter, gradient in zip(part.parameters(), made, strict=True):
                     before = 0 if parameter.grad is None else parameter.grad

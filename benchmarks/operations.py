@@ -1,8 +1,8 @@
-"""The matrix products that each method cannot do without, and how long they take.
+"""The matrix products that each method needs at least, and how long they take.
 
-A pass is one product with all the images that a loss reads: forward, weight gradient,
-or a directional derivative. Hidden layers add `small` products between hidden and
-output units.
+A pass is one product with all the images that a loss reads, for the forward pass, a
+weight gradient or a directional derivative. Hidden layers add `small` products between
+hidden and output units.
 """
 
 import protocol
@@ -12,26 +12,26 @@ HIDDEN, CLASSES, INPUTS = 300, 10, 784
 # Each: (passes over the images, small products).
 LOSS = (1, 1)
 GRADIENT = (2, 3)
-POINT = (1, 2)  # what second-order products at one point share: layers and errors
+POINT = (1, 2)  # shared by second-order products at one point: layers and errors
 HESSIAN = (2, 6)  # g_yy v at such a point; its first half gives g_xy v
-MIXED = (1, 2)  # g_xy v alone
+MIXED = (1, 2)  # only g_xy v
 
 SOLVER_STEPS, FACTORS = protocol.SOLVER_STEPS, protocol.FACTORS
 
 # Each: (times, products).
 PER_STEP = {
-    # z: step and loss; y: validation and training.
+    # z: step and loss; y: gradients on validation and training data.
     "v-pbgd": [(3, GRADIENT), (1, LOSS)],
-    # y: validation and training; the gradient of the norm.
+    # y: gradients on validation and training data; the gradient of the norm.
     "g-pbgd": [(2, GRADIENT), (1, HESSIAN)],
-    # Step; reverse from stored iterates.
+    # A step; the reverse sweep from stored iterates.
     "rhg": [(1, GRADIENT), (1, POINT), (1, HESSIAN)],
-    # Step and f_y; a product per solver step. The solution is a sum of directions, and
-    # its g_xy v the sum of theirs.
+    # A step and f_y; one product per solver step. The solution is a sum of directions,
+    # so its g_xy v is the sum of theirs.
     "aid-cg": [(2, GRADIENT), (1, POINT), (SOLVER_STEPS, HESSIAN)],
     # Likewise; the first solver step multiplies v = 0.
     "aid-fp": [(2, GRADIENT), (1, POINT), (SOLVER_STEPS - 1, HESSIAN), (1, MIXED)],
-    # Steps and f_y, the factors, the mixed product: all on other minibatches.
+    # Steps and f_y, the factors, the mixed product, all on different minibatches.
     "stocbio": [
         (protocol.STOCHASTIC_STEPS + 1, GRADIENT),
         (FACTORS, POINT),
@@ -62,7 +62,7 @@ def count(net: str, method: str, rows: int) -> dict[str, float]:
 
 
 def images_read(method: str, rows: int) -> int:
-    """How many images one evaluation of a loss reads."""
+    """The number of images that one evaluation of a loss reads."""
     return min(protocol.BATCH_SIZE, rows) if method == "stocbio" else rows
 
 

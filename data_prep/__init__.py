@@ -1,1 +1,1 @@
-"""Tools that turn a published dataset's files into what the experiments read."""
+"""Tools that convert published data files to the format that the experiments read."""

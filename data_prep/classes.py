@@ -1,4 +1,4 @@
-"""Images of many classes, for few-shot tasks: what every such data set becomes."""
+"""Images of many classes, for few-shot tasks: the common format of such data sets."""
 
 import argparse
 import os
@@ -16,7 +16,7 @@ SPLITS = ("train", "validation", "test")
 
 
 class Classes(NamedTuple):
-    """Images class after class.
+    """Images, ordered by class.
 
     Attributes:
         images: uint8 [n, height, width, channels].
@@ -42,7 +42,7 @@ def grouped(
 
     Args:
         images: uint8 [n, height, width, channels].
-        labels: integers [n]; those that occur become classes, in ascending order.
+        labels: integers [n]; each one that occurs becomes a class, in ascending order.
         names: label -> name; `None`: the numbers.
 
     Raises:
@@ -53,7 +53,7 @@ def grouped(
             f"there must be a label for every image, got {len(labels)} for "
             f"{len(images)} images"
         )
-    if (labels[1:] < labels[:-1]).any():  # else they stay where they are
+    if (labels[1:] < labels[:-1]).any():  # no copy if they are sorted already
         images = images[np.argsort(labels, kind="stable")]
     present, counts = np.unique(labels, return_counts=True)
     chosen = [str(label if names is None else names[int(label)]) for label in present]
@@ -79,7 +79,7 @@ def joined(parts: Sequence[Classes]) -> Classes:
 
 
 def with_rotations(classes: Classes) -> Classes:
-    """Four classes of each: its images turned by 0, 90, 180 and 270 degrees."""
+    """Four classes for each one: its images rotated by 0, 90, 180 and 270 degrees."""
     turned = []
     for turn in range(4):
         names = tuple(f"{name}, {90 * turn} degrees" for name in classes.names)
@@ -107,25 +107,25 @@ def require_apart(splits: dict[str, Classes]) -> dict[str, Classes]:
 def warn_unless_published(
     splits: dict[str, Classes], published: Mapping[str, int], name: str
 ) -> None:
-    """A warning where splits have other numbers of classes than the published ones."""
+    """Warn if the splits have other numbers of classes than the published ones."""
     found = [len(splits[split].names) for split in SPLITS]
     wanted = [published[split] for split in SPLITS]
     if found != wanted:
         warnings.warn(
             f"{name} has {wanted} classes for {', '.join(SPLITS)}, these "
             f"files {found}: "
-            "results will not compare with published ones",
+            "results will not be comparable with published ones",
             stacklevel=3,
         )
 
 
 def save(path: pathlib.Path, splits: dict[str, Classes], source: str) -> None:
-    """Write all splits to one .npz, whole or not at all.
+    """Write all splits to one .npz file, atomically.
 
     Args:
         path: the file.
         splits: classes of "train", "validation" and "test".
-        source: name of the data set, which `load` asks for.
+        source: name of the data set, which `load` checks.
     """
     arrays: dict[str, Any] = {"source": np.array(source)}
     for split, classes in require_apart(splits).items():
@@ -146,7 +146,7 @@ def load(path: pathlib.Path, source: str) -> dict[str, Classes]:
 
     Raises:
         FileNotFoundError: if the file is not there.
-        ValueError: if it is another file or of another data set, or a class is in two
+        ValueError: if it is a different file or data set, or a class is in two
             splits.
     """
     if not path.exists():
@@ -177,21 +177,21 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    made.add_argument("--data-dir", type=pathlib.Path, help="folder of its files")
-    made.add_argument("--out", type=pathlib.Path, required=True, help="an .npz")
+    made.add_argument("--data-dir", type=pathlib.Path, help="folder of the data files")
+    made.add_argument("--out", type=pathlib.Path, required=True, help=".npz to write")
     return made
 
 
 def prepare(
     script: str, out: pathlib.Path, source: str, read: Callable[[], dict[str, Classes]]
 ) -> dict[str, int]:
-    """What such a command does: check, write, say how many classes there are.
+    """Run such a command: check the input, write, and print the numbers of classes.
 
     Args:
         script: the command's `__file__`.
         out: the file to write.
         source: name of the data set.
-        read: () -> the splits.
+        read: function that reads the splits.
 
     Returns:
         split -> number of classes.

@@ -1,4 +1,4 @@
-"""What command lines of tools and scripts share: argument types, one-line errors."""
+"""Shared by the command lines of tools and scripts: types, one-line errors."""
 
 import argparse
 import contextlib
@@ -11,7 +11,7 @@ from typing import Any
 
 @contextlib.contextmanager
 def one_line_errors(script: str) -> Iterator[None]:
-    """What goes wrong before any work is done: one line, exit status 2.
+    """Print errors in the preparation as one line, and exit with status 2.
 
     Args:
         script: the script's `__file__`.
@@ -24,7 +24,7 @@ def one_line_errors(script: str) -> Iterator[None]:
 
 
 def positive(kind: type) -> Callable[[str], Any]:
-    """An argparse type: a finite number of this kind, above zero."""
+    """An argparse type for finite numbers above zero."""
 
     def parse(text: str) -> Any:
         value = kind(text)
@@ -37,8 +37,8 @@ def positive(kind: type) -> Callable[[str], Any]:
 
 
 def seed(text: str) -> int:
-    """An argparse type: a seed that NumPy, TensorFlow and Keras all take, and the next
-    ones after it too (`--trials`)."""
+    """An argparse type for seeds that NumPy, TensorFlow and Keras accept; so must be
+    the seeds of further trials (`--trials`), which follow it."""
     value = int(text)
     if not 0 <= value < 2**31:
         raise argparse.ArgumentTypeError(f"must be from 0 to 2^31 - 1, got {text}")

@@ -1,12 +1,13 @@
-"""Images of the dogfish bundle (or any of its layout) to features of a frozen network.
+"""Computes features of the dogfish images (or similar ones) with a frozen network.
 
     python data_prep/dogfish_features.py --data dogfish.npz --out dogfish_features.h5
 
-The bundle is CodaLab's dataset_dog-fish_train-900_test-300.npz. It holds `X_train` and
-`X_test`, images [n, height, width, channels] in [-1, 1], and `Y_train` and `Y_test`,
-their classes. The features are those of Inception-v3 without its top, averaged over the
-image: 2,048 numbers. Images are read a batch at a time, so the bundle's gigabytes need
-not fit into memory; a killed run goes on when it is started again.
+The bundle is CodaLab's dataset_dog-fish_train-900_test-300.npz. It contains `X_train`
+and `X_test`, images [n, height, width, channels] in [-1, 1], and `Y_train` and
+`Y_test`, their classes. The features are the 2,048 outputs of Inception-v3 without its
+top layer, averaged over the image. Images are read batch by batch, so the bundle
+(several gigabytes) need not fit into memory. A killed run continues when it is started
+again.
 """
 
 import argparse
@@ -34,7 +35,7 @@ PARTS = ("train", "test")
 
 
 class Header(NamedTuple):
-    """What an array of an .npz file is, known before it is read."""
+    """The shape and type of an array in an .npz file, known before it is read."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -44,8 +45,8 @@ class Bundle:
     """An .npz file of images, read a few at a time.
 
     Raises:
-        FileNotFoundError: if it is not there.
-        ValueError: if it is cut short, or does not hold the four arrays.
+        FileNotFoundError: if the file does not exist.
+        ValueError: if it is truncated, or does not hold the four arrays.
     """
 
     def __init__(self, path: pathlib.Path):
@@ -78,7 +79,7 @@ class Bundle:
                 )
 
     def checksums(self) -> list[int]:
-        """Of all arrays, from the archive's directory."""
+        """The checksums of all arrays, from the archive's directory."""
         with zipfile.ZipFile(self.path) as archive:
             return [archive.getinfo(f"{axis}_{part}.npy").CRC
                     for part in PARTS for axis in "XY"]  # fmt: skip
@@ -92,8 +93,8 @@ class Bundle:
         return np.concatenate(list(self.pieces(name, [slice(0, None)])))
 
     def pieces(self, name: str, slices: Any) -> Iterator[np.ndarray]:
-        """The entries of slices that follow one another; what lies before the first
-        is read and dropped."""
+        """The entries of consecutive slices; entries before the first slice are read
+        and dropped."""
         with self._open(name) as file:
             header = self._read_header(file, name)
             each = int(np.prod(header.shape[1:])) * header.dtype.itemsize
@@ -121,7 +122,7 @@ class Bundle:
     def _one_error(self, name: str) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # noqa: BLE001  (whatever zip, zlib and NumPy find)
+        except Exception as error:  # noqa: BLE001  (zip, zlib and NumPy raise many)
             raise ValueError(
                 f"{name} of {self.path} is damaged ({error}). Download it again"
             ) from None
@@ -151,10 +152,10 @@ def build_extractor(
 ) -> keras.Model:
     """Inception-v3 as published, or a saved Keras model, from images to vectors.
 
-    `seed` is of the random weights that "none" means: the same ones in every call.
+    `seed` is used for the random weights of "none", which are the same in every call.
 
     Raises:
-        ValueError: if a saved model is not of that kind.
+        ValueError: if a saved model does not map images to vectors.
     """
     if model is None:
         if weights == "none":
@@ -167,10 +168,10 @@ def build_extractor(
                 pooling="avg",
                 input_shape=(299, 299, 3),
             )
-        except Exception as error:  # noqa: BLE001  (a bare one where Keras is offline)
+        except Exception as error:  # noqa: BLE001  (Keras raises one when offline)
             raise OSError(
-                f"Inception-v3 cannot be had with --weights {weights} ({error}). Name "
-                "a file of its weights, or none"
+                f"Inception-v3 is not available with --weights {weights} ({error}). "
+                "Pass a file with its weights, or none"
             ) from None
     if not model.exists():
         raise FileNotFoundError(f"--model {model} does not exist")
@@ -180,7 +181,7 @@ def build_extractor(
 
 
 def require_extractor(extractor: Any) -> None:
-    """Raise unless the model turns images into vectors."""
+    """Raise unless the model maps images to vectors."""
     shapes = (
         getattr(extractor, "input_shape", ()),
         getattr(extractor, "output_shape", ()),
@@ -193,7 +194,7 @@ def require_extractor(extractor: Any) -> None:
 
 
 def require_images(images: Header, extractor: keras.Model, path: pathlib.Path) -> None:
-    """Raise unless the images have the size that the extractor takes."""
+    """Raise unless the images have the input size of the model."""
     wanted = tuple(extractor.input_shape[1:])
     fits = zip(wanted, images.shape[1:], strict=True)
     if any(want is not None and want != got for want, got in fits):
@@ -204,7 +205,7 @@ def require_images(images: Header, extractor: keras.Model, path: pathlib.Path) -
 
 
 def in_range(images: np.ndarray, low: float, high: float) -> np.ndarray:
-    """The images as float32, or an error where they leave [low, high]."""
+    """The images as float32; raises if they leave [low, high]."""
     least, most = float(images.min()), float(images.max())
     slack = 1e-3 * (high - low)
     if not (low - slack <= least and most <= high + slack):
@@ -226,7 +227,7 @@ def prepare(
     limits: tuple[float, float] = (-1.0, 1.0),
     seed: int = 0,
 ) -> dict[str, tuple[int, ...]]:
-    """Write the features of both parts; their shapes."""
+    """Write the features of both parts; returns their shapes."""
     bundle = Bundle(data)
     extractor = build_extractor(weights, model, seed)
     for part in PARTS:
@@ -268,12 +269,12 @@ def prepare(
 
 
 def _checksum(path: pathlib.Path) -> int | None:
-    """Of a file of weights or of a model; `None`: there is none by that name."""
+    """The checksum of a file of weights or a model; `None` if it is not a file."""
     return zlib.crc32(path.read_bytes()) if path.is_file() else None
 
 
 class Features(NamedTuple):
-    """Features [n, width] float32 and classes [n] of one part."""
+    """Features [n, width], float32, and classes [n] of one part."""
 
     features: np.ndarray
     labels: np.ndarray
@@ -300,7 +301,7 @@ class Pictures(NamedTuple):
 
 
 def load_pictures(data: pathlib.Path, features: pathlib.Path) -> dict[str, Pictures]:
-    """Both parts of an .npz of images, with the features that were made of them."""
+    """Both parts of an .npz file of images, with the features computed from them."""
     bundle, pictures = Bundle(data), {}
     for part, made in load(features).items():
         pixels = bundle.array(f"X_{part}").astype(np.float32)
@@ -332,6 +333,7 @@ def write_bundle(
     path: pathlib.Path, parts: Mapping[str, tuple[np.ndarray, np.ndarray]]
 ) -> None:
     """Images and classes of both parts as an .npz of the published layout."""
+    """Write images and classes of both parts as an .npz in the published layout."""
     arrays = {}
     for part, (pixels, labels) in parts.items():
         arrays[f"X_{part}"], arrays[f"Y_{part}"] = pixels, labels
@@ -345,17 +347,17 @@ def main(argv: list[str] | None = None) -> dict[str, tuple[int, ...]]:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--data", type=pathlib.Path, required=True, help=".npz of images")
-    add("--out", type=pathlib.Path, required=True, help=".h5 of features")
+    add("--data", type=pathlib.Path, required=True, help=".npz file of images")
+    add("--out", type=pathlib.Path, required=True, help=".h5 file for the features")
     add(
         "--weights",
         default="imagenet",
-        help="of Inception-v3: imagenet (downloaded), a file, or none (random)",
+        help="Inception-v3's weights: imagenet (downloaded), a file, or none (random)",
     )
     add("--model", type=pathlib.Path, help="another feature model, saved by Keras")
     add("--batch", type=positive(int), default=100)
-    add("--range", type=float, nargs=2, default=(-1.0, 1.0), help="of the pixels")
-    add("--seed", type=seed, default=0, help="of random weights")
+    add("--range", type=float, nargs=2, default=(-1.0, 1.0), help="range of the pixels")
+    add("--seed", type=seed, default=0, help="seed of the random weights")
     args = parser.parse_args(argv)
     with one_line_errors(__file__):
         shapes = prepare(

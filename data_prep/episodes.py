@@ -1,4 +1,4 @@
-"""Few-shot tasks drawn from classes, as a tf.data pipeline of meta-batches."""
+"""Few-shot tasks sampled from classes, as a tf.data pipeline of meta-batches."""
 
 import numpy as np
 import tensorflow as tf
@@ -16,24 +16,25 @@ def episodes(
     seed: int,
     first: int = 0,
 ) -> tf.data.Dataset:
-    """Meta-batches without end, from the `first` one on.
+    """An endless dataset of meta-batches, starting with the `first` one.
 
-    A task is `ways` classes, labelled 0, ..., ways - 1 in the order drawn, and of each
-    `shots` images for the lower level (support) and `queries` others for the upper
-    (query). No class is in two tasks of a meta-batch as long as there are enough; then
-    the draw starts again. Meta-batch n depends on the arguments and n alone, so a
-    resumed run sees what the uninterrupted one would have.
+    A task consists of `ways` classes, labelled 0, ..., ways - 1 in the order sampled.
+    Each class has `shots` images for the lower level (support) and `queries` other
+    images for the upper level (query). Tasks of a meta-batch have no class in common
+    until the classes are used up; then all classes are used again. Meta-batch n depends
+    only on the arguments and n, so a resumed run gets the same ones as an uninterrupted
+    run.
 
     Args:
-        classes: where to draw from; images stay uint8 in memory.
+        classes: the classes to sample from; images stay uint8 in memory.
         ways, shots, queries, tasks: positive.
-        seed: of everything random.
+        seed: seed of all sampling.
         first: number of the first meta-batch.
 
     Returns:
         A dataset of `tb.Batches`: upper (query) and lower (support), each a pair of
-        images, float32 in [0, 1], [tasks, ways * n, height, width, channels], class
-        after class, and labels, int32 [tasks, ways * n].
+        images and labels. Images are float32 in [0, 1], [tasks, ways * n, height,
+        width, channels], ordered by class; labels are int32, [tasks, ways * n].
 
     Raises:
         ValueError: if there are too few classes, or too few images in one.
@@ -58,7 +59,7 @@ def episodes(
     images = tf.constant(classes.images)
     starts = tf.constant(classes.starts[:-1], tf.int32)
     counts = tf.constant(sizes, tf.int32)
-    # Tasks that share no class; after so many the classes are shuffled again.
+    # The number of tasks without a common class; then the classes are shuffled again.
     per_shuffle = len(sizes) // ways
     shuffles = -(-tasks // per_shuffle)
     labels = tf.repeat(tf.range(ways), [shots]), tf.repeat(tf.range(ways), [queries])
@@ -73,7 +74,7 @@ def episodes(
         ]
         chosen = [some[: per_shuffle * ways] for some in chosen]
         drawn = tf.concat(chosen, axis=0)[: tasks * ways]
-        # The largest of random numbers, one for every image of a drawn class.
+        # The images with the largest of random numbers, one per image of the classes.
         noise = tf.random.stateless_uniform([tasks * ways, int(sizes.max())], keys[-1])
         own = tf.range(int(sizes.max())) < tf.gather(counts, drawn)[:, None]
         _, places = tf.math.top_k(tf.where(own, noise, -1.0), shots + queries)

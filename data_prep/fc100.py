@@ -1,11 +1,11 @@
-"""FC100 and CIFAR-FS: two few-shot splits of CIFAR-100, by tensorflow-datasets.
+"""FC100 and CIFAR-FS: two few-shot splits of CIFAR-100, from tensorflow-datasets.
 
     python data_prep/fc100.py --data-dir FOLDER --out fc100.npz
 
-FC100 (Oreshkin et al. 2018) keeps whole super-classes together: 60, 20 and 20 classes.
+FC100 (Oreshkin et al. 2018) keeps super-classes together: 60, 20 and 20 classes.
 CIFAR-FS (Bertinetto et al. 2019) mixes them: 64, 16 and 20. Every class has 600 images,
-those of the training and of the test file. A folder with the published pickles,
-`FC100_{train,val,test}.pickle` or `CIFAR_FS_{train,val,test}.pickle`, is read as it is.
+from the training and the test file. A folder with the published pickles,
+`FC100_{train,val,test}.pickle` or `CIFAR_FS_{train,val,test}.pickle`, is accepted too.
 """
 
 import functools
@@ -55,8 +55,8 @@ def load(split: str, data_dir: pathlib.Path | None = None) -> dict[str, Classes]
     """The three splits of "fc100" or "cifar_fs", uint8 32 x 32 x 3.
 
     Raises:
-        FileNotFoundError: if CIFAR-100 is not prepared, or a pickle is not there.
-        ValueError: if a pickle is not of the split's.
+        FileNotFoundError: if CIFAR-100 is not prepared, or a pickle is missing.
+        ValueError: if a pickle does not belong to the split.
     """
     layout = layouts.splits(
         {"fc100": "FC100", "cifar_fs": "CIFAR_FS"}[split] + "_{}.pickle"
@@ -84,7 +84,7 @@ def load(split: str, data_dir: pathlib.Path | None = None) -> dict[str, Classes]
 
 
 def divide(classes: Classes, above: dict[str, str], split: str) -> dict[str, Classes]:
-    """The splits, from all classes and the super-class of each."""
+    """The splits, from all classes and the super-class of each class."""
     wanted = {"fc100": FC100, "cifar_fs": CIFAR_FS}[split]
     found: dict[str, list[int]] = {"train": [], "validation": [], "test": []}
     for number, name in enumerate(classes.names):

@@ -1,8 +1,8 @@
-"""Characters that nobody ever wrote: a few-shot data set that needs no files.
+"""Synthetic characters: a few-shot data set that needs no files.
 
-A class is a few strokes, each a quadratic curve, drawn by a seeded generator; its
-images are the strokes with their points jittered, turned and scaled a little, as
-different hands would draw them.
+A class is a few strokes, each a quadratic curve, sampled by a seeded generator. Its
+images are the same strokes with jittered points, slightly rotated and scaled, like
+drawings by different people.
 """
 
 import numpy as np
@@ -15,7 +15,7 @@ COUNTS = {"train": 160, "validation": 40, "test": 60}
 def load(
     images_per_class: int = 20, side: int = 28, seed: int = 0
 ) -> dict[str, Classes]:
-    """The three splits, uint8 [n, side, side, 1]; they depend on the arguments alone.
+    """The three splits, uint8 [n, side, side, 1], determined by the arguments.
 
     Raises:
         ValueError: if an argument is not positive.
@@ -44,7 +44,7 @@ def draw_class(number: int, count: int, side: int, seed: int) -> np.ndarray:
 
 
 def jittered(strokes: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """The strokes as another hand draws them."""
+    """The strokes as another person might draw them."""
     points = strokes + generator.normal(0, 0.025, strokes.shape)
     angle, scale = generator.normal(0, 0.12), generator.normal(1, 0.06)
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
@@ -52,13 +52,13 @@ def jittered(strokes: np.ndarray, generator: np.random.Generator) -> np.ndarray:
 
 
 def draw(strokes: np.ndarray, side: int) -> np.ndarray:
-    """Bright lines, about two pixels of 28 wide, on a dark ground: [side, side, 1]."""
+    """Bright lines on a dark ground, 2 of 28 pixels wide: [side, side, 1]."""
     t = np.linspace(0, 1, 40)[:, None]
     weights = np.concatenate([(1 - t) ** 2, 2 * t * (1 - t), t**2], axis=1)
     points = (weights @ strokes).reshape(-1, 2)
     centres = (np.arange(side) + 0.5) / side
     grid = np.stack(np.meshgrid(centres, centres, indexing="ij"), axis=-1)
-    # |g - p|^2 = |g|^2 - 2 g p + |p|^2: a product is ten times as fast as differences.
+    # |g - p|^2 = |g|^2 - 2 g p + |p|^2: ten times as fast as computing differences.
     nearest = ((points**2).sum(axis=1) - 2 * grid @ points.T).min(axis=-1)
     squares = np.maximum((grid**2).sum(axis=-1) + nearest, 0)
     ink = np.clip(1.5 - np.sqrt(squares) * 28, 0, 1)

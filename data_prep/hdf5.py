@@ -1,8 +1,8 @@
-"""HDF5 files that are filled in pieces, survive a kill and are never half there.
+"""HDF5 files that are filled piece by piece, survive a kill and are never incomplete.
 
-A file is written as `NAME.partial` and takes its name when it is complete. What it is
-made from is stored in it: a second run with the same sources goes on where the first
-one was stopped, with others it is refused.
+A file is written as `NAME.partial` and renamed when it is complete. It contains a
+description of its sources: a second run with the same sources continues where the first
+one stopped, and a run with other sources is rejected.
 """
 
 import json
@@ -17,17 +17,17 @@ import numpy as np
 
 
 class Writer:
-    """Fills the data sets of one file, resuming what an earlier run left.
+    """Fills the data sets of one file, continuing the work of an earlier run.
 
     Args:
-        path: the file to be made; it must not exist.
-        kind: what the file is, checked by `read_complete`.
-        made_from: everything that decides its contents, JSON-serialisable.
+        path: the file to be written; it must not exist.
+        kind: the kind of file, checked by `read_complete`.
+        made_from: everything that determines its contents, JSON-serialisable.
         shapes: data set -> (shape, dtype).
 
     Raises:
-        FileExistsError: if the file is there already.
-        ValueError: if a partial file was made from something else.
+        FileExistsError: if the file exists already.
+        ValueError: if a partial file was made from other sources.
     """
 
     def __init__(
@@ -59,11 +59,11 @@ class Writer:
                         made.attrs["filled"] = 0
                     self.filled(name)
                 self._file.flush()
-        except Exception as error:  # noqa: BLE001  (HDF5 raises whatever it meets)
+        except Exception as error:  # noqa: BLE001  (HDF5 raises many kinds)
             self.close()
             raise ValueError(
                 f"{self._partial}, the unfinished work of an earlier run, is damaged "
-                f"({error}). Delete it, and the work begins again"
+                f"({error}). Delete it to start again"
             ) from None
         if found != source:
             self.close()
@@ -73,11 +73,11 @@ class Writer:
             )
 
     def filled(self, name: str) -> int:
-        """How many entries of a data set are there."""
+        """The number of entries of a data set that are filled."""
         return int(self._file[name].attrs["filled"])
 
     def fill(self, name: str, pieces: Iterable[np.ndarray]) -> None:
-        """Append pieces to a data set, from the first entry not yet filled."""
+        """Append pieces to a data set, after the entries that are filled."""
         data = self._file[name]
         for piece in pieces:
             at = self.filled(name)
@@ -86,7 +86,7 @@ class Writer:
             self._file.flush()
 
     def finish(self, **attributes: Any) -> None:
-        """Give the complete file its name."""
+        """Rename the complete file to its final name."""
         for name, data in self._file.items():
             if self.filled(name) != len(data):
                 raise ValueError(
@@ -98,7 +98,7 @@ class Writer:
         os.replace(self._partial, self.path)
 
     def close(self) -> None:
-        """Leave the work for a later run."""
+        """Close the file; a later run can continue."""
         if self._file is not None:
             self._file.close()
 
@@ -111,7 +111,7 @@ def slices(first: int, count: int, size: int) -> list[slice]:
 def with_bar(
     pieces: Iterable[np.ndarray], where: Iterable[slice], count: int
 ) -> Iterator[np.ndarray]:
-    """The pieces; on a terminal a bar shows how far they are."""
+    """The pieces; on a terminal, a bar shows the progress."""
     bar = keras.utils.Progbar(count, unit_name="image")
     for piece, place in zip(pieces, where, strict=True):
         yield piece
@@ -125,7 +125,7 @@ def read_complete(
     """Data sets of a finished file.
 
     Raises:
-        FileNotFoundError: if it is not there.
+        FileNotFoundError: if the file does not exist.
         ValueError: if it is not an HDF5 file of this kind, or damaged.
     """
     import h5py
@@ -140,7 +140,7 @@ def read_complete(
             found = file.attrs.get("kind")
             if found == kind:
                 arrays = {name: file[name][:] for name in names}
-    except Exception as error:  # noqa: BLE001  (HDF5 raises whatever it meets)
+    except Exception as error:  # noqa: BLE001  (HDF5 raises many kinds)
         raise ValueError(
             f"{path} is not an HDF5 file, or is damaged ({error}). Make it again with "
             f"{tool}"

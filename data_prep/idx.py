@@ -1,4 +1,4 @@
-"""MNIST and FashionMNIST as published: IDX files, packed by gzip or not."""
+"""MNIST and FashionMNIST as published: IDX files, gzipped or not."""
 
 import gzip
 import pathlib
@@ -9,12 +9,12 @@ import numpy as np
 from data_prep.errors import one_line
 
 NAMES = {"train": "train", "test": "t10k"}
-PACKED = 1100  # gzip packs no more bytes than these into one
-PLACES = ("", "raw", "MNIST/raw", "FashionMNIST/raw")  # torchvision makes folders
+PACKED = 1100  # gzip's compression ratio is below this
+PLACES = ("", "raw", "MNIST/raw", "FashionMNIST/raw")  # torchvision creates folders
 
 
 def find(folder: pathlib.Path, split: str) -> tuple[pathlib.Path, pathlib.Path] | None:
-    """The files of images and labels, where there are any."""
+    """The files of images and labels, or `None` if there are none."""
     for place in PLACES:
         for suffix in ("", ".gz"):
             images, labels = (
@@ -30,7 +30,7 @@ def read_pair(images: pathlib.Path, labels: pathlib.Path) -> tuple:
     """Images, uint8 [n, 28, 28, 1], and integer labels, in the files' order.
 
     Raises:
-        ValueError: if a file is damaged or of another kind, or they do not belong
+        ValueError: if a file is damaged or of another kind, or the two do not belong
             together.
     """
     pixels, numbers = read(images, 3), read(labels, 1)
@@ -50,7 +50,7 @@ def read(path: pathlib.Path, axes: int) -> np.ndarray:
     """One IDX file of bytes.
 
     Raises:
-        ValueError: if its first bytes do not say so, or it has another length.
+        ValueError: if its header is of another kind, or its length is wrong.
     """
     try:
         with path.open("rb") as plain:
@@ -65,8 +65,8 @@ def read(path: pathlib.Path, axes: int) -> np.ndarray:
                     f"{axes} axes, and begins with {magic}"
                 )
             count = int(np.prod(shape, dtype=object))
-            # Room is made for all that is asked for: no more than can be there, nor
-            # than is said (a small packed file may hold gigabytes).
+            # Reading allocates memory for the requested size. Limit it to what the file
+            # can contain and to what it declares (a small gzip may hold gigabytes).
             content = file.read(min(count, PACKED * path.stat().st_size) + 1)
     except (OSError, EOFError, zlib.error, ValueError) as error:
         raise ValueError(

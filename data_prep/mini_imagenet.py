@@ -3,9 +3,9 @@
     python data_prep/mini_imagenet.py --data-dir FOLDER --out mini.npz
 
 Each file is a pickled dictionary: `image_data`, uint8 [n, 84, 84, 3], and `class_dict`,
-class name -> numbers of its images. 64, 16 and 20 classes of 600 images. Other layouts
-that circulate are read too: MetaOptNet's pickles, `{train,val,test}.pkl` and `.npz`,
-and Ravi and Larochelle's `{train,val,test}.csv` beside a folder `images`.
+class name -> numbers of its images. There are 64, 16 and 20 classes of 600 images. Two
+other common layouts are read too: MetaOptNet's pickles, `{train,val,test}.pkl` and
+`.npz`, and Ravi and Larochelle's `{train,val,test}.csv` with a folder `images`.
 """
 
 import functools
@@ -40,11 +40,11 @@ LAYOUTS = (
 
 
 def load(folder: pathlib.Path) -> dict[str, Classes]:
-    """The three splits; images stay uint8. Other numbers of classes are a warning.
+    """The three splits, images as uint8; warns if the numbers of classes are unusual.
 
     Raises:
-        FileNotFoundError: if a file is not there.
-        ValueError: if one is not miniImageNet's, or two share a class.
+        FileNotFoundError: if a file is missing.
+        ValueError: if a file is not miniImageNet's, or two splits share a class.
     """
     files = layouts.find(pathlib.Path(folder), LAYOUTS, "miniImageNet")
     found = {

@@ -2,13 +2,13 @@
 
     python data_prep/omniglot.py --data-dir FOLDER --out omniglot.npz
 
-1,623 characters, 20 drawings each, strokes bright. `--split vinyals`: the published
-one, 1,028 / 172 / 423 characters: five alphabets of the background set for validation,
-the last 423 characters of the evaluation set for testing. `--split sorted`: all
-characters sorted by name, the first 1,200 for training (the last 100 of them for
-validation) and 423 for testing. Rotations become classes of their own when tasks are
-drawn. A folder with `images_background` and `images_evaluation`, unpacked, is read as
-it is.
+1,623 characters with 20 drawings each, bright strokes on a dark ground. `--split
+vinyals` is the published split with 1,028 / 172 / 423 characters: five alphabets of the
+background set for validation, the last 423 characters of the evaluation set for
+testing. `--split sorted`: all characters sorted by name, the first 1,200 for training
+(the last 100 of these for validation) and 423 for testing. Rotations are added as
+separate classes when tasks are sampled. A folder with the unpacked `images_background`
+and `images_evaluation` is accepted too.
 """
 
 import functools
@@ -45,7 +45,7 @@ def load(
     """The three splits, uint8 [n, 28, 28, 1].
 
     Raises:
-        FileNotFoundError: if the prepared dataset is not there.
+        FileNotFoundError: if the prepared dataset is missing.
         ValueError: for an unknown rule.
     """
     if rule not in RULES:
@@ -69,7 +69,7 @@ def characters(file: str, data_dir: pathlib.Path | None) -> Classes:
 
 
 def drawings(folder: pathlib.Path) -> Classes:
-    """A published folder of `alphabet/character01/0001_01.png`, unpacked."""
+    """The drawings in an unpacked folder, alphabet/character01/0001_01.png."""
     files = sorted(folder.glob("*/character*/*.png"))
     if not files:
         raise FileNotFoundError(
@@ -91,7 +91,7 @@ def drawings(folder: pathlib.Path) -> Classes:
 
 
 def shrunk(images: np.ndarray) -> np.ndarray:
-    """105 x 105 ink on paper to 28 x 28 light on dark, a thousand at a time."""
+    """Converts 105 x 105, dark on light, to 28 x 28, light on dark, in batches."""
     parts = []
     for start in range(0, len(images), 1000):
         grey = tf.cast(images[start : start + 1000, :, :, :1], tf.float32)
@@ -101,7 +101,7 @@ def shrunk(images: np.ndarray) -> np.ndarray:
 
 
 def divide(background: Classes, evaluation: Classes, rule: str) -> dict[str, Classes]:
-    """The splits, from the two published sets, each sorted by name."""
+    """The splits, from the two published sets, each of which is sorted by name."""
     least = {"background": SORTED_VALIDATION + 1, "evaluation": TEST_COUNT + 1}
     found = {"background": background.names, "evaluation": evaluation.names}
     for file, count in least.items():

@@ -1,4 +1,4 @@
-"""Pickles of data sets, read without running anything that they contain."""
+"""Pickles of data sets, read without executing anything that they contain."""
 
 import math
 import mmap
@@ -18,24 +18,25 @@ _BUFFERS = ("numpy.core.numeric", "numpy._core.numeric")
 _CODES = re.compile(r"[biufcSUO?][0-9]{0,9}")  # no fields, no dates
 _KEYS = (str, bytes, int, float, bool, type(None))
 _PLAIN = (int, float, complex, bool, type(None))
-DEPTH = 50  # of lists in lists
+DEPTH = 50  # deepest nesting of lists
 EMPTY = 10**6  # longest array without entries
-TIMES = 100  # as many entries, with repetitions, may stand there as the file has bytes
+TIMES = 100  # most entries, counting repetitions, per byte of the file
 
 
 class Foreign(pickle.UnpicklingError):
-    """Something in a pickle that is no data."""
+    """Something in a pickle that is not data."""
 
 
 class _Type:
-    """Stands for a class that a pickle names as an argument."""
+    """Stands for a class that a pickle uses as an argument."""
 
 
 class _Kind:
     """The type of an array's entries.
 
-    Never NumPy's own until it is used: the state that a pickle gives to one of those
-    is not checked by NumPy. It may say that bytes are objects, which is to run them.
+    It is converted to a NumPy dtype only when used, because NumPy does not check the
+    state that a pickle gives to a dtype. The state could declare that bytes are object
+    pointers, which would execute them.
     """
 
     def __init__(self, code: Any, align: Any = False, copy: Any = False):
@@ -47,7 +48,7 @@ class _Kind:
         self.type = np.dtype("O" if code[0] == "O" else code)
 
     def set(self, state: Any) -> None:
-        """Its byte order; all else is in its code."""
+        """Set the byte order; everything else is in the code."""
         right = type(state) is tuple and len(state) == 8
         if not right or state[2:5] != (None, None, None):
             raise Foreign("numbers of a type with fields or dates")
@@ -60,7 +61,7 @@ class _Kind:
 
 
 def _new_array(kind: Any, shape: Any, code: Any) -> np.ndarray:
-    """Of no entries: the state that follows has the shape and the numbers."""
+    """An array without entries: the state that follows has its shape and numbers."""
     del shape, code
     if kind is not _Type:
         raise Foreign("an array of another class")
@@ -74,7 +75,7 @@ def _scalar(kind: Any, content: Any) -> Any:
 
 
 def _from_buffer(content: Any, kind: Any, shape: Any, order: Any) -> np.ndarray:
-    # Never of an array: its memory goes when it is given its state.
+    # Never from an array, whose memory is freed when its state is set.
     if type(content) not in (bytes, bytearray) or order not in ("C", "F"):
         raise Foreign("an array of no bytes")
     _require_entries(kind, shape, content)
@@ -88,10 +89,10 @@ def _plain(kind: Any) -> np.dtype:
 
 
 def _bytes(text: Any, encoding: Any = "latin1") -> bytes:
-    """Bytes, as Python 3 writes them for Python 2."""
+    """Bytes in the form that Python 3 writes for Python 2."""
     if encoding != "latin1":
         raise Foreign("text in another encoding than Latin-1")
-    if type(text) not in (str, bytes):  # of an integer: so many bytes
+    if type(text) not in (str, bytes):  # an integer would give that many bytes
         raise Foreign("bytes of what is no text")
     return text.encode("latin1") if isinstance(text, str) else text
 
@@ -100,7 +101,7 @@ def _no_bytes() -> bytes:
     return b""
 
 
-# What a pickle of plain data may name; none of it is what it is called elsewhere.
+# The names that a pickle of plain data may use, with safe substitutes for each.
 ADMITTED: dict[tuple[str, str], Callable] = {
     ("numpy", "ndarray"): _Type,
     ("numpy", "dtype"): _Kind,
@@ -127,8 +128,8 @@ _REFUSED = (
 )
 
 
-# Python's own, in which each instruction can be replaced. The one in C also makes a
-# list as long as the largest number that a damaged file gives an object.
+# Python's own reader, in which each instruction can be replaced. The C version also
+# allocates a list as long as the largest index in a damaged file.
 class _Reader(pickle._Unpickler):  # type: ignore[name-defined]
     dispatch: dict[int, Any] = dict(pickle._Unpickler.dispatch)  # type: ignore
 
@@ -188,7 +189,7 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined]
         self._update(items)
 
     def _update(self, items: list) -> None:
-        # The hash of a tuple in a tuple in a tuple ... ends the process.
+        # Hashing deeply nested tuples would crash the process.
         if type(self.stack[-1]) is not dict or not all(
             type(key) in _KEYS for key in items[::2]
         ):
@@ -197,7 +198,7 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined]
 
     def make_bytearray(self) -> None:
         (length,) = struct.unpack("<Q", self.read(8))
-        self.append(bytearray(self.read(length)))  # never longer than the file
+        self.append(bytearray(self.read(length)))  # `read` is limited by the file
 
     dispatch |= dict.fromkeys((code[0] for code in _REFUSED), refuse)
     dispatch |= {
@@ -213,7 +214,7 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined]
 
 
 def _plain_state(state: Any) -> tuple:
-    """An array's state, if the numbers are there that it speaks of."""
+    """An array's state, after a check that its content has the declared size."""
     if type(state) is not tuple or len(state) != 5:
         raise Foreign("an array of no state")
     _, shape, kind, fortran, content = state
@@ -224,7 +225,7 @@ def _plain_state(state: Any) -> tuple:
 
 
 def _require_entries(kind: Any, shape: Any, content: Any) -> None:
-    """Raise unless an array of this shape has this content."""
+    """Raise unless an array of this shape and kind can have this content."""
     if type(kind) is not _Kind or (type(content) is list) != kind.type.hasobject:
         raise Foreign("an array of no plain type")
     if type(shape) is not tuple or not all(type(n) is int and n >= 0 for n in shape):
@@ -234,14 +235,14 @@ def _require_entries(kind: Any, shape: Any, content: Any) -> None:
     if count * size != len(content):
         raise Foreign(f"an array of shape {shape} with {len(content) // size} entries")
     if not count and math.prod(n for n in shape if n) > EMPTY:
-        raise Foreign(f"an array of shape {shape}")  # as long, with nothing in it
+        raise Foreign(f"an array of shape {shape}")  # empty, but with a huge axis
 
 
 def _size(value: Any, known: dict[int, int | None], depth: int = 0) -> int:
-    """Bytes and entries of all that stands in a value, what is there twice twice.
+    """The number of bytes and entries in a value, counting repeated parts repeatedly.
 
-    A list that has one list ten times, which has another ten times, and so on, is
-    small in a file and in memory, and no array can be made of it.
+    A list that contains one list ten times, which contains another ten times, and so
+    on, is small in a file and in memory, but too large as an array.
     """
     if isinstance(value, (str, bytes, bytearray)):
         return 1 + len(value)
@@ -268,13 +269,13 @@ def _size(value: Any, known: dict[int, int | None], depth: int = 0) -> int:
 
 
 def load(path: pathlib.Path) -> Any:
-    """What a pickle of Python 2 or 3 holds: NumPy arrays, numbers, text, bytes, lists,
-    tuples, dictionaries and None. Text of Python 2 is read as Latin-1.
+    """The contents of a pickle of Python 2 or 3: NumPy arrays, numbers, text, bytes,
+    lists, tuples, dictionaries and None. Text of Python 2 is read as Latin-1.
 
     Raises:
-        FileNotFoundError: if the file is not there.
-        ValueError: if it is cut short, no pickle, or holds anything else. Nothing that
-            it names was called then.
+        FileNotFoundError: if the file does not exist.
+        ValueError: if it is truncated, not a pickle, or contains anything else. None of
+            the functions that it names is called.
     """
     if not path.is_file():
         raise FileNotFoundError(
@@ -283,7 +284,7 @@ def load(path: pathlib.Path) -> Any:
     try:
         with (
             path.open("rb") as file,
-            # It never reads more bytes than there are, nor makes room for them.
+            # The map limits reading, and allocations, to the size of the file.
             mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
         ):
             found = _Reader(mapped).load()
@@ -296,7 +297,7 @@ def load(path: pathlib.Path) -> Any:
             f"more than arrays and plain Python values ({one_line(error)}). Save its "
             "arrays again with np.savez, in an environment that trusts it"
         ) from None
-    except Exception as error:  # noqa: BLE001  (a damaged pickle raises whatever it met)
+    except Exception as error:  # noqa: BLE001  (a damaged pickle can raise any)
         raise ValueError(
             f"{path} cannot be read: it is cut short or not a pickle "
             f"({one_line(error)})"

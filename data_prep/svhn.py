@@ -1,12 +1,12 @@
-"""SVHN's cropped digits: the published .mat files to one HDF5 file.
+"""Converts SVHN's cropped digits from the published .mat files to one HDF5 file.
 
     python data_prep/svhn.py --mat-dir DIR --out svhn.h5
 
-DIR holds `train_32x32.mat` and `test_32x32.mat` (format 2), as published or saved again
-as MATLAB 7.3. 100 training digits of each class become validation data, chosen by
---seed: 72,257 / 1,000 / 26,032 images, uint8, 32 x 32 x 3, with integer labels (the
-files' 10 is the digit 0). The file stores the seed and which training digits are
-validation data. A killed run goes on when it is started again.
+DIR contains `train_32x32.mat` and `test_32x32.mat` (format 2), as published or saved
+again as MATLAB 7.3. --seed selects 100 training digits of each class as validation
+data: 72,257 / 1,000 / 26,032 images, uint8, 32 x 32 x 3, with integer labels (the
+published label 10 is the digit 0). The HDF5 file stores the seed and the numbers of the
+validation digits. A killed run continues when it is started again.
 """
 
 import argparse
@@ -44,8 +44,8 @@ def read_mat(path: pathlib.Path, count: int | None) -> Digits:
     """One published file, checked.
 
     Raises:
-        FileNotFoundError: if it is not there.
-        ValueError: if it is not SVHN's, is cut short or has another count of digits.
+        FileNotFoundError: if the file does not exist.
+        ValueError: if it is not SVHN's, is truncated or has another number of digits.
     """
     import h5py
     import scipy.io
@@ -59,7 +59,7 @@ def read_mat(path: pathlib.Path, count: int | None) -> Digits:
         content: dict[str, Any] = (
             _read_mat_73(path) if h5py.is_hdf5(path) else scipy.io.loadmat(path)
         )
-    except Exception as error:  # noqa: BLE001  (SciPy raises what zlib and it find)
+    except Exception as error:  # noqa: BLE001  (SciPy and zlib raise many kinds)
         raise ValueError(
             f"{path} cannot be read: it is cut short or not a MATLAB file "
             f"({one_line(error)}). Download it again"
@@ -88,11 +88,11 @@ def read_mat(path: pathlib.Path, count: int | None) -> Digits:
 
 
 def _read_mat_73(path: pathlib.Path) -> dict[str, Any]:
-    """A file saved again by MATLAB as version 7.3: HDF5, its axes in reverse order.
+    """A file saved by MATLAB as version 7.3, which is HDF5 with reversed axes.
 
     Raises:
-        ValueError: if its arrays lie in another file, which HDF5 would open, or are
-            longer than this file can hold, for which memory would be filled.
+        ValueError: if its arrays are in another file, which HDF5 would open, or larger
+            than this file can contain, which would fill the memory.
     """
     import h5py
 
@@ -114,13 +114,13 @@ def _read_mat_73(path: pathlib.Path) -> dict[str, Any]:
 
 
 def checksum(digits: Digits) -> int:
-    """Of all pixels and labels."""
-    images = np.ascontiguousarray(digits.images.T)  # no copy: MATLAB's order
+    """The checksum of all pixels and labels."""
+    images = np.ascontiguousarray(digits.images.T)  # no copy, as MATLAB is column-major
     return zlib.crc32(digits.labels.tobytes(), zlib.crc32(images.data))
 
 
 def draw_validation(labels: np.ndarray, per_class: int, seed: int) -> np.ndarray:
-    """The numbers of the validation digits, `per_class` of each, in order."""
+    """The sorted numbers of the validation digits, `per_class` of each class."""
     generator = np.random.default_rng(seed)
     chosen = []
     for digit in range(10):
@@ -141,7 +141,7 @@ def prepare(
     seed: int = 0,
     any_size: bool = False,
 ) -> dict[str, int]:
-    """Write the HDF5 file; how many images each part holds."""
+    """Write the HDF5 file; returns the number of images of each part."""
     train, test = (
         read_mat(mat_dir / f"{name}_32x32.mat", None if any_size else COUNTS[name])
         for name in ("train", "test")
@@ -206,7 +206,7 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
     parser.add_argument("--validation-per-class", type=positive(int), default=100)
     parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument(
-        "--any-size", action="store_true", help="accept a sample of the digits"
+        "--any-size", action="store_true", help="accept files with fewer digits"
     )
     args = parser.parse_args(argv)
     with one_line_errors(__file__):

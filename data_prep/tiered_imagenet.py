@@ -2,10 +2,10 @@
 
     python data_prep/tiered_imagenet.py --data-dir FOLDER --out tiered.npz
 
-An images file is a pickled list of PNG files, uint8 vectors, 84 x 84 x 3 each; a labels
+An images file is a pickled list of PNG files, uint8 vectors, 84 x 84 x 3 each. A labels
 file is a dictionary with `label_specific`, the class of every image, and
-`label_specific_str`, the classes' names. 351, 97 and 160 classes. MetaOptNet's layout,
-`{train,val,test}_images.npz` and `..._labels.pkl`, is read too.
+`label_specific_str`, the names of the classes. There are 351, 97 and 160 classes.
+MetaOptNet's layout, `{train,val,test}_images.npz` and `..._labels.pkl`, is read too.
 """
 
 import functools
@@ -41,11 +41,11 @@ CLASSES = {"train": 351, "validation": 97, "test": 160}
 
 
 def load(folder: pathlib.Path) -> dict[str, Classes]:
-    """The three splits; images stay uint8. Other numbers of classes are a warning.
+    """The three splits, images as uint8; warns if the numbers of classes are unusual.
 
     Raises:
-        FileNotFoundError: if a file is not there.
-        ValueError: if one is not tieredImageNet's, or two share a class.
+        FileNotFoundError: if a file is missing.
+        ValueError: if a file is not tieredImageNet's, or two splits share a class.
     """
     files = layouts.find(pathlib.Path(folder), LAYOUTS, "tieredImageNet")
     found = {}
@@ -79,7 +79,7 @@ def read(images_path: pathlib.Path, labels_path: pathlib.Path) -> Classes:
             raise ValueError(f"{len(files)} files for {len(labels)} labels")
         order = np.argsort(labels, kind="stable")
         first = decoded(files[order[0]])
-        # In the order that `grouped` wants, and in place: the images take gigabytes.
+        # Filled in place, in the order of `grouped`: the images take gigabytes.
         images = np.empty([len(files), *first.shape], np.uint8)
         for place, number in enumerate(order):
             image = decoded(files[number])
@@ -101,7 +101,7 @@ def read(images_path: pathlib.Path, labels_path: pathlib.Path) -> Classes:
 
 
 def decoded(file: np.ndarray) -> np.ndarray:
-    """One PNG. OpenCV wrote them, blue first; the published readers leave it so."""
+    """One PNG file. OpenCV wrote it in BGR order, which published readers keep."""
     content = np.asarray(file, np.uint8).ravel().tobytes()
     return tf.io.decode_png(content, channels=3).numpy()
 

@@ -1,8 +1,8 @@
-"""20 Newsgroups as scikit-learn keeps it: sparse documents, two halves, a test part.
+"""20 Newsgroups in scikit-learn's format: sparse documents in three parts.
 
-Documents are counts of words, scaled to length 1, as
-`sklearn.datasets.fetch_20newsgroups_vectorized` gives them. Its training part is cut in
-two halves, training and validation, each class in proportion.
+Documents are word counts, scaled to length 1, as returned by
+`sklearn.datasets.fetch_20newsgroups_vectorized`. Its training part is divided into two
+halves, training and validation, with the same proportions of classes.
 """
 
 import os
@@ -41,13 +41,13 @@ class Data(NamedTuple):
 def load(
     folder: pathlib.Path | None, features: str, most: int | None, seed: int
 ) -> Data:
-    """The three parts; the split depends on the seed alone.
+    """The three parts; the split depends only on the seed.
 
     Args:
-        folder: scikit-learn's data folder, `None` for its own choice.
+        folder: scikit-learn's data folder; `None`: its default.
         features: "counts", scaled to length 1, or "tfidf".
-        most: how many features to keep, the most frequent ones; `None`: all.
-        seed: of the split.
+        most: number of features to keep, the most frequent ones; `None`: all.
+        seed: the seed of the split.
 
     Raises:
         FileNotFoundError: if scikit-learn does not find the data set.
@@ -70,7 +70,7 @@ def fetch(
     default = os.environ.get("SCIKIT_LEARN_DATA", "~/scikit_learn_data")
     home = pathlib.Path(folder or default).expanduser()
     try:
-        if not home.is_dir():  # scikit-learn would make it
+        if not home.is_dir():  # otherwise scikit-learn would create it
             raise FileNotFoundError
         train, test = (
             sklearn.datasets.fetch_20newsgroups_vectorized(
@@ -83,8 +83,8 @@ def fetch(
         )
     except PermissionError as error:
         raise FileNotFoundError(
-            f"scikit-learn keeps its vectorised copy beside the data, and {home} "
-            "cannot be written. Copy the folder and set SCIKIT_LEARN_DATA to the copy"
+            f"scikit-learn stores its vectorised copy with the data, but {home} "
+            "is not writable. Copy the folder and set SCIKIT_LEARN_DATA to the copy"
         ) from error
     except (EOFError, pickle.UnpicklingError, zlib.error, ValueError) as error:
         raise ValueError(
@@ -128,11 +128,11 @@ def take(part: Part, numbers: np.ndarray) -> Part:
 
 
 class Minibatches:
-    """A part's documents in minibatches without end, in a fresh order every pass.
+    """Endless minibatches of a part's documents, in a new order in every pass.
 
-    Which documents make minibatch n depends on the seed and n alone, so a resumed
-    run draws what the uninterrupted one would have. The last documents of a pass,
-    too few for a minibatch, are left out of it.
+    Minibatch n depends only on the seed and n, so a resumed run gets the same ones as
+    an uninterrupted run. The last documents of a pass that do not fill a minibatch are
+    left out.
     """
 
     def __init__(self, part: Part, size: int, seed: tuple[int, int]):
@@ -140,7 +140,7 @@ class Minibatches:
         self.passes: dict[int, np.ndarray] = {}
 
     def documents(self, number: int) -> np.ndarray:
-        """The document numbers of a minibatch, [size]."""
+        """The numbers of the documents in a minibatch, [size]."""
         each_pass, within = divmod(number, len(self.part.labels) // self.size)
         if each_pass not in self.passes:
             generator = np.random.default_rng([*self.seed, each_pass])
@@ -150,7 +150,7 @@ class Minibatches:
         return self.passes[each_pass][start : start + self.size]
 
     def stack(self, first: int, count: int) -> tuple[tf.SparseTensor, np.ndarray]:
-        """`count` minibatches in one batch: features [count, size, features]."""
+        """`count` minibatches as one batch: features [count, size, features]."""
         chosen = np.stack([self.documents(first + i) for i in range(count)])
         rows = self.part.features[chosen.ravel()]
         entries = rows.tocoo()

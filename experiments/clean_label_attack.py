@@ -1,4 +1,4 @@
-"""Clean-label poisoning: one innocent-looking training image that flips one test image.
+"""Clean-label poisoning: one correctly labelled training image flips one test image.
 
     python experiments/clean_label_attack.py --out runs/clean-label
     python experiments/clean_label_attack.py --data dogfish.npz --features dogfish.h5 \\
@@ -6,8 +6,8 @@
 
 A classifier is a linear head on the features phi of a frozen network. For a target, a
 test image t of class c, the poison starts as the nearest training image b of the other
-class, keeps that class as its label, and is moved so that a head trained with it takes
-t for that class. Upper variables: the poison u. Lower variables: the head.
+class and keeps that label. It is then modified until a head trained with it assigns t
+to that class. Upper variables: the poison u. Lower variables: the head.
 
     f = cross-entropy of the head on phi(t) with the other class
         + |phi(u) - phi(t)|^2 + beta |u - b|^2
@@ -15,17 +15,17 @@ t for that class. Upper variables: the poison u. Lower variables: the head.
 
 | method            | the poison                                                   |
 |-------------------|--------------------------------------------------------------|
-| penalty           | Adam on the augmented Lagrangian, 10 steps of the head each  |
-| feature-collision | Adam on f without its first term: no bilevel problem at all  |
+| penalty           | Adam on the augmented Lagrangian, 10 head steps per update   |
+| feature-collision | Adam on f without its first term: not a bilevel problem      |
 
-An attack succeeds if most of several heads, trained from scratch with the poison, take
-the target for the other class. Reproduces the clean-label attack of Mehra and Hamm
-(2021), arXiv:1911.03432; the settings of the published code are the defaults.
+An attack succeeds if most of several heads, trained from scratch with the poison,
+assign the target to the other class. Reproduces the clean-label attack of Mehra and
+Hamm (2021), arXiv:1911.03432; the settings of the published code are the defaults.
 
 Without --data the images are two classes of --dataset, and phi is a small convolutional
-network that this script trains on the other classes. With it they are an .npz of the
-published layout, and phi is Inception-v3 or --model, its features made beforehand by
-data_prep/dogfish_features.py or here.
+network that this script trains on the other classes. With --data they are an .npz file
+in the published layout, and phi is Inception-v3 or --model; its features are computed
+in advance by data_prep/dogfish_features.py, or by this script.
 """
 
 import argparse
@@ -49,7 +49,7 @@ PARTS = dogfish_features.PARTS
 
 
 DATASETS = ("digits", "mnist", "fashion_mnist")
-# Defaults of the flags that only some runs have.
+# Defaults of flags that only apply to some runs.
 PENALTY = {
     "inner_steps": 10,
     "lower_lr": 1e-3,
@@ -71,27 +71,27 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = common.Parser(description=__doc__)
     add, above = parser.add_argument, common.positive
     add("--data", type=pathlib.Path, help=".npz with X_train, Y_train, X_test, Y_test")
-    add("--features", type=pathlib.Path, help="of --data, by dogfish_features.py")
-    add("--weights", help="of Inception-v3: imagenet (default), FILE, none")
+    add("--features", type=pathlib.Path, help="features of --data, precomputed")
+    add("--weights", help="Inception-v3's weights: imagenet (default), FILE, none")
     add("--model", type=pathlib.Path, help="another feature model, saved by Keras")
     add("--dataset", choices=DATASETS, help="without --data; default: digits")
     add("--data-dir", type=pathlib.Path, help="tensorflow-datasets folder")
-    add("--classes", type=int, nargs=2, help="of --dataset; default: 4 9")
-    add("--train-size", type=above(int), help="of each class; 900 (digits 300)")
-    add("--test-size", type=above(int), help="of each class; 300 (digits 100)")
-    add("--feature-epochs", type=above(int), help="of the small network; default 5")
+    add("--classes", type=int, nargs=2, help="two classes of --dataset; default: 4 9")
+    add("--train-size", type=above(int), help="per class; default 900 (digits 300)")
+    add("--test-size", type=above(int), help="per class; default 300 (digits 100)")
+    add("--feature-epochs", type=above(int), help="for the small network; default 5")
     add("--method", choices=METHODS, default="penalty")
     add("--poisons", type=above(int), default=1, help="per target")
-    add("--max-targets", type=above(int), help="default: all correctly read ones")
+    add("--max-targets", type=above(int), help="default: all that are classified right")
     add(
         "--start",
         type=common.at_least(int, 0),
         default=0,
-        help="first test image to look at",
+        help="first test image to consider",
     )
     add("--outer-steps", type=above(int), default=201)
     add("--inner-steps", type=above(int), help="penalty: T; default 10")
-    add("--upper-lr", type=above(float), default=0.01, help="of the poison")
+    add("--upper-lr", type=above(float), default=0.01, help="rate of the poison")
     add("--lower-lr", type=above(float), help="penalty: default 0.001")
     add("--weight", type=above(float), help="penalty: rho at the start; default 1")
     add(
@@ -106,10 +106,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         default=0.01,
         help="weight of the distance to the base",
     )
-    add("--head-steps", type=above(int), default=2001, help="of a head's training")
+    add("--head-steps", type=above(int), default=2001, help="for training a head")
     add("--head-lr", type=above(float), default=1e-3)
-    add("--retrain-seeds", type=above(int), default=3, help="heads that are asked")
-    add("--jit", choices=("on", "off"), default="on", help="XLA, of heads' training")
+    add("--retrain-seeds", type=above(int), default=3, help="heads that vote")
+    add("--jit", choices=("on", "off"), default="on", help="XLA for training heads")
     args = parser.parse_args(argv)
     bundle, penalty = args.data is not None, args.method == "penalty"
     files = not bundle and args.dataset not in (None, "digits")
@@ -121,7 +121,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     }
     parser.reject_ineffective_flags(args, needs)
     if args.weights is not None and args.model is not None:
-        parser.error("--weights are of Inception-v3, --model is another: give one")
+        parser.error("--weights and --model choose different networks: give only one")
     for name, value in (PENALTY | OWN_IMAGES | {"weights": "imagenet"}).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -138,7 +138,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def load_files(args: argparse.Namespace) -> tuple[images.Part, images.Part]:
-    """A training and a test file, pixels in [-1, 1]."""
+    """The training and the test file, with pixels in [-1, 1]."""
     if args.dataset == "digits":
         whole = images.load_digits()
         cuts = slice(3500), slice(3500, None)
@@ -155,7 +155,7 @@ def load_files(args: argparse.Namespace) -> tuple[images.Part, images.Part]:
 
 
 def choose_images(args: argparse.Namespace) -> dict[str, images.Part]:
-    """So many images of each of the two classes, now 0 and 1, in a fixed order."""
+    """Images of the two classes, relabelled 0 and 1, in a fixed order."""
     parts = {}
     for part, file in zip(PARTS, load_files(args), strict=True):
         size, chosen = getattr(args, f"{part}_size"), []
@@ -177,8 +177,11 @@ def choose_images(args: argparse.Namespace) -> dict[str, images.Part]:
 def train_feature_model(
     args: argparse.Namespace, file: images.Part, path: pathlib.Path
 ) -> None:
-    """A convolutional network's last hidden layer, after training on all classes but
-    the two: as ImageNet's features know little of dogs against fish."""
+    """Train a convolutional network on all other classes; save its last hidden layer.
+
+    Like ImageNet's features for dogs and fish, it has not been trained on the two
+    classes.
+    """
     others = ~np.isin(file.labels, args.classes)
     pixels, labels = file.images[others], file.labels[others]
     keras.utils.set_random_seed(args.seed)
@@ -187,8 +190,8 @@ def train_feature_model(
     for filters in (32, 64):
         hidden = keras.layers.Conv2D(filters, 3, activation="relu")(hidden)
         hidden = keras.layers.MaxPooling2D()(hidden)
-    # As wide as Inception's: more features than training images, so that one image
-    # can move the head.
+    # As wide as Inception's. More features than training images are needed for a single
+    # image to change the head.
     features = keras.layers.Dense(2048, "relu")(keras.layers.Flatten()(hidden))
     network = keras.Model(inputs, keras.layers.Dense(10)(features))
     network.compile(
@@ -208,7 +211,7 @@ def prepare_pictures(
     chosen: dict[str, images.Part],
     extractor: keras.Model | None,
 ) -> tuple[dict[str, Pictures], keras.Model]:
-    """Images and features of both parts, and the network that makes features."""
+    """Images and features of both parts, and the feature network."""
     data, model, features = args.data, args.model, args.features
     if data is None:
         data, model = out / "images.npz", out / "feature_model.keras"
@@ -230,7 +233,7 @@ def prepare_pictures(
 
 
 def require_targets(args: argparse.Namespace, part: str, labels: np.ndarray) -> None:
-    """Raise unless the classes are two, with what the flags ask of them."""
+    """Raise unless there are two classes with as many images as the flags require."""
     if set(labels.tolist()) != {0, 1}:
         raise ValueError(
             f"Y_{part} of --data must hold the classes 0 and 1. Received: "
@@ -250,7 +253,7 @@ def require_targets(args: argparse.Namespace, part: str, labels: np.ndarray) -> 
 
 
 def extractor_of(args: argparse.Namespace) -> keras.Model:
-    """The network that makes features of --data; errors before anything is made."""
+    """The feature network for --data; raises errors before anything is written."""
     bundle = dogfish_features.Bundle(args.data)
     extractor = dogfish_features.build_extractor(args.weights, args.model)
     for part in PARTS:
@@ -283,7 +286,7 @@ def logits_of(heads: list, features: Any) -> tf.Tensor:
 
 
 def mean_loss(heads: list, features: Any, labels: Any) -> tf.Tensor:
-    """Mean over the points, summed over the heads, which do not mix."""
+    """The mean over the points, summed over the heads, which are independent."""
     logits = logits_of(heads, features)
     count = tf.shape(logits)[0]
     labels = tf.tile(labels[None], [count, 1])
@@ -292,7 +295,7 @@ def mean_loss(heads: list, features: Any, labels: Any) -> tf.Tensor:
 
 
 def head_trainer(args: argparse.Namespace) -> Callable:
-    """((features, labels), heads at the start) -> heads trained on all of them."""
+    """A function ((features, labels), initial heads) -> trained heads."""
     optimizer, jit = keras.optimizers.RMSprop(args.head_lr), args.jit == "on"
     return common.trainer(
         lambda heads, batch: mean_loss(heads, *batch), optimizer, args.head_steps, jit
@@ -303,11 +306,11 @@ def head_trainer(args: argparse.Namespace) -> Callable:
 
 
 class Attack:
-    """Makes poisons; compiled once for all targets.
+    """Computes poisons; compiled once for all targets.
 
     Args:
         args: the flags.
-        clean: the training images and features.
+        clean: the clean training images and features.
         extractor: phi.
     """
 
@@ -350,11 +353,11 @@ class Attack:
             weight=args.weight,
             lower_weight=args.lower_weight,
             atol=args.tolerance,
-            # The published test compares fourth powers: see data_denoising.py.
+            # The published test compares fourth powers, see data_denoising.py.
             schedule=tb.PenaltySchedule(tolerance_decay=0.9**0.5),
         )
         self.optimizer = common.adam(args.upper_lr)
-        # Feature collision is one level: the poison is what an inner solver moves.
+        # Feature collision has one level: an inner solver moves the poison.
         self._collide = common.trainer(
             lambda u, batch: collision(u, extractor(u, training=False), batch),
             self.optimizer,
@@ -386,7 +389,7 @@ class Attack:
             "poison_labels": tf.constant(self.clean.labels[base]),
         }
         heads = draw_heads(1, len(target), [self.args.seed, 1, number])
-        # A first state of our own: without one `tb.minimize` would trace again.
+        # With an explicit initial state `tb.minimize` does not trace again.
         state = (
             self.method.init(self.problem, upper["base"], heads),
             tb.differentiable(self.optimizer).init(upper["base"]),
@@ -410,7 +413,7 @@ def run_attack(
     pictures: dict[str, Pictures],
     extractor: keras.Model,
 ) -> dict:
-    """Target after target; one row each."""
+    """Attack one target after another, and log one row for each."""
     clean, test = pictures["train"], pictures["test"]
     train, attack = head_trainer(args), Attack(args, clean, extractor)
     labels = tf.constant(clean.labels)
@@ -433,7 +436,7 @@ def run_attack(
         )
     folder = run.out / "poisons"
     folder.mkdir(exist_ok=True)
-    seconds = run.rewind(len(test.labels))  # drops a row that a kill has cut short
+    seconds = run.rewind(len(test.labels))  # also drops a row cut short by a kill
     done = {int(row["target"]) for row in run.rows()}
     progress = common.Progress(run.out, len(targets), "targets")
     for number, target in enumerate(targets):
@@ -457,7 +460,7 @@ def attack_one(
     target: int,
     folder: pathlib.Path,
 ) -> dict[str, Any]:
-    """Poison, retrain, look."""
+    """Compute the poison, retrain heads with it, and evaluate them."""
     clean, label = attack.clean, int(test.labels[target])
     features = test.features[target]
     base = attack.base_of(features, label)
@@ -495,7 +498,7 @@ def attack_one(
 
 
 def distance(differences: np.ndarray) -> float:
-    """Mean over the poisons of the Euclidean norm."""
+    """The Euclidean norm, averaged over the poisons."""
     flat = differences.reshape(len(differences), -1)
     return float(np.linalg.norm(flat, axis=1).mean())
 
@@ -528,10 +531,10 @@ def summarise(
 
 
 def draw_curve(run: common.Run, method: str) -> None:
-    """Share of targets flipped at no more than a distortion."""
+    """Draw the share of targets that are flipped with at most a given distortion."""
     success, distortion = map(np.array, map(run.column, ("success", "distortion")))
     order = np.argsort(distortion)
-    # From nothing at no distortion on: one target alone would have no line.
+    # Starts at zero, because a single target would not show as a line.
     share = 100 * np.cumsum([0, *success[order]]) / len(success)
     with common.figure(run.out / "distortion.png", (5.5, 4)) as page:
         axes = page.subplots()
@@ -544,7 +547,7 @@ def draw_curve(run: common.Run, method: str) -> None:
 
 
 def draw_attacks(run: common.Run) -> None:
-    """Target, base, poison and what was changed, of up to eight attacks."""
+    """Draw target, base, poison and the change, for up to eight attacks."""
     rows = sorted(run.rows(), key=lambda row: -int(row["success"]))[:8]
     pixels, captions, red = [], [], []
     for row in rows:
@@ -576,7 +579,7 @@ def main(argv: list[str] | None = None) -> dict:
             extractor = extractor_of(args)
         pictures: dict[str, Pictures] = {}
         if args.features is not None:
-            # There is nothing to make, and what is wrong shows before the folder is.
+            # Nothing is computed; errors appear before the folder is created.
             pictures, extractor = prepare_pictures(args, args.out, chosen, extractor)
         run = common.Run(args.out, common.settings(args), args.resume)
         summary = run.summary()

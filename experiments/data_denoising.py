@@ -1,4 +1,4 @@
-"""Importance learning: which training labels a large network should believe.
+"""Importance learning: which training labels a large network should trust.
 
     python experiments/data_denoising.py --out runs/denoising
     python experiments/data_denoising.py --dataset mnist --noise 0.5 --seconds 3600 \\
@@ -10,28 +10,28 @@ s_i = (tanh(a_i) + 1) / 2. Lower variables: a classifier's weights.
     f(y)    = mean cross-entropy on a clean validation batch
     g(a, y) = sum of s_i * cross-entropy_i / sum of s_i    on a noisy training batch
 
-A share of the training labels is replaced by wrong ones. The classifier is trained on
-the validation data; a starts according to whether it agrees with a label; then every
-training batch, with a validation batch drawn for it, makes one update of the method.
-After each epoch the importances are scaled to a mean of 1/2. The Adam of a has moments
-and a step count per example (the published script shares them between all examples
-that ever stood at the same place of a batch).
+A share of the training labels is replaced by wrong ones. The classifier is first
+trained on the validation data, and a starts according to whether it agrees with each
+label. Then every training batch, with a validation batch sampled for it, makes one
+update of the method. After each epoch the importances are scaled to a mean of 1/2. The
+Adam of a has moments and a step count per example (in the published script, all
+examples that ever had the same position in a batch share them).
 
 | method     | one update                                                            |
 |------------|-----------------------------------------------------------------------|
 | penalty    | T Adam steps of y, one of a, on the augmented Lagrangian              |
 | approxgrad | T Adam steps of y on g, T of Adam on the linear system, one of a      |
-| oracle     | trained on the right part of the training data and on validation data |
+| oracle     | trained on clean training examples and validation data                |
 | val-only   | trained on validation data                                            |
-| train+val  | trained on all training labels, right and wrong, and validation data  |
+| train+val  | trained on all training examples, right and wrong, and validation data|
 
 Reproduces the denoising experiments of Mehra and Hamm (2021), arXiv:1911.03432: MNIST
-small (logistic regression, retrained at the end on what it believes) and large, CIFAR10
-and SVHN, with the networks and settings of the published code as defaults. `digits`
-ships with the installed packages and takes a minute. The tolerance of the penalty
-method is on the gradient's norm: the published script compares its fourth power, which
-is why its numbers appear here as their square roots. SVHN wants --data-file, made by
-data_prep/svhn.py.
+small (logistic regression, finally retrained on the trusted examples) and large,
+CIFAR10 and SVHN, with the networks and settings of the published code as defaults.
+`digits` is included in the installed packages and takes a minute. The tolerance of the
+penalty method applies to the gradient's norm. The published script compares the norm's
+fourth power, so its numbers appear here as their square roots. SVHN needs --data-file,
+made by data_prep/svhn.py.
 
 `test_accuracy` is that of the last epoch (mnist-small and digits: after retraining).
 """
@@ -61,7 +61,7 @@ from settings.data_denoising import (
 import tfbilevel as tb
 from data_prep import images, label_noise, svhn
 
-SAVED = 60  # updates between backups, if an epoch has more: what a kill can cost
+SAVED = 60  # updates between backups if an epoch has more: the most that a kill costs
 
 
 class Data(NamedTuple):
@@ -70,7 +70,7 @@ class Data(NamedTuple):
     Attributes:
         train: with the labels that the methods see.
         validation, test: clean.
-        true_labels: of the training images.
+        true_labels: the true labels of the training images.
         clean: whether a training label is the true one.
     """
 
@@ -98,7 +98,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--test-size", type=above(int), help="default: all")
     add("--trials", type=above(int), default=1, help="runs, at seeds SEED, SEED + 1..")
     add("--epochs", type=above(int), help="over the training data; by method")
-    add("--seconds", type=above(float), help="of training, after which to stop")
+    add("--seconds", type=above(float), help="stop after this training time")
     add("--batch-size", type=above(int), default=200)
     Settings.add_flags(parser, "epochs")
     add("--pretrain-epochs", type=above(int), help="on validation data; by data set")
@@ -108,14 +108,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--retrain-threshold",
         type=float,
-        help="importance that an example needs at the end; 0: no retraining",
+        help="smallest importance of examples to retrain on; 0: no retraining",
     )
     add("--retrain-epochs", type=above(int), help="default 500")
     add("--retrain-lr", type=above(float), help="default 0.0001")
     add(
         "--augment",
         action=argparse.BooleanOptionalAction,
-        help="turn, shift, zoom and flip; default for cifar10 only",
+        help="rotate, shift, zoom and flip; default for cifar10 only",
     )
     add("--dropout", action=argparse.BooleanOptionalAction, help="default: none")
     add("--jit", choices=common.JIT, help="default auto")
@@ -150,7 +150,7 @@ def reject_ineffective_flags(parser: common.Parser, args: argparse.Namespace) ->
 
 
 def complete(parser: common.Parser, args: argparse.Namespace) -> argparse.Namespace:
-    """What follows from the data set and the method; errors."""
+    """Fill in what follows from the data set and the method; check for errors."""
     dataset = DATASETS[args.dataset]
     published = DEFAULTS.get((args.method, args.dataset), Settings())
     parser.reject_unused_flags(args, [published], f"--method {args.method}")
@@ -200,7 +200,7 @@ def complete(parser: common.Parser, args: argparse.Namespace) -> argparse.Namesp
 
 
 def with_noise(args: argparse.Namespace, parts: list[images.Part]) -> Data:
-    """The three parts, and the noise, which depends on the seed."""
+    """The three parts with noise, which depends on the seed."""
     train, validation, test = parts
     noisy, clean = label_noise.pollute(
         train.labels, args.noise, np.random.default_rng(args.seed), "strict"
@@ -239,8 +239,8 @@ def load_parts(args: argparse.Namespace) -> list[images.Part]:
             f"--train-size and --validation-size must fit in {len(file.labels)} "
             f"images, got {args.train_size} and {args.validation_size}"
         )
-    # As published: validation data right behind the small training set, and at the
-    # end of the file behind the large ones.
+    # As published: the validation data follow the small training set, but are at the
+    # end of the file for the large ones.
     small = args.dataset == "mnist-small"
     begin = args.train_size if small else len(file.labels) - args.validation_size
     place = slice(begin, begin + args.validation_size)
@@ -267,7 +267,7 @@ def scaled(part: images.Part) -> images.Part:
 
 
 def batches(args: argparse.Namespace, data: Data, first_step: int) -> tf.data.Dataset:
-    """An update's batches: fresh validation examples with every training batch."""
+    """The batches of an update: new validation examples with every training batch."""
     level = {
         name: tb.index_batches(
             len(part.labels), args.batch_size, 2 * args.seed + number, first_step
@@ -296,7 +296,7 @@ def gather(part: images.Part) -> Callable:
 
 
 def augmentation(seed: int) -> list[keras.layers.Layer]:
-    """The published transformations (but for a shear of 0.2 degrees), in training."""
+    """The published transformations, except a shear of 0.2 degrees, for training."""
     options: dict[str, Any] = {"fill_mode": "nearest", "interpolation": "bilinear"}
     return [
         keras.layers.RandomRotation(40 / 360, seed=seed, **options),
@@ -320,8 +320,8 @@ def fit_plainly(
     augment: bool = False,
     callbacks: Sequence[keras.callbacks.Callback] = (),
 ) -> None:
-    """Adam on everything in the parts, every label believed."""
-    # Not net(inputs, training=False) as a model: its `fit` would train it all the same.
+    """Train with Adam on all given parts, trusting every label."""
+    # A model of net(inputs, training=False) would not do: `fit` would train it anyway.
     layers = augmentation(args.seed) if augment else []
     layers += net.layers if args.dropout else without_dropout(net)
     trained = keras.Sequential([keras.Input(net.input_shape[1:]), *layers])
@@ -334,7 +334,7 @@ def without_dropout(net: keras.Model) -> list:
 
 
 def accuracy(net: keras.Model, part: images.Part) -> float:
-    """In percent, of every image once."""
+    """Accuracy in percent, with every image used once."""
     return 100 * float(np.mean(predict(net, part.images) == part.labels))
 
 
@@ -354,14 +354,14 @@ def to_logits(importances: np.ndarray) -> np.ndarray:
 
 
 def renormalised(a: np.ndarray) -> np.ndarray:
-    """Importances of mean 1/2, then held within [1e-5, 1 - 1e-5]."""
+    """Importances with mean 1/2, clipped to [1e-5, 1 - 1e-5]."""
     importances = 0.5 * (np.tanh(a.astype(np.float64)) + 1)
     importances *= 0.5 / max(importances.mean(), 1e-12)
     return to_logits(np.clip(importances, 1e-5, 1 - 1e-5)).astype(a.dtype)
 
 
 class Renormalise(keras.callbacks.Callback):
-    """`renormalised` after each epoch, before anything looks at the importances."""
+    """Applies `renormalised` after each epoch, before the importances are evaluated."""
 
     def __init__(self, logits: keras.Variable, every: int):
         super().__init__()
@@ -424,7 +424,7 @@ def measure(
 
 
 def pretrain(args: argparse.Namespace, run: common.Run, data: Data) -> keras.Model:
-    """The network trained on validation data; kept, so that --resume finds it."""
+    """The network trained on validation data, which is saved for --resume."""
     shape, path = data.train.images.shape[1:], run.out / "pretrained.weights.h5"
     if not path.exists():
         net = build_net(args.net, shape, args.seed)
@@ -433,14 +433,14 @@ def pretrain(args: argparse.Namespace, run: common.Run, data: Data) -> keras.Mod
         partial = run.out / "partial.weights.h5"
         net.save_weights(partial)
         os.replace(partial, path)
-    # Built again, as by --resume: training has moved the seeds of dropout.
+    # Built again, as with --resume, because training changed the dropout seeds.
     net = build_net(args.net, shape, args.seed)
     net.load_weights(path)
     return net
 
 
 def denoise(args: argparse.Namespace, run: common.Run, data: Data) -> dict:
-    """The bilevel methods: train, measure, draw, retrain."""
+    """Run a bilevel method: train, evaluate, draw the figures, retrain."""
     net = pretrain(args, run, data)
     dataset = DATASETS[args.dataset]
     agrees = predict(net, data.train.images) == data.train.labels
@@ -460,7 +460,7 @@ def denoise(args: argparse.Namespace, run: common.Run, data: Data) -> dict:
         callbacks=[Renormalise(model.upper.logits, per_epoch)],
     )
     after: dict[str, float] = {}
-    if model.outer_step % per_epoch:  # the seconds were over within an epoch
+    if model.outer_step % per_epoch:  # the time limit was reached within an epoch
         model.upper.logits.assign(renormalised(model.upper.logits.numpy()))
         after = measure(args, model, data)()
         after["f1"] = after["f1_at_0.5"]
@@ -542,7 +542,7 @@ def draw_importances(path: pathlib.Path, s: np.ndarray, clean: np.ndarray) -> No
 def draw_distrusted(
     path: pathlib.Path, s: np.ndarray, data: Data, net: keras.Model
 ) -> None:
-    """The training images of least importance."""
+    """The training images with the lowest importance."""
     pixels, given = data.train
     cleaning.draw_distrusted(
         path, pixels, s, given, ~data.clean, lambda worst: predict(net, pixels[worst])
@@ -556,7 +556,7 @@ def draw_curves(run: common.Run, args: argparse.Namespace) -> None:
         "accuracy": {m.replace("_", " "): f"{m}_accuracy" for m in measured},
         "examples of importance above 0.5": {name: f"{name}_at_0.5" for name in scores},
     }
-    # A baseline has no importances, and is not measured on the training data.
+    # A baseline has no importances and is not evaluated on the training data.
     known, panels = run.rows()[0], []
     for title, names in columns.items():
         names = {label: name for label, name in names.items() if name in known}

@@ -11,18 +11,18 @@ variables: a classifier's weights y.
     g(x, y) = mean of s(x_i) * cross-entropy_i on polluted training data
               + reg * sum of squares of y
 
-An example is kept if x_i >= 0. The penalty methods fit y to the validation data, so
-the step to report is chosen on a fourth part, `selection`: clean images that nothing
-else looks at. (The published tables take the best step on the test data; that number
-is written too, as `best_test_accuracy`.)
+An example is kept if x_i >= 0. The penalty methods fit y to the validation data, so the
+step to report is chosen on a fourth part, `selection`: clean images that are used for
+nothing else. (The published tables report the best step on the test data; that number
+is also written, as `best_test_accuracy`.)
 
 Reproduces the hyper-cleaning tables of Shen and Chen (2023), arXiv:2302.05185, and of
 Liu et al. (2021), arXiv:2110.00455 (iaptt-gm and bda, on the net mlp-linear: two
-layers with nothing between them); every method's and net's published settings are
-its defaults (aid-cg, aid-fp, neumann, penalty, approxgrad and bda's mixing weights have
-none: theirs are our choice; bda's inner rate is that of its authors' code).
-The default dataset, `digits`, ships with the installed packages and takes about a
-minute.
+layers without an activation). Defaults are the published settings of every method and
+net. For aid-cg, aid-fp, neumann, penalty, approxgrad and bda's mixing weights none are
+published, and the defaults are our choice; bda's inner rate is that of its authors'
+code. The default dataset, `digits`, is included in the installed packages and takes
+about a minute.
 """
 
 import argparse
@@ -63,35 +63,35 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--selection-size", type=above(int), help="default 5000 (digits 500)")
     add("--outer-steps", type=above(int))
     add("--last", type=above(int), help="t-rhg: inner steps differentiated")
-    add("--solver-steps", type=above(int), help="aid-*, neumann: products")
+    add("--solver-steps", type=above(int), help="aid-*, neumann: Hessian products")
     Settings.add_flags(parser, "outer steps")
     add("--upper-optimizer", choices=("sgd", "adam"))
     add("--inner-lr", type=above(float))
     add("--start-lr", type=above(float), help="iaptt-gm: rate of the learned start")
     add("--alpha", type=common.share, help="bda: weight of the upper loss")
-    add("--alpha-decay", type=common.share, help="bda: its factor per step")
+    add("--alpha-decay", type=common.share, help="bda: factor on alpha per inner step")
     add(
         "--bda-rule",
         choices=("aggregated", "bda-repo"),
-        help="bda: weight of g; 1 - that of f, or constant as in BDA's own code",
+        help="bda: weight of g; 1 - that of f, or constant as in BDA's published code",
     )
     add("--dynamics", choices=("gd", "nesterov-t", "nesterov-m"), default="gd")
     add("--momentum", type=common.fraction, help="nesterov-m; default 0.9")
     add("--gamma-init", type=common.at_least(float, 0))
     add("--gamma-max", type=above(float))
     add("--gamma-steps", type=above(int), help="length of gamma's ramp")
-    add("--auxiliary", choices=("persistent", "copy"), help="v-pbgd: where z starts")
+    add("--auxiliary", choices=("persistent", "copy"), help="v-pbgd: start of z")
     add("--reg", type=common.at_least(float, 0), help="L2 coefficient of g")
     add("--eval-every", type=above(int), help="outer steps between evaluations")
     add(
         "--baseline-epochs",
         type=above(int),
         default=30,
-        help="of plain training: baselines, and the network before cleaning",
+        help="for plain training: baselines, and the network before cleaning",
     )
-    add("--kept", type=pathlib.Path, help="kept+val: .npz of labels and what to keep")
+    add("--kept", type=pathlib.Path, help="kept+val: .npz with labels and kept")
     add("--trials", type=above(int), default=1, help="runs at successive seeds")
-    add("--memory", choices=("replay", "checkpoint", "tape"), help="of unrolled steps")
+    add("--memory", choices=("replay", "checkpoint", "tape"), help="for unrolled steps")
     add("--jit", choices=common.JIT)
     args = parser.parse_args(argv)
     sizes = SIZES.get(args.dataset, (5000, 5000, 10_000, 5000))
@@ -106,7 +106,7 @@ def fill_defaults(
 ) -> argparse.Namespace:
     published = DEFAULTS[args.method, args.net]
     if args.dataset == "digits" and published.gamma_steps and published.outer_steps:
-        # Less than half the data, and a demo should not take minutes.
+        # There is less than half the data, and a demo should not take minutes.
         published = dataclasses.replace(
             published,
             outer_steps=published.outer_steps // 4,
@@ -120,7 +120,7 @@ def fill_defaults(
     )
     if of_file and (args.kept is None or args.trials > 1):
         parser.error(
-            "--method kept+val needs --kept FILE, which is of one seed: give it, and "
+            "--method kept+val needs --kept FILE, made with one seed: pass it, and "
             "no --trials"
         )
     given, args = args, common.filled(args, published)
@@ -138,13 +138,13 @@ def fill_defaults(
         )
     if args.dynamics != "gd" and args.inner_lr is None:
         parser.error(
-            f"--dynamics means nothing to --method {args.method}, which makes no "
+            f"--dynamics has no effect with --method {args.method}, which makes no "
             "inner steps of gradient descent: leave it out"
         )
     if args.dynamics == "nesterov-t" and args.inner_steps == 1:
         parser.error(
-            "--dynamics nesterov-t means nothing to a single inner step, from which on "
-            "it differs: raise --inner-steps"
+            "--dynamics nesterov-t has no effect with a single inner step, because the "
+            "first step is the same: raise --inner-steps"
         )
     with_momentum = args.dynamics == "nesterov-m"
     needs = {"momentum": (with_momentum, "--dynamics nesterov-m")}
@@ -157,8 +157,9 @@ def fill_defaults(
 class TwoLinearLayers(keras.Model):
     """x K + b with K = K1 K2, b = b1 K2 + b2: the two layers of `mlp-linear`.
 
-    Product of the kernels first: 5,000 images x 784 x 10 multiplications and 784 x 300
-    x 10 where (x K1) K2 takes 5,000 x 784 x 300, and the same gradients.
+    The kernels are multiplied first. With 5,000 images this takes 5,000 x 784 x 10 +
+    784 x 300 x 10 multiplications, where (x K1) K2 takes 5,000 x 784 x 300. The
+    gradients are the same.
     """
 
     def __init__(self, inputs: int):
@@ -191,7 +192,7 @@ def build_net(net: str, inputs: int, seed: int) -> keras.Model:
 
 
 def draw_weights(shapes: list[tuple], seed: int, step: tf.Tensor) -> list[tf.Tensor]:
-    """Kernels and biases uniform in +-1/sqrt(fan_in), as the published nets.
+    """Kernels and biases sampled uniformly in +-1/sqrt(fan_in), as in published nets.
 
     RHG samples them again at every outer step.
     """
@@ -259,7 +260,7 @@ def accuracy(network: Callable, part: tuple) -> tf.Tensor:
 def train_plainly(
     args: argparse.Namespace, network: keras.Model, parts: list[tuple], *callbacks: Any
 ) -> None:
-    """Adam on everything in the parts, every label believed."""
+    """Train with Adam on all given parts, trusting every label."""
     optimizer, name = keras.optimizers.Adam(1e-3), f"{args.out}, plain training"
     cleaning.fit(network, parts, optimizer, 100, args.baseline_epochs, name, callbacks)
 
@@ -267,8 +268,8 @@ def train_plainly(
 def train_baseline(
     args: argparse.Namespace, run: common.Run, data: dict, network: keras.Model
 ) -> dict:
-    """A classifier trained on what the baseline may see, and what it would keep: what
-    it was told to, or the training examples whose given label it predicts."""
+    """Train a baseline on the data that it may use. It keeps the examples it was told
+    to keep, or those whose given label it predicts."""
     pixels, labels = (tensor.numpy() for tensor in data["train"])
     used = {
         "oracle": data["true_labels"] == labels,
@@ -314,7 +315,7 @@ def train_baseline(
 
 
 def before_cleaning(args: argparse.Namespace, data: dict) -> dict[str, float]:
-    """Everything kept, and the accuracy of a network that believes every label."""
+    """The scores when everything is kept, and the accuracy when every label is used."""
     network = build_net(args.net, data["train"][0].shape[1], args.seed)
     train_plainly(args, network, [data["train"], data["validation"]])
     everything = np.ones_like(data["clean"])
@@ -339,7 +340,7 @@ def draw_curves(run: common.Run, args: argparse.Namespace) -> None:
 def draw_distrusted(
     run: common.Run, data: dict, trust: np.ndarray, network: keras.Model
 ) -> None:
-    """The training images trusted least, with given and predicted label."""
+    """The least trusted training images, with given and predicted label."""
     pixels, given = (tensor.numpy() for tensor in data["train"])
     cleaning.draw_distrusted(
         run.out / "distrusted.png",
@@ -352,10 +353,10 @@ def draw_distrusted(
 
 
 def inner_curve(model: tb.BilevelModel, data: dict) -> Callable[[], np.ndarray]:
-    """A function that gives the accuracy of every inner iterate of the next outer step
-    on the selection and the test images, [2, steps]."""
+    """A function that returns the accuracies of all inner iterates of the next outer
+    step on the selection and the test images, [2, steps]."""
     method, network = model.method, tb.functional(model.lower)
-    inner, first = method.inner, network.initial()  # where cold starts begin
+    inner, first = method.inner, network.initial()  # the start of cold starts
     batches = tb.Batches(upper=data["validation"], lower=data["train"])
 
     @tf.function
@@ -510,13 +511,13 @@ def clean(
             predict = functools.partial(start, z)
             measured["start_test_accuracy"] = float(accuracy(predict, data["test"]))
         if redrawn:
-            # The published RHG and T-RHG accuracies: the best of all inner iterates of
-            # all outer steps, on the test data.
+            # The accuracies published for RHG and T-RHG: the best of all inner iterates
+            # of all outer steps on the test data.
             measured["best_inner_test_accuracy"] = float(curve()[1].max())
         return measured | label_noise.cleaning_scores(keep, data["clean"])
 
     evaluations = args.outer_steps // args.eval_every
-    # A kill costs at most a twentieth of the run.
+    # A kill costs at most one twentieth of the run.
     full = tf.data.Dataset.from_tensors
     batches = tb.pair(full(data["validation"]), full(data["train"]))
     common.train(

@@ -1,41 +1,41 @@
-"""Few-shot learning: from many small tasks, what the next one should start from.
+"""Few-shot learning: many small tasks teach a good starting point for new ones.
 
     python experiments/few_shot.py --out runs/few-shot
     python experiments/few_shot.py --dataset omniglot --method iaptt-gm --ways 5 \\
         --shots 1 --seconds 1800 --out runs/omniglot-5w1s
 
-A task has `ways` classes, `shots` support images of each and some query images. Upper
-variables: what all tasks share. Lower variables: what each task adapts on its support
-images. f is the mean cross-entropy on the query images, g the same on the support
+A task has `ways` classes, with `shots` support images each and some query images. The
+upper variables are shared by all tasks; each task adapts the lower variables on its
+support images. f is the mean cross-entropy on the query images, g that on the support
 images; losses are averaged over the tasks of a meta-batch.
 
 | method     | x (shared)           | y (per task), start  | hypergradient             |
 |------------|----------------------|----------------------|---------------------------|
 | maml       | start of all weights | all weights, x       | through all steps         |
-| fomaml     | start of all weights | all weights, x       | steps taken for constants |
+| fomaml     | start of all weights | all weights, x       | steps taken as constant   |
 | meta-sgd   | start and step sizes | all weights, x       | through all steps         |
 | imaml      | start of all weights | all weights, x       | implicit, proximal g      |
 | anil       | features, head start | head, learned        | through all steps         |
 | itd-bio    | features             | head, fixed          | through all steps         |
-| fo-itd-bio | features             | head, new every step | steps taken for constants |
+| fo-itd-bio | features             | head, new every step | steps taken as constant   |
 | rhg        | features             | head, fixed          | through all steps         |
 | t-rhg      | features             | head, fixed          | through the last steps    |
-| bda        | features             | head, fixed          | of aggregated steps       |
-| iaptt-gm   | features, head start | head, learned        | up to each task's worst f |
+| bda        | features             | head, fixed          | through aggregated steps  |
+| iaptt-gm   | features, head start | head, learned        | to each task's largest f  |
 | approxgrad | features             | head, new every step | implicit, Adam on A'A v   |
 | penalty    | features             | head, new every step | augmented Lagrangian      |
 
-Every method has its paper's settings and network for a data set that the paper used,
-and ours elsewhere: Ji, Yang, Liang (2021), arXiv:2010.07962 (maml to fo-itd-bio); Liu,
-Liu, Zeng, Zhang (2021), arXiv:2110.00455 (rhg to iaptt-gm); Mehra and Hamm (2021),
+Every method has the settings and network of its paper for the data sets used there, and
+our choice for others: Ji, Yang, Liang (2021), arXiv:2010.07962 (maml to fo-itd-bio);
+Liu, Liu, Zeng, Zhang (2021), arXiv:2110.00455 (rhg to iaptt-gm); Mehra and Hamm (2021),
 arXiv:1911.03432 (approxgrad and penalty); Rajeswaran, Finn, Kakade, Levine (2019),
 arXiv:1909.04630 (imaml); Li, Zhou, Chen, Li (2017), arXiv:1707.09835 (meta-sgd).
 
-All networks normalise by the statistics of the set they are given, at test time too:
-every accuracy here is transductive. `glyphs`, drawn by a seeded generator, needs no
-files. The upper variables of best accuracy on validation classes are the ones that are
-tested: `test_accuracy` is a mean over tasks of test classes, `test_accuracy_ci95` half
-the width of its 95 percent interval.
+All networks normalise by the statistics of their input, also at test time, so every
+accuracy here is transductive. `glyphs` is generated from a seed and needs no files. The
+upper variables with the best accuracy on validation classes are tested:
+`test_accuracy` is a mean over tasks of test classes, `test_accuracy_ci95` half the
+width of its 95 percent interval.
 """
 
 import argparse
@@ -106,7 +106,7 @@ def load_splits(args: argparse.Namespace) -> dict[str, classes.Classes]:
 def draw(
     args: argparse.Namespace, some: classes.Classes, seed: int, first: int = 0
 ) -> tf.data.Dataset:
-    """Meta-batches of the split without end, from the first one on."""
+    """Endless meta-batches of the split, starting with number `first`."""
     counts = (args.ways, args.shots, args.queries, args.tasks)
     return episodes(some, *counts, seed=seed, first=first)
 
@@ -160,7 +160,7 @@ def build_networks(
 
 
 class Start(keras.layers.Layer):
-    """The start of all weights and, for meta-sgd, a step size for every entry."""
+    """The start of all weights and, for meta-sgd, a step size per entry."""
 
     def __init__(self, network: keras.Model, rate: float | None):
         super().__init__(name="start")
@@ -176,13 +176,13 @@ class Start(keras.layers.Layer):
         self.built = True
 
     def places(self) -> list[int]:
-        """Where the rates stand among all variables."""
+        """The positions of the rates among all variables."""
         numbers = {id(v): n for n, v in enumerate(self.trainable_variables)}
         return [numbers[id(rate)] for rate in self.rates]
 
 
 def fresh_heads(args: argparse.Namespace, head: keras.Model, tasks: int) -> Callable:
-    """New heads at every outer step, for every task its own."""
+    """Separate new heads for every task at every outer step."""
     kernel, dtype = head.trainable_variables[0].shape, head.trainable_variables[0].dtype
     edge = kernel[0] ** -0.5
 
@@ -204,7 +204,7 @@ def fresh_heads(args: argparse.Namespace, head: keras.Model, tasks: int) -> Call
 
 
 def inner_optimizer(args: argparse.Namespace) -> keras.optimizers.Optimizer:
-    """Of the inner steps."""
+    """The optimizer of the inner steps."""
     if args.method in ("approxgrad", "penalty"):
         return common.adam(args.lower_lr)
     if args.method == "meta-sgd":
@@ -213,7 +213,7 @@ def inner_optimizer(args: argparse.Namespace) -> keras.optimizers.Optimizer:
 
 
 def learned_rates(args: argparse.Namespace, model: tb.BilevelModel) -> Any:
-    """meta-sgd's step sizes; `None` for the others."""
+    """meta-sgd's step sizes; `None` for other methods."""
     if args.method != "meta-sgd":
         return None
     places = model.upper.places()
@@ -223,24 +223,24 @@ def learned_rates(args: argparse.Namespace, model: tb.BilevelModel) -> Any:
 def build_method(
     args: argparse.Namespace, model: tb.BilevelModel, fresh: Callable | None
 ) -> tb.Method:
-    """The method: a few words about the one engine."""
+    """The method, built from the library's classes."""
     if args.method == "penalty":
         return tb.AugmentedLagrangian(
             inner_optimizer(args),
             args.inner_steps,
-            # The published condition is that of the mean over all tasks, and its square
-            # that much smaller than the mean of the tasks' own, which are used here.
+            # The published condition uses the mean over all tasks, whose square is
+            # smaller by this factor than the mean of the tasks' squares, used here.
             weight=args.weight / args.tasks,
             lower_weight=args.lower_weight,
             atol=args.tolerance,
             initial_multiplier=args.multiplier,
             schedule=tb.PenaltySchedule(
-                # Of the norm; the published test squares it.
+                # For the norm; the published test squares it.
                 tolerance_decay=0.9**0.5,
                 rate_decay=0.99,
             ),
             start=fresh or "warm",
-            # The tasks change with every outer step.
+            # Every outer step has different tasks.
             optimizer_state="reset",
             multiplier_state="reset",
         )
@@ -263,7 +263,7 @@ def build_method(
             "residual",
             warm_start=False,
             rtol=0.0,
-            damping=args.damping * args.tasks,  # of the mean over all tasks, too
+            damping=args.damping * args.tasks,  # likewise for the mean over all tasks
         )
         return tb.Implicit(inner, solver)
     if args.method in ("fomaml", "fo-itd-bio"):
@@ -317,7 +317,7 @@ def build_head_model(
 
     def prepare(encoder: keras.Model, batches: tb.Batches) -> tb.Batches:
         (queries, answers), (supports, labels) = batches
-        if together:  # the task's images share their statistics
+        if together:  # a task's images share their normalisation statistics
             count = queries.shape[0]
             both = encoder(tf.concat([queries, supports], axis=0))
             features = both[:count], both[count:]
@@ -367,7 +367,7 @@ def squared_distance(network: keras.Model, start: list) -> tf.Tensor:
 
 
 def regulariser(args: argparse.Namespace, network: keras.Model, start: list) -> Any:
-    """Of the lower loss: towards the start, or a quasi-norm that is not convex."""
+    """The lower loss's regulariser: distance to the start or nonconvex quasi-norm."""
     if args.regulariser == "none":
         return 0.0
     if args.regulariser == "distance":
@@ -376,8 +376,8 @@ def regulariser(args: argparse.Namespace, network: keras.Model, start: list) -> 
     for y in map(tf.convert_to_tensor, network.trainable_variables):
         size = tf.reduce_sum(tf.square(y))
         least = args.quasi_norm_epsilon**2 * y.shape.num_elements()
-        if args.regulariser == "quasi-norm-published":  # of norms, not of their squares
-            above = size > 0  # |0| has no derivative: here 0
+        if args.regulariser == "quasi-norm-published":  # of norms instead of squares
+            above = size > 0  # |0| has no derivative; 0 is used
             size = tf.where(above, tf.sqrt(tf.where(above, size, 1)), 0)
             least = least**0.5
         terms.append((size + least) ** (args.quasi_norm_power / 2))
@@ -390,7 +390,7 @@ def regulariser(args: argparse.Namespace, network: keras.Model, start: list) -> 
 def test_solver(
     args: argparse.Namespace, model: tb.BilevelModel, number: tf.Variable
 ) -> tb.InnerSolver:
-    """The inner solver on new tasks, the meta-batch of this number."""
+    """The inner solver for new tasks in the meta-batch with this number."""
     inversion_free = args.method in ("approxgrad", "penalty")
     kind = common.adam if inversion_free else keras.optimizers.SGD
     rate = 1.0 if args.method == "meta-sgd" else args.test_lr
@@ -399,7 +399,7 @@ def test_solver(
         fresh = fresh_heads(args, model.lower, args.tasks)
 
         def drawn(step: tf.Tensor) -> list[tf.Tensor]:
-            return fresh(-1 - number)  # training's have numbers from 0 on
+            return fresh(-1 - number)  # training uses numbers from 0
 
         start = drawn
     return tb.InnerSolver(
@@ -411,7 +411,7 @@ def test_solver(
 
 
 class Judge:
-    """Measures the model on tasks of one split, always the same ones."""
+    """Evaluates the model on a fixed set of tasks of one split."""
 
     def __init__(
         self,
@@ -434,13 +434,13 @@ class Judge:
         )
 
     def predicted(self, number: int, batch: tb.Batches) -> np.ndarray:
-        """Classes of every task's query images; with new heads for every batch."""
+        """Predicted classes of all query images; fresh heads differ by batch number."""
         self.number.assign(number)
         return self._predict(batch).numpy()
 
     def accuracies(self, name: str | None = None) -> np.ndarray:
-        """Percent right of every task's query images; with a name it shows how far
-        it is."""
+        """The accuracy on every task's query images in percent; with a name, it shows
+        the progress."""
         progress = name and common.Progress(name, self.calls, "meta-batches")
         parts = []
         for number, batch in enumerate(self.data):
@@ -452,12 +452,12 @@ class Judge:
 
 
 def interval(accuracies: np.ndarray) -> float:
-    """Half the width of the mean's 95 percent interval."""
+    """Half the width of the mean's 95 percent confidence interval."""
     return float(1.96 * accuracies.std(ddof=1) / np.sqrt(len(accuracies)))
 
 
 class Best:
-    """Keeps the upper variables of best validation accuracy, past a kill too."""
+    """Saves the upper variables with the best validation accuracy, for resuming too."""
 
     def __init__(self, run: common.Run, model: tb.BilevelModel):
         self.run, self.model = run, model
@@ -556,7 +556,7 @@ def draw_curves(run: common.Run, args: argparse.Namespace) -> None:
 
 
 def draw_confusion(path: pathlib.Path, args: argparse.Namespace, judge: Judge) -> None:
-    """Three test tasks: a support image of each class, and what queries look like."""
+    """Draw three test tasks: a support image per class, and a confusion matrix."""
     batch = next(iter(judge.data))
     predicted = judge.predicted(0, batch)
     count = min(3, args.tasks)
@@ -580,7 +580,7 @@ def main(argv: list[str] | None = None) -> dict:
     with common.one_line_errors(__file__):
         splits = load_splits(args)
         for some in splits.values():
-            draw(args, some, 0)  # too many ways or shots: said before any work
+            draw(args, some, 0)  # too many ways or shots raise an error before any work
         run = common.Run(args.out, common.settings(args), args.resume)
     summary = common.trials(args, run, functools.partial(train, splits=splits))
     spread = "test_accuracy_ci95" if args.trials == 1 else "test_accuracy_std"

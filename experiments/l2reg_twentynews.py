@@ -3,30 +3,32 @@
     python experiments/l2reg_twentynews.py --method stocbio --out runs/stocbio
     python experiments/l2reg_twentynews.py --method all --seconds 60 --out runs/news
 
-Upper variables: one logarithm x_d per feature, its coefficient exp(x_d); 0 at the
-start. Lower variables: weights W, features x classes, no bias; 0 at the start.
+Upper variables: one number x_d per feature, whose coefficient is exp(x_d); initially 0.
+Lower variables: weights W, features x classes, without bias; initially 0.
 
     f(W)    = mean cross-entropy of X W on the validation documents
     g(x, W) = mean cross-entropy of X W on the training documents
               + 1/2 * mean over features d and classes c of exp(x_d) W_dc^2
 
-Documents are counts of words, scaled to length 1, as scikit-learn's
-`fetch_20newsgroups_vectorized` gives them; they stay sparse. Its training part is cut
-in two halves, training and validation, each class in proportion; its test part is for
-the figures only.
+Documents are word counts, scaled to length 1, as returned by scikit-learn's
+`fetch_20newsgroups_vectorized`; they stay sparse. Its training part is divided into two
+halves, training and validation, with the same proportions of classes. Its test part is
+used only for the figures.
 
 Reproduces the figure of Ji, Yang and Liang (2021), arXiv:2010.07962: test loss against
-seconds of training. Each method's published settings are its defaults (hoag's are our
-choice, the published script has none). Several methods, or `all`, are compared: each
-runs in a process of its own, one after the other, for the same seconds of training.
+seconds of training. The published settings of each method are its defaults (those of
+hoag, which the published script lacks, are our choice). Several methods, or `all`, are
+compared: each one runs in a separate process, one after the other, for the same seconds
+of training.
 
-What the figure measures is how soon W is trained. The largest curvature of g is 0.02
-to 0.03, so stocbio's eta of 0.5 sums eleven almost equal terms, far from an inverse
-Hessian, and its x stays within 0.01 of zero; at an inner rate of 100 aid-fp's solve
-diverges for the first few outer steps, as it says. Conjugate gradients do learn
-coefficients, large ones for words such as "in" and "the", and overtake stocbio after
-some 130 outer steps: more than the published seconds held, not more than a minute now.
-With --eta 20 --upper-lr 2000 stocbio learns them too, and stays ahead.
+The figure mainly measures how fast W is trained. The largest curvature of g is 0.02 to
+0.03. With an eta of 0.5 stocbio therefore sums eleven almost equal terms, far from an
+inverse Hessian, and its x stays within 0.01 of zero. With an inner rate of 100 the
+solve of aid-fp diverges in the first few outer steps, and a warning says so. Conjugate
+gradients do learn coefficients, large ones for words such as "in" and "the", and are
+better than stocbio after about 130 outer steps. These took longer than the published
+seconds, but take less than a minute now. With --eta 20 --upper-lr 2000 stocbio learns
+the coefficients too, and stays ahead.
 """
 
 import argparse
@@ -74,15 +76,15 @@ DEFAULTS = {
     "aid-fp": Settings(tolerance=1e-12),
     "aid-cg": Settings(tolerance=1e-12),
     "reverse": Settings(),
-    # Tolerances of our choice, from a quarter of the first gradient down; T only
-    # bounds what they ask for.
+    # Tolerances are our choice, starting at a quarter of the first gradient; T only
+    # limits the steps.
     "hoag": Settings(inner_steps=100, tolerance=0.01, tolerance_ratio=0.9),
 }
 METHODS = tuple(DEFAULTS)
-# Flags that the published script takes with every method, whether it uses them or not.
+# Flags that the published script accepts with every method, even without effect.
 IGNORED = ("batch_size", "validation_batch_size", "eta")
 OUTER_STEPS, SECONDS = 50, 60.0
-EPOCH = 20  # evaluations between backups: what a kill can cost
+EPOCH = 20  # evaluations between backups, the most that a kill can cost
 TIMES = ("seconds", "step")
 MARKS = (1, 2, 5, 10, 20, 30, 60, 120)  # seconds at which a table compares methods
 
@@ -101,7 +103,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--features", choices=("counts", "tfidf"), default="counts")
     add("--max-features", type=above(int), help="keep the most frequent; default all")
     add("--outer-steps", type=above(int), help=f"default {OUTER_STEPS}, or no limit")
-    add("--seconds", type=above(float), help="of training; comparisons: default 60")
+    add("--seconds", type=above(float), help="training time; comparisons: default 60")
     add("--inner-steps", type=above(int), help="T (hoag: at most)")
     add("--solver-steps", type=above(int), help="Q; reverse: steps differentiated")
     add("--inner-lr", type=above(float))
@@ -111,10 +113,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--eta", type=above(float), help="stocbio: rate of the series")
     add("--batch-size", type=above(int), help="stocbio: training documents")
     add("--validation-batch-size", type=above(int), help="stocbio")
-    add("--tolerance", type=above(float), help="of the solve; hoag: at the start")
-    add("--tolerance-ratio", type=above(float), help="hoag: its factor per outer step")
+    add("--tolerance", type=above(float), help="of the solve; hoag: initial value")
+    add("--tolerance-ratio", type=above(float), help="hoag: factor per outer step")
     add("--eval-every", type=above(int), help="outer steps between evaluations")
-    add("--final-steps", type=above(int), help="retrain on train + validation so long")
+    add("--final-steps", type=above(int), help="steps of retraining on both halves")
     args = parser.parse_args(argv)
     if "all" in args.method:
         args.method = list(METHODS)
@@ -126,8 +128,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def with_defaults(args: argparse.Namespace, method: str) -> argparse.Namespace:
-    """The settings of one method's run: the flags that mean something to it, its
-    published settings, and one of the two limits."""
+    """The settings of one method's run: the flags that apply to it, its published
+    settings, and one of the two limits."""
     plan = common.filled(args, DEFAULTS[method])
     plan.method = method
     if method == "reverse" and args.solver_steps is None:
@@ -199,7 +201,7 @@ def build_method(args: argparse.Namespace) -> tb.Method:
 
 
 def full_batches(data: Data) -> tf.data.Dataset:
-    """Both levels' whole data, again and again."""
+    """The whole data of both levels, repeated."""
     validation, train = (
         tf.data.Dataset.from_tensors(tensors(part))
         for part in (data.validation, data.train)
@@ -210,8 +212,8 @@ def full_batches(data: Data) -> tf.data.Dataset:
 def minibatches(
     args: argparse.Namespace, data: Data, draws: int, first: int
 ) -> tf.data.Dataset:
-    """The minibatches from outer step `first` on, without end; `draws` lower ones
-    for each."""
+    """Endless minibatches, starting at outer step `first`, with `draws` lower ones per
+    step."""
     lower = Minibatches(data.train, args.batch_size, (args.seed, 0))
     upper = Minibatches(data.validation, args.validation_batch_size, (args.seed, 1))
 
@@ -235,12 +237,12 @@ def minibatches(
 
 
 def peak_memory() -> float:
-    """The most memory this process has held so far, in MB (Linux counts in KB)."""
+    """The peak memory of this process so far, in MB (Linux reports KB)."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def train(args: argparse.Namespace, run: common.Run, data: Data) -> dict:
-    """One method, from zero weights to the last outer step or second."""
+    """Train with one method, from zero weights to the last outer step or second."""
     model = build_model(data)
     model.compile(
         build_method(args),
@@ -254,7 +256,7 @@ def train(args: argparse.Namespace, run: common.Run, data: Data) -> dict:
             return minibatches(args, data, model.method.draws, first)
         return full_batches(data)
 
-    measure()  # so that tracing it is not in the peak of training
+    measure()  # traced now, so that the peak memory of training excludes it
     before = peak_memory()
     common.train(
         model,
@@ -312,10 +314,10 @@ def loss_and_accuracy(
 
 
 def retrain(args: argparse.Namespace, model: tb.BilevelModel, data: Data) -> dict:
-    """New weights from zero, with the learned coefficients, on both halves.
+    """Train new weights from zero, with the learned coefficients, on both halves.
 
-    hypertorch's script ends so: what tuning is for is a classifier that has seen all
-    the documents there are.
+    hypertorch's script ends in this way: the purpose of tuning is a classifier trained
+    on all documents.
     """
     both = Part(
         sparse.vstack([data.train.features, data.validation.features]).tocsr(),
@@ -364,7 +366,7 @@ def summarise(args: argparse.Namespace, rows: list[dict]) -> dict:
         "method": args.method,
         "outer_steps": int(final["step"]),
         "seconds": final["seconds"],
-        # The median leaves tracing out, which is in the first.
+        # The median excludes tracing, which is in the first interval.
         "seconds_per_outer_step": float(np.median(seconds / steps)),
         "test_loss": final["test_loss"],
         "test_accuracy": final["test_accuracy"],
@@ -383,17 +385,17 @@ def summarise(args: argparse.Namespace, rows: list[dict]) -> dict:
 
 
 def first_below(rows: list[dict], loss: float) -> float | None:
-    """Seconds until the test loss is below a value for the first time."""
+    """The seconds until the test loss is first below a value."""
     return next((row["seconds"] for row in rows if row["test_loss"] < loss), None)
 
 
 def at(rows: list[dict], seconds: float) -> dict:
-    """The last row within so many seconds."""
+    """The last row within the given seconds."""
     return [row for row in rows if row["seconds"] <= seconds][-1]
 
 
 def draw_curves(path: pathlib.Path, curves: dict[str, list[dict]]) -> None:
-    """Test loss and accuracy against seconds, a line for every method."""
+    """Draw test loss and accuracy against seconds, with one line per method."""
     with common.figure(path, (11, 4)) as page:
         panels = page.subplots(1, 2)
         for axes, name in zip(panels, ("test_loss", "test_accuracy"), strict=True):
@@ -409,10 +411,10 @@ def draw_curves(path: pathlib.Path, curves: dict[str, list[dict]]) -> None:
 
 
 def draw_coefficients(run: common.Run, logits: np.ndarray, words: np.ndarray) -> None:
-    """The words whose weights are held back less than at the start, and those held
-    back more, where x = 0: up to 20 each."""
+    """Draw up to 20 words whose weights are regularised less than initially (x = 0),
+    and up to 20 that are regularised more."""
     order = np.argsort(logits, kind="stable")
-    # The logarithm: of coefficients that have just left 1 the bars would look alike.
+    # Logarithms, because the bars of coefficients near 1 would look alike.
     groups = {
         "smallest": [word for word in order[:20][::-1] if logits[word] < 0],
         "largest": [word for word in order[-20:] if logits[word] > 0],
@@ -421,7 +423,7 @@ def draw_coefficients(run: common.Run, logits: np.ndarray, words: np.ndarray) ->
         panels = page.subplots(1, 2)
         for axes, (name, group) in zip(panels, groups.items(), strict=True):
             places = np.arange(len(group))
-            # The text may hold characters that mean something to matplotlib.
+            # The words may contain characters that are special in matplotlib.
             labels = [str(word).replace("$", r"\$") for word in words[group]]
             axes.barh(places, logits[group])
             axes.set_yticks(places, labels, fontsize=8)
@@ -435,7 +437,7 @@ def draw_coefficients(run: common.Run, logits: np.ndarray, words: np.ndarray) ->
 
 
 def print_table(summaries: list[dict]) -> None:
-    """One line per method; the memory is the peak of that method's own process."""
+    """Print one line per method, with the peak memory of its own process."""
     print(
         f"{'method':9s}{'steps':>7s}{'ms/step':>9s}{'seconds':>9s}{'loss':>9s}"
         f"{'acc %':>8s}{'to loss 1':>11s}{'peak MB':>9s}"
@@ -475,11 +477,11 @@ def main(argv: list[str] | None = None) -> dict:
         run = common.Run(args.out, config, args.resume)
     keras.utils.set_random_seed(args.seed)
     if alone:
-        # Not again: the peak of memory would be that of a process that trains nothing.
+        # Not trained again: the peak memory would be that of an idle process.
         summary = run.summary() or train(alone, run, data)
         summaries = [summary]
     else:
-        del data  # every method's own process loads it
+        del data  # every method loads it in its own process
         summary = compare(args, plans, run)
         summaries = list(summary["methods"].values())
     run.summarise(summary)
@@ -501,7 +503,7 @@ def require_sizes(plan: argparse.Namespace, data: Data) -> None:
 
 
 def require_steps(plan: argparse.Namespace) -> None:
-    """Raise if more steps are to be differentiated than are made."""
+    """Raise if more steps are to be differentiated than made."""
     if plan.method == "reverse" and plan.solver_steps > plan.inner_steps:
         raise ValueError(
             "--solver-steps must not exceed --inner-steps for --method reverse, which "
@@ -513,7 +515,7 @@ def require_steps(plan: argparse.Namespace) -> None:
 def compare(
     args: argparse.Namespace, plans: list[argparse.Namespace], run: common.Run
 ) -> dict:
-    """Every method in a process of its own, one after the other."""
+    """Run every method in a separate process, one after the other."""
 
     def one(plan: argparse.Namespace, out: pathlib.Path) -> dict:
         if not (out / "summary.json").exists():
@@ -525,7 +527,7 @@ def compare(
     done, failed = common.sweep(run, {plan.method: plan for plan in plans}, one)
     curves = {method: common.rows_of(run.out / method) for method in done}
     rows = [row for own in curves.values() for row in own]
-    # Methods have metrics of their own.
+    # Some metrics exist only for some methods.
     shared = (
         [name for name in rows[0] if all(map({name}.issubset, rows))] if rows else []
     )
@@ -539,8 +541,8 @@ def compare(
 
 
 def flags_of(args: argparse.Namespace, plan: argparse.Namespace) -> list[str]:
-    """The command line of one method's run in a comparison: the flags given that mean
-    something to it."""
+    """The command line of one method's run in a comparison: the given flags that apply
+    to it."""
     flags = ["--method", plan.method]
     if args.seconds is None and plan.seconds is not None:
         flags += ["--seconds", str(plan.seconds)]

@@ -4,48 +4,49 @@
         --out runs/stocbio
     python experiments/mnist_reweighting.py --compare --seconds 150 --out runs/compare
 
-Upper variables: one logit x_i per training example, its weight s(x_i), s the logistic
-function, x = 0 at the start. Lower variables: a linear classifier's weights y, its
-bias among them.
+Upper variables: one logit x_i per training example, whose weight is s(x_i), where s is
+the logistic function; initially x = 0. Lower variables: the weights y of a linear
+classifier, including its bias.
 
     f(y)    = mean cross-entropy on clean validation data
     g(x, y) = mean of s(x_i) * cross-entropy_i on noisy training data
               + 0.001 * sum of squares of y
 
 A share of the training labels is replaced by wrong ones, once, before training. (The
-published script corrupts its labels further whenever it looks at them.) An example
-counts as kept if s(x_i) >= 0.5. Training and validation data are the first 20,000 and
-the last 5,000 images of MNIST's training file in the published order.
+published script corrupts its labels again whenever it reads them.) An example counts as
+kept if s(x_i) >= 0.5. Training and validation data are the first 20,000 and the last
+5,000 images of MNIST's training file in the published order.
 
 | method  | lower steps, each on           | hypergradient                             |
 |---------|--------------------------------|-------------------------------------------|
-| stocbio | 200, 50 fresh examples         | Neumann series, 3 factors of 50 examples  |
+| stocbio | 200, 50 new examples           | Neumann series, 3 factors of 50 examples  |
 | aid-fp  | 200, all examples              | 3 fixed-point iterations                  |
 | aid-cg  | 200, all examples              | 3 conjugate-gradient iterations           |
 | reverse | 200, all examples              | backpropagation through the last 3 steps  |
-| hoag    | to a tolerance, 200 at most    | conjugate gradients to a tolerance        |
+| hoag    | at most 200, to a tolerance    | conjugate gradients to a tolerance        |
 | bsa     | 200, 1 example                 | product of 0 to 2 factors of 1 example    |
 | ttsa    | 1, 1 example, decaying rates   | as bsa                                    |
 
 Reproduces the hyper-cleaning comparison of Ji, Yang and Liang (2021),
 arXiv:2010.07962. Their settings are the defaults, with these exceptions:
 
-- eta, the step of the factors, must stay below 2 / (curvature of g). With labels that
-  stay put the curvature is about 3 on all examples, 7 to 12 on 50 and up to 500 on
-  one: the published 0.5 makes the series grow (the metric `growth` is then above 1).
-  The defaults are 0.1 on 50 examples and 0.001 on one.
-- ttsa makes 10,000 outer steps: as many lower steps as the others in 50.
+- eta, the step of the factors, must be below 2 / (curvature of g). With fixed labels
+the
+  curvature is about 3 on all examples, 7 to 12 on 50 and up to 500 on one: with the
+  published 0.5 the series grows (the metric `growth` is then above 1). The defaults are
+  0.1 on 50 examples and 0.001 on one.
+- ttsa makes 10,000 outer steps, as many lower steps as the others make in 50.
 - hoag solves to tolerances 0.5 * 0.9^k, absolute for |g_y|, relative for the linear
-  system; the published script's makes 200 steps and sums a series.
+  system; the published script's version makes 200 steps and sums a series.
 
-The hypergradient is the paper's; the published script's is about twice as long, its
-outer rate 0.1 our `--upper-lr 0.2`. At such rates the weights hardly leave 0.5 in 50
-outer steps, and the curves compare how fast y is found. `--noise-rate 0.4 --upper-lr
-50 --inner-lr 0.02 --seconds 60` shows stocbio reweighting. bsa's inner rate 0.1 is far
-above 2 / (curvature on one example), so its y never settles; `--inner-lr 0.003`
-cures that.
+The hypergradient is the paper's. The published script's is about twice as long, so its
+outer rate of 0.1 corresponds to our `--upper-lr 0.2`. At such rates the weights hardly
+leave 0.5 in 50 outer steps, and the curves compare how fast y is found. `--noise-rate
+0.4 --upper-lr 50 --inner-lr 0.02 --seconds 60` shows stocbio reweighting. bsa's inner
+rate of 0.1 is far above 2 / (curvature on one example), so its y never converges;
+`--inner-lr 0.003` corrects that.
 
-`seconds` are spent in training steps: compilation and evaluation do not count.
+`seconds` counts training steps only, without compilation and evaluation.
 """
 
 import argparse
@@ -66,7 +67,7 @@ import tfbilevel as tb
 from data_prep import images, label_noise
 
 REGULARISATION = 0.001
-MEAN, DEVIATION = 0.1307, 0.3081  # of MNIST's pixels in [0, 1]
+MEAN, DEVIATION = 0.1307, 0.3081  # MNIST's pixels in [0, 1]
 SCORES = ("test_loss", "test_accuracy", "precision", "recall", "f1")
 COLUMNS = ("method", "seed", "step", "seconds", "train_loss", "validation_loss")
 
@@ -84,11 +85,11 @@ class Settings:
     tolerance_decay: float | None = None
     upper_lr: float = 0.1
     inner_lr: float = 0.1
-    eval_every: int = 1  # at most; a run is evaluated five times at least
+    eval_every: int = 1  # at most; a run is evaluated at least five times
     jit: str = "off"
 
 
-# Small batches gain up to sixfold from XLA, full ones lose threefold.
+# With XLA small batches are up to six times as fast, full ones three times as slow.
 DEFAULTS = {
     "stocbio": Settings(eta=0.1, batch_size=50, eval_every=20, jit="on"),
     "aid-fp": Settings(),
@@ -99,7 +100,7 @@ DEFAULTS = {
     "ttsa": Settings(10_000, None, eta=0.001, batch_size=1, eval_every=1000, jit="on"),
 }
 METHODS = tuple(DEFAULTS)
-# Flags that the published script takes with every method, whether it uses them or not.
+# Flags that the published script accepts with every method, even without effect.
 IGNORED = ("batch_size", "eta", "inner_steps")
 SIZES = {"digits": (2000, 1000, 1500)}
 
@@ -112,7 +113,7 @@ class Examples(NamedTuple):
 
 
 class Data(NamedTuple):
-    """What one run trains and is measured on.
+    """The training and evaluation data of one run.
 
     Attributes:
         train: the training examples with the labels that the methods see.
@@ -147,7 +148,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--hessian-q", type=above(int), help="products, or steps differentiated")
     add("--eta", type=above(float), help="stocbio, bsa, ttsa: step of the factors")
     add("--batch-size", type=above(int), help="stocbio, bsa, ttsa")
-    add("--tolerance", type=above(float), help="hoag: at the first outer step")
+    add("--tolerance", type=above(float), help="hoag: initial value")
     add("--tolerance-decay", type=above(float), help="hoag: factor per outer step")
     add("--upper-lr", type=above(float))
     add("--inner-lr", type=above(float))
@@ -180,7 +181,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def job_of(args: argparse.Namespace, method: str, seed: int) -> argparse.Namespace:
-    """The flags of one run: one method, one seed, every setting filled in."""
+    """The complete settings of one run: one method, one seed."""
     job = common.filled(args, DEFAULTS[method])
     job.method, job.seed = method, seed
     if method == "reverse" and args.hessian_q is None:
@@ -231,7 +232,7 @@ def load_parts(args: argparse.Namespace) -> list[images.Part]:
 
 
 def add_noise(parts: list[images.Part], job: argparse.Namespace) -> Data:
-    """The parts as tensors, training labels corrupted once and for all."""
+    """The parts as tensors, with training labels corrupted once."""
     train, validation, test = parts
     noisy, clean = label_noise.pollute(
         train.labels, job.noise_rate, np.random.default_rng(job.seed), "strict"
@@ -256,7 +257,7 @@ def one_hot(labels: np.ndarray) -> tf.Tensor:
 
 
 def build_net(inputs: int, seed: int) -> keras.Model:
-    """Kernel and bias normal with variance 2 / outputs (Kaiming, fan_out)."""
+    """A net whose kernel and bias are normal with variance 2 / outputs (Kaiming)."""
     net = keras.Sequential([keras.Input((inputs,)), keras.layers.Dense(10)])
     generator = np.random.default_rng([seed, 1])
     net.set_weights([generator.normal(0, 0.2**0.5, w.shape) for w in net.weights])
@@ -274,8 +275,8 @@ def build_model(job: argparse.Namespace, data: Data) -> tb.BilevelModel:
     def pick(examples: Examples, index: tf.Tensor) -> Examples:
         if job.batch_size is None:
             return examples
-        # Gathered where they are used, an inner step at a time: the pipeline moves
-        # 200 inner steps' indices, not 32 MB of pixels.
+        # Gathered where they are used, one inner step at a time, so that the pipeline
+        # moves the indices of 200 inner steps instead of 32 MB of pixels.
         return Examples(*(tf.gather(tensor, index) for tensor in examples))
 
     def upper_loss(upper: tb.ExampleWeights, lower: keras.Model, index: tf.Tensor):
@@ -300,7 +301,7 @@ def build_model(job: argparse.Namespace, data: Data) -> tb.BilevelModel:
 
 
 def per_execution(job: argparse.Namespace) -> int:
-    """Outer steps per compiled call: rows, and the end, fall between two of them."""
+    """Outer steps per compiled call, chosen so that rows and the end fall between."""
     return math.gcd(job.eval_every, job.outer_steps or 0)
 
 
@@ -327,7 +328,7 @@ def build_method(job: argparse.Namespace) -> tb.Method:
 def index_batches(
     count: int, size: int | None, seed: int, first: int
 ) -> tf.data.Dataset:
-    """Which examples to look at; `None` for the size: all, so it does not matter."""
+    """Indices of examples; for `size` `None`, all examples are used without indices."""
     if size is None:
         return tf.data.Dataset.from_tensors(tf.zeros([], tf.int32)).repeat()
     return tb.index_batches(count, size, seed, first)
@@ -336,7 +337,7 @@ def index_batches(
 def outer_batches(
     job: argparse.Namespace, method: tb.Method, first: int = 0
 ) -> tf.data.Dataset:
-    """Batches of the outer steps from step `first` on."""
+    """Batches of the outer steps, starting at step `first`."""
     draws = 1 if job.batch_size is None else method.draws
     validation, train = (
         index_batches(count, job.batch_size, 2 * job.seed + level, first * per_step)
@@ -364,14 +365,14 @@ def measure(model: tb.BilevelModel, data: Data) -> Callable[[], dict[str, Any]]:
 
     def evaluate() -> dict[str, Any]:
         measured = {name: float(value) for name, value in on_all_parts().items()}
-        # s(x) >= 0.5, which rounding would grant small negative logits too.
+        # Equivalent to s(x) >= 0.5, which rounding makes true for small negative x too.
         return measured | label_noise.cleaning_scores(logits.numpy() >= 0, data.clean)
 
     return evaluate
 
 
 def train(job: argparse.Namespace, run: common.Run, data: Data) -> dict:
-    """One method, one seed: rows in `run`, a summary returned."""
+    """Run one method with one seed: rows are logged in `run`, a summary is returned."""
     model = build_model(job, data)
     begun = time.perf_counter()
     with common.one_line_nonfinite():
@@ -447,7 +448,7 @@ def draw_run(
 
 
 def draw_comparison(args: argparse.Namespace, rows: list[dict[str, str]]) -> None:
-    """Test loss and accuracy of every run against seconds."""
+    """Draw test loss and accuracy of every run against seconds."""
     with common.figure(args.out / "comparison.png", (12, 4.5)) as page:
         axes = page.subplots(1, 2)
         for number, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
@@ -472,7 +473,7 @@ def draw_comparison(args: argparse.Namespace, rows: list[dict[str, str]]) -> Non
 def compare(
     args: argparse.Namespace, run: common.Run, parts: list[images.Part]
 ) -> dict:
-    """Every method at every seed, each in a folder of its own; means over seeds."""
+    """Run every method with every seed in a separate folder; means over seeds."""
     shown: list[dict] = []
 
     def show(summary: dict) -> None:
@@ -496,7 +497,7 @@ def compare(
 
 
 def means(summaries: list[dict]) -> dict[str, dict[str, float]]:
-    """Each method's final scores: mean and standard deviation over its seeds."""
+    """The mean and standard deviation of each method's final scores over its seeds."""
     table: dict[str, dict[str, float]] = {}
     for method in dict.fromkeys(summary["method"] for summary in summaries):
         runs = [summary for summary in summaries if summary["method"] == method]

@@ -1,29 +1,29 @@
-"""Three small problems on which the choice of the lower solution decides.
+"""Three small problems in which the choice of the lower solution matters.
 
     python experiments/nonconvex_follower.py --out runs/follower
     python experiments/nonconvex_follower.py --example sine \\
         --method ia-gm iaptt-gm --project-inner --out runs/projected
 
-sine: a follower that is not convex, three starts (x0, y0).
+sine: a nonconvex follower with three starts (x0, y0).
 
     F(x, y) = x + x y,    f(x, y) = -sin(x y),    x in [1, 10],  y in [-2, 2]
 
-The solution is (11 pi / 4, -2). ls and ns are implicit gradients (conjugate gradients,
-on the normal equations since f is concave in y somewhere, and Neumann's series), rhg
-and bda unroll from y0; ia-gm learns the start z of the inner steps, and iaptt-gm
-besides ends at the inner iterate of largest F. Its y is that iterate, the others' the
-last one. Published: 500 outer steps at rate 0.1 for x and z, 40 inner steps at rate
-5e-4. What the paper leaves out:
+The solution is (11 pi / 4, -2). ls and ns are implicit gradients (ls: conjugate
+gradients on the normal equations, since f is concave in y at some points; ns: Neumann
+series). rhg and bda unroll from y0. ia-gm learns the start z of the inner steps.
+iaptt-gm also does, and ends at the inner iterate with the largest F. Its y is that
+iterate; the y of all others is the last one. Published settings: 500 outer steps with
+rate 0.1 for x and z, 40 inner steps with rate 5e-4. Not mentioned in the paper:
 
-- Inner iterates must be free to leave [-2, 2], as in the published script's first
-  version: what keeps y feasible is then the pessimistic end, and only iaptt-gm arrives.
-  With `--project-inner` ia-gm arrives too. x and z are projected always.
-- (7 pi / 4, -2) is a local solution. 20 to 40 inner steps are too few to see it and
-  enough to see (11 pi / 4, -2); with 42 or more the first two starts end there.
-- At a constant rate x swings about the solution by up to 0.1, so the last fifth of the
-  outer steps are made at a tenth of it (`--settle 0`: published).
+- Inner iterates must be allowed to leave [-2, 2], as in the published script's first
+  version. Only the pessimistic end then keeps y feasible, and only iaptt-gm arrives.
+  With `--project-inner` ia-gm arrives too. x and z are always projected.
+- (7 pi / 4, -2) is a local solution. 20 to 40 inner steps pass it and reach
+  (11 pi / 4, -2); with 42 or more the first two starts end at the local solution.
+- At a constant rate x oscillates around the solution by up to 0.1, so the last fifth of
+  the outer steps uses a tenth of the rate (`--settle 0`: as published).
 
-counter: BDA's counter-example, in which f leaves y2 undetermined.
+counter: BDA's counterexample, in which f does not determine y2.
 
     F = (x - y2)^2 / 2 + (y1 - 1)^2 / 2,    f = y1^2 / 2 - x y1,    x in [-100, 100]
 
@@ -35,13 +35,13 @@ Nesterov's acceleration of the inner steps.
 
     F = |x - y2|^4 + |y1 - e|^4,    f = |y1|^2 / 2 - x'y1,    x in [-100, 100]^50
 
-The rates and steps of the last two are our choice; with 12 inner steps or more plain
-ones suffice, and the acceleration overshoots. Reproduces the numerical examples of
-Liu, Liu, Zeng and Zhang (2021), arXiv:2110.00455; the counter-example is that of Liu,
-Mu, Yuan, Zeng and Zhang (2020), arXiv:2006.04045.
+The rates and steps of the last two problems are our choice. With 12 or more inner steps
+plain steps are sufficient, and the acceleration overshoots. Reproduces the numerical
+examples of Liu, Liu, Zeng and Zhang (2021), arXiv:2110.00455; the counterexample is
+from Liu, Mu, Yuan, Zeng and Zhang (2020), arXiv:2006.04045.
 
-`--start X Y` begins with x = X and y = Y in every component. `--dimension` makes sine a
-sum over so many components, all alike, and is convex's number of them.
+`--start X Y` sets x = X and y = Y in every component at the start. `--dimension` makes
+sine a sum over that many equal components; for convex it is the number of components.
 """
 
 import argparse
@@ -62,11 +62,11 @@ import tfbilevel as tb
 
 METHODS = ("ls", "ns", "rhg", "bda", "ia-gm", "iaptt-gm", "ia-gm-a")
 LEARNED_START = ("ia-gm", "iaptt-gm", "ia-gm-a")
-# Which methods use a setting; the others are refused it.
+# The methods that use a setting; it is rejected for all others.
 USERS = {"alpha": ("bda",), "alpha_decay": ("bda",), "solver_steps": ("ls", "ns")}
 
 Objective = Callable[[Any, Any], tf.Tensor]
-Paths = dict[str, dict[str, "Path"]]  # of one example: method -> start -> path
+Paths = dict[str, dict[str, "Path"]]  # for one example: method -> start -> path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,18 +84,18 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """A problem, where to start it, and where it should end.
+    """A problem with its starts and its solution.
 
     Attributes:
         upper_objective: F.
         lower_objective: f.
         shapes: dimension -> shapes of x and y.
-        dimension: `None` where it is fixed.
+        dimension: `None` if it is fixed.
         solution: x and y, the same in every component.
         starts: name -> x and y, the same in every component.
-        upper_bounds: of every component of x.
-        lower_bounds: of every component of y, if any.
-        methods: those that mean something here.
+        upper_bounds: bounds of every component of x.
+        lower_bounds: bounds of every component of y, if any.
+        methods: the methods that apply to the problem.
         settings: the defaults.
     """
 
@@ -111,12 +111,12 @@ class Example:
     settings: Settings
 
     def point(self, x: float, y: float) -> tuple[tf.Tensor, tf.Tensor]:
-        """x and y with these numbers in every component."""
+        """x and y with the same value in every component."""
         of_x, of_y = (tf.zeros(s, tf.float64) for s in self.shapes(self.dimension))
         return of_x + x, of_y + y
 
     def bounds(self) -> dict[str, tuple[float, float]]:
-        """Of x and y, closed."""
+        """The closed bounds of x and y."""
         free = -np.inf, np.inf
         return {"X": self.upper_bounds, "Y": self.lower_bounds or free}
 
@@ -170,13 +170,13 @@ class Path(NamedTuple):
 
     Attributes:
         x: the upper variables, before the step.
-        y: the end point of the inner steps, y_{k*} where the end is pessimistic.
+        y: the end point of the inner steps; y_{k*} for a pessimistic end.
         y_last: the last inner iterate.
         upper: F(x, y).
         lower: f(x, y).
         truncation: k*.
-        diverged: whether a linear solve did; only ls and ns have one.
-        seconds: what the whole path took.
+        diverged: whether a linear solve diverged; only ls and ns have one.
+        seconds: the time for the whole path.
     """
 
     x: np.ndarray
@@ -193,19 +193,19 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = common.Parser(description=__doc__)
     add, above = parser.add_argument, common.positive
     add("--example", choices=EXAMPLES, nargs="+", help="default: all with the --method")
-    add("--method", choices=METHODS, nargs="+", help="default: all the examples have")
+    add("--method", choices=METHODS, nargs="+", help="default: all of the examples")
     add("--outer-steps", type=above(int))
     add("--inner-steps", type=above(int))
-    add("--upper-lr", type=above(float), help="of x and of a learned start")
+    add("--upper-lr", type=above(float), help="rate of x and of a learned start")
     add("--inner-lr", type=above(float))
-    add("--settle", type=float, help="last part of the steps, at a tenth of the rate")
+    add("--settle", type=float, help="share of last steps with a tenth of the rate")
     add("--alpha", type=common.share, help="bda: weight of F at the first step")
-    add("--alpha-decay", type=common.share, help="bda: its factor per step")
-    add("--solver-steps", type=above(int), help="ls, ns: products")
+    add("--alpha-decay", type=common.share, help="bda: factor on alpha per inner step")
+    add("--solver-steps", type=above(int), help="ls, ns: Hessian products")
     add(
         "--project-inner",
         action=argparse.BooleanOptionalAction,
-        help="sine: every inner iterate onto [-2, 2]",
+        help="sine: project every inner iterate onto [-2, 2]",
     )
     add(
         "--start",
@@ -213,17 +213,17 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         nargs=2,
         action="append",
         metavar=("X", "Y"),
-        help="x and y at the start; may be given several times; by example",
+        help="start of x and y; may be repeated; default by example",
     )
     add("--dimension", type=above(int), help="sine: default 1; convex: 50")
-    add("--tolerance", type=above(float), default=0.05, help="what counts as arrived")
+    add("--tolerance", type=above(float), default=0.05, help="distance of an arrival")
     args = parser.parse_args(argv)
     check(parser, args)
     return args
 
 
 def check(parser: common.Parser, args: argparse.Namespace) -> None:
-    """Refuse what no run would use; fill in the methods and each example's settings."""
+    """Reject unused flags; fill in the methods and each example's settings."""
     if args.example is None:  # those that have one of the methods
         args.example = [
             name
@@ -235,7 +235,7 @@ def check(parser: common.Parser, args: argparse.Namespace) -> None:
     for method in args.method:
         if method not in known:
             parser.error(
-                f"--method {method} means nothing to --example "
+                f"--method {method} has no effect with --example "
                 f"{' '.join(args.example)}: leave it out"
             )
     for name in args.example:
@@ -247,7 +247,7 @@ def check(parser: common.Parser, args: argparse.Namespace) -> None:
     for name, users in USERS.items():
         if getattr(args, name) is not None and not {*users} & {*args.method}:
             parser.error(
-                f"{common.flag(name)} means nothing to --method "
+                f"{common.flag(name)} has no effect with --method "
                 f"{' '.join(args.method)}: leave it out"
             )
     if args.project_inner and "sine" not in args.example:
@@ -270,7 +270,7 @@ def check(parser: common.Parser, args: argparse.Namespace) -> None:
 
 
 def check_start(parser: common.Parser, name: str, start: list[float]) -> None:
-    """An error for a start that the example's projections would move."""
+    """Raise an error for a start that the example's projections would move."""
     bounds = EXAMPLES[name].bounds()
     for value, (axis, (least, most)) in zip(start, bounds.items(), strict=True):
         if not least <= value <= most:
@@ -281,7 +281,7 @@ def check_start(parser: common.Parser, name: str, start: list[float]) -> None:
 
 
 def chosen(example: Example, args: argparse.Namespace) -> Example:
-    """The example in the dimension and from the starts that were asked for."""
+    """The example with the dimension and the starts that the flags select."""
     if args.dimension is not None and example.dimension is not None:
         example = dataclasses.replace(example, dimension=args.dimension)
     if args.start is not None:
@@ -293,7 +293,7 @@ def chosen(example: Example, args: argparse.Namespace) -> Example:
 def build_problem(
     example: Example, learned_start: bool, project_inner: bool
 ) -> tb.Problem:
-    """The problem; its upper variables are x and, if it is learned, the start."""
+    """The problem; its upper variables are x and, if learned, the start."""
 
     def bounded_lower(y: tf.Tensor) -> tf.Tensor:
         bounds = example.lower_bounds
@@ -338,7 +338,7 @@ def solve(example: Example, method: str, start: str, settings: Settings) -> Path
     )
     begun = time.perf_counter()
     with warnings.catch_warnings():
-        # Neumann's series does where f is concave in y: such steps are counted.
+        # Neumann's series diverges where f is concave in y; such steps are counted.
         warnings.simplefilter("ignore", tb.DivergenceWarning)
         result = tb.minimize(
             build_problem(example, learned_start, settings.project_inner),
@@ -347,7 +347,7 @@ def solve(example: Example, method: str, start: str, settings: Settings) -> Path
             lower=y,
             upper_optimizer=keras.optimizers.SGD(rate),
             batches=tb.Batches(None, None),
-            # One more, whose inner steps evaluate where the others have led.
+            # One step more, to evaluate the result of the last one.
             steps=settings.outer_steps + 1,
             trace=lambda point: (point.upper["x"], point.lower, point.metrics),
         )
@@ -360,7 +360,7 @@ def follow(
     after, last, metrics = trace
     x, end = tf.concat([x0[None], after[:-1]], axis=0), last
     if "truncation" in metrics:
-        # F = sum of x (1 + y), all components alike, gives y_{k*} back.
+        # F = sum of x (1 + y), with all components equal, determines y_{k*}.
         total = tf.reduce_sum(tf.reshape(x, [len(x), -1]), axis=1)
         each = metrics["upper_loss"] / total - 1
         end = tf.zeros_like(last) + tf.reshape(each, [-1] + [1] * (last.ndim - 1))
@@ -382,7 +382,7 @@ def follow(
 
 
 def distances(example: Example, path: Path) -> dict[str, np.ndarray]:
-    """Euclidean distances to the solution at every step."""
+    """The Euclidean distances to the solution at every step."""
 
     def away(values: np.ndarray, solution: Any) -> np.ndarray:
         return np.linalg.norm((values - solution).reshape(len(values), -1), axis=1)
@@ -398,7 +398,7 @@ def distances(example: Example, path: Path) -> dict[str, np.ndarray]:
 
 
 def log(run: common.Run, labels: dict, example: Example, path: Path) -> None:
-    """One row per outer step; x and y only where they are single numbers."""
+    """Log one row per outer step; x and y only if they are scalars."""
     columns = {"x": path.x, "y": path.y, "y_last": path.y_last}
     columns |= {"F": path.upper, "f": path.lower, **distances(example, path)}
     columns |= {"truncation": path.truncation}
@@ -422,7 +422,7 @@ def summarise(example: Example, path: Path, tolerance: float) -> dict[str, Any]:
 
 
 def draw_sine(out: pathlib.Path, example: Example, paths: Paths) -> None:
-    """Relative residuals of x and F against the outer step, a column per start."""
+    """Draw relative residuals of x and F against the outer step, a column per start."""
     solution = example.point(*example.solution)
     size, best = np.linalg.norm(solution[0]), float(example.upper_objective(*solution))
     count = len(example.starts)
@@ -445,7 +445,7 @@ def draw_sine(out: pathlib.Path, example: Example, paths: Paths) -> None:
 def draw_truncation(
     out: pathlib.Path, example: Example, paths: Paths, window: int = 50
 ) -> None:
-    """How many inner steps lead to the iterate of largest F."""
+    """Draw the number of inner steps up to the iterate with the largest F."""
     count = len(example.starts)
     title, size = "Where iaptt-gm's inner steps end", (1 + 4 * count, 3.6)
     with panels(out / "truncation.png", title, (1, count), size, sharey=True) as grid:
@@ -482,7 +482,7 @@ def draw_convex(out: pathlib.Path, example: Example, paths: Paths) -> None:
 
 
 def lines(paths: Paths) -> list[tuple[str, Path]]:
-    """A label and a path for every method and, if there are several, start."""
+    """A label and a path for every method and, if there are several, every start."""
     return [
         (method if len(of_start) == 1 else f"{method} from {start}", path)
         for method, of_start in paths.items()
@@ -551,7 +551,7 @@ def main(argv: list[str] | None = None) -> dict:
     config |= {name: dataclasses.asdict(s) for name, s in args.settings.items()}
     with common.one_line_errors(__file__):
         run = common.Run(args.out, config, args.resume)
-    run.rewind(-1)  # a resumed run starts again: it takes seconds
+    run.rewind(-1)  # a resumed run starts from the beginning, since it takes seconds
     begun = time.perf_counter()
     with common.many_runs():
         found = solve_all(args, run)

@@ -1,10 +1,10 @@
-"""Poisoning MNIST: a few added training images that spoil a classifier.
+"""Poisoning MNIST: a few added training images that degrade a classifier.
 
     python experiments/poisoning_mnist.py --out runs/poisons
     python experiments/poisoning_mnist.py --attack targeted --method approxgrad \\
         --poisons 10 20 30 40 50 60 --trials 5 --out runs/targeted
 
-Upper variables: the poison images u, pixels in [0, 1]; their labels are wrong and stay.
+Upper variables: the poison images u, with pixels in [0, 1] and fixed wrong labels.
 Lower variables: W of a linear classifier without bias.
 
     g(u, W) = mean cross-entropy on 1,000 clean images and the poisons
@@ -17,15 +17,16 @@ Lower variables: W of a linear classifier without bias.
 | targeted   | threes labelled 8, eights labelled 3    | mean cross-entropy of 400  |
 |            |                                         | eights that are labelled 3 |
 
-W is trained on clean data, u is optimised with W following, and then a new W is trained
-from scratch on clean data and poisons: only that one counts. `label-flip` leaves the
-images as they are; every other method reports it too, as `label_flip`.
+W is first trained on clean data. Then u is optimised while W follows. Finally a new W
+is trained from scratch on clean data and poisons, and only that one is evaluated.
+`label-flip` leaves the images unchanged; every other method reports its result too, as
+`label_flip`.
 
 Reproduces the data-poisoning experiments of Mehra and Hamm (2021), arXiv:1911.03432;
-their settings are the defaults. `test_accuracy` is that on 8,000 further images of
-MNIST's training file (untargeted) or on 5,000 balanced ones of its test file
-(targeted); `attack_success`, of targeted attacks, is the share of eights that are read
-as threes. `digits`, for a try, ships with the installed packages.
+their settings are the defaults. `test_accuracy` is measured on 8,000 further images of
+MNIST's training file (untargeted) or on 5,000 class-balanced ones of its test file
+(targeted). `attack_success` of targeted attacks is the share of eights that are
+classified as threes. `digits`, for a first try, is included in the installed packages.
 """
 
 import argparse
@@ -43,7 +44,7 @@ import tensorflow as tf
 import tfbilevel as tb
 from data_prep import images
 
-# What each attack is measured by; the last one is what it is after.
+# The measures of each attack; the last one is the goal of the attack.
 ATTACKS = {
     "untargeted": ("test_accuracy",),
     "targeted": ("test_accuracy", "attack_success"),
@@ -94,7 +95,7 @@ DEFAULTS = {
     ("label-flip", "targeted"): Settings(),
 }
 METHODS = tuple(dict.fromkeys(method for method, _ in DEFAULTS))
-# Training, validation and test images; the official test set is looked at besides.
+# Numbers of training, validation and test images, besides the official test set.
 SIZES = {
     ("mnist", "untargeted"): (1000, 1000, 8000),
     ("mnist", "targeted"): (1000, 4000, 5000),
@@ -104,14 +105,14 @@ SIZES = {
 
 
 class Data(NamedTuple):
-    """What one attack sees and is measured on; pixels [n, 784] in [0, 1].
+    """The data that one attack uses and is evaluated on; pixels [n, 784] in [0, 1].
 
     Attributes:
         train: clean.
-        validation: with the labels that f is about.
+        validation: with the labels that f uses.
         test: with true labels.
         official: MNIST's test file, `None` for digits.
-        poisons: the images at the start, with their wrong labels.
+        poisons: the initial images, with their wrong labels.
     """
 
     train: images.Part
@@ -137,7 +138,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         type=common.at_least(float, 0),
         help="weight of |u - u_0|^2 in f; default 0",
     )
-    add("--train-steps", type=above(int), default=10_001, help="of W, plain training")
+    add("--train-steps", type=above(int), default=10_001, help="plain training of W")
     add("--train-lr", type=above(float), default=1e-3)
     add("--eval-every", type=above(int), help="outer steps; default 100")
     add("--jit", choices=common.JIT, help="default auto")
@@ -162,8 +163,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
             parser.error(f"--poisons must be at most {most}, got {count}")
         if args.attack == "targeted" and count % 2:
             parser.error(
-                f"--poisons must be even for --attack targeted, which makes half of "
-                f"them of each digit, got {count}"
+                f"--poisons must be even for --attack targeted, which uses half of "
+                f"them for each digit, got {count}"
             )
     return args
 
@@ -172,7 +173,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def load_files(args: argparse.Namespace) -> list[images.Part]:
-    """The training and the test file, pixels [n, 784] in [0, 1], published order."""
+    """The training and the test file, pixels [n, 784] in [0, 1], in published order."""
     if args.dataset == "digits":
         whole = flat(images.load_digits())
         return [take(whole, np.arange(3500)), take(whole, np.arange(3500, 5000))]
@@ -212,7 +213,7 @@ def balanced(
 
 
 def relabelled(part: images.Part, digit: int, label: int) -> images.Part:
-    """The images of one digit, under another label."""
+    """The images of one digit, with another label."""
     own = part.images[part.labels == digit]
     return images.Part(own, np.full(len(own), label, np.int32))
 
@@ -220,7 +221,7 @@ def relabelled(part: images.Part, digit: int, label: int) -> images.Part:
 def draw_data(
     args: argparse.Namespace, files: list[images.Part], count: int, seed: int
 ) -> Data:
-    """Everything random: the split, and the poisons at the start."""
+    """Sample everything random: the split, and the initial poisons."""
     generator = np.random.default_rng(seed)
     file, official = files
     sizes = SIZES[args.dataset, args.attack]
@@ -232,7 +233,7 @@ def draw_data(
         wrong = (train.labels[:count] + shift) % 10
         poisons = images.Part(train.images[:count], wrong)
     else:
-        # As published: the training set out of the file's first images.
+        # As published: the training set is sampled from the file's first images.
         begin = 2 * sizes[0]
         train = balanced(take(file, np.arange(begin)), sizes[0], generator)
         rest = take(file, np.arange(begin, len(file.labels)))
@@ -264,7 +265,7 @@ def first_of(part: images.Part, digit: int, count: int) -> images.Part:
 
 
 class Poisons(keras.layers.Layer):
-    """Images that are learned, and their labels, which are not."""
+    """Learned images with fixed labels."""
 
     def __init__(self, start: images.Part):
         super().__init__()
@@ -335,7 +336,7 @@ def trainer(args: argparse.Namespace) -> Callable:
 
 
 def poisoned(data: Data, pixels: np.ndarray) -> images.Part:
-    """The training data and the poisons, which look like `pixels`."""
+    """The training data with the poisons, whose pixels are given."""
     clean, poisons = data.train, data.poisons
     return images.Part(
         np.concatenate([clean.images, pixels]),
@@ -344,7 +345,7 @@ def poisoned(data: Data, pixels: np.ndarray) -> images.Part:
 
 
 def scores(args: argparse.Namespace, net: keras.Model, data: Data) -> dict[str, float]:
-    """Accuracy, by class too; targeted: how many eights are read as threes; percent."""
+    """Accuracies in percent, also by class; targeted: the share of eights read as 3."""
     parts = {"test": data.test}
     if data.official is not None:
         parts["official_test"] = data.official
@@ -444,7 +445,7 @@ def optimise(
 def following(
     args: argparse.Namespace, model: tb.BilevelModel, data: Data
 ) -> dict[str, float]:
-    """Scores of the W that follows the poisons (not of one trained from scratch)."""
+    """Scores of the W that follows the poisons, instead of one trained from scratch."""
     made = scores(args, model.lower, data._replace(official=None))
     return {name: made[name] for name in ATTACKS[args.attack]}
 
@@ -453,7 +454,7 @@ def following(
 
 
 def draw_poisons(path: pathlib.Path, start: images.Part, pixels: np.ndarray) -> None:
-    """Up to 24 poisons, each before and after."""
+    """Draw up to 24 poisons, each before and after."""
     count = min(24, len(pixels))
     pairs = np.stack([start.images[:count], pixels[:count]], axis=1)
     captions = [
@@ -484,7 +485,7 @@ def draw_curves(run: common.Run, args: argparse.Namespace) -> None:
 def table(
     args: argparse.Namespace, summaries: list[dict]
 ) -> dict[str, dict[str, float]]:
-    """Per number of poisons, mean and standard deviation over the trials."""
+    """Mean and standard deviation over the trials, per number of poisons."""
     made: dict[str, dict[str, float]] = {}
     for count in dict.fromkeys(summary["poisons"] for summary in summaries):
         runs = [summary for summary in summaries if summary["poisons"] == count]
@@ -516,7 +517,7 @@ def main(argv: list[str] | None = None) -> dict:
             for count in args.poisons
             for trial in range(args.trials)
         ]
-        # The first one's data are drawn before anything is written.
+        # The first job's data are sampled before anything is written.
         draw_data(args, files, *jobs[0])
         run = common.Run(args.out, common.settings(args), args.resume)
     train = trainer(args)

@@ -1,12 +1,12 @@
-"""Four problems in which y*(x) moves, is a saddle's neighbour, or is not unique.
+"""Four problems in which y*(x) moves, lies near a saddle point, or is not unique.
 
     python experiments/synthetic_penalty.py --out runs/synthetic
     python experiments/synthetic_penalty.py --problem ex3 --method approxgrad penalty \\
         --inner-steps 10 --out runs/ex3
 
-Upper variables u and lower variables v, 20 numbers each, all in [-5, 5]. A is block
-diagonal, two random blocks of 5 x 10, and so has a null space. P projects on its row
-space.
+Upper variables u and lower variables v have 20 entries each, all in [-5, 5]. A is block
+diagonal with two random blocks of 5 x 10, so it has a null space. P is the projection
+onto its row space.
 
 | name | f                    | g                | solution        | error       |
 |------|----------------------|------------------|-----------------|-------------|
@@ -15,9 +15,9 @@ space.
 | ex3  | |u|^2 + |v|^2        | |A(1 - u - v)|^2 | u = v = P 1 / 2 | of P u, P v |
 | ex4  | |v|^2 - |A(u - v)|^2 | |A(u - v)|^2     | v = 0, A u = 0  | of P u, v   |
 
-The error is the Euclidean distance from the solution. ex3's looks at the row space
-only; `full_error` is that of u and v themselves, which an inverse Hessian, blind to the
-null space, cannot bring down.
+The error is the Euclidean distance from the solution. That of ex3 is measured in the
+row space only; `full_error` is that of u and v themselves, which methods with an
+inverse Hessian cannot reduce, because they do not see the null space.
 
 | method     | moves v by                     | moves u by                           |
 |------------|--------------------------------|--------------------------------------|
@@ -28,8 +28,8 @@ null space, cannot bring down.
 | penalty    | T Adam steps on the Lagrangian | Adam on the Lagrangian               |
 
 Reproduces figures 1 and 2 and table 4 of Mehra and Hamm (2021), arXiv:1911.03432;
-their settings are the defaults. All methods start from the same points and share A.
-The starts of a run are one vectorised problem, so its seconds are those of all of them.
+their settings are the defaults. All methods use the same starts and the same A. The
+starts of a run form one vectorised problem, so its seconds are those of all starts.
 """
 
 import argparse
@@ -55,9 +55,9 @@ class Example(NamedTuple):
     """One of the four problems.
 
     Attributes:
-        problem: losses summed over a leading axis of starts, in the box.
-        solution: the u, and the v, that errors are measured from, [20].
-        seen: (u, v) -> the parts of the differences that the error counts.
+        problem: losses summed over a leading axis of starts, with box constraints.
+        solution: the values of u and v from which errors are measured, [20].
+        seen: (u, v) -> the parts of the differences that count in the error.
     """
 
     problem: tb.Problem
@@ -65,7 +65,7 @@ class Example(NamedTuple):
     seen: Callable[[tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor]]
 
 
-# Flags that only one method has, and their defaults.
+# Flags of single methods, with their defaults.
 OWN = {
     "approxgrad": {"damping": 1e-6},
     "penalty": {"weight": 1.0, "lower_weight": 10.0, "tolerance": 1.0, "growth": 1.1},
@@ -73,7 +73,7 @@ OWN = {
 
 
 class Job(NamedTuple):
-    """One run: a method with T inner steps on a problem."""
+    """One run: a method with T inner steps, applied to a problem."""
 
     problem: str
     method: str
@@ -95,19 +95,19 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--outer-steps", type=above(int), default=40_001)
     add("--record-every", type=above(int), default=10)
     add("--upper-lr", type=above(float), default=1e-3)
-    add("--lower-lr", type=above(float), default=1e-4, help="of v, and of p")
-    add("--damping", type=common.at_least(float, 0), help="approxgrad; 1e-6")
-    add("--weight", type=above(float), help="penalty: rho at the start; 1")
+    add("--lower-lr", type=above(float), default=1e-4, help="for v and for p")
+    add("--damping", type=common.at_least(float, 0), help="approxgrad; default 1e-6")
+    add("--weight", type=above(float), help="penalty: rho at the start; default 1")
     add(
         "--lower-weight",
         type=common.at_least(float, 0),
-        help="penalty: lambda at the start; 10",
+        help="penalty: lambda at the start; default 10",
     )
-    add("--tolerance", type=above(float), help="penalty: epsilon at the start; 1")
+    add("--tolerance", type=above(float), help="penalty: initial epsilon; default 1")
     add(
         "--growth",
         type=common.at_least(float, 1),
-        help="penalty: factor at a schedule update; 1.1",
+        help="penalty: factor per schedule update; default 1.1",
     )
     add("--jit", choices=("on", "off"), default="on")
     args = parser.parse_args(argv)
@@ -121,7 +121,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def draw(args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A, and u and v at the start; they depend on the seed alone."""
+    """A and the starts of u and v, which depend only on the seed."""
     generator = np.random.default_rng(args.seed)
     blocks = [generator.normal(size=(BLOCK // 2, BLOCK)) for _ in range(2)]
     matrix = np.zeros((BLOCK, 2 * BLOCK))
@@ -220,7 +220,7 @@ def errors(example: Example, u: Any, v: Any) -> dict[str, tf.Tensor]:
 
 
 def solve(args: argparse.Namespace, job: Job, path: pathlib.Path) -> None:
-    """Run one job and write its curves, whole or not at all."""
+    """Run one job and write its curves atomically."""
     matrix, u, v = draw(args)
     example = build_example(job.problem, matrix)
     method, optimizer = build_method(args, job)
@@ -230,7 +230,7 @@ def solve(args: argparse.Namespace, job: Job, path: pathlib.Path) -> None:
         names = {"weight", "residual"} & set(point.metrics)
         return measured | {name: point.metrics[name] for name in names}
 
-    # In equal parts: the first one compiles, the others are timed.
+    # In equal parts: the first one includes compilation, the others are timed.
     parts = max(d for d in range(1, 21) if args.outer_steps % d == 0)
     seconds, traces, state = [], [], None
     start = errors(example, tf.constant(u), tf.constant(v))
@@ -272,7 +272,7 @@ def solve(args: argparse.Namespace, job: Job, path: pathlib.Path) -> None:
 
 
 def draw_curves(out: pathlib.Path, problem: str, found: dict[Job, Any]) -> None:
-    """Rows of T, columns of methods; every start thin, their mean thick."""
+    """Draw rows of T and columns of methods: starts in thin lines, means in thick."""
     jobs = [job for job in found if job.problem == problem]
     counts = sorted({job.inner_steps for job in jobs})
     methods = [m for m in METHODS if any(job.method == m for job in jobs)]
@@ -331,7 +331,7 @@ def print_table(summaries: list[dict], name: str, unit: str) -> None:
 
 
 def log(run: common.Run, found: dict[Job, Any]) -> None:
-    """About forty rows of every run: mean and standard deviation over its starts."""
+    """Log about forty rows per run: mean and standard deviation over its starts."""
     run.rewind(-1)
     for job, curves in found.items():
         last = len(curves["step"]) - 1
@@ -349,8 +349,8 @@ def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
     with common.one_line_errors(__file__):
         run = common.Run(args.out, common.settings(args), args.resume)
-    # approxgrad's T steps follow a solution that moves faster than they do: its
-    # residual, which is in the results, is the point of the comparison.
+    # approxgrad's T steps cannot keep up with the moving solution. The residual, which
+    # the results contain, is the subject of the comparison, so no warning is needed.
     warnings.simplefilter("ignore", tb.DivergenceWarning)
     folder = run.out / "curves"
     folder.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""The toy problem of penalty-based bilevel gradient descent, 1,000 starts at once.
+"""The toy problem of penalty-based bilevel gradient descent, from 1,000 starts.
 
     python experiments/toy_pbgd.py --out runs/toy
     python experiments/toy_pbgd.py --method g-pbgd --out runs/toy-g
@@ -6,12 +6,12 @@
     f(x, y) = cos(4y + 2) / (1 + exp(2 - 4x)) + 1/2 ln((4x - 2)^2 + 1)
     g(x, y) = (x + y)^2 + x sin^2(x + y),         x in [0, 3],  y free
 
-The lower problem is solved by y = -x, its least value is 0 for every x. Along that
-curve f has three local minima; for a penalty weight of 10 the penalised problem's
-are near (0.37, -0.33), (1.19, -1.21) and (2.82, -2.83), where every start must end.
-All starts run as one vectorised problem in float64, each until its own projected
-gradient is small. Reproduces the numerical verification of Shen and Chen (2023),
-arXiv:2302.05185, with the correct gradient (the published script's is wrong).
+The lower problem is solved by y = -x, and its least value is 0 for every x. Along that
+curve f has three local minima. For a penalty weight of 10 those of the penalised
+problem are near (0.37, -0.33), (1.19, -1.21) and (2.82, -2.83), and every start must
+end at one of them. All starts run as one vectorised problem in float64, each until its
+own projected gradient is small. Reproduces the numerical verification of Shen and Chen
+(2023), arXiv:2302.05185, with the correct gradient (the published script's is wrong).
 """
 
 import argparse
@@ -42,7 +42,7 @@ def lower_objective(x: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
 
 
 PROBLEM = tb.Problem(
-    # Sums over the starts: no start's gradient depends on another's.
+    # Sums over the starts, so that their gradients are independent.
     upper_loss=lambda x, y, batch: tf.reduce_sum(upper_objective(x, y)),
     lower_loss=lambda x, y, batch: tf.reduce_sum(lower_objective(x, y)),
     project_upper=lambda x: tf.clip_by_value(x, *UPPER_BOUNDS),
@@ -53,13 +53,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = common.Parser(description=__doc__)
     add, above = parser.add_argument, common.positive
     add("--method", choices=("v-pbgd", "g-pbgd"), default="v-pbgd")
-    add(
-        "--gammas", type=above(float), nargs="+", default=[10.0], help="stages' weights"
-    )
+    add("--gammas", type=above(float), nargs="+", default=[10.0], help="one per stage")
     add("--upper-lr", type=above(float), default=0.1, help="alpha_0: both rates")
     add("--tolerance", type=above(float), default=1e-5, help="projected gradient norm")
     add("--starts", type=above(int), default=1000)
-    add("--outer-steps", type=above(int), default=20_000, help="most steps per stage")
+    add("--outer-steps", type=above(int), default=20_000, help="at most, per stage")
     return parser.parse_args(argv)
 
 
@@ -67,7 +65,7 @@ def build_method(name: str, gamma: float, rate: float) -> tb.Method:
     optimizer = keras.optimizers.SGD(rate)
     if name == "g-pbgd":
         return tb.GradientNorm(optimizer, gamma)
-    # The lower problem's least value is known: no inner solver is needed.
+    # The lower problem's least value is known, so no inner solver is needed.
     return tb.ValueGap(None, optimizer, gamma)
 
 
@@ -92,7 +90,7 @@ def solve(args: argparse.Namespace, gamma: float, x: tf.Tensor, y: tf.Tensor):
 
 
 def draw(out: pathlib.Path, x: np.ndarray, y: np.ndarray) -> None:
-    """f's surface, the hyper-objective along y = -x, and where the starts ended."""
+    """Draw f's surface, the hyper-objective along y = -x, and the end points."""
     grid_x, grid_y = np.meshgrid(np.linspace(0, 3.5, 150), np.linspace(-4, 1, 150))
     surface = upper_objective(tf.constant(grid_x), tf.constant(grid_y)).numpy()
     line = np.linspace(*UPPER_BOUNDS, 300)
@@ -105,7 +103,7 @@ def draw(out: pathlib.Path, x: np.ndarray, y: np.ndarray) -> None:
         axes.plot(line, -line, along, "k--", zorder=5, label="f(x, -x)")
         axes.scatter(x, y, zs=ends, color="red", s=24, zorder=6, label="end points")
         axes.set(xlabel="x", ylabel="y", zlabel="f")
-        axes.legend(loc="upper right")  # "best" tries places among all the points
+        axes.legend(loc="upper right")  # "best" would check the positions of all points
         axes.view_init(elev=35, azim=-60)
         flat = page.add_subplot(1, 2, 2)
         flat.plot(line, along, "k--", label="hyper-objective f(x, -x)")
@@ -118,7 +116,7 @@ def draw(out: pathlib.Path, x: np.ndarray, y: np.ndarray) -> None:
 
 
 def clusters(x: np.ndarray, y: np.ndarray, width: float = 0.05) -> list[dict]:
-    """The distinct end points: mean position and how many starts ended there."""
+    """The distinct end points: their mean positions and numbers of starts."""
     found, left = [], np.ones(len(x), bool)
     while left.any():
         first = np.flatnonzero(left)[0]
@@ -134,7 +132,7 @@ def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
     with common.one_line_errors(__file__):
         run = common.Run(args.out, common.settings(args), args.resume)
-    run.rewind(0)  # a resumed toy starts again: it takes seconds
+    run.rewind(0)  # a resumed run starts from the beginning, since it takes seconds
     generator = np.random.default_rng(args.seed)
     x = tf.constant(generator.uniform(0, 3.5, args.starts))
     y = tf.constant(generator.uniform(-5, 8.5, args.starts))

@@ -1,4 +1,4 @@
-"""The outer loop for plain tensors, compiled whole."""
+"""The outer loop for plain tensors, compiled as a whole."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -20,14 +20,14 @@ from tfbilevel._workarounds.memory_optimizer import without_memory_rewrites
 
 
 class Point(NamedTuple):
-    """Where the outer loop is, as `stop` and `trace` see it.
+    """The state of the outer loop that `stop` and `trace` receive.
 
     Attributes:
-        step: how many outer steps led here, those of a continued run too, int32
-            scalar.
+        step: the number of outer steps so far, including those of the runs it
+            continues; int32 scalar.
         upper: the upper variables.
         lower: the lower variables.
-        metrics: the metrics of the step that led here; `{}` before the first.
+        metrics: the metrics of the last step; `{}` before the first.
     """
 
     step: tf.Tensor
@@ -40,14 +40,14 @@ class Result(NamedTuple):
     """What `tb.minimize` returns.
 
     Attributes:
-        upper: the upper variables at the end.
-        lower: the lower variables at the end.
-        state: the method's and the upper optimizer's state, to go on with. It holds
-            what is compiled, too; a copy, or one that was saved, is compiled again.
+        upper: the final upper variables.
+        lower: the final lower variables.
+        state: the state of the method and the upper optimizer, to continue the run. It
+            contains the compiled loop; a copy, or a saved one, is compiled again.
         steps: outer steps made; one number per start if `stop` returns a vector.
-        stopped: whether `stop` ended it; per start likewise.
+        stopped: whether `stop` ended the run; likewise per start.
         metrics: the last step's metrics.
-        trace: what `trace` returned at every step, with a leading axis of steps;
+        trace: the results of `trace` at every step, with a leading axis of steps;
             `None` without `trace`.
     """
 
@@ -78,18 +78,19 @@ def minimize(
 
         x <- P( x - upper_optimizer(hypergradient) ),    `steps` times
 
-    For toys, tests and full-batch problems; `BilevelModel.fit` is for networks.
-    Traced once, all outer steps run in one call; going on with the same objects (no
-    dataset), and the last result's variables and `state`, is not traced again. Memory:
-    one step's, plus the trace.
+    For toys, tests and full-batch problems; `BilevelModel.fit` is for networks. All
+    outer steps run in one call that is traced once. Continuing with the same objects
+    (no dataset) and the last result's variables and `state` does not trace again.
+    Memory: that of one step, plus the trace.
 
-    Many starts run as one problem when losses are sums over a leading axis that all
-    variables share: gradients do not mix. What a method takes of all its variables at
-    once it takes of all starts: the coefficient of `tb.RankOne`, the end of
-    `end="pessimistic"`, the exact step of `tb.BAMM`, an inner `atol`; with these
-    use `tb.over_tasks`, or one start per call. `stop` may then return one bool per
-    start; a start that has stopped keeps its values and its step count (the result's
-    `state` moves on with the others: continue only runs that stop as a whole).
+    Many starts run as one problem if the losses are sums over a leading axis that all
+    variables share, since the gradients of different starts do not mix. But a quantity
+    that a method computes from all its variables together is then shared by all
+    starts: the coefficient of `tb.RankOne`, the end of `end="pessimistic"`, the exact
+    step of `tb.BAMM`, an inner `atol`. With these, use `tb.over_tasks`, or one start
+    per call. `stop` may return one bool per start; a start that has stopped keeps its
+    values and its step count. The result's `state` changes with the other starts, so
+    continue only runs that stop as a whole.
 
     Args:
         problem: the problem.
@@ -97,11 +98,11 @@ def minimize(
         upper: x at the start, a nest of floating-point tensors.
         lower: y at the start, likewise.
         upper_optimizer: a Keras optimizer that `tb.differentiable` supports; it is
-            read, never changed.
+            never changed.
         batches: the same `tb.Batches` for every step, a dataset of them, or a
-            function of the step number (int32 scalar, from 0; a run that goes on
-            counts on).
-        steps: most outer steps, at least 1.
+            function of the step number (int32 scalar, from 0; a continued run continues
+            the count).
+        steps: maximal number of outer steps, at least 1.
         stop: (point before, point after) -> bool, scalar or one per start.
         trace: point after -> nest of tensors to record at every step.
         state: the `state` of an earlier result, to continue it.
@@ -112,10 +113,10 @@ def minimize(
 
     Raises:
         ValueError: for variables, batches or optimizers of the wrong kind, or a
-            dataset that is known to have fewer elements than `steps` (of one that
-            does not know it, `tf.errors.OutOfRangeError` when it ends).
+            dataset with fewer elements than `steps` (if its length is unknown,
+            `tf.errors.OutOfRangeError` when it ends).
         tb.MissingSecondDerivativeError: if the method takes second derivatives of the
-            lower loss that TensorFlow has wrong or not at all.
+            lower loss that are missing or wrong in TensorFlow.
         tb.NonFiniteError: if a loss, gradient or variable stops being finite; its
             `point` holds the variables from before that step.
 
@@ -141,7 +142,7 @@ def minimize(
     upper, lower = structure.to_tensors(upper), structure.to_tensors(lower)
     structure.require_floating(upper, "upper")
     structure.require_floating(lower, "lower")
-    UpdateRule(upper_optimizer, "upper_optimizer")  # or an error
+    UpdateRule(upper_optimizer, "upper_optimizer")  # raises if it is not supported
     if jit_compile and isinstance(batches, tf.data.Dataset):
         raise ValueError(
             "`jit_compile` cannot compile the reading of a dataset. Pass fixed batches "
@@ -156,14 +157,14 @@ def minimize(
     rule = loop.rule
     if state is None:
         state = (method.init(problem, upper, lower), rule.init(upper))
-    elif not rule.scheduled:  # as it is now, not as it was when the state was made
+    elif not rule.scheduled:  # the current rate, not that of when the state was made
         rate = tf.constant(rule.learning_rate, state[1].learning_rate.dtype)
         state = (state[0], state[1]._replace(learning_rate=rate))
     with without_memory_rewrites():
         made = loop.run(upper, lower, tuple(state), data)
-    k, begun, upper, lower, state, bad, diverged, stopped, taken, metrics, record = made
+    k, start, upper, lower, state, bad, diverged, stopped, taken, metrics, record = made
     if int(bad) >= 0:
-        point = Point(begun + k - 1, upper, lower, {})
+        point = Point(start + k - 1, upper, lower, {})
         if not isinstance(batches, tf.data.Dataset):
             data = batches(point.step) if callable(batches) else data
             explain(problem, upper, problem._one_lower(lower), data)
@@ -204,8 +205,8 @@ def _compile(
     trace: Callable | None,
     jit_compile: bool,
 ) -> tuple[UpdateRule, Callable]:
-    """The loop as a compiled function of (x, y, state, batches), and its upper rule."""
-    del options  # they only tell one loop from another
+    """The compiled loop, a function of (x, y, state, batches), and its upper rule."""
+    del options  # only part of the key that identifies the loop
     rule = UpdateRule(upper_optimizer)
     if not isinstance(source, _Source):
         function = source
@@ -234,8 +235,8 @@ def _compile(
         return () if trace is None else trace(point)
 
     def loop(x: Nest, y: Nest, carried: State, data: Any) -> tuple:
-        begun = tf.cast(carried[1].iteration, tf.int32)  # 0 but where a run goes on
-        # Traced once, here, so that the loop knows what a step returns.
+        start = tf.cast(carried[1].iteration, tf.int32)  # 0 for a new run
+        # Trace one step first, to know the structure of its results.
         first = source.first(data)
         require_second_derivatives(problem, method, *_specs((x, y, first)))
         compiled = tf.function(outer_step, autograph=False).get_concrete_function(
@@ -268,7 +269,7 @@ def _compile(
             m: Any,
             a: Nest,
         ) -> tuple:
-            number = begun + k
+            number = start + k
             after, s, bad, now = compiled(number, x, y, s, source.at(number, data))
             diverged = after.metrics.get("diverged", tf.constant(0.0))
             diverged = tf.reduce_any(diverged > 0)
@@ -312,16 +313,16 @@ def _compile(
         )
         rows = [array.stack() for array in arrays]
         rows = tf.nest.pack_sequence_as(record.structured_outputs, rows)
-        return k, begun, x, y, carried, *seen, done, taken, metrics, rows
+        return k, start, x, y, carried, *seen, done, taken, metrics, rows
 
     return rule, tf.function(loop, autograph=False, jit_compile=jit_compile)
 
 
 class _Carried(tuple):
-    """A state as `Result` holds it, with the compiled loop that led here.
+    """A state as `Result` holds it, with the compiled loop that computed it.
 
-    A copy, what `tf.nest` makes of it, and what comes back from a file are the state
-    alone: a run that goes on from there is compiled again.
+    A copy, a result of `tf.nest` functions, or a state loaded from a file has no loop:
+    a run that continues from it is compiled again.
     """
 
     loop: _Loop | None = None
@@ -331,10 +332,10 @@ class _Carried(tuple):
 
 
 def _loop_of(parts: tuple, state: State) -> _Loop:
-    """The compiled loop of these very objects.
+    """The compiled loop for exactly these objects.
 
-    One that is there already serves only to go on from its own state: a new run is
-    traced, since a loss may read what has changed in Python since.
+    A loop is reused only to continue from its own state. A new run is traced again,
+    because a loss may read Python values that have changed since.
     """
     made = getattr(state, "loop", None)
     if made is not None:
@@ -345,11 +346,11 @@ def _loop_of(parts: tuple, state: State) -> _Loop:
 
 
 class _Source(NamedTuple):
-    """Where the loop's batches come from.
+    """The source of the loop's batches.
 
     Attributes:
         at: (step, data) -> batches.
-        first: data -> batches, or their specification, to trace a step with.
+        first: data -> batches or their specification, for tracing a step.
     """
 
     at: Callable[[tf.Tensor, Any], Any]
@@ -379,7 +380,7 @@ def _batch_source(batches: Any, steps: int, dtype: tf.DType) -> tuple[Any, Any]:
 
 
 def _to_tensors(batches: Batches, dtype: tf.DType) -> Batches:
-    """Batches of tensors, Python's floats of the variables' dtype."""
+    """Batches of tensors; Python floats get the variables' dtype."""
 
     def convert(leaf: Any) -> Any:
         if leaf is None or isinstance(leaf, (tf.SparseTensor, tf.RaggedTensor)):

@@ -1,5 +1,5 @@
-"""Numbers that change from one outer step to the next: penalty weights, tolerances,
-learning rates. `tb.schedules.LinearRamp` is `tb.LinearRamp`."""
+"""Schedules: numbers that change from one outer step to the next, such as penalty
+weights, tolerances and learning rates. `tb.schedules.LinearRamp` is `tb.LinearRamp`."""
 
 from tfbilevel._core.schedules import Constant as Constant
 from tfbilevel._core.schedules import CosineDecay as CosineDecay

@@ -1,7 +1,7 @@
-"""The same mathematics by hand: nested tapes, loops and arrays in a `tf.function`.
+"""The same computation written by hand: nested tapes and loops in a `tf.function`.
 
-Inner steps are a `tf.while_loop`; the few products of a linear solve stand in the graph
-one after the other, where TensorFlow finds what they have in common.
+Inner steps are a `tf.while_loop`. The few products of a linear solve are unrolled in
+the graph, where TensorFlow finds common subexpressions.
 
 Variants: plain, xla.
 """
@@ -85,7 +85,7 @@ class Bare:
         return to_x, (x, _descend(y, protocol.LOWER_RATE, to_y))
 
     def unroll(self, weight: tf.Tensor, x: tf.Tensor, start: list) -> tuple:
-        """Reverse mode that stores the iterates and derives each step anew."""
+        """Reverse mode that stores the iterates and linearises each step again."""
         del weight
         last = self.inner_steps
         arrays = [
@@ -119,7 +119,7 @@ class Bare:
         return to_x, (x - protocol.UPPER_RATE * to_x, start)
 
     def conjugate_gradient(self, weight: tf.Tensor, x: tf.Tensor, y: list) -> tuple:
-        """g_yy v = f_y after one inner step, from v = 0."""
+        """Solves g_yy v = f_y after one inner step, starting at v = 0."""
         del weight
         y, adjoint, pullback = self._after_inner_step(x, y)
         v = [tf.zeros_like(leaf) for leaf in y]
@@ -171,7 +171,7 @@ class Bare:
             term = _descend(term, protocol.SERIES_RATE, pullback(y, term))
             total = _sum(total, term)
         pullback = _pullback(minibatch_loss, x, y, minibatch(steps + factors))
-        # Of the gathered weights the derivative comes as slices.
+        # The derivative in the gathered weights is IndexedSlices.
         to_x = -protocol.SERIES_RATE * tf.convert_to_tensor(pullback(x, total))
         return to_x, (x - protocol.UPPER_RATE * to_x, y)
 
@@ -184,7 +184,7 @@ def _gradient(loss: Callable, x: tf.Tensor, y: list, batch: Any) -> list:
 
 
 def _pullback(loss: Callable, x: tf.Tensor, y: list, batch: Any) -> Callable:
-    """(sources, v) -> v's products with the derivatives of loss_y in x, y or both."""
+    """(sources, v) -> products of v and the derivatives of loss_y in the sources."""
     with tf.GradientTape(persistent=True, watch_accessed_variables=False) as outer:
         outer.watch([x, y])
         gradient = _gradient(loss, x, y, batch)
@@ -194,12 +194,12 @@ def _pullback(loss: Callable, x: tf.Tensor, y: list, batch: Any) -> Callable:
 def _partials(
     tape: tf.GradientTape, targets: Any, sources: Any, v: list | None = None
 ) -> Any:
-    """`tape.gradient`, whose declared types are those of single tensors."""
+    """`tape.gradient`, whose type annotations cover single tensors only."""
     return tape.gradient(targets, sources, output_gradients=v)
 
 
 def _repeat(body: Callable, times: int, *start: Any) -> tuple:
-    """body(t, *state) -> (t + 1, *state) for t < times; the last state."""
+    """Repeats body(t, *state) -> (t + 1, *state) for t < times; the last state."""
     _, *end = tf.while_loop(
         lambda t, *_: t < times,
         body,

@@ -81,7 +81,7 @@ def build_model(method: str, instance: few_shot_protocol.Instance) -> tb.Bilevel
 
 
 class Steps:
-    """A compiled step, tensors in and tensors out."""
+    """A compiled step of tensors."""
 
     def __init__(
         self, arguments: argparse.Namespace, instance: few_shot_protocol.Instance

@@ -1,4 +1,4 @@
-"""The few-shot instance that every contestant reads. Only NumPy is imported here."""
+"""The few-shot instance that all contestants read. Only NumPy is imported here."""
 
 import pathlib
 from typing import NamedTuple
@@ -16,8 +16,8 @@ class Instance(NamedTuple):
     Attributes:
         support, query: images, [tasks, n, 28, 28, 1], float32.
         support_labels, query_labels: [tasks, n], int32.
-        weights: of four blocks the kernel [3, 3, in, 64], bias, scale and shift; of the
-            head the kernel [64, 5] and the bias.
+        weights: for each of four blocks the kernel [3, 3, in, 64], bias, scale and
+            shift; for the head the kernel [64, 5] and the bias.
         steps: inner steps.
     """
 
@@ -30,13 +30,13 @@ class Instance(NamedTuple):
 
 
 def make(tasks: int, shots: int, queries: int, steps: int) -> Instance:
-    """Random strokes for images; weights as the networks start."""
+    """Random strokes as images; weights as initialised in the networks."""
     generator = np.random.default_rng(0)
 
     def images(each: int) -> tuple[np.ndarray, np.ndarray]:
         classes = generator.uniform(size=(tasks, WAYS, 1, SIDE, SIDE, 1))
         noise = generator.normal(0, 0.2, (tasks, WAYS, each, SIDE, SIDE, 1))
-        # No two pixels alike: ties in pooling have more than one derivative.
+        # No two pixels are equal, because ties in pooling have several derivatives.
         pixels = ((classes > 0.8) + noise).astype("float32")
         labels = np.tile(np.repeat(np.arange(WAYS), each), (tasks, 1)).astype("int32")
         return pixels.reshape(tasks, WAYS * each, SIDE, SIDE, 1), labels
@@ -70,5 +70,5 @@ def load(path: pathlib.Path) -> Instance:
 
 
 def flat(gradients: list[np.ndarray]) -> np.ndarray:
-    """One vector of all entries, in the weights' order and layout."""
+    """All entries as one vector, in the weights' order and layout."""
     return np.concatenate([np.asarray(g, "float64").ravel() for g in gradients])

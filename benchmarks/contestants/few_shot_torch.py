@@ -1,13 +1,13 @@
 """Few-shot tasks in PyTorch. Variants:
 
-func    torch.func, as its MAML tutorial does: grad of a vmap over tasks whose
-        inner steps are grads themselves
-higher  higher.innerloop_ctx, one task after the other, as its MAML example does
-exact   as higher in float64, the gradient that the others are compared with
+func    torch.func, as in its MAML tutorial: grad of a vmap over tasks whose inner
+        steps are grads themselves
+higher  higher.innerloop_ctx, one task after the other, as in its MAML example
+exact   as `higher`, in float64: the gradient that the others are compared with
 
 torch.func's second derivative through batch_norm is wrong (torch 2.13.0): central
-differences in float64 agree with `higher` and with the library, and a bias before a
-normalisation, whose gradient must be zero, gets one.
+differences in float64 agree with `higher` and with the library, and torch.func computes
+a nonzero gradient for a bias before a normalisation, which must be zero.
 """
 
 import argparse

@@ -1,6 +1,6 @@
-"""The same mathematics in JAX, each outer step one `jit`.
+"""The same computation in JAX, with one `jit` per outer step.
 
-Variants: jit; for the unroll also remat (each inner step derived anew).
+Variants: jit; for the unroll also remat (each inner step is recomputed).
 """
 
 import argparse
@@ -117,7 +117,7 @@ def _conjugate_gradient(product: Callable, rhs: list) -> list:
 
 
 def _fixed_point(product: Callable, rhs: list) -> list:
-    """v <- (I - rate g_yy) v + f_y from zero: rate v tends to the solution."""
+    """v <- (I - rate g_yy) v + f_y from zero; rate * v converges to the solution."""
 
     def step(v: list, _: None) -> tuple:
         v = _descend(v, protocol.INNER_RATE, product(v))

@@ -30,7 +30,7 @@ def make_method(name: str, inner_steps: int) -> tb.Method:
     if name == "stocbio":
         inner = tb.InnerSolver(optimizer, steps=protocol.STOCHASTIC_STEPS)
         return tb.StocBiO(inner, protocol.FACTORS, protocol.SERIES_RATE)
-    # Without a tolerance: all steps.
+    # A tolerance of 0, so that all steps are made.
     solver = {"aid-cg": tb.ConjugateGradient, "aid-fp": tb.FixedPoint}[name](
         protocol.SOLVER_STEPS, rtol=0.0
     )
@@ -38,7 +38,7 @@ def make_method(name: str, inner_steps: int) -> tb.Method:
 
 
 class Steps:
-    """A compiled step, tensors in and tensors out."""
+    """A compiled step of tensors."""
 
     def __init__(self, arguments: argparse.Namespace, instance: protocol.Instance):
         use_threads(arguments.threads)
@@ -56,8 +56,8 @@ class Steps:
         def step(x: tf.Tensor, y: list, state: object) -> tuple:
             done = problem.step(method, x, y, batches, state)
             gradient = done.upper_gradient
-            # The metrics are left to `fit`: TensorFlow drops what nobody asks for, and
-            # the other contestants measure nothing either.
+            # Metrics are not returned, so TensorFlow drops them: the other contestants
+            # compute none either.
             return gradient, (
                 x - protocol.UPPER_RATE * gradient,
                 done.lower,
@@ -80,7 +80,7 @@ class Steps:
 
 
 class Fit:
-    """`BilevelModel.fit` with Keras models; it picks plain or XLA by itself."""
+    """`BilevelModel.fit` with Keras models, which chooses plain or XLA itself."""
 
     def __init__(self, arguments: argparse.Namespace, instance: protocol.Instance):
         use_threads(arguments.threads)
@@ -125,7 +125,7 @@ class Fit:
         ).repeat()
 
     def hypergradient(self) -> np.ndarray:
-        """Of the step that `fit` makes, which itself shows only where x moved to."""
+        """The gradient of the step in `fit`, which itself only shows the updated x."""
         method, problem = self.model.method, self.model.problem
         x = [tf.constant(self.instance.upper)]
         y = [tf.constant(leaf) for leaf in self.instance.lower]
@@ -142,7 +142,7 @@ class Fit:
         executions = -(-steps // self.per_execution)
         self.model.fit(
             self.data,
-            # The first execution is not timed: it comes with the start of `fit`.
+            # The first execution includes the start of `fit` and is not timed.
             steps_per_epoch=(1 + executions) * self.per_execution,
             callbacks=[_StartAfterFirst(clock)],
             verbose=0,

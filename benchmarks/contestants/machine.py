@@ -1,4 +1,4 @@
-"""What this machine can do: matrix products per second, bytes read per second."""
+"""The machine's speed: operations of matrix products and bytes read, per second."""
 
 import argparse
 import json
@@ -21,13 +21,13 @@ def best(function: Callable[[], tf.Tensor], repeats: int = 15) -> float:
 
 
 def product_rate(rows: int, inner: int, columns: int, copies: int = 1) -> float:
-    """Floating-point operations per second of so many float32 matrix products."""
+    """Floating-point operations per second of `copies` float32 matrix products."""
     left = [tf.random.stateless_uniform([rows, inner], (i, 2)) for i in range(copies)]
     right = tf.random.stateless_uniform([inner, columns], (3, 4))
 
     @tf.function(autograph=False)
     def products() -> tf.Tensor:
-        # The sum of one row makes a product needed and costs nothing.
+        # Summing one row makes TensorFlow compute the product, at almost no cost.
         return tf.add_n([tf.reduce_sum(tf.matmul(a, right)[0]) for a in left])
 
     return 2.0 * copies * rows * inner * columns / best(products)
@@ -59,7 +59,7 @@ def main() -> None:
         "images^T x classes": (784, rows, 10),
     }
     flops = {name: product_rate(*shape) for name, shape in shapes.items()}
-    # Many at a time, or they would measure what a function call takes.
+    # Many at once; otherwise the time of a function call would dominate.
     size = protocol.BATCH_SIZE
     small = {
         "minibatch x hidden": (size, 784, 300),

@@ -1,16 +1,16 @@
-"""What every contestant shares: the problem's numbers and the way it is driven.
+"""Shared by all contestants: the problem's data and the commands they answer.
 
 A contestant is a process. It reads one command per line from standard input and
-answers each with one line of JSON:
+answers each one with one line of JSON:
 
     hypergradient PATH   the upper gradient of the first step, written as .npy
-    run N                make at least N outer steps; how many `steps` were timed, and
-                         their seconds: elapsed, and of all threads
+    run N                make at least N outer steps; answers how many `steps` were
+                         timed, their elapsed seconds and those of all threads
     quit
 
-Every answer has the process's memory: `peak`, and `baseline` before the method began.
+Every answer has the process's memory: its `peak`, and `baseline` before the method.
 
-Only NumPy is imported here, because the peers have an environment of their own.
+Only NumPy is imported here, because the peers have a separate environment.
 """
 
 import argparse
@@ -31,16 +31,16 @@ METHODS_OF = {"linear": METHODS, "mlp": tuple(m for m in METHODS if m != "aid-cg
 
 UPPER_RATE = 0.1
 LOWER_RATE = 0.1
-AUXILIARY_RATE = 0.01  # of V-PBGD's second copy
-INNER_RATE = 0.1  # of RHG, AID and stocBiO
+AUXILIARY_RATE = 0.01  # V-PBGD's second copy
+INNER_RATE = 0.1  # RHG, AID and stocBiO
 WEIGHT = {"v-pbgd": 0.1, "g-pbgd": 10.0}
 
-SOLVER_STEPS = 10  # of AID's linear solve
+SOLVER_STEPS = 10  # AID's linear solve
 # stocBiO's inner steps, factors of its series, and images per minibatch.
 STOCHASTIC_STEPS = 20
 FACTORS = 3
 BATCH_SIZE = 50
-SERIES_RATE = 0.1  # eta; the published 0.5 is above 1 / (curvature) of the mlp
+SERIES_RATE = 0.1  # eta; the published 0.5 exceeds 1 / (curvature) of the mlp
 
 
 def scale(weight: float) -> float:
@@ -78,7 +78,7 @@ class Instance(NamedTuple):
 
 
 def make_instance(net: str, rows: int, inner_steps: int, seed: int = 0) -> Instance:
-    """Random numbers with the sizes, the range and the sparsity of MNIST."""
+    """Random numbers with the sizes, range and sparsity of MNIST."""
     generator = np.random.default_rng(seed)
     sizes = {"linear": [784, 10], "mlp": [784, 300, 10]}[net]
 
@@ -115,10 +115,10 @@ def make_instance(net: str, rows: int, inner_steps: int, seed: int = 0) -> Insta
 
 
 def make_batches(method: str, instance: Instance) -> tuple[tuple, tuple]:
-    """What the method's upper and lower losses read: images and labels.
+    """The images and labels that the method's upper and lower losses read.
 
-    stocBiO's lower batches are stacked, and each carries its images' indices, by
-    which it finds their weights.
+    stocBiO's lower batches are stacked. Each contains the indices of its images, which
+    select their weights.
     """
     upper = (instance.validation, instance.validation_labels)
     lower = (instance.train, instance.train_labels)
@@ -162,10 +162,10 @@ class Contestant(Protocol):
         ...
 
     def run(self, steps: int, clock: "Clock") -> int:
-        """Make at least so many outer steps and wait until their results are there.
+        """Make at least `steps` outer steps, and wait for their results.
 
-        The clock runs; what must not count is passed over by starting it again.
-        Returns how many steps were made since the clock was started.
+        The clock is running; to exclude time from the measurement, start it again.
+        Returns the number of steps since the clock was last started.
         """
         ...
 
@@ -189,19 +189,19 @@ def serve(
     read: Callable[[pathlib.Path], Any] = load,
     methods: tuple[str, ...] = METHODS,
 ) -> None:
-    """Answer the driver's commands until it says quit.
+    """Answer the driver's commands until `quit`.
 
     Args:
-        build: the flags and what was read -> the contestant.
-        read: the file of the instance -> the instance.
-        methods: what --method may be.
+        build: (flags, instance) -> the contestant.
+        read: reads the instance from its file.
+        methods: the allowed values of --method.
     """
     arguments = _arguments(methods)
-    # Frameworks write to standard output as they please: the answers get their own.
+    # Frameworks also write to standard output, so answers use a separate descriptor.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     instance = read(arguments.data)
-    # The framework is imported by now; what comes after is the method's.
+    # The framework is imported already; later memory belongs to the method.
     baseline = resident()
     contestant = build(arguments, instance)
     for line in sys.stdin:
@@ -221,12 +221,12 @@ def serve(
 
 
 def resident() -> int:
-    """Bytes of this process in memory now."""
+    """The bytes of this process that are in memory now."""
     return _status("VmRSS")
 
 
 def peak_resident() -> int:
-    """The most bytes this process ever had in memory."""
+    """The largest number of bytes that this process had in memory."""
     return _status("VmHWM")
 
 

@@ -1,22 +1,21 @@
-"""PyTorch in the order of the published scripts.
+"""PyTorch, with the operations of the published scripts.
 
 Variants: published, higher (the unroll by automatic differentiation), hypergrad
 (implicit gradients by the package of that name on PyPI).
-
-The published unroll calls `reverse` of the hypertorch repository, whose import name
-is hypergrad, too, and which is not on the package index (PyPI's `hypergrad` is another
-project, with implicit gradients and without a reverse mode). `reverse`, `implicit`,
+The published unroll calls `reverse` of the hypertorch repository. Its import name is
+also hypergrad, but it is not on the package index (PyPI's `hypergrad` is another
+project, with implicit gradients and no reverse mode). `reverse`, `implicit`,
 `fixed_point` and `conjugate_gradient` below restate its algorithms: conjugate gradients
-solve for the fixed point of a gradient step of rate 1, the iteration for that of the
-inner step.
-stocBiO keeps its minibatches in a list, differentiates each inner product with a
-vector, and every time from a new forward pass.
+solve for the fixed point of a gradient step with rate 1, the iteration for that of the
+inner step. stocBiO keeps its minibatches in a list, and computes each vector product
+from a new forward pass.
 
-Published errors are not repeated, because the numbers would not be those of the
-others: the unroll's forward pass uses one example's weight for all examples;
-conjugate gradients that meet their tolerance return the iterate before; stocBiO's
-series leaves out its first term and scales only its last, takes its Hessian from
-validation data, one batch for all factors, and gives images the weights of others.
+Errors of the published code are corrected, because its results would otherwise differ
+from the others'. In the published code, the unroll's forward pass uses one example's
+weight for all examples; conjugate gradients that reach their tolerance return the
+previous iterate; stocBiO's series leaves out its first term and scales only its last,
+takes its Hessian from validation data, uses one batch for all factors, and gives images
+the weights of other images.
 """
 
 import argparse
@@ -146,13 +145,13 @@ class PublishedTorch:
         self._implicit(self._inner_map, fixed_point)
 
     def pypi_conjugate_gradient(self) -> None:
-        """As released: every direction is built on the residual before."""
+        """As released: every direction is computed from the previous residual."""
         self._implicit_by_hypergrad(
             approx_hypergrad.conjugate_gradient, protocol.SOLVER_STEPS, 1.0
         )
 
     def pypi_neumann(self) -> None:
-        """The terms of that many fixed-point steps from zero."""
+        """The series with as many terms as fixed-point steps from zero."""
         self._implicit_by_hypergrad(
             approx_hypergrad.neumann, protocol.SOLVER_STEPS - 1, protocol.INNER_RATE
         )
@@ -231,11 +230,11 @@ class PublishedTorch:
 def reverse(
     iterates: list, hyperparameters: list, step: Callable, outer_loss: Callable
 ) -> list:
-    """Reverse mode over stored iterates, each step evaluated anew.
+    """Reverse mode over stored iterates; each step is evaluated again.
 
-    As in the package: the iterates are detached here (and keep the graph they came
-    with until then), and each step's map is pulled back twice, once to the
-    hyperparameters and once to the parameters.
+    As in the package, the iterates are detached only here (until then they keep their
+    graph), and each step is differentiated twice, once in the hyperparameters and once
+    in the parameters.
     """
     iterates = [_leaves(point) for point in iterates]
     adjoint, total = _outer_gradients(outer_loss, iterates[-1], hyperparameters)
@@ -262,9 +261,9 @@ def implicit(
     most: int,
     tolerance: float = 0.0,
 ) -> list:
-    """With v = J'v + f_y at a fixed point of `step`: f_x plus v pulled back to x.
+    """f_x plus v pulled back to x, where v = J'v + f_y at a fixed point of `step`.
 
-    `solve` gets v -> J'v, a pullback of the step's map, evaluated once, and f_y.
+    `solve` receives f_y and v -> J'v, the pullback of the step, which runs once.
     """
     parameters = _leaves(parameters)
     rhs, total = _outer_gradients(outer_loss, parameters, hyperparameters)
@@ -283,7 +282,7 @@ def implicit(
 
 
 def fixed_point(turned: Callable, rhs: tuple, most: int, tolerance: float) -> list:
-    """v <- J'v + f_y from zero, until v moves less than the tolerance."""
+    """v <- J'v + f_y from zero, until the change of v is below the tolerance."""
     v = [torch.zeros_like(leaf) for leaf in rhs]
     for _ in range(most):
         before, v = v, [t + b for t, b in zip(turned(v), rhs, strict=True)]

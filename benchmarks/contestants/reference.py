@@ -1,7 +1,7 @@
-"""The hypergradients in float64 NumPy, derived by hand: no automatic differentiation.
+"""The hypergradients in float64 NumPy, derived by hand, without autodiff.
 
-Directional derivatives of a network are written with a leading d; `direction` is a
-list of arrays like the variables.
+The names of directional derivatives of a network start with `d_`. `direction` is a list
+of arrays shaped like the variables.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ def hypergradient(method: str, instance: protocol.Instance) -> np.ndarray:
 
 
 def _widened(field: Any) -> Any:
-    """With floating-point arrays in float64."""
+    """The field with floating-point arrays in float64."""
     if isinstance(field, list):
         return [_widened(leaf) for leaf in field]
     if isinstance(field, np.ndarray) and field.dtype == np.float32:
@@ -74,7 +74,7 @@ def _unroll(instance: protocol.Instance) -> np.ndarray:
 
 
 def _implicit(instance: protocol.Instance, solve: Callable) -> np.ndarray:
-    """-g_xy v with g_yy v = f_y solved roughly, after one inner step."""
+    """-g_xy v, with g_yy v = f_y solved approximately, after one inner step."""
     weights = _sigmoid(instance.upper)
     train = (instance.train, instance.train_labels)
     _, gradient = _losses_and_gradient(instance.lower, *train, weights)
@@ -103,7 +103,7 @@ def _conjugate_gradient(product: Callable[[list], list], rhs: list) -> list:
 
 
 def _fixed_point(product: Callable[[list], list], rhs: list) -> list:
-    """v <- (I - rate g_yy) v + f_y from zero: rate v tends to the solution."""
+    """v <- (I - rate g_yy) v + f_y from zero; rate * v converges to the solution."""
     v = [np.zeros_like(leaf) for leaf in rhs]
     for _ in range(protocol.SOLVER_STEPS):
         v = _descend(v, protocol.INNER_RATE, product(v))

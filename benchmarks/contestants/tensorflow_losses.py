@@ -1,4 +1,4 @@
-"""The two losses, written once for both TensorFlow contestants."""
+"""The two losses, shared by both TensorFlow contestants."""
 
 import tensorflow as tf
 
@@ -7,14 +7,14 @@ def logits(variables: list, images: tf.Tensor) -> tf.Tensor:
     hidden = images
     for kernel, bias in zip(variables[:-2:2], variables[1:-2:2], strict=True):
         hidden = tf.sigmoid(tf.matmul(hidden, kernel) + bias)
-    # The gradient of a ten-column kernel is a slow product on CPUs; of its transpose,
-    # a fast one.
+    # On CPUs the gradient of a kernel with ten columns is a slow product; that of its
+    # transpose is fast.
     last = tf.transpose(variables[-2])
     return tf.matmul(hidden, last, transpose_b=True) + variables[-1]
 
 
 def cross_entropy(variables: list, images: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
-    # As in JAX: the fused operation's second derivative makes 5,000 tiny products.
+    # As in JAX, because the fused operation's second derivative makes 5,000 products.
     log_probabilities = tf.nn.log_softmax(logits(variables, images))
     return -tf.reduce_sum(tf.one_hot(labels, 10) * log_probabilities, axis=1)
 
@@ -31,7 +31,7 @@ def lower_loss(x: tf.Tensor, y: list, batch: tuple) -> tf.Tensor:
 
 
 def minibatch_loss(x: tf.Tensor, y: list, batch: tuple) -> tf.Tensor:
-    """g on some training images, whose indices come with them."""
+    """g on some training images, which come with their indices."""
     images, labels, indices = batch
     return lower_loss(tf.gather(x, indices), y, (images, labels))
 
@@ -42,5 +42,5 @@ def use_threads(threads: int) -> None:
 
 
 def wait(result: object) -> None:
-    """Eager CPU calls are synchronous; reading a value makes sure of it."""
+    """Eager CPU calls are synchronous; reading a value makes sure of that."""
     tf.nest.flatten(result)[0].numpy()

@@ -1,11 +1,11 @@
-"""What every experiment script needs around its problem: flags, files, resuming.
+"""Shared by all experiment scripts: flags, files, resuming.
 
 A run writes into one folder: `config.json` (every setting, versions, seed),
 `metrics.csv` (one row per evaluation, with `seconds`), `summary.json` and pictures.
-JSON files and backups appear whole or not at all.
+JSON files and backups are written atomically.
 
 Scripts are run as files, `python experiments/NAME.py`, and import this package first:
-it makes TensorFlow quiet, and `data_prep`, beside `experiments`, importable.
+it silences TensorFlow's messages and makes `data_prep` importable.
 """
 
 import os

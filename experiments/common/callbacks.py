@@ -1,4 +1,4 @@
-"""Keras callbacks: rows of a run."""
+"""Keras callbacks that write the rows of a run."""
 
 import json
 import math
@@ -27,18 +27,18 @@ def train(
     seconds: float | None = None,
     callbacks: Sequence[keras.callbacks.Callback] = (),
 ) -> None:
-    """Fit a compiled `tb.BilevelModel`, or go on where the run's backup ends.
+    """Fit a compiled `tb.BilevelModel`, continuing from the run's backup if any.
 
     Args:
-        model: compiled.
-        batches: first outer step -> dataset from there on, without end.
-        run: where rows go, and the backup.
-        function: () -> dict of what to log.
+        model: a compiled model.
+        batches: first outer step -> endless dataset from that step on.
+        run: receives the rows and the backup.
+        function: () -> dict of values to log.
         every: outer steps between rows.
-        epoch: outer steps between backups: what a kill can cost.
-        steps: outer steps in all, `None` if only the seconds end training.
-        seconds: of training, after which to stop, `None` for no limit.
-        callbacks: more of them, called first.
+        epoch: outer steps between backups, the most that a kill can cost.
+        steps: outer steps in total, `None` if only the seconds end training.
+        seconds: training time after which to stop, `None` for no limit.
+        callbacks: further callbacks, called first.
 
     Raises:
         SystemExit: with status 1 and one line on stderr, at NaN or infinity.
@@ -61,22 +61,23 @@ def train(
 
 
 class Evaluate(keras.callbacks.Callback):
-    """Measures a model before training, every so many outer steps and at the end.
+    """Measures a model before training, at intervals of outer steps and at the end.
 
-    A row of the run holds `step`, `seconds`, the training metrics (means over the
-    steps since the last row; not known at step 0) and what the function returns.
-    `seconds` are those of outer steps over all sittings, with their data and with
-    TensorFlow's tracing in each sitting; evaluations and backups take none.
-    On a terminal a bar shows how far training is, elsewhere a line every half minute.
+    A row of the run holds `step`, `seconds`, the training metrics (means over the steps
+    since the last row; unknown at step 0) and the function's result. `seconds` is the
+    time of outer steps in all sittings, including their data and TensorFlow's tracing
+    in each sitting, but not evaluations and backups. On a terminal a bar shows the
+    progress, otherwise a line every half minute.
 
-    What a resumed run needs between two rows is kept in `clock.json` at every end of an
-    epoch, of the last two of them: a kill may come before the backup's weights.
+    What a resumed run needs between two rows is written to `clock.json` at the end of
+    every epoch. The file holds the last two epochs, since a kill may come before the
+    backup's weights are written.
 
     Args:
-        run: where rows go.
-        function: () -> dict of what to log.
+        run: receives the rows.
+        function: () -> dict of values to log.
         every: outer steps between rows.
-        steps: outer steps in all, `None` if only the seconds end training.
+        steps: outer steps in total, `None` if only the seconds end training.
         limit: seconds after which training stops, `None` for no limit.
     """
 
@@ -95,7 +96,8 @@ class Evaluate(keras.callbacks.Callback):
         self._file = run.out / "clock.json"
         self._begun = 0.0
         self._logged = self._reset = -1
-        self._before: dict = {}  # what was kept at the last end of an epoch
+        self._before: dict = {}  # the entry of the previous end of an epoch
+        # The steps and mean metrics of those Keras epochs that belong to the next row.
         self._first: dict | None = None
         # The steps and the mean metrics of what Keras's epochs left of a row.
         self._parts: list[tuple[int, dict]] = []
@@ -106,7 +108,7 @@ class Evaluate(keras.callbacks.Callback):
         self._progress = Progress(run.out, total, unit)
 
     def is_over(self, step: int) -> bool:
-        """Whether training ended at this step in an earlier sitting."""
+        """Whether training already ended at this step in an earlier sitting."""
         rows = self.run.rows()
         if not rows or int(rows[-1]["step"]) != step:
             return False
@@ -130,7 +132,7 @@ class Evaluate(keras.callbacks.Callback):
         self._before = now
 
     def _recall(self, step: int) -> None:
-        """What was kept at this step, if anything was."""
+        """Restore what was saved at this step, if anything."""
         kept = json.loads(self._file.read_text()) if self._file.exists() else {}
         entry = kept.get(str(step))
         if entry is not None:
@@ -146,7 +148,7 @@ class Evaluate(keras.callbacks.Callback):
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         if self.seconds is None:
-            # Not at the start of training: a backup is restored there.
+            # Not at the start of training, because a backup is restored then.
             step = self._logged = self._reset = self.model.outer_step
             self.seconds = self.run.rewind(step)
             self._recall(step)
@@ -159,7 +161,7 @@ class Evaluate(keras.callbacks.Callback):
         self.seconds += time.perf_counter() - self._begun
         self._logs = {name: float(value) for name, value in (logs or {}).items()}
         if self._first is not None:
-            # Only now are the names of the training metrics known.
+            # The names of the training metrics are known only now.
             first, self._first = self._first, None
             unknown = dict.fromkeys(self._logs, float("nan"))
             place = {name: first.pop(name) for name in ("step", "seconds")}
@@ -182,14 +184,14 @@ class Evaluate(keras.callbacks.Callback):
 
 
 class EvaluateEpochs(keras.callbacks.Callback):
-    """A row of the run after every epoch of plain Keras training, from its first one.
+    """Writes a row of the run after every epoch of plain Keras training.
 
-    A row holds `step` (the epoch), `seconds` (of training alone), `loss` and what the
-    function returns.
+    A row holds `step` (the epoch), `seconds` (of training only), `loss` and the
+    function's result.
 
     Args:
-        run: where rows go; those of an earlier sitting are dropped.
-        function: () -> dict of what to log.
+        run: receives the rows; those of an earlier sitting are dropped.
+        function: () -> dict of values to log.
     """
 
     def __init__(self, run: Run, function: Callable[[], Mapping]):
@@ -210,8 +212,10 @@ class EvaluateEpochs(keras.callbacks.Callback):
 
 
 def _means(parts: list[tuple[int, dict]]) -> dict[str, float]:
-    """Of metrics over some steps each; a part whose steps were all skipped has NaN.
-    The skipped steps are counted, not averaged."""
+    """Weighted means of metrics, each over some steps; NaN if all steps were skipped.
+
+    The number of skipped steps is summed instead of averaged.
+    """
     means = {}
     for name in parts[-1][1] if parts else ():
         if name == "skipped":

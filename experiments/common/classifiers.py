@@ -1,4 +1,4 @@
-"""Classifiers of the denoising experiments, as lists of layers; all end in logits."""
+"""Classifiers of the denoising experiments, as lists of layers that output logits."""
 
 import keras
 

@@ -1,4 +1,4 @@
-"""What the experiments on wrong labels share."""
+"""Shared by the experiments on wrong labels."""
 
 import pathlib
 from collections.abc import Callable, Sequence
@@ -20,15 +20,15 @@ def fit(
     name: str,
     callbacks: Sequence[keras.callbacks.Callback] = (),
 ) -> None:
-    """Plain training on everything in the parts, every label believed.
+    """Plain training on all given parts, trusting every label.
 
     Args:
-        network: ends in logits.
+        network: a network that outputs logits.
         parts: pairs of pixels and integer labels.
-        optimizer: of the weights.
-        batch_size, epochs: of `fit`.
-        name: of the job, for those who wait.
-        callbacks: more of them.
+        optimizer: the optimizer of the weights.
+        batch_size, epochs: as for `fit`.
+        name: the name of the job, shown with the progress.
+        callbacks: further callbacks.
     """
     pixels, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     network.compile(
@@ -46,15 +46,15 @@ def draw_distrusted(
     wrong: np.ndarray,
     predict: Callable[[np.ndarray], np.ndarray],
 ) -> None:
-    """The 48 training images trusted least, with given and predicted label.
+    """Draw the 48 least trusted training images, with given and predicted label.
 
     Args:
         path: the picture to write.
-        images: of all training examples, in [0, 1].
-        trust: in each example's label.
-        given: the labels.
-        wrong: whether they are.
-        predict: numbers of examples -> what a network takes them for.
+        images: the images of all training examples, in [0, 1].
+        trust: how much each example's label is trusted.
+        given: the given labels.
+        wrong: whether each given label is wrong.
+        predict: numbers of examples -> the classes predicted for them.
     """
     worst = np.argsort(trust, kind="stable")[:48]
     labels = zip(given[worst], predict(worst), strict=True)
@@ -70,13 +70,13 @@ def draw_distrusted(
 def draw_histograms(
     axes: Any, values: np.ndarray, clean: np.ndarray, bins: np.ndarray
 ) -> None:
-    """How many examples have which value: those of a true label, those of a wrong one.
+    """Draw histograms of the examples' values, separately for true and wrong labels.
 
     Args:
-        axes: matplotlib's.
-        values: of the examples.
+        axes: matplotlib's axes.
+        values: the values of the examples.
         clean: whether an example's label is the true one.
-        bins: the edges.
+        bins: the edges of the bins.
     """
     for name, mask in (("true label", clean), ("wrong label", ~clean)):
         axes.hist(values[mask], bins.tolist(), alpha=0.6, label=name)

@@ -1,4 +1,4 @@
-"""Flags, and the one line that training at NaN ends with."""
+"""Command-line flags, and one-line errors for training that becomes NaN."""
 
 import argparse
 import contextlib
@@ -12,14 +12,14 @@ from typing import Any, NoReturn
 import tfbilevel as tb
 from data_prep.command_line import seed
 
-# What `--jit` may be, and what Keras's `jit_compile` calls it.
+# Values of `--jit`, and those of Keras's `jit_compile`.
 JIT = {"auto": "auto", "on": True, "off": False}
 
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, with exit status 2.
 
-    Flags that every experiment has are there from the start: `--out`, `--resume`,
+    The flags common to all experiments are added at once: `--out`, `--resume`,
     `--seed`.
     """
 
@@ -33,14 +33,14 @@ class Parser(argparse.ArgumentParser):
         self.add_argument(
             "--resume", action="store_true", help="continue the run in --out"
         )
-        self.add_argument("--seed", type=seed, default=0, help="of everything random")
+        self.add_argument("--seed", type=seed, default=0, help="for all random choices")
 
     def error(self, message: str) -> NoReturn:
         print(f"{self.prog}: {message} (see --help)", file=sys.stderr)
         raise SystemExit(2)
 
     def warn(self, message: str) -> None:
-        """One line on standard error; the run goes on."""
+        """Print one line on standard error and continue."""
         print(f"{self.prog}: warning: {message}", file=sys.stderr)
 
     def reject_unused_flags(
@@ -50,32 +50,32 @@ class Parser(argparse.ArgumentParser):
         chosen: str,
         ignored: Container[str] = (),
     ) -> None:
-        """An error for a flag that was given and that none of the settings knows.
+        """Raise an error for a flag that was given but is used by none of the settings.
 
         Args:
-            args: the parsed flags, `None` where not given.
-            published: dataclasses of settings, `None` where they have no such setting.
-            chosen: what chose them, such as "--method rhg".
-            ignored: names of flags that the published script takes and ignores there:
-                a warning is enough.
+            args: the parsed flags, `None` if not given.
+            published: dataclasses of settings, `None` for settings they do not have.
+            chosen: the flag that chose them, such as "--method rhg".
+            ignored: names of flags that the published script accepts and ignores: they
+                only cause a warning.
         """
         for field in dataclasses.fields(published[0]):
             unknown = all(getattr(one, field.name) is None for one in published)
             if getattr(args, field.name) is None or not unknown:
                 continue
-            meaningless = f"{flag(field.name)} means nothing to {chosen}"
+            meaningless = f"{flag(field.name)} has no effect with {chosen}"
             if field.name not in ignored:
                 self.error(f"{meaningless}: leave it out")
-            self.warn(f"{meaningless}, which goes on without it")
+            self.warn(f"{meaningless}: it is ignored")
 
     def reject_ineffective_flags(
         self, args: argparse.Namespace, needs: Mapping[str, tuple[bool, str]]
     ) -> None:
-        """An error for a flag that was given and would change nothing.
+        """Raise an error for a flag that was given but would change nothing.
 
         Args:
-            args: the parsed flags, `None` where not given.
-            needs: name -> (whether it changes something here, what it needs to).
+            args: the parsed flags, `None` if not given.
+            needs: name -> (whether the flag has an effect, what it needs for that).
         """
         for name, (met, need) in needs.items():
             if getattr(args, name) is not None and not met:
@@ -83,14 +83,15 @@ class Parser(argparse.ArgumentParser):
 
 
 def flag(name: str) -> str:
-    """A setting's name as it is written on the command line."""
+    """A setting's name as a command-line flag."""
     return "--" + name.replace("_", "-")
 
 
 def filled(args: argparse.Namespace, published: Any) -> argparse.Namespace:
-    """The flags, with published settings where none was given.
+    """The flags, with published settings for those that were not given.
 
-    Settings that are `None` stay `None`, whatever the flag: they have no such setting.
+    Settings that are `None` stay `None` even if the flag was given, because the method
+    has no such setting.
     """
     made = argparse.Namespace(**vars(args))
     for name, value in dataclasses.asdict(published).items():
@@ -100,14 +101,14 @@ def filled(args: argparse.Namespace, published: Any) -> argparse.Namespace:
 
 
 def settings(args: argparse.Namespace, *hidden: str) -> dict[str, Any]:
-    """The flags that decide a run's results, by name."""
+    """The flags that determine a run's results, by name."""
     hidden = ("out", "resume", *hidden)
     return {k: v for k, v in sorted(vars(args).items()) if k not in hidden}
 
 
 @contextlib.contextmanager
 def one_line_nonfinite() -> Iterator[None]:
-    """Training that meets NaN or infinity: one line, exit status 1."""
+    """Turns NaN or infinity in training into one line and exit status 1."""
     try:
         yield
     except tb.NonFiniteError as error:
@@ -116,7 +117,7 @@ def one_line_nonfinite() -> Iterator[None]:
 
 
 def at_least(kind: type, least: float) -> Callable[[str], Any]:
-    """An argparse type: a finite number of this kind, not below `least`."""
+    """An argparse type for finite numbers of at least `least`."""
 
     def parse(text: str) -> Any:
         value = kind(text)
@@ -129,7 +130,7 @@ def at_least(kind: type, least: float) -> Callable[[str], Any]:
 
 
 def share(text: str) -> float:
-    """An argparse type: a number above zero and at most one."""
+    """An argparse type for numbers above 0 and at most 1."""
     value = float(text)
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, got {text}")
@@ -137,7 +138,7 @@ def share(text: str) -> float:
 
 
 def fraction(text: str) -> float:
-    """An argparse type: a number from 0 to below 1, such as a momentum."""
+    """An argparse type for numbers in [0, 1), such as a momentum."""
     value = float(text)
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"must be in [0, 1), got {text}")
@@ -145,7 +146,7 @@ def fraction(text: str) -> float:
 
 
 def finite(text: str) -> float:
-    """An argparse type: a finite number."""
+    """An argparse type for finite numbers."""
     value = float(text)
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"must be finite, got {text}")

@@ -1,4 +1,4 @@
-"""The penalty method and ApproxGrad, as several scripts set them up."""
+"""The penalty method and ApproxGrad, as used in several scripts."""
 
 import argparse
 import dataclasses
@@ -18,11 +18,12 @@ class InversionFree:
     (2021), arXiv:1911.03432; `None` where the method has no such setting.
 
     Attributes:
-        inner_steps: T; of approxgrad's linear solver too.
-        upper_lr, lower_lr: of Adam at the two levels.
-        weight, lower_weight, tolerance, multiplier: of penalty, at the start.
-        solver_lr, damping: of approxgrad's linear solver.
-        halve_every: approxgrad: when both rates are halved, in a unit of the script's.
+        inner_steps: T; also the steps of approxgrad's linear solver.
+        upper_lr, lower_lr: Adam's rates at the two levels.
+        weight, lower_weight, tolerance, multiplier: initial values of penalty.
+        solver_lr, damping: settings of approxgrad's linear solver.
+        halve_every: approxgrad: the interval at which both rates are halved, in a unit
+            that the script chooses.
     """
 
     inner_steps: int | None = None
@@ -38,7 +39,7 @@ class InversionFree:
 
     @staticmethod
     def add_flags(parser: Parser, unit: str | None) -> None:
-        """A flag for every setting; `unit`: of --halve-every, if there is one."""
+        """Add a flag for every setting; `unit` is that of --halve-every, if any."""
         add = parser.add_argument
         add("--inner-steps", type=positive(int), help="T; approxgrad: solver steps too")
         add("--upper-lr", type=positive(float))
@@ -51,7 +52,7 @@ class InversionFree:
         )
         add("--tolerance", type=positive(float), help="penalty: epsilon at the start")
         add("--multiplier", type=finite, help="penalty: nu at the start")
-        add("--solver-lr", type=positive(float), help="approxgrad: on its system")
+        add("--solver-lr", type=positive(float), help="approxgrad: for its system")
         add("--damping", type=at_least(float, 0), help="approxgrad, aid-cg")
         if unit is None:
             parser.set_defaults(halve_every=None)
@@ -69,8 +70,8 @@ class InversionFree:
                 lower_weight=args.lower_weight,
                 atol=args.tolerance,
                 initial_multiplier=args.multiplier,
-                # The published test squares norms that are squared already: its
-                # factor 0.9 is the root of 0.9 for the norm, as its tolerances are.
+                # The published test squares norms that are squared already. Its factor
+                # of 0.9 corresponds to the root of 0.9 for the norm, as do tolerances.
                 schedule=tb.PenaltySchedule(tolerance_decay=0.9**0.5),
             )
         rate = halved(args.lower_lr, args.halve_every, unit * args.inner_steps)

@@ -1,7 +1,7 @@
 """Networks of the published few-shot experiments, and their layers.
 
-Each is a list of blocks, and a block a list of layers, so that a script may give some
-of the blocks to the lower level.
+Each network is a list of blocks, and a block is a list of layers, so that a script can
+assign some of the blocks to the lower level.
 """
 
 from collections.abc import Callable
@@ -16,20 +16,20 @@ Block = list[keras.layers.Layer]
 
 
 class BatchStatistics(keras.layers.Layer):
-    """Normalises by the mean and variance of what it is given, also at test time.
+    """Normalises by the mean and variance of its input, also at test time.
 
-    Nothing is carried from one call to the next: no moving averages. Predictions
-    depend on the other examples of the call: they are transductive.
+    There are no moving averages. Predictions depend on the other examples of the call
+    (they are transductive).
 
     Args:
         epsilon: added to the variance.
         scale, shift: whether the result is scaled and shifted by trained vectors.
-        scale_initializer: of the scale.
-        fused: use TensorFlow's fused kernels for float32 images. Not where the second
-            derivative goes through a loop over tasks (`tb.AugmentedLagrangian` with
-            convolutions that differ between tasks): TensorFlow then says that a
-            tensor is out of scope.
-        **keywords: of `keras.layers.Layer`.
+        scale_initializer: the initializer of the scale.
+        fused: use TensorFlow's fused kernels for float32 images. This does not work if
+            the second derivative is taken through a loop over tasks
+            (`tb.AugmentedLagrangian` with convolutions that differ between tasks):
+            TensorFlow then raises an error about a tensor out of scope.
+        **keywords: arguments of `keras.layers.Layer`.
     """
 
     def __init__(
@@ -71,9 +71,9 @@ class BatchStatistics(keras.layers.Layer):
 
 
 def _standardised(inputs: tf.Tensor, epsilon: float) -> tuple[tf.Tensor, tf.Tensor]:
-    """The inputs with mean 0 and variance 1, and the factor that this took."""
+    """The inputs with mean 0 and variance 1, and the scale factor."""
     axes = list(range(inputs.shape.rank - 1))
-    # Not tf.nn.moments, whose second derivative is wrong.
+    # Not with tf.nn.moments, whose second derivative is wrong in TensorFlow.
     apart = inputs - tf.reduce_mean(inputs, axes, keepdims=True)
     factor = tf.math.rsqrt(tf.reduce_mean(apart * apart, axes) + epsilon)
     return apart * factor, factor
@@ -82,10 +82,10 @@ def _standardised(inputs: tf.Tensor, epsilon: float) -> tuple[tf.Tensor, tf.Tens
 def _fused(
     inputs: tf.Tensor, scale: tf.Tensor, shift: tf.Tensor, epsilon: float
 ) -> Any:
-    """TensorFlow's fused kernels forwards and in the first derivative.
+    """Normalisation with TensorFlow's fused kernels for values and first derivatives.
 
-    The second derivative is that of the plain formula: TensorFlow's own, of the fused
-    kernels, is wrong inside a loop that is differentiated.
+    The second derivative is that of the plain formula, because TensorFlow's second
+    derivative of the fused kernels is wrong inside a loop that is differentiated.
     """
     options = {"epsilon": epsilon, "is_training": True}
 
@@ -133,10 +133,10 @@ class CosineHead(keras.layers.Layer):
     """Ten times the cosine between the feature (x, w0) and the class (W_k, b_k).
 
     Args:
-        ways: how many classes.
+        ways: number of classes.
         constant: w0.
-        seed: of W, normal with standard deviation 0.01; b begins at 0.001.
-        **keywords: of `keras.layers.Layer`.
+        seed: the seed of W, normal with standard deviation 0.01; b starts at 0.001.
+        **keywords: arguments of `keras.layers.Layer`.
     """
 
     def __init__(self, ways: int, constant: float = 1e-3, seed: int = 0, **keywords):
@@ -170,7 +170,7 @@ class Residual(keras.layers.Layer):
 
     Args:
         main, skip: layers applied one after the other.
-        **keywords: of `keras.layers.Layer`.
+        **keywords: arguments of `keras.layers.Layer`.
     """
 
     def __init__(self, main: Block, skip: Block, **keywords: Any):
@@ -200,7 +200,7 @@ class Residual(keras.layers.Layer):
 
 
 class Initializers:
-    """Seeded initializers, each with a seed of its own."""
+    """Makes initializers, each with a different seed."""
 
     def __init__(self, seed: int):
         self._seed = 1000 * seed
@@ -244,8 +244,8 @@ def norm_relu_pool_conv4(filters: int, make: Initializers) -> list[Block]:
 
 
 def shifted_conv4(filters: int, make: Initializers) -> list[Block]:
-    """Conv without bias, norm without scale, ReLU but in the last, pool: the penalty
-    paper's (64 on Omniglot, 32 on miniImageNet)."""
+    """Conv without bias, norm without scale, ReLU except in the last block, pool: the
+    penalty paper's network (64 filters on Omniglot, 32 on miniImageNet)."""
     return [
         [
             _bare(filters, 3, make),
@@ -258,7 +258,7 @@ def shifted_conv4(filters: int, make: Initializers) -> list[Block]:
 
 
 def resnet12(make: Initializers) -> list[Block]:
-    """Four residual stages of three convolutions: IAPTT-GM's, 512 features."""
+    """Four residual stages of three convolutions: IAPTT-GM's network, 512 features."""
     blocks = []
     for stage, filters in enumerate((64, 128, 256, 512)):
         unit = [_bare(filters, 3, make), BatchStatistics(), _relu()]
@@ -267,7 +267,7 @@ def resnet12(make: Initializers) -> list[Block]:
         skip = [_bare(filters, 1, make), BatchStatistics()]
         block: Block = [Residual(main, skip), _relu()]
         if stage == 2:
-            # What is padded is not negative: zeros lose to it as -inf would.
+            # The padded values are not negative, so zeros have the effect of -inf.
             block.append(keras.layers.ZeroPadding2D(1))
         if stage < 3:
             block.append(_pool())
@@ -277,8 +277,8 @@ def resnet12(make: Initializers) -> list[Block]:
 
 
 def residual_encoder(make: Initializers) -> list[Block]:
-    """Four residual stages and two 1 x 1 convolutions: the penalty paper's, 384
-    features."""
+    """Four residual stages and two 1 x 1 convolutions: the penalty paper's network,
+    384 features."""
     blocks: list[Block] = []
     for filters in (64, 96, 128, 256):
         main: Block = []
@@ -302,7 +302,7 @@ def residual_encoder(make: Initializers) -> list[Block]:
 
 
 def softplus_block(filters: int, make: Initializers) -> Block:
-    """Conv, pool, norm, softplus: a lower level that is not convex (IAPTT-GM)."""
+    """Conv, pool, norm, softplus: makes the lower level nonconvex (IAPTT-GM)."""
     softplus = keras.layers.Activation("softplus")
     return [_wide(filters, make), _pool(), BatchStatistics(), softplus]
 
@@ -311,12 +311,13 @@ def linear_head(ways: int, features: int, make: Initializers, kind: str) -> Bloc
     """Flatten and a dense layer.
 
     Args:
-        ways: how many classes.
-        features: entries after flattening.
+        ways: number of classes.
+        features: number of entries after flattening.
         make: the initializers.
         kind: "small": normal with standard deviation 0.01, bias 0. "uniform": within
-            1 / sqrt(features), bias too, as PyTorch's default. "glorot": Glorot's
-            uniform, bias 0. "zero": all 0, so that the first step moves the head alone.
+            1 / sqrt(features), also the bias, as in PyTorch's default. "glorot":
+            Glorot's uniform, bias 0. "zero": all 0, so that the first step changes only
+            the head.
     """
     normal = keras.initializers.RandomNormal
     uniform = keras.initializers.RandomUniform

@@ -1,4 +1,4 @@
-"""Figures, curves of a run's columns, pages of images."""
+"""Figures: curves of a run's columns, pages of images."""
 
 import contextlib
 import math
@@ -21,12 +21,12 @@ from matplotlib.figure import Figure
 def figure(
     path: pathlib.Path, size: tuple[float, float], tight: bool = True
 ) -> Iterator[Figure]:
-    """An empty figure to draw on: saved when the context ends, closed in any case.
+    """An empty figure, saved when the context ends, and closed also after an error.
 
     Args:
         path: the picture to write.
         size: width and height in inches.
-        tight: whether matplotlib lays out the axes so that no labels overlap.
+        tight: whether matplotlib arranges the axes so that no labels overlap.
     """
     opened = plt.figure(figsize=size)
     try:
@@ -39,13 +39,13 @@ def figure(
 
 
 class Panel(NamedTuple):
-    """Curves of one set of axes.
+    """The curves of one set of axes.
 
     Attributes:
         columns: label -> column of the run; a label "" is not shown.
-        title: above the axes.
+        title: the title above the axes.
         unit: label of the y axis.
-        margin: column of half the width of a band around the first curve.
+        margin: column with half the width of a band around the first curve.
     """
 
     columns: Mapping[str, str]
@@ -54,7 +54,7 @@ class Panel(NamedTuple):
     margin: str | None = None
 
     def draw(self, axes: Any, run: Run, x: Sequence[float]) -> None:
-        """The curves over `x`, with a grid, and a legend if any has a label."""
+        """Draw the curves over `x`, with a grid, and a legend if any has a label."""
         for label, column in self.columns.items():
             draw_line(axes, x, run.column(column), label=label)
         if self.margin is not None:
@@ -73,13 +73,13 @@ def plot_columns(
     title: str,
     x: tuple[str, str] = ("seconds", "seconds of training"),
 ) -> None:
-    """The run's `curves.png`: its columns in panels side by side.
+    """Draw the run's `curves.png`: its columns in panels side by side.
 
     Args:
-        run: whose rows to draw.
-        panels: from left to right.
-        title: above all.
-        x: the column that all panels share as their x axis, and what to call it.
+        run: the run whose rows are drawn.
+        panels: the panels, from left to right.
+        title: the title above all panels.
+        x: the column that all panels share as their x axis, and its label.
     """
     column, name = x
     with figure(run.out / "curves.png", (5.5 * len(panels), 4)) as page:
@@ -93,14 +93,14 @@ def plot_columns(
 def draw_line(
     axes: Any, x: Sequence[float], y: Sequence[float], **options: Any
 ) -> None:
-    """A curve without its NaN, and its points where they are few: one alone would
-    show nothing as a line.
+    """Draw a curve without its NaN values, with markers if it has few points, because a
+    single point would not show as a line.
 
     Args:
-        axes: matplotlib's.
-        x: of the points.
-        y: of the points.
-        **options: of `axes.plot`.
+        axes: matplotlib's axes.
+        x: the x values of the points.
+        y: the y values of the points.
+        **options: options of `axes.plot`.
     """
     known = ~np.isnan(np.asarray(y, float))
     marker = "." if known.sum() <= 20 else None
@@ -115,17 +115,17 @@ def draw_images(
     red: Sequence[bool] = (),
     columns: int = 8,
 ) -> None:
-    """A page of images, each with a caption, some of them in red.
+    """Draw a page of images, each with a caption, some captions in red.
 
     Args:
         path: the picture to write.
         images: [n, height, width] or [n, height, width, channels], in [0, 1].
-        captions: what to write above each.
-        title: what to write above all.
-        red: whether each caption is red; none by default.
+        captions: the text above each image.
+        title: the text above all images.
+        red: whether each caption is red; by default none is.
         columns: images in a row.
     """
-    # In inches. One set of axes for the whole page: one per image takes seconds.
+    # In inches. One set of axes serves the whole page, since one per image is slow.
     side, pitch, below = 0.98, 1.13, 1.4
     rows = math.ceil(len(images) / columns)
     width, height = pitch * columns, below * rows + 0.5
@@ -154,12 +154,12 @@ def draw_images(
 
 
 def draw_matrix(axes: Any, matrix: np.ndarray, most: int) -> None:
-    """Counts from 0 to `most` in shades of blue, the same ones in every picture.
+    """Draw counts from 0 to `most` in shades of blue, the same in every picture.
 
     Args:
-        axes: matplotlib's.
+        axes: matplotlib's axes.
         matrix: [true classes, predicted classes].
-        most: how many examples a class can have.
+        most: the largest number of examples in a class.
     """
     axes.imshow(matrix, cmap="Blues", vmin=0, vmax=most)
     size = 9 if len(matrix) <= 10 else 6

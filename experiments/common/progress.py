@@ -1,4 +1,4 @@
-"""How far a long job is: a bar on a terminal, lines of a log elsewhere."""
+"""The progress of a long job: a bar on a terminal, log lines elsewhere."""
 
 import sys
 import time
@@ -8,15 +8,15 @@ import keras
 
 
 class Progress:
-    """A bar on a terminal; elsewhere a line on standard error every half minute.
+    """Shows a bar on a terminal, otherwise a line on standard error every half minute.
 
-    The line has the name, how much is done, and the seconds so far. A job that takes
-    less has none.
+    The line has the name, how much is done, and the seconds so far. A shorter job
+    prints no line.
 
     Args:
-        name: of the job, such as the run's folder.
-        total: how much there is to do.
-        unit: what is counted, in the plural: "outer steps".
+        name: the name of the job, such as the run's folder.
+        total: the number of units of work.
+        unit: the unit, in the plural, such as "outer steps".
         every: seconds between two lines.
     """
 
@@ -26,7 +26,7 @@ class Progress:
         self._begun = self._said = time.monotonic()
 
     def update(self, done: int) -> None:
-        """Say that so much is done by now."""
+        """Show that `done` units are done."""
         done = min(done, self.total)
         if sys.stdout.isatty():
             self._bar.update(done)
@@ -44,10 +44,10 @@ class Progress:
 
 
 class FitProgress(keras.callbacks.Callback):
-    """`Progress` of plain Keras training on arrays.
+    """Shows the `Progress` of plain Keras training on arrays.
 
     Args:
-        name: of the job.
+        name: the name of the job.
     """
 
     def __init__(self, name: Any):
@@ -59,7 +59,7 @@ class FitProgress(keras.callbacks.Callback):
         total = self.params["epochs"] * self.params["steps"]
         self._progress, self._done = Progress(self.name, total, "batches"), 0
 
-    # At the next one's beginning: at a batch's end Keras would wait for its loss.
+    # Counted when the next one begins: at a batch's end Keras would wait for its loss.
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         if batch:
             self._count()

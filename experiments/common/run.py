@@ -1,4 +1,4 @@
-"""One run's folder."""
+"""The folder of a run."""
 
 import atexit
 import contextlib
@@ -15,21 +15,21 @@ import filelock
 
 import tfbilevel as tb
 
-LOCK = ".lock"  # in a folder while a process works there
-PARTIAL = ".partial"  # ends the name of a file that is being written
+LOCK = ".lock"  # exists while a process works in the folder
+PARTIAL = ".partial"  # suffix of a file that is being written
 
 
 class Run:
-    """One run's folder.
+    """The folder of a run.
 
     Args:
         out: the folder; it must be new or empty, or hold the run to resume.
         config: every setting, JSON-serialisable.
-        resume: continue: `config` must equal the stored one.
+        resume: continue the run; `config` must equal the stored one.
 
     Raises:
-        ValueError: if the folder is in use, by another process too, there is nothing
-            to resume, or the settings differ from the run's.
+        ValueError: if the folder is in use (by any process), there is nothing to
+            resume, or the settings differ from the run's.
     """
 
     def __init__(self, out: pathlib.Path, config: Mapping[str, Any], resume: bool):
@@ -63,7 +63,7 @@ class Run:
                     f"{', '.join(changed)}"
                 )
         else:
-            # A kill while `config.json` was written leaves its beginning, no run.
+            # A kill during the writing of `config.json` leaves a partial file, no run.
             begun = {stored.with_name(stored.name + PARTIAL), self.out / LOCK}
             if self.out.exists() and {*self.out.iterdir()} - begun:
                 raise ValueError(
@@ -75,7 +75,7 @@ class Run:
             write_json(stored, {"settings": settings, "versions": _versions()})
 
     def rows(self) -> list[dict[str, str]]:
-        """The rows of `metrics.csv` so far, but for one that a kill has cut short."""
+        """The rows of `metrics.csv` so far, without one that a kill cut short."""
         return rows_of(self.out)
 
     def column(self, name: str) -> list[float]:
@@ -83,13 +83,13 @@ class Run:
         return [float(row[name]) for row in self.rows()]
 
     def log(self, values: Mapping[str, Any]) -> None:
-        """Append a row; the first one decides the columns."""
+        """Append a row; the first one determines the columns."""
         columns = None
         if self._metrics.exists():
             with self._metrics.open(newline="") as file:
                 columns = next(csv.reader(file), None)  # a kill may leave it empty
         with self._metrics.open("a", newline="") as file:
-            # An unknown column is an error before anything is written.
+            # An unknown column raises an error before anything is written.
             writer = csv.DictWriter(file, fieldnames=columns or list(values))
             if columns is None:
                 writer.writeheader()
@@ -102,8 +102,7 @@ class Run:
         return float(kept[-1]["seconds"]) if kept else 0.0
 
     def replace(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Make `metrics.csv` these rows, or remove it if there are none; it is whole or
-        as before."""
+        """Replace the rows of `metrics.csv` atomically; without rows, remove it."""
         if not rows:
             self._metrics.unlink(missing_ok=True)
             return
@@ -119,18 +118,18 @@ class Run:
         write_json(self.out / "summary.json", values)
 
     def summary(self) -> dict[str, Any] | None:
-        """What `summarise` wrote; `None` if the run is not complete."""
+        """The result of `summarise`; `None` if the run is not complete."""
         path = self.out / "summary.json"
         return json.loads(path.read_text()) if path.exists() else None
 
     def files(self) -> str:
-        """What is in the folder, in a line."""
+        """The names of the files in the folder, in one line."""
         names = sorted(path.name for path in self.out.iterdir() if path.name != LOCK)
         return f"Files in {self.out}: {', '.join(names)}"
 
 
 def rows_of(out: pathlib.Path) -> list[dict[str, str]]:
-    """The rows of a run's `metrics.csv`, but for one that a kill has cut short."""
+    """The rows of a run's `metrics.csv`, without one that was cut short by a kill."""
     metrics = out / "metrics.csv"
     if not metrics.exists():
         return []
@@ -143,7 +142,7 @@ def rows_of(out: pathlib.Path) -> list[dict[str, str]]:
 
 
 def numbers(rows: Sequence[Mapping[str, str]]) -> list[dict[str, Any]]:
-    """Rows of a file, with numbers for strings that are some."""
+    """Rows of a file, with numeric strings converted to numbers."""
 
     def number(text: str) -> float | str:
         try:
@@ -157,19 +156,19 @@ def numbers(rows: Sequence[Mapping[str, str]]) -> list[dict[str, Any]]:
 def best_row(
     rows: Sequence[Mapping[str, Any]], by: str, lowest: bool = False
 ) -> Mapping[str, Any]:
-    """The first of the rows whose column `by` is largest, or smallest if `lowest`."""
+    """The first row whose column `by` is largest, or smallest if `lowest`."""
     choose = min if lowest else max
     return choose(rows, key=lambda row: row[by])
 
 
-_held: dict[pathlib.Path, filelock.BaseFileLock] = {}  # by this process, until it ends
+_held: dict[pathlib.Path, filelock.BaseFileLock] = {}  # until this process ends
 
 
 def hold(folder: pathlib.Path) -> None:
-    """Raise if another process works in the folder; else none can until this one ends.
+    """Lock the folder until this process ends; raises if another process holds it.
 
-    Two writers would mix their rows: a comparison that was killed may have left the
-    process of a method behind.
+    Two writers would mix their rows: a comparison that was killed may have left a
+    method's process running.
     """
     path = folder.resolve() / LOCK
     if path in _held:
@@ -187,15 +186,15 @@ def hold(folder: pathlib.Path) -> None:
 
 
 def let_go(path: pathlib.Path) -> None:
-    """End the hold of a folder by its lock's path, and leave no file behind."""
+    """Release a folder, given the path of its lock, and delete the lock file."""
     lock = _held.pop(path)
-    with contextlib.suppress(OSError):  # Windows removes no open file
+    with contextlib.suppress(OSError):  # Windows cannot delete an open file
         path.unlink(missing_ok=True)
     lock.release()
 
 
 def write_json(path: pathlib.Path, values: Mapping[str, Any]) -> None:
-    """Write JSON so that the file is either whole or as before."""
+    """Write JSON atomically."""
     partial = path.with_name(path.name + PARTIAL)
     partial.write_text(json.dumps(dict(values), indent=2, default=float) + "\n")
     os.replace(partial, path)

@@ -1,4 +1,4 @@
-"""Plain training from a given start, by the library's inner solver."""
+"""Plain training from a given start, with the library's inner solver."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,16 +16,16 @@ def trainer(
     jit: bool,
     project: Callable[[Any], Any] | None = None,
 ) -> Callable[[Any, Any], Any]:
-    """A function (batch, variables) -> the variables after so many steps on the batch.
+    """A function (batch, variables) -> the variables after training on the batch.
 
-    It is compiled once for every shape of what it is given.
+    It is compiled once for every shape of its arguments.
 
     Args:
         loss: (variables, batch) -> scalar.
-        optimizer: of the steps; its state starts at zero in every call.
-        steps: how many.
+        optimizer: the optimizer; its state starts at zero in every call.
+        steps: the number of steps.
         jit: whether XLA compiles them.
-        project: variables -> those in the set they must stay in.
+        project: variables -> their projection onto the feasible set.
     """
     inner = tb.InnerSolver(optimizer, steps)
     problem = tb.Problem(

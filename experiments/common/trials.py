@@ -21,23 +21,23 @@ def trials(
     run: Run,
     one: Callable[[argparse.Namespace, Run], dict[str, Any]],
 ) -> dict[str, Any]:
-    """One run, or `--trials` of them at successive seeds; what is complete stays.
+    """One run, or `--trials` runs at successive seeds; complete runs are kept.
 
-    Several have a folder each, `seed-N`. The run's own `metrics.csv` then has a row
-    per seed, its `summary.json` the means of all numbers over seeds, with `_std` their
-    standard deviations (of the population), what is alike in all of them, and all
-    summaries under `runs`.
+    Each of several runs has a folder `seed-N`. The run's own `metrics.csv` then has one
+    row per seed. Its `summary.json` has the means of all numbers over the seeds, their
+    standard deviations (of the population) with the suffix `_std`, all values that are
+    equal for all seeds, and all summaries under `runs`.
 
     Args:
         args: flags with `seed` and `trials`.
-        run: where results go.
+        run: receives the results.
         one: (flags of one trial, its run) -> its summary.
 
     Returns:
         The summary.
 
     Raises:
-        SystemExit: with status 1 where trials ended so (at NaN), after all others.
+        SystemExit: with status 1 if any trials ended so (at NaN), after all others.
     """
     if args.trials == 1:
         return complete(args, run, one)
@@ -57,8 +57,8 @@ def trials(
 
 @contextlib.contextmanager
 def many_runs() -> Iterator[None]:
-    """A context for several runs in one process. TensorFlow would warn that their
-    functions are traced one time after the other: they are other functions."""
+    """A context for several runs in one process, without TensorFlow's warning that
+    functions are traced repeatedly: these are different functions."""
     logger = tf.get_logger()
     level = logger.level
     logger.setLevel("ERROR")
@@ -77,23 +77,23 @@ def sweep(
     one: Callable[[Job, pathlib.Path], dict[str, Any]],
     after: Callable[[dict[str, Any]], None] = lambda summary: None,
 ) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """Runs in folders of their own within the run's, past those that end at NaN.
+    """Make several runs in subfolders of a run, continuing after runs that end at NaN.
 
     Args:
-        run: whose folder holds theirs.
-        jobs: name of the folder -> what describes the run in it.
-        one: (job, folder) -> its summary, made now unless it is there (`in_folder`).
-        after: what to do with each summary at once.
+        run: the run whose folder contains the subfolders.
+        jobs: name of the folder -> description of the run in it.
+        one: (job, folder) -> its summary, computed unless it exists (`in_folder`).
+        after: called with each summary when it is ready.
 
     Returns:
-        name -> summary, and the names of those that failed.
+        name -> summary, and the names of the runs that failed.
     """
     done, failed = {}, []
     for name, job in jobs.items():
         try:
             with many_runs():
                 done[name] = one(job, run.out / name)
-        except SystemExit:  # said already: the others go on
+        except SystemExit:  # the error is printed already; continue with the others
             failed.append(name)
         else:
             after(done[name])
@@ -102,9 +102,10 @@ def sweep(
 
 
 def in_folder(one: Callable[[argparse.Namespace, Run], dict[str, Any]]) -> Callable:
-    """(flags, run) -> summary, as what `sweep` calls with flags and a folder.
+    """Turn (flags, run) -> summary into a function of flags and a folder for `sweep`.
 
-    The run is begun there, or continued; if it is complete, `one` is not called.
+    The run in the folder is started or continued; if it is complete, `one` is not
+    called.
     """
 
     def made(args: argparse.Namespace, folder: pathlib.Path) -> dict[str, Any]:
@@ -115,7 +116,7 @@ def in_folder(one: Callable[[argparse.Namespace, Run], dict[str, Any]]) -> Calla
 
 
 def concluded(run: Run, summary: dict[str, Any], failed: list[str]) -> dict[str, Any]:
-    """Write and return a sweep's summary; exit with status 1 if some of it failed."""
+    """Write and return a sweep's summary; exit with status 1 if any run failed."""
     run.summarise(summary | ({"failed": failed} if failed else {}))
     if failed:
         print(f"failed: {', '.join(failed)}; --resume tries again", file=sys.stderr)
@@ -124,7 +125,7 @@ def concluded(run: Run, summary: dict[str, Any], failed: list[str]) -> dict[str,
 
 
 def over_trials(summaries: list[dict[str, Any]]) -> dict[str, Any]:
-    """Means and deviations of what varies, and what does not, of all summaries."""
+    """Means and deviations of the values that vary, and the values that do not."""
     made: dict[str, Any] = {}
     for name, first in summaries[0].items() if summaries else ():
         values: list[Any] = [one.get(name) for one in summaries]
@@ -143,7 +144,7 @@ def is_number(value: Any) -> bool:
 
 
 def complete(args: argparse.Namespace, run: Run, one: Callable) -> dict[str, Any]:
-    """The run's summary, made now unless it is there."""
+    """The run's summary, computed unless it exists."""
     summary = run.summary()
     if summary is None:
         summary = one(args, run)

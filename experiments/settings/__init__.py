@@ -1,1 +1,1 @@
-"""Published settings: what each experiment's flags are filled in with."""
+"""Published settings, the defaults of the experiments' flags."""

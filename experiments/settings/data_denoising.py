@@ -1,4 +1,4 @@
-"""Importance learning: what a data set's experiment is, and the methods' settings."""
+"""Importance learning: the data sets' experiments and the methods' settings."""
 
 import dataclasses
 from typing import NamedTuple
@@ -58,15 +58,15 @@ DEFAULTS = {
 
 
 class Dataset(NamedTuple):
-    """What a data set's experiment is, whatever the method.
+    """The parts of a data set's experiment that do not depend on the method.
 
     Attributes:
-        net: of NETS.
+        net: one of NETS.
         noise: share of wrong training labels.
-        sizes: training and validation examples.
-        pretrain_epochs: on validation data.
-        low, high: importances at the start where the network disagrees, and agrees.
-        retrain_threshold: importance from which an example counts at the end; `None`:
+        sizes: numbers of training and validation examples.
+        pretrain_epochs: epochs on validation data.
+        low, high: initial importances where the network disagrees and agrees.
+        retrain_threshold: least importance of examples used for retraining; `None`:
             no retraining.
     """
 

@@ -1,4 +1,4 @@
-"""Data hyper-cleaning: every method's published settings on every net."""
+"""Data hyper-cleaning: the published settings of every method and net."""
 
 import dataclasses
 import itertools
@@ -83,7 +83,7 @@ def aid(inner_lr: float, **settings: float) -> Settings:
 
 
 def dynamic(inner_lr: float, **settings: Any) -> Settings:
-    """What iaptt-gm and bda share."""
+    """The settings that iaptt-gm and bda share."""
     return Settings(
         outer_steps=3000,
         upper_lr=0.01,
@@ -96,7 +96,7 @@ def dynamic(inner_lr: float, **settings: Any) -> Settings:
 
 
 def inversion_free(**settings: float) -> Settings:
-    """What penalty and approxgrad share."""
+    """The settings that penalty and approxgrad share."""
     return Settings(
         outer_steps=1000,
         upper_lr=0.1,
@@ -125,8 +125,8 @@ DEFAULTS = {
 }
 for _net in NETS:
     DEFAULTS["iaptt-gm", _net] = dynamic(0.03, start_lr=0.03)
-    # The rate of BDA's own code: it begins at the first weights, and 100 steps of
-    # iaptt-gm's 0.03 from there end at 75 percent on MNIST.
+    # The rate of BDA's own code. It starts at the initial weights, from which 100 steps
+    # with iaptt-gm's rate of 0.03 only reach 75 percent on MNIST.
     DEFAULTS["bda", _net] = dynamic(
         0.4, alpha=0.5, alpha_decay=0.9, bda_rule="aggregated"
     )
@@ -136,7 +136,7 @@ for _net in NETS:
     DEFAULTS["approxgrad", _net] = inversion_free(
         solver_lr=1e-2, damping=1e-3, halve_every=500
     )
-# No published run has both: the settings of the other two-layer net.
+# There are no published runs of these; the settings are those of the other mlp.
 for _method in ("v-pbgd", "g-pbgd", "rhg", "t-rhg", "aid-cg", "aid-fp", "neumann"):
     DEFAULTS[_method, "mlp-linear"] = DEFAULTS[_method, "mlp"]
 METHODS = tuple(dict.fromkeys(method for method, _ in DEFAULTS))

@@ -1,4 +1,4 @@
-"""Few-shot learning: every method's published settings, and the flags for them."""
+"""Few-shot learning: the published settings of every method, and their flags."""
 
 import argparse
 import dataclasses
@@ -21,9 +21,9 @@ DATASETS = (
 )
 CHARACTERS = ("glyphs", "omniglot")
 WHOLE = ("maml", "fomaml", "meta-sgd", "imaml")  # all weights are lower variables
-FRESH = ("fo-itd-bio", "approxgrad", "penalty")  # new heads at every outer step
+FRESH = ("fo-itd-bio", "approxgrad", "penalty")  # a new head at every outer step
 LEARNED = ("anil", "iaptt-gm")  # head starts are upper variables
-FOLLOWERS = ("rhg", "t-rhg", "bda", "iaptt-gm")  # of the IAPTT-GM paper
+FOLLOWERS = ("rhg", "t-rhg", "bda", "iaptt-gm")  # methods of the IAPTT-GM paper
 METHODS = (
     *WHOLE,
     *("anil", "itd-bio", "fo-itd-bio"),
@@ -46,8 +46,8 @@ HEADS = ("linear", "conv", "blocks", "cosine")
 class Settings(InversionFree):
     """A method's settings on a data set; `None` where it has no such setting.
 
-    `inner_lr` is the rate of the inner steps, `final_lr` what its cosine decay ends at;
-    approxgrad and penalty have `lower_lr` instead, of Adam.
+    `inner_lr` is the rate of the inner steps, `final_lr` the end of its cosine decay.
+    approxgrad and penalty have Adam's `lower_lr` instead.
     """
 
     network: str
@@ -73,7 +73,7 @@ class Settings(InversionFree):
 def stocbio(
     upper_lr: float, inner_lr: float, steps: int, outer_steps: int, **other: Any
 ) -> Settings:
-    """Meta-learning of the stocBiO paper, and what follows it."""
+    """Meta-learning settings of the stocBiO paper and of methods based on them."""
     return Settings(
         **{
             "network": "norm-relu-pool",
@@ -93,7 +93,8 @@ def stocbio(
 
 
 def imaml(proximal: float, steps: int, outer_steps: int, filters: int) -> Settings:
-    """Of hypertorch's example; `outer_steps`, where it has no end: iMAML's paper."""
+    """Settings of hypertorch's example; `outer_steps`, which it lacks, from iMAML's
+    paper."""
     return stocbio(
         1e-3,
         0.1,
@@ -110,7 +111,7 @@ def imaml(proximal: float, steps: int, outer_steps: int, filters: int) -> Settin
 
 
 def iaptt(dataset: str, network: str | None, **other: Any) -> Settings:
-    """Few-shot learning of the IAPTT-GM paper; head and rates for characters: ours."""
+    """Settings of the IAPTT-GM paper; head and rates for characters are our choice."""
     images: dict[str, Any] = {
         "network": "pool-norm-relu",
         "filters": 32,
@@ -143,10 +144,10 @@ def iaptt(dataset: str, network: str | None, **other: Any) -> Settings:
 def inversion_free(
     method: str, dataset: str, ways: int, shots: int, network: str | None
 ) -> Settings:
-    """Few-shot learning of the penalty paper."""
+    """Settings of the penalty paper."""
     character, penalty = dataset in CHARACTERS, method == "penalty"
     rate = 1e-2 if character else 1e-3
-    filters = 64 if character else 32  # 32: the paper's other network for images
+    filters = 64 if character else 32  # 32: the paper's network for images
     if character:
         tasks, outer_steps = (15, 10_000) if ways == 20 else (30, 5000)
     else:
@@ -182,7 +183,7 @@ def inversion_free(
 def published(
     method: str, dataset: str, ways: int, shots: int = 1, network: str | None = None
 ) -> Settings:
-    """The method's own settings; ours where its paper has none for the data set."""
+    """The method's published settings; our choice for data sets without any."""
     if method in ("approxgrad", "penalty"):
         return inversion_free(method, dataset, ways, shots, network)
     if method in FOLLOWERS:
@@ -192,9 +193,9 @@ def published(
             "iaptt-gm": {"start_lr": 1e-3},
         }
         return iaptt(dataset, network, **own.get(method, {}))
-    learned = {"test_lr": None} if method == "meta-sgd" else {}  # its rates
+    learned = {"test_lr": None} if method == "meta-sgd" else {}  # rates are learned
     if dataset in CHARACTERS:
-        # MAML's own paper; head: ours.
+        # From MAML's paper, with our choice of head.
         if method == "imaml":
             return imaml(2.0, 16, 20_000, filters=64)
         if method in WHOLE:
@@ -232,26 +233,26 @@ def add_flags(parser: Parser) -> None:
     add(
         "--rotations",
         action=argparse.BooleanOptionalAction,
-        help="turned images are classes of their own; default for characters",
+        help="rotated images form separate classes; default for characters",
     )
     add("--method", choices=METHODS, default="anil")
     add("--ways", type=above(int), default=5)
     add("--shots", type=above(int), default=1)
-    add("--queries", type=above(int), help="query images of a class; by method")
-    add("--tasks", type=above(int), help="of a meta-batch; by method")
+    add("--queries", type=above(int), help="query images per class; by method")
+    add("--tasks", type=above(int), help="tasks per meta-batch; by method")
     add("--outer-steps", type=above(int), help="meta-iterations; by method")
-    add("--seconds", type=above(float), help="of training, after which to stop")
+    add("--seconds", type=above(float), help="stop after this training time")
     add("--network", choices=NETWORKS, help="by method and data set")
-    add("--filters", type=above(int), help="of a four-block network")
+    add("--filters", type=above(int), help="for a four-block network")
     add("--head", choices=HEADS, help="by method and data set")
-    add("--head-blocks", type=above(int), help="--head blocks: how many; default 1")
+    add("--head-blocks", type=above(int), help="number of --head blocks; default 1")
     Settings.add_flags(parser, None)
-    add("--inner-lr", type=above(float), help="of the inner steps; by method")
-    add("--final-lr", type=above(float), help="rhg to iaptt-gm: of the inner steps")
-    add("--start-lr", type=above(float), help="iaptt-gm: of the head's start")
+    add("--inner-lr", type=above(float), help="rate of the inner steps; by method")
+    add("--final-lr", type=above(float), help="rhg to iaptt-gm: final inner rate")
+    add("--start-lr", type=above(float), help="iaptt-gm: rate of the head's start")
     add("--last", type=above(int), help="t-rhg: inner steps to differentiate")
     add("--alpha", type=share, help="bda: weight of f at the first step")
-    add("--alpha-decay", type=share, help="bda: its factor per step")
+    add("--alpha-decay", type=share, help="bda: factor on alpha per inner step")
     add("--bda-rule", choices=("aggregated", "bda-repo"), help="bda: weight of g")
     add("--proximal", type=above(float), help="imaml: weight of |y - x|^2 / 2 in g")
     add("--cg-steps", type=above(int), help="imaml")
@@ -259,16 +260,16 @@ def add_flags(parser: Parser) -> None:
         "--regulariser",
         choices=("none", "distance", "quasi-norm", "quasi-norm-published"),
         default="none",
-        help="added to g: to the start, or the sum of |p|^q over all tensors, or the "
-        "published script's form of it",
+        help="term added to g: the distance to the start, or the sum of |p|^q over all "
+        "tensors, or the published script's version of that",
     )
     add("--quasi-norm-power", type=share, help="q; default 0.5")
     add("--quasi-norm-epsilon", type=above(float), help="smooths it at 0; default 0.1")
-    add("--regularisation", type=above(float), help="its weight; default 0.25")
+    add("--regularisation", type=above(float), help="weight of the term; default 0.25")
     add("--test-steps", type=above(int), help="inner steps on a new task; by method")
-    add("--test-lr", type=above(float), help="their rate; by method")
-    several = at_least(int, 2)  # fewer have no interval
-    add("--test-tasks", type=several, help="by method")
+    add("--test-lr", type=above(float), help="rate on a new task; by method")
+    several = at_least(int, 2)  # one task gives no confidence interval
+    add("--test-tasks", type=several, help="number of test tasks; by method")
     add("--validation-tasks", type=several, default=100, help="per evaluation")
     add("--eval-every", type=above(int), default=200, help="meta-iterations")
     add("--trials", type=above(int), default=1, help="runs at successive seeds")
@@ -276,7 +277,7 @@ def add_flags(parser: Parser) -> None:
 
 
 def completed(parser: Parser, args: argparse.Namespace) -> argparse.Namespace:
-    """The flags, with published settings where none was given; errors."""
+    """The flags, with published settings for those not given; checks for errors."""
     own = published(args.method, args.dataset, args.ways, args.shots, args.network)
     parser.reject_unused_flags(args, [own], f"--method {args.method}")
     reject_ineffective(parser, args, args.network or own.network)
@@ -331,7 +332,8 @@ def reject_ineffective(parser: Parser, args: argparse.Namespace, network: str) -
 
 
 def with_defaults(args: argparse.Namespace, own: Settings) -> argparse.Namespace:
-    """What was not given: published, or what follows from what was given."""
+    """The flags, with published settings for those not given, or values derived from
+    the flags that were given."""
     made = filled(args, own)
     made.head_blocks = args.head_blocks or 1
     if args.dataset == "omniglot" and args.data_file is None:
@@ -344,7 +346,7 @@ def with_defaults(args: argparse.Namespace, own: Settings) -> argparse.Namespace
         made.last = min(made.last, made.inner_steps)
     if args.method in (*FOLLOWERS, "penalty"):
         return made
-    # New tasks are learned as in training, where the papers do so.
+    # New tasks are learned as in training, if the papers do so.
     if args.test_steps is None and own.test_steps == own.inner_steps:
         made.test_steps = made.inner_steps
     for name in ("inner_lr", "lower_lr"):

@@ -101,7 +101,7 @@ def test_a_network_at_both_levels_is_refused() -> None:
 )
 def test_methods_that_move_y_are_refused_where_y_is_not_kept(method: Any) -> None:
     model = tb.BilevelModel(network(), network(seed=2), upper_loss, upper_loss, tasks=2)
-    with pytest.raises(ValueError, match="`method` must solve every task anew"):
+    with pytest.raises(ValueError, match="`method` must solve every task from its"):
         model.compile(method(), SGD(0.1))
 
 
@@ -113,7 +113,7 @@ def test_constraints_of_lower_variables_are_refused() -> None:
 
 @pytest.mark.parametrize("name", ["class_weight", "sample_weight"])
 def test_weights_of_examples_belong_to_the_losses(name: str) -> None:
-    with pytest.raises(ValueError, match=f"`{name}` means nothing to fit"):
+    with pytest.raises(ValueError, match=f"`{name}` has no effect in fit"):
         make().fit(full_batch(), **{name: {0: 1.0}})
 
 

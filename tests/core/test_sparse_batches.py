@@ -167,7 +167,7 @@ def test_fit(jit_compile: Any):
             jit_compile=jit_compile if sparse else False,
             steps_per_execution=2,
         )
-        said = pytest.warns(UserWarning, match="leaves the outer step to the plain")
+        said = pytest.warns(UserWarning, match="runs the outer step as a plain")
         with said if sparse and jit_compile else contextlib.nullcontext():
             model.fit(dataset(sparse, 5, "float32").take(4), epochs=2, verbose=0)
         assert model.outer_step == 8 and not model.jit_compile

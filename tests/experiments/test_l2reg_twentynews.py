@@ -563,8 +563,8 @@ def test_the_others_go_on_past_a_failed_method(
         (["--outer-steps", "0"], "above zero"),
         (["--seconds", "nan"], "above zero"),
         (["--inner-momentum", "1"], "in [0, 1)"),
-        (["--method", "reverse", "--tolerance", "1"], "--tolerance means nothing"),
-        (["--method", "aid-cg", "--tolerance-ratio", "0.5"], "means nothing"),
+        (["--method", "reverse", "--tolerance", "1"], "--tolerance has no effect"),
+        (["--method", "aid-cg", "--tolerance-ratio", "0.5"], "has no effect"),
         (["--batch-size", "22"], "got 22 of 21"),
         (["--method", "reverse", "--solver-steps", "20"], "got 20 of 10"),
         (["--method", "all", *BATCHES[:2]], "got 100 of 21"),
@@ -590,7 +590,7 @@ def test_flags_that_the_published_script_ignores_are_warnings(capsys: Any):
     args = news.parse_args(["--out", "x", "--method", "aid-fp", *flags])
     warnings = capsys.readouterr().err.splitlines()
     assert len(warnings) == 3
-    assert all("means nothing to --method aid-fp" in line for line in warnings)
+    assert all("has no effect to --method aid-fp" in line for line in warnings)
     plan = news.with_defaults(args, "aid-fp")
     assert plan.batch_size is plan.validation_batch_size is plan.eta is None
     news.parse_args(["--out", "x", "--method", "all", *flags])  # one of them uses them
@@ -618,7 +618,7 @@ def test_a_data_folder_that_cannot_be_written_is_named(
     with pytest.raises(SystemExit) as stop:
         news.main(["--out", str(tmp_path / "run")])
     assert stop.value.code == 2
-    assert "cannot be written" in capsys.readouterr().err
+    assert "is not writable" in capsys.readouterr().err
 
 
 def test_a_copy_that_a_kill_has_cut_short_is_named(

@@ -383,8 +383,8 @@ def test_a_budget_of_time_ends_a_run(tmp_path):
         (["--metod", "stocbio"], "unrecognized arguments"),
         (["--method", "nope"], "invalid choice"),
         (["--seconds", "0"], "above zero"),
-        (["--method", "aid-cg", "--tolerance", "0.1"], "--tolerance means nothing"),
-        (["--method", "ttsa", "--tolerance-decay", "0.5"], "means nothing"),
+        (["--method", "aid-cg", "--tolerance", "0.1"], "--tolerance has no effect"),
+        (["--method", "ttsa", "--tolerance-decay", "0.5"], "has no effect"),
         (
             ["--method", "reverse", "--inner-steps", "2", "--hessian-q", "3"],
             "--hessian-q must not exceed",
@@ -419,12 +419,12 @@ def test_flags_that_the_published_script_ignores_are_warnings(tmp_path, capsys):
     assert summaries[0]["test_loss"] == summaries[1]["test_loss"]
     written = capsys.readouterr().err
     for name in ("--batch-size", "--eta"):
-        assert f"warning: {name} means nothing to --method aid-fp" in written
+        assert f"warning: {name} has no effect with --method aid-fp" in written
     (job,) = reweighting.parse_args(
         ["--out", "x", "--method", "ttsa", "--inner-steps", "3"]
     ).jobs
     assert job.inner_steps is None
-    assert "--inner-steps means nothing to --method ttsa" in capsys.readouterr().err
+    assert "--inner-steps has no effect with --method ttsa" in capsys.readouterr().err
 
 
 def test_published_order_undoes_the_hash_that_tensorflow_datasets_sorts_by():

@@ -381,7 +381,7 @@ def test_a_run_is_resumed_to_the_same_rows_and_never_overwritten(tmp_path, capsy
         (["--inner-lr", "nan"], "above zero"),
         (["--settle", "1.5"], "--settle must be between 0 and 1"),
         (["--alpha", "2"], "--alpha: must be above 0 and at most 1"),
-        (["--example", "counter", "--method", "ls"], "--method ls means nothing"),
+        (["--example", "counter", "--method", "ls"], "--method ls has no effect"),
         (["--example", "sine", "convex", "--method", "rhg"], "--example convex has no"),
         (["--method", "ns", "--example", "sine", "--alpha", "1"], "--alpha means"),
         (["--example", "convex", "--project-inner"], "--project-inner needs"),

@@ -57,7 +57,7 @@ def test_what_xla_cannot_run_is_left_to_the_graph():
     def function(x, data):
         return tf.numpy_function(np.cos, [x + data], tf.float32)
 
-    with pytest.warns(UserWarning, match="leaves the outer step to the plain graph"):
+    with pytest.warns(UserWarning, match="runs the outer step as a plain graph"):
         assert faster_with_xla(function, (tf.zeros([4]),), tf.range(4.0)) is False
 
 

@@ -134,5 +134,5 @@ def test_wrong_start_options() -> None:
         make().compile(iaptt(), SGD(0.1), start_optimizer=SGD(0.1))
     shared = SGD(0.1)
     for wrong in (shared, 0.1):
-        with pytest.raises(ValueError, match="must be a Keras optimizer of its own"):
+        with pytest.raises(ValueError, match="must be a separate Keras optimizer"):
             make(lower_start="learned").compile(iaptt(), shared, start_optimizer=wrong)

@@ -261,7 +261,7 @@ def test_losses_made_where_none_can_reach_them_are_named():
 
     model = make(mapped)
     x, y = values(model)
-    with pytest.raises(ValueError, match="not inside a loop"):
+    with pytest.raises(ValueError, match="made outside of loops"):
         tf.function(model.problem.lower_loss, autograph=False)(x, y, BATCH)
 
 

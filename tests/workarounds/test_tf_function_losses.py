@@ -224,7 +224,7 @@ def test_steps_are_those_without_tf_function(mode):
 def test_a_trace_s_weights_are_what_was_wrong(monkeypatch):
     """The same without us: the helper's numbers are those of the stored weights."""
     here = __name__.split(".")[0]
-    monkeypatch.setattr(inline_functions, "COMPILED_STILL", {"tfbilevel", here})
+    monkeypatch.setattr(inline_functions, "STAY_COMPILED", {"tfbilevel", here})
     want = step(network(), upper_loss, lower_loss, "graph")
     with pytest.raises(ValueError, match="traced for good"):
         # The other half of the check sees the stored weights read.

@@ -23,8 +23,8 @@ def vjp(function: Callable, *primals: Any) -> tuple[Any, Any, Pullback]:
     """A function's value and its vector-Jacobian product.
 
     Args:
-        function: primals -> (value, auxiliary); the auxiliary part is handed on and
-            not differentiated.
+        function: primals -> (value, auxiliary); the auxiliary part is returned
+            unchanged and not differentiated.
         *primals: nests of tensors.
 
     Returns:
@@ -52,17 +52,18 @@ def vjp(function: Callable, *primals: Any) -> tuple[Any, Any, Pullback]:
 def jvp(function: Callable, *primals: Any) -> tuple[Any, Any, Pullback, list]:
     """A function's value and its Jacobian-vector product.
 
-    The transpose of the vector-Jacobian product, which is linear in its cotangent:
-    two reverse sweeps, that unlike TensorFlow's forward mode work in every graph.
+    It is the transpose of the vector-Jacobian product, which is linear in its
+    cotangent. It takes two reverse sweeps, which work in every graph, unlike
+    TensorFlow's forward mode.
 
     Args:
         function: primals -> (value, auxiliary), as for `vjp`.
         *primals: nests of tensors.
 
     Returns:
-        The value, the auxiliary part, the pushforward, which maps a tuple of
-        tangents shaped like the primals to a tangent shaped like the value, and for
-        each primal whether the value depends on its leaves.
+        The value, the auxiliary part, the pushforward (it maps a tuple of tangents
+        shaped like the primals to a tangent shaped like the value), and for each
+        primal whether the value depends on its leaves.
     """
     primals = structure.distinct(primals)
     with tf.GradientTape(persistent=True, watch_accessed_variables=False) as outer:
@@ -76,7 +77,7 @@ def jvp(function: Callable, *primals: Any) -> tuple[Any, Any, Pullback, list]:
             entries = inner.gradient(
                 tf.nest.flatten(value), tf.nest.flatten(primals), output_gradients=seeds
             )
-        # Of a gather: slices, which cannot be differentiated as they are.
+        # The gradient of a gather is IndexedSlices, which have no derivative as such.
         cotangents = [
             None if entry is None else tf.convert_to_tensor(entry) for entry in entries
         ]
@@ -102,7 +103,7 @@ def jvp(function: Callable, *primals: Any) -> tuple[Any, Any, Pullback, list]:
 def value_and_partials(function: Callable, *primals: Any) -> tuple[tf.Tensor, Any]:
     """A scalar function's value and its partial derivative in every primal.
 
-    Leaves that are not connected come back as `None`.
+    Leaves that are not connected are `None`.
     """
     primals = structure.distinct(primals)
     with tf.GradientTape(watch_accessed_variables=False) as tape:
@@ -116,7 +117,7 @@ def value_and_partials(function: Callable, *primals: Any) -> tuple[tf.Tensor, An
 def lower_gradient(
     lower_loss: Callable, upper: Any, lower: Any, batch: Any
 ) -> tuple[tf.Tensor, Any]:
-    """g(x, y) and g_y(x, y), every lower leaf connected."""
+    """g(x, y) and g_y(x, y); every lower leaf must be connected."""
     value, (gradient,) = value_and_partials(
         lambda y: lower_loss(upper, y, batch), lower
     )
@@ -126,11 +127,11 @@ def lower_gradient(
 def lower_gradient_pullback(
     lower_loss: Callable, upper: Any, lower: Any, batch: Any
 ) -> tuple[tf.Tensor, Any, Callable[[Any], tuple[Any, Any]]]:
-    """g, g_y and the map v -> (g_xy v, g_yy v), one reverse sweep for both.
+    """g, g_y and the map v -> (g_xy v, g_yy v), which takes one reverse sweep.
 
     Entries of g_xy v are `None` where the lower gradient does not depend on that
-    upper leaf. g_yy v is zero where the lower gradient is constant (a lower loss
-    linear in a leaf), which is its true value.
+    upper leaf. Where the lower gradient is constant (a lower loss linear in a leaf),
+    g_yy v is zero, which is its true value.
     """
 
     upper, lower = structure.distinct((upper, lower))
@@ -158,7 +159,8 @@ def lower_gradient_pullback(
 
 @contextlib.contextmanager
 def _differentiating() -> Iterator[None]:
-    """Around a reverse sweep through gradients: what TensorFlow lacks is named."""
+    """Turns TensorFlow's error in a second reverse sweep into one that names the
+    operation without a derivative."""
     try:
         with right_derivatives():
             yield
@@ -204,8 +206,10 @@ def fill_zeros(gradient: Any, primal: Any) -> Any:
 
 
 def add_partials(*gradients: Any) -> Any:
-    """The sum, in which `None` (not connected) counts as zero and stays `None`
-    only where every term is."""
+    """The sum of partial derivatives, with `None` (not connected) counted as zero.
+
+    The sum is `None` only where every term is.
+    """
 
     def total(*entries: Any) -> Any:
         present = [tf.convert_to_tensor(e) for e in entries if e is not None]
@@ -243,7 +247,7 @@ def require_connected(gradient: Any, primal: Any, level: str, source: str) -> An
         gradient: partial derivatives, `None` where not connected.
         primal: the variables, for structure and names.
         level: "upper" or "lower".
-        source: what was differentiated, as a noun phrase.
+        source: what was differentiated, as a noun phrase for the message.
     """
     names = structure.paths(primal, level)
     for index, entry in enumerate(tf.nest.flatten(gradient)):

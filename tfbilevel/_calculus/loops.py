@@ -1,4 +1,4 @@
-"""Loops that keep one iteration's memory."""
+"""Loops that hold only one iteration in memory."""
 
 from collections.abc import Callable
 
@@ -6,10 +6,10 @@ import tensorflow as tf
 
 
 def serial_loop(unfinished: Callable, body: Callable, begin: tuple, most: int) -> tuple:
-    """`tf.while_loop` of at most so many iterations, one after the other.
+    """`tf.while_loop` with at most `most` iterations, run one after the other.
 
-    TensorFlow would start ten of them before the first one's results are used, and
-    keep what they all computed: many times the memory for no speed.
+    By default TensorFlow runs up to ten iterations in parallel and keeps the results
+    of all of them: many times the memory, and no faster here.
     """
     return tf.while_loop(
         unfinished, body, begin, maximum_iterations=most, parallel_iterations=1

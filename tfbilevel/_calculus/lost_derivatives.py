@@ -1,4 +1,4 @@
-"""Operations whose second derivative TensorFlow lacks or has wrong."""
+"""Operations whose second derivative is missing or wrong in TensorFlow."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -11,7 +11,7 @@ ALIGNED = "a loss of labels that are aligned in time"
 CUDNN = "use_cudnn=False in the recurrent layer"
 PATCHES = "tf.reduce_max over tf.image.extract_patches"
 
-# Operation, or function with a gradient of its own -> what to use instead.
+# Operation, or function with a custom gradient -> what to use instead.
 INSTEAD = {
     "CTCLoss": ALIGNED,
     "CropAndResizeGradBoxes": "boxes that depend on no variable",
@@ -34,19 +34,19 @@ INSTEAD = {
 
 
 class Operation(NamedTuple):
-    """An operation on the way from a variable to the gradient of the lower loss.
+    """An operation between a variable and the gradient of the lower loss.
 
     Attributes:
         name: TensorFlow's name of the operation, or of the Python function with a
-            gradient of its own.
-        layer: the name scope it stands in, which begins with the Keras model's and
-            the layer's names; "" in none.
-        verdict: "missing": TensorFlow has no derivative of it, which the second
-            derivative needs. "wrong": it has, and it is not the right one. "right":
-            TensorFlow's is wrong or missing, and this library puts it right. "own":
-            the derivative is that of a function's own gradient, which nobody but its
-            author can vouch for.
-        reason: why.
+            custom gradient.
+        layer: its name scope, which begins with the names of the Keras model and the
+            layer; "" if it has none.
+        verdict: "missing": TensorFlow has no derivative of the operation, and the
+            second derivative needs it. "wrong": TensorFlow has one, but it is wrong.
+            "right": TensorFlow's is wrong or missing, and this library corrects it.
+            "own": the function has a custom gradient, whose correctness only its
+            author can judge.
+        reason: the reason for the verdict.
         instead: what to use instead; "" if nothing needs to be done.
     """
 
@@ -64,16 +64,16 @@ class Operation(NamedTuple):
 def lost(name: str, layer: str, verdict: str, reason: str) -> Operation:
     """An operation that must be replaced."""
     if name == "PreventGradient":
-        name = "CTCLoss"  # which is all that has one
+        name = "CTCLoss"  # the only operation whose gradient contains it
     instead = INSTEAD.get(name, "other operations that compute the same")
     return Operation(name, layer, verdict, reason, instead)
 
 
 class MissingSecondDerivativeError(ValueError):
-    """A second derivative of the lower loss that TensorFlow lacks or has wrong.
+    """A second derivative of the lower loss is missing or wrong in TensorFlow.
 
     Attributes:
-        operations: what was found, at least one.
+        operations: the operations found, at least one.
     """
 
     def __init__(self, operations: Sequence[Operation]):

@@ -1,7 +1,7 @@
 """Vector arithmetic on nests of tensors.
 
-Every structure is any `tf.nest` nest; arithmetic is leaf by leaf, and a scalar
-coefficient is cast to each leaf's dtype, so float32 and float64 leaves mix.
+A structure is any `tf.nest` nest. Arithmetic is done leaf by leaf, and a scalar
+coefficient is cast to each leaf's dtype, so float32 and float64 leaves can be mixed.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from tfbilevel._workarounds.vectorized_map import vectorized_map
 def scalar(value: Any, dtype: tf.DType) -> tf.Tensor:
     """A number or scalar tensor in `dtype`.
 
-    `tf.cast` alone would round a Python number to float32 on its way to float64.
+    `tf.cast` alone would first round a Python number to float32, also for float64.
     """
     if tf.is_tensor(value):
         return tf.cast(value, dtype)
@@ -26,10 +26,10 @@ def scalar(value: Any, dtype: tf.DType) -> tf.Tensor:
 
 
 def distinct(a: Any) -> Any:
-    """The same values in tensors of their own.
+    """The same values in new tensors.
 
-    A tape knows tensors by identity: if the lower variables start as the very
-    tensors of the upper ones (MAML), their derivatives would mix.
+    A tape identifies tensors by object identity. If the lower variables start as the
+    same tensors as the upper ones (MAML), their derivatives would be mixed up.
     """
     return tf.nest.map_structure(tf.identity, a)
 
@@ -45,7 +45,7 @@ def subtract(a: Any, b: Any) -> Any:
 
 
 def coefficient(value: Any, leaf: tf.Tensor) -> tf.Tensor:
-    """A number, scalar or one value per leading entry, to multiply a leaf with."""
+    """A number, a scalar, or one value per leading entry, shaped to multiply a leaf."""
     made = scalar(value, leaf.dtype)
     if not made.shape.rank:
         return made
@@ -54,20 +54,20 @@ def coefficient(value: Any, leaf: tf.Tensor) -> tf.Tensor:
 
 
 def scale(factor: Any, a: Any) -> Any:
-    """factor * a; a factor that is not a scalar has the leading axes of every leaf."""
+    """factor * a, for a scalar factor or one with the leading axes of every leaf."""
     return tf.nest.map_structure(lambda u: coefficient(factor, u) * u, a)
 
 
 def add_scaled(a: Any, factor: Any, b: Any) -> Any:
-    """a + factor * b, with a factor as in `scale`."""
+    """a + factor * b, with a factor as for `scale`."""
     return tf.nest.map_structure(lambda u, v: u + coefficient(factor, u) * v, a, b)
 
 
 def dot(a: Any, b: Any, leading: int = 0) -> tf.Tensor:
     """The inner product over all leaves, in the first leaf's dtype.
 
-    A scalar; with `leading` axes that all leaves share, one value for each of their
-    entries.
+    The result is a scalar. With `leading` axes that all leaves share, it has one value
+    for each entry of these axes.
     """
     products = [
         tf.reduce_sum(u * v, axis=list(range(leading, u.shape.rank)))
@@ -82,7 +82,7 @@ def dot(a: Any, b: Any, leading: int = 0) -> tf.Tensor:
 def norm(a: Any, leading: int = 0) -> tf.Tensor:
     """The Euclidean norm over all leaves (one global norm, not a sum of norms).
 
-    With `leading` axes one for each of their entries, as in `dot`.
+    With `leading` axes there is one norm for each of their entries, as in `dot`.
     """
     return tf.sqrt(dot(a, a, leading))
 
@@ -93,7 +93,7 @@ def ratio(a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:
 
 
 def size(a: Any) -> int:
-    """How many entries all leaves have together."""
+    """The number of entries of all leaves together."""
     return sum(
         int(tf.convert_to_tensor(v).shape.num_elements()) for v in tf.nest.flatten(a)
     )
@@ -102,7 +102,7 @@ def size(a: Any) -> int:
 def to_vector(a: Any, leading: int = 0) -> tf.Tensor:
     """All entries in one vector, of the first leaf's dtype.
 
-    With `leading` axes that all leaves share, one vector for each of their entries.
+    With `leading` axes that all leaves share, there is one vector for each entry.
     """
     leaves = [tf.convert_to_tensor(leaf) for leaf in tf.nest.flatten(a)]
     parts = [
@@ -113,7 +113,7 @@ def to_vector(a: Any, leading: int = 0) -> tf.Tensor:
 
 
 def from_vector(vector: tf.Tensor, like: Any, leading: int = 0) -> Any:
-    """The nest `like` filled with the entries of a vector, as `to_vector` makes it."""
+    """The nest `like` filled with the entries of a vector: inverse of `to_vector`."""
     leaves = tf.nest.flatten(like)
     leaves = [tf.convert_to_tensor(leaf) for leaf in leaves]
     sizes = [leaf.shape[leading:].num_elements() for leaf in leaves]
@@ -147,10 +147,10 @@ def where(condition: tf.Tensor, a: Any, b: Any) -> Any:
 
 
 def stepped(going: tf.Tensor, before: Any, after: Any) -> Any:
-    """`after`; of entries that are not `going` on `before`.
+    """`after` for the entries that are still `going`, `before` for the others.
 
-    Where `going` is a scalar, all go on. A leaf that is one number for all entries
-    moves on with those that do.
+    If `going` is a scalar, the result is `after`. A scalar leaf is shared by all
+    entries: it takes its value from `after`.
     """
     if not going.shape.rank:
         return after
@@ -167,8 +167,8 @@ class InnerProduct:
     leading axis.
 
     Attributes:
-        leading: 0; or 1 where all leaves share a leading axis, and each entry of it is
-            a vector of its own (a task's).
+        leading: 0; or 1 if all leaves share a leading axis, each entry of which is a
+            separate vector (for example, one per task).
     """
 
     leading: int = 0
@@ -186,15 +186,15 @@ class InnerProduct:
         return tf.nest.flatten(a)[0].shape[: self.leading]
 
     def to_vector(self, a: Any) -> tf.Tensor:
-        """The entries of `a` in one vector, or in one per entry of the axis."""
+        """The entries of `a` in one vector, or in one vector per entry of the axis."""
         return to_vector(a, self.leading)
 
     def from_vector(self, vector: tf.Tensor, like: Any) -> Any:
-        """The nest `like` filled with what `to_vector` makes."""
+        """The inverse of `to_vector`, with the structure of `like`."""
         return from_vector(vector, like, self.leading)
 
     def each(self, function: Callable, *nests: Any) -> Any:
-        """The function of the nests, or of every entry of the axis alone."""
+        """The function applied to the nests, or to each entry of the axis alone."""
         if not self.leading:
             return function(*nests)
         return vectorized_map(lambda entries: function(*entries), nests)
@@ -221,7 +221,7 @@ def to_tensors(a: Any) -> Any:
 
 
 def copied(a: Any) -> Any:
-    """Tensors that keep their values when the variables or arrays given change."""
+    """Copies, which keep their values when the given variables or arrays change."""
     return to_tensors(
         tf.nest.map_structure(
             lambda leaf: leaf.copy() if isinstance(leaf, np.ndarray) else leaf, a
@@ -231,7 +231,7 @@ def copied(a: Any) -> Any:
 
 def paths(a: Any, root: str) -> list[str]:
     """A readable name for every leaf: `upper['rate']`, `lower[0]`, or just `upper`."""
-    # `keras.tree` has an order of its own in an OrderedDict.
+    # Not keras.tree, which orders the entries of an OrderedDict differently.
     leaves = tf.nest.flatten(a)
     numbered = tf.nest.pack_sequence_as(a, range(len(leaves)))
     names = [""] * len(leaves)

@@ -1,1 +1,1 @@
-"""Is this hypergradient right, and does TensorFlow have its derivatives?"""
+"""Checks of hypergradients and of TensorFlow's second derivatives."""

@@ -1,4 +1,4 @@
-"""What `ExampleWeights` refuses in a compiled step, which cannot say it itself."""
+"""Errors of `ExampleWeights` in compiled steps, where the layer cannot raise them."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -12,11 +12,11 @@ from tfbilevel._core.problem import Problem
 from tfbilevel._tasks.over_tasks import OverTasks
 
 NONE = -1
-SEARCHED = 1000  # elements of a dataset at most
+SEARCHED = 1000  # at most so many elements of a dataset
 
 
 class ExampleWeightsError(ValueError):
-    """An index that no weight belongs to, or losses that are not one per example."""
+    """An index without a weight, or losses that are not one per example."""
 
 
 def range_error(layer: Any, index: int) -> ExampleWeightsError:
@@ -30,10 +30,10 @@ def range_error(layer: Any, index: int) -> ExampleWeightsError:
 
 
 class IndexWatch:
-    """Which index of which layer was the first out of range. Not part of what is saved.
+    """Remembers the first index that was out of range, and its layer; it is not saved.
 
     Args:
-        *models: whose layers that can be `heard` to watch.
+        *models: the models whose layers are watched, if the layers can be `heard`.
     """
 
     def __init__(self, *models: Any):
@@ -42,11 +42,11 @@ class IndexWatch:
         self._noted = tf.Variable(tf.constant([NONE, 0], tf.int64), trainable=False)
 
     def note(self, problem: Problem, x: Any, y: Any, batches: Batches) -> None:
-        """Look for it in both losses' calls at a point, within a compiled step.
+        """Search the calls of both losses for such an index, within a compiled step.
 
-        y are one task's lower variables, where the batches carry tasks.
+        If the batches carry tasks, y holds the lower variables of one task.
         """
-        if self._used:  # else the losses would be traced once more for nothing
+        if self._used:  # otherwise the losses would be traced again for nothing
             now = self._noted.read_value()
             new = first_out_of_range(problem, x, y, batches, self.layers)
             self._noted.assign(tf.where(now[0] == NONE, new, now))
@@ -59,11 +59,11 @@ class IndexWatch:
     def explaining(
         self, problem: Problem, point: Callable[[], tuple], data: Any
     ) -> Iterator[None]:
-        """Say what a layer would say eagerly, if TensorFlow stops at an operation.
+        """If TensorFlow fails, raise the error that a layer would raise eagerly.
 
         Args:
             problem: the losses.
-            point: () -> (x, y of one task), of then.
+            point: () -> (x, y of one task), the values at the time of the failure.
             data: the batches, or a dataset of them.
         """
         try:
@@ -84,11 +84,11 @@ class IndexWatch:
 
 
 def explain(problem: Problem, x: Any, y: Any, data: Any) -> None:
-    """Raise what a layer says eagerly: after a failure, and only to say why.
+    """Raise the error that a layer raises eagerly; called only after a failure.
 
     Args:
         problem: the losses.
-        x, y: where; y of one task.
+        x, y: the point; y of one task.
         data: the batches, or a dataset of them, of which every shape is tried.
     """
     seen = set()
@@ -100,22 +100,22 @@ def explain(problem: Problem, x: Any, y: Any, data: Any) -> None:
                 first_out_of_range(problem, x, y, batches)
             except ExampleWeightsError as error:
                 raise error from None
-            except Exception:  # whatever it is, it is something else
+            except Exception:  # unrelated to the indices
                 return
 
 
 def first_out_of_range(
     problem: Problem, x: Any, y: Any, batches: Batches, layers: Sequence = ()
 ) -> tf.Tensor:
-    """The number of a layer with an index out of range, or NONE, and that index.
+    """The position of a layer with an index out of range, or NONE, and that index.
 
-    Eagerly the layers raise themselves.
+    When called eagerly, the layers raise the error themselves.
 
     Args:
         problem: the losses, of one task or over tasks.
-        x, y: where; y of one task.
-        batches: of all tasks.
-        layers: that can be `heard`.
+        x, y: the point; y of one task.
+        batches: the batches of all tasks.
+        layers: layers that can be `heard`.
     """
     tasks = isinstance(problem, OverTasks)
     one = problem.one if tasks else problem
@@ -155,8 +155,8 @@ def first_out_of_range(
 
 
 def _within_reach(tensor: tf.Tensor) -> bool:
-    """Whether it is of the graph that is being built or one around it; not if of a
-    function or loop within the loss."""
+    """Whether the tensor belongs to the graph being built or one around it, and not to
+    a function or loop within the loss."""
     graph = tf.compat.v1.get_default_graph()
     while graph is not None and graph is not tensor.graph:
         graph = getattr(graph, "outer_graph", None)
@@ -171,5 +171,5 @@ def _worst(index: tf.Tensor, position: int, n: int) -> tf.Tensor:
 
 
 def _first(rows: tf.Tensor) -> tf.Tensor:
-    """The first row that is of a layer."""
+    """The first row that holds a layer's position."""
     return rows[tf.argmax(tf.cast(rows[:, 0] != NONE, tf.int32))]

@@ -1,4 +1,4 @@
-"""Keras models that compute in float64 for a while."""
+"""Keras models that temporarily compute in float64."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -12,12 +12,12 @@ import tensorflow as tf
 def in_float64(models: Sequence[keras.layers.Layer]) -> Iterator[None]:
     """While it is open, the models' layers compute in float64.
 
-    Trainable variables take values of that type (from a `keras.StatelessScope`), the
-    others are read as such. Everything is put back afterwards; quantised layers stay
-    as they are.
+    Trainable variables take float64 values (from a `keras.StatelessScope`); the others
+    are read as float64. Everything is restored afterwards. Quantised layers stay
+    unchanged.
     """
     layers = {id(k): k for one in models for k in one._flatten_layers()}
-    # What a Sequential calls is none of its layers.
+    # The functional model inside a Sequential is not listed among its layers.
     inside = [getattr(k, "_functional", None) for k in layers.values()]
     layers.update((id(k), k) for k in inside if k is not None)
     variables = {id(v): v for one in models for v in one.variables}
@@ -30,7 +30,7 @@ def in_float64(models: Sequence[keras.layers.Layer]) -> Iterator[None]:
         for layer in layers.values():
             if layer.dtype_policy.quantization_mode is None:
                 put(layer, "_dtype_policy", keras.DTypePolicy("float64"))
-            # To their type a model of layers casts what it is called with.
+            # A model casts its inputs to the dtype of its InputLayers.
             inputs = list(getattr(layer, "_inputs", None) or ())
             inputs += [layer] if isinstance(layer, keras.layers.InputLayer) else []
             for one in inputs:
@@ -57,9 +57,9 @@ def to_float64(values: Any) -> Any:
 
 
 def leaves_float64(graph: Any) -> bool:
-    """Whether a graph casts a float64 tensor to fewer digits, or mixes the two.
+    """Whether a graph casts a float64 tensor to lower precision, or mixes the two.
 
-    Image transformations take float32 coordinates whatever the images are.
+    Image transformations use float32 coordinates for images of any dtype.
     """
     for operation in graph.get_operations():
         types = {t.dtype for t in operation.inputs if t.dtype.is_floating}

@@ -19,8 +19,8 @@ from tfbilevel._core.problem import Problem, require_problem
 
 DENSE_LIMIT = 2000
 
-# Steps of the differences, as parts of the upper variables' own size: the first whose
-# noise is small enough, else the one of least noise.
+# Step sizes, relative to the size of the upper variables. The first whose noise is
+# small enough is used, otherwise the one with the least noise.
 STEPS = {8: (1e-5, 1e-4, 1e-3, 1e-2, 1e-6, 1e-1), 4: (5e-3, 2e-2, 1e-1, 1e-3, 1e-4)}
 QUIET = {8: 1e-8, 4: 1e-3}
 
@@ -34,15 +34,15 @@ class HypergradientReport:
         differences: the central difference along each probe.
         error: largest |claimed - difference| relative to the larger of the two
             norms over all probes.
-        noise: how far central differences of two step sizes disagree, and what the
-            losses' rounding makes of them, relative likewise; an error below it
-            proves nothing. Infinite if every difference is exactly zero, though the
-            method claims otherwise.
+        noise: the disagreement of central differences at two step sizes, plus the
+            effect of rounding in the losses, relative likewise; an error below it
+            proves nothing. Infinite if every difference is exactly zero but the
+            method's derivative is not.
         implicit_error: relative distance of the whole gradient from the dense
             implicit gradient at the method's lower variables; `None` for problems
             with more than 2,000 lower variables or a singular lower Hessian.
         stationarity: norm of the lower gradient there.
-        notes: what the check could not see, one sentence each.
+        notes: limits of this check, one sentence each.
     """
 
     claimed: list[float]
@@ -83,23 +83,27 @@ def check_hypergradient(
     r"""Compare a method's upper gradient with independent values.
 
         <step.upper_gradient, p>    against    ( F(x + h p) - F(x - h p) ) / 2h
+        <step.upper_gradient, p>    against    ( F(x + h p) - F(x - h p) ) / 2h
 
     along random unit directions p, in which every tensor of x moves in proportion to
-    its size (root mean square; 1 for zeros), where F is the method's own finite
-    computation (`method.objective`): f after all inner steps, the truncated loop with
-    its start held constant, the penalised loss. For small problems also against the
-    dense implicit gradient f_x - g_xy g_yy^{-1} f_y at the lower variables that the
-    method reached, which unrolled and implicit methods approach as the inner solve
-    converges. (Always of g alone and after the step: with a pessimistic end, an
-    aggregation or `tb.BAMM` the method's own gradient is of another point or loss, and
-    the distance says how far that is, not that it is wrong.) h follows the size of x
-    too; where noise hides the differences (a large constant in f, a loss in float32),
-    larger and smaller steps are tried. Use float64 variables and losses for errors
-    below 1e-4.
+    its size (root mean square; 1 for zeros). F is the function that the method
+    computes exactly (`method.objective`): f after all inner steps, the truncated loop
+    with its start held constant, the penalised loss.
 
-    Differences move x and nothing else. What the problem's functions read elsewhere is
-    a constant to both sides: the report's `notes` name trainable variables among it,
-    but tensors and arrays that a function closes over cannot be seen.
+    For small problems the gradient is also compared with the dense implicit gradient
+    f_x - g_xy g_yy^{-1} f_y at the lower variables that the method reached. Unrolled
+    and implicit methods approach it as the inner solve converges. It is always that of
+    g alone and after the step: with a pessimistic end, an aggregation or `tb.BAMM` the
+    method's own gradient belongs to another point or loss, and the distance does not
+    mean that it is wrong.
+
+    h follows the size of x. Where noise hides the differences (a large constant in f,
+    a loss in float32), larger and smaller steps are tried. Use float64 variables and
+    losses for errors below 1e-4.
+
+    Only x is moved. Everything else that the problem's functions read is constant for
+    both sides: the report's `notes` name the trainable variables among it, but tensors
+    and arrays that a function closes over cannot be detected.
 
     Args:
         problem: the problem.
@@ -109,7 +113,7 @@ def check_hypergradient(
         batches: the data of one outer step.
         probes: how many directions, at least 1.
         state: the method's state; `None`: `method.init`.
-        seed: of the directions.
+        seed: the seed of the directions.
 
     Returns:
         A report; print it, or compare `error` with a tolerance.
@@ -118,7 +122,7 @@ def check_hypergradient(
         ValueError: for arguments of the wrong kind or variables that are not
             floating-point.
         tb.MissingSecondDerivativeError: if the method takes second derivatives that
-            TensorFlow has wrong or not at all.
+            are missing or wrong in TensorFlow.
 
     Example:
         >>> problem = tb.Problem(
@@ -141,7 +145,7 @@ def check_hypergradient(
     require_second_derivatives(problem, method, upper, lower, batches)
     if state is None:
         state = method.init(problem, upper, lower)
-    # A graph: eagerly, steps of sequential tasks would be traced at every call.
+    # In a graph: eagerly, sequential tasks would be traced at every call.
     one_step = tf.function(
         lambda: problem.step(method, upper, lower, batches, state), autograph=False
     )
@@ -155,7 +159,7 @@ def check_hypergradient(
     if not np.isfinite([*claimed, *found.values]).all():
         explain(problem, upper, problem._one_lower(lower), batches)
     rounded = not any(found.values) and any(claimed)
-    # The lower batch that an implicit method's system is made of.
+    # The lower batch that an implicit method uses for its linear system.
     draw = getattr(getattr(method, "inner", None), "steps", 0)
     dense, stationarity = _dense_implicit(problem, upper, step.lower, batches, draw)
     return HypergradientReport(
@@ -170,7 +174,7 @@ def check_hypergradient(
 
 
 def _notes(objective: Any, rounded: bool) -> tuple[str, ...]:
-    """What the report says of a traced objective."""
+    """The report's notes on a traced objective."""
     notes = []
     read = sorted({v.name for v in objective.graph.variables if v.trainable})
     if read:
@@ -190,7 +194,7 @@ def _notes(objective: Any, rounded: bool) -> tuple[str, ...]:
 
 
 def _direction(like: Nest, seed: int) -> tuple[Any, float]:
-    """A unit vector, and how long it is where every entry of x moves by its size."""
+    """A unit vector, and its length when every entry of x moves by the leaf's size."""
     scaled = tf.nest.pack_sequence_as(
         like,
         [
@@ -224,8 +228,8 @@ class _Differences:
 def _differences(
     objective: Callable, upper: Nest, probes: list, claimed: list[float]
 ) -> _Differences:
-    """The differences of the step that is quiet enough along the first probe, or else
-    the least noisy."""
+    """The differences at the first step size that is quiet enough along the first
+    probe, otherwise at the least noisy one."""
     precision = min(
         leaf.dtype.as_numpy_dtype(0).itemsize for leaf in tf.nest.flatten(upper)
     )
@@ -259,7 +263,7 @@ def _at_step(
     noise = _relative(differences, halves)
     if largest:
         noise = max(noise, rounding / largest)
-    # Of the two the smaller step's: the noise is then three times its error.
+    # Those of the smaller step size: the noise is then three times their error.
     return _Differences(halves, noise if math.isfinite(noise) else math.inf)
 
 

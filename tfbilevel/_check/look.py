@@ -1,8 +1,8 @@
-"""A look at the lower loss before work is lost: does it have second derivatives?
+"""A check for missing second derivatives of the lower loss, made before training.
 
-The lower gradient is traced once, and its operations are looked through. Only where
-one of them is suspect is that graph differentiated too, which tells which suspects are
-on the way from a variable to the gradient.
+The lower gradient is traced once, and its operations are searched for suspects. Only if
+there are any is that graph differentiated too, which shows the suspects that lie on the
+way from a variable to the gradient.
 """
 
 import inspect
@@ -28,7 +28,7 @@ from tfbilevel._core.problem import Problem
 from tfbilevel._tasks.over_tasks import OverTasks
 from tfbilevel._workarounds import right_derivatives
 
-# Whose derivative is zero, or which are documented to be constants.
+# Operations whose derivative is zero, or that are documented as constants.
 CONSTANT = {
     "EagerPyFunc",
     "OnesLike",
@@ -40,28 +40,28 @@ CONSTANT = {
     "StopGradient",
     "ZerosLike",
 }
-# Right as often as one likes (tests/sweep_second_derivatives.py), and much in use.
+# Right to every order (tests/sweep_second_derivatives.py), and widely used.
 SWISH = ("tensorflow.python.ops.nn_impl", "swish")
-# TensorFlow's functions with a gradient of their own that can be taken once only, or
-# that is none of theirs.
+# TensorFlow's functions with a custom gradient that can be taken only once or is not
+# the derivative of the function.
 NOT_TWICE = {
     "ctc_loss_dense": ("missing", "its recursion over time can be differentiated once"),
     "grad_pass_through": (
         "wrong",
-        "its gradient is the identity's, and differs from the derivative of its value",
+        "its gradient is that of the identity, not the derivative of its value",
     ),
 }
 NO_DERIVATIVE = "TensorFlow has no derivative of it"
-TAKEN_FOR_CONSTANT = "TensorFlow takes it for a constant and says nothing"
-STOPPED = "a tf.custom_gradient function takes a part of its gradient for a constant"
-MENDED = "TensorFlow has it wrong or not at all, and this library puts it right"
-OWN = "its gradient is a tf.custom_gradient's own"
-# What gradient functions raise where there is no derivative.
+TAKEN_FOR_CONSTANT = "TensorFlow silently treats it as a constant"
+STOPPED = "a tf.custom_gradient function treats a part of its gradient as a constant"
+CORRECTED = "it is wrong or missing in TensorFlow, and this library corrects it"
+OWN = "its gradient is defined by a tf.custom_gradient"
+# The errors that gradient functions raise where there is no derivative.
 UNDIFFERENTIABLE = (LookupError, NotImplementedError, TypeError, ValueError)
 
 
 class Suspect(NamedTuple):
-    """An operation that may not be differentiable, and the scope it stands in."""
+    """An operation that may not be differentiable, and its name scope."""
 
     operation: tf.Operation
     layer: str
@@ -76,7 +76,7 @@ def require_second_derivatives(
     batches: Batches,
     models: Sequence[keras.layers.Layer] = (),
 ) -> None:
-    """Raise if the method takes second derivatives that TensorFlow has wrong or not.
+    """Raise if the method takes second derivatives that TensorFlow lacks or has wrong.
 
     Args:
         problem: the problem, over tasks or not.
@@ -84,10 +84,10 @@ def require_second_derivatives(
         upper: x, tensors or their specifications.
         lower: y, likewise.
         batches: likewise.
-        models: whose layers are to be named.
+        models: the models whose layers are to be named.
 
     Raises:
-        tb.MissingSecondDerivativeError: naming all operations that are found.
+        tb.MissingSecondDerivativeError: naming all such operations.
     """
     if not method.takes_second_derivatives:
         return
@@ -95,7 +95,7 @@ def require_second_derivatives(
     try:
         found = operations(problem, upper, lower, batches, aggregate, models)
     except derivatives.UnconnectedGradientError:
-        return  # the step names the variable
+        return  # the step itself raises this error and names the variable
     found = [one for one in found if one.verdict in ("missing", "wrong")]
     if found:
         raise MissingSecondDerivativeError(found)
@@ -108,14 +108,14 @@ def operations(
     batches: Batches,
     aggregate: Any = None,
     models: Sequence[keras.layers.Layer] = (),
-    mended: bool = False,
+    corrected: bool = False,
 ) -> list[Operation]:
-    """The operations of note on the way from a variable to the lower gradient.
+    """The operations to report between a variable and the lower gradient.
 
     Args:
         problem, upper, lower, batches, models: as above.
         aggregate: what the method mixes into the lower loss.
-        mended: list also those that this library puts right.
+        corrected: list also the operations that this library corrects.
     """
     before = dict(ops.gradient_registry._registry)
     traced: dict[str, Any] = {}
@@ -148,13 +148,14 @@ def operations(
         suspects = [
             suspect._replace(layer=_layer_of(suspect.layer, layers))
             for suspect in _all_of(graph, "", traced["forward"])
-            if _is_suspect(suspect) or mended and _is_mended(suspect, ours)
+            if _is_suspect(suspect) or corrected and _is_corrected(suspect, ours)
         ]
-        return _met(graph, suspects, traced["targets"], traced["sources"])
+        return _reached(graph, suspects, traced["targets"], traced["sources"])
 
 
 def one_task(problem: Problem, lower: Any, batches: Batches) -> tuple:
-    """The problem of one task, its lower variables and batches; or all as they are."""
+    """The problem of one task, its lower variables and batches; unchanged if it is not
+    over tasks."""
     if not isinstance(problem, OverTasks):
         return problem, lower, batches
     first = tf.nest.map_structure(lambda leaf: leaf[0], lower)
@@ -170,7 +171,7 @@ def _spec(leaf: Any) -> Any:
 
 
 def _all_of(graph: Any, scope: str, forward: set | None) -> Iterator[Suspect]:
-    """Every operation, those of loops, branches and functions too."""
+    """Every operation, including those in loops, branches and functions."""
     for operation in graph.get_operations():
         layer = _scope_of(operation) or scope
         backward = forward is not None and operation not in forward
@@ -205,10 +206,10 @@ def _scope_of(operation: tf.Operation) -> str:
 
 
 def _layer_of(scope: str, layers: set[str]) -> str:
-    """The layers' names in a scope; as it is where there are none."""
+    """The layers' names in a scope; the scope itself if it contains none."""
     named = []
     for part in scope.split("/"):
-        # TensorFlow numbers the scopes of one name, Keras its layers.
+        # TensorFlow numbers scopes with the same name; Keras numbers its layers.
         for name in (re.sub(r"_\d+$", "", part), part):
             if name in layers:
                 named.append(name)
@@ -217,7 +218,7 @@ def _layer_of(scope: str, layers: set[str]) -> str:
 
 
 def _own_gradient(operation: tf.Operation) -> Any:
-    """The gradient function of this operation alone, or `None`."""
+    """The gradient function set for this single operation, or `None`."""
     try:
         kind = operation.get_attr("_gradient_op_type")
     except ValueError:
@@ -232,7 +233,7 @@ def _is_suspect(suspect: Suspect) -> bool:
     if not any(map(differentiable, operation.outputs)):
         return False
     if any(attribute.type.endswith("func") for attribute in operation.op_def.attr):
-        return False  # its body is looked through
+        return False  # its body is searched instead
     if operation.type == "StopGradient":
         return suspect.in_backward_pass
     if operation.type == "PreventGradient":
@@ -247,18 +248,18 @@ def _is_suspect(suspect: Suspect) -> bool:
     return gradient is None and operation.type not in CONSTANT
 
 
-def _is_mended(suspect: Suspect, ours: set[str]) -> bool:
+def _is_corrected(suspect: Suspect, ours: set[str]) -> bool:
     own = _own_gradient(suspect.operation)
     return suspect.operation.type in ours or own is not None and _is_ours(own)
 
 
-def _met(
+def _reached(
     graph: Any, suspects: list[Suspect], targets: list, sources: list
 ) -> list[Operation]:
-    """The suspects that a reverse sweep from the targets to the sources comes to.
+    """The suspects that a reverse sweep from the targets to the sources reaches.
 
-    Each is given a gradient function that takes note of the call. Everything else is
-    left to TensorFlow, which knows what its operations pass on and what they do not.
+    Each gets a gradient function that records the call. Everything else is left to
+    TensorFlow, which knows through which inputs its operations pass gradients.
     """
     if not suspects:
         return []
@@ -268,14 +269,14 @@ def _met(
         name = _name_of(suspect.operation)
         if suspect.layer:
             places.setdefault(name, suspect.layer)
-        # What a function's own gradient makes stands in no scope, the function does.
+        # The operations of a custom gradient have no scope, but the function has.
         layer = suspect.layer or places.get(name, "")
         suspect.operation._gradient_function = _noting(name, layer, found)
     with graph.as_default():
         try:
             tf.gradients(targets, sources)
         except UNDIFFERENTIABLE as error:
-            # From inside a function whose operations cannot be looked through.
+            # Raised inside a function whose operations cannot be searched.
             found[lost(type(error).__name__, "", "missing", str(error))] = None
     return list(found)
 
@@ -292,13 +293,13 @@ def _noting(name: str, layer: str, found: dict) -> Callable:
 def _judged(
     name: str, layer: str, operation: tf.Operation, upstream: tuple
 ) -> tuple[Operation, Any]:
-    """What is to be said of a suspect, and its gradient where it has one."""
+    """The verdict on a suspect, and its gradient if it has one."""
     if operation.type == "StopGradient":
         return lost(name, layer, "wrong", STOPPED), None
     if name in NOT_TWICE:
         return lost(name, layer, *NOT_TWICE[name]), None
     function = _own_gradient(operation)
-    verdict, reason = "right", MENDED
+    verdict, reason = "right", CORRECTED
     if function is not None and not _is_ours(function):
         verdict, reason = "own", OWN
     if function is None:
@@ -316,7 +317,7 @@ def _judged(
 
 
 def _name_of(operation: tf.Operation) -> str:
-    """The operation's type, or the Python function that has a gradient of its own."""
+    """The operation's type, or the Python function with a custom gradient."""
     if operation.type == "StopGradient":
         return "tf.stop_gradient"
     own = _own_gradient(operation)
@@ -324,7 +325,7 @@ def _name_of(operation: tf.Operation) -> str:
 
 
 def _author_of(gradient: Callable) -> tuple[str, str]:
-    """The module and the name of the function in which a gradient was written."""
+    """The module and the name of the function that defines a gradient."""
     function: Any = gradient
     while True:
         name = function.__qualname__.split(".<locals>")[0]
@@ -336,5 +337,5 @@ def _author_of(gradient: Callable) -> tuple[str, str]:
 
 
 def _is_ours(gradient: Callable) -> bool:
-    """Whether this library put the operation right."""
+    """Whether this library defines the gradient."""
     return _author_of(gradient)[0].startswith("tfbilevel.")

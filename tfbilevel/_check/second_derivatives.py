@@ -17,11 +17,12 @@ from tfbilevel._core.arguments import require_count
 from tfbilevel._core.batches import Batches, require_batches
 from tfbilevel._core.problem import Problem, require_problem
 
-# Of central differences, relative to the size of what is moved. The one is taken that
-# is nearest to the one before: rounding spoils the small ones, kinks the large.
+# Widths of the central differences, relative to the size of what is moved. The result
+# closest to that of the width before is used: rounding spoils small widths, kinks large
+# ones.
 WIDTHS = tuple(10 ** (-k / 2) for k in range(2, 13))
-# An error above this many times the noise is not noise; below the second, none; above
-# the third, one whatever the noise is.
+# An error above NOISY times the noise is an error. Below SMALL it never is, above LARGE
+# it always is.
 NOISY, SMALL, LARGE = 10.0, 1e-6, 0.1
 
 
@@ -30,9 +31,9 @@ class Probe(NamedTuple):
 
     Attributes:
         product: "g_yy v" or "g_xy v".
-        claimed: the product along the direction, as TensorFlow's derivatives give it.
-        difference: <g_y, v> differenced along that direction.
-        noise: how far two differences disagree.
+        claimed: the product along the direction, from TensorFlow's derivatives.
+        difference: the central difference of <g_y, v> along that direction.
+        noise: the disagreement of two differences.
     """
 
     product: str
@@ -46,12 +47,13 @@ class SecondDerivativesReport:
     """What `tb.check_second_derivatives` found; printed, it is two tables.
 
     Attributes:
-        operations: those of note on the way from a variable to the gradient of the
+        operations: the operations to report between a variable and the gradient of the
             lower loss, each with `name`, `layer`, `verdict` ("missing", "wrong",
-            "right" or "own": a function's own gradient), `reason` and `instead`.
-        probes: of each product, as many as were asked for; none if an operation is
+            "right" or "own": a custom gradient), `reason` and `instead`.
+        probes: for each product, as many as were asked for; none if an operation is
             missing.
-        precision: what was computed in: "float64", "float32", or "float64, in part
+        precision: the precision of the computation: "float64", "float32", or "float64,
+            in part float32".
             float32".
     """
 
@@ -67,12 +69,12 @@ class SecondDerivativesReport:
 
     @property
     def noise(self) -> float:
-        """The largest noise, relative likewise: an error below it proves nothing."""
+        """The largest noise, relative likewise; an error below it proves nothing."""
         return self._largest(lambda one: one.noise)
 
     @property
     def right(self) -> bool:
-        """Whether nothing is missing or known to be wrong, and no probe is off."""
+        """Whether no operation is missing or known to be wrong and all probes agree."""
         if any(one.verdict in ("missing", "wrong") for one in self.operations):
             return False
         return self.error <= self._tolerance
@@ -128,32 +130,33 @@ def check_second_derivatives(
     *,
     seed: int = 0,
 ) -> SecondDerivativesReport:
-    r"""Check what TensorFlow makes of the second derivatives of a lower loss.
+    r"""Check TensorFlow's second derivatives of a lower loss.
 
         <g_yy v, u>    against    ( <g_y(y + h u), v> - <g_y(y - h u), v> ) / 2h
 
-    and g_xy v likewise along directions of x, u and v random. They are computed in
-    float64 whatever the variables are (Keras models are switched for the while, and
-    nothing is assigned); what insists on float32 is computed in it, and the noise says
-    how little that proves. Beforehand all operations are listed whose derivative
-    TensorFlow lacks or is known to have wrong. `BilevelModel.fit`, `tb.minimize` and
-    `tb.check_hypergradient` refuse those; only the differences find a gradient that
-    was written by hand (tf.custom_gradient) and is wrong.
+    and g_xy v likewise along directions of x; u and v are random. All operations whose
+    derivative TensorFlow lacks or has wrong are listed first. `BilevelModel.fit`,
+    `tb.minimize` and `tb.check_hypergradient` reject those too; only the differences
+    find a wrong handwritten gradient (tf.custom_gradient).
 
-    Cost: two gradients of g per probe, product and width, eleven widths; three traces.
-    Over tasks the first one is checked. Prefer `check_hypergradient` for a method as a
-    whole.
+    The products are computed in float64 for variables of any dtype (Keras models are
+    switched temporarily, and nothing is assigned). A part that works only in float32
+    is computed in float32, and the noise shows how much the result then proves.
+
+    Cost: two gradients of g per probe, product and width, with eleven widths; three
+    traces. Over tasks, the first task is checked. Prefer `check_hypergradient` to check
+    a method as a whole.
 
     Args:
         problem: a `tb.Problem`, or a `tb.BilevelModel` at its variables.
         batches: the data of one outer step; the lower part is used.
         upper: x of a `tb.Problem`, a nest of floating-point tensors.
         lower: y, likewise.
-        probes: how many pairs u, v for each product, at least 1.
-        seed: of u and v.
+        probes: number of pairs u, v for each product, at least 1.
+        seed: the seed of u and v.
 
     Returns:
-        A report: print it, or look at `right`.
+        A report; print it, or read its `right`.
 
     Raises:
         ValueError: for arguments of the wrong kind.
@@ -192,7 +195,7 @@ def check_second_derivatives(
     upper, lower = structure.to_tensors(upper), structure.to_tensors(lower)
     structure.require_floating(upper, "upper")
     structure.require_floating(lower, "lower")
-    found = operations(problem, upper, lower, batches, models=models, mended=True)
+    found = operations(problem, upper, lower, batches, models=models, corrected=True)
     if not any(one.verdict == "missing" for one in found):
         try:
             made, precision = _probed(
@@ -205,7 +208,7 @@ def check_second_derivatives(
 
 
 def _require_bilevel(model: keras.Model) -> None:
-    """Raise unless it holds a problem, as a `tb.BilevelModel` does."""
+    """Raise unless the model holds a problem, as a `tb.BilevelModel` does."""
     if not isinstance(getattr(model, "problem", None), Problem):
         raise ValueError(
             "`problem` must be a tb.Problem or a tb.BilevelModel. Make one of the "
@@ -216,7 +219,7 @@ def _require_bilevel(model: keras.Model) -> None:
 def _probed(
     models: Sequence, problem: Problem, point: Any, probes: int, seed: int
 ) -> tuple[tuple[Probe, ...], str]:
-    """The probes, and what they were computed in."""
+    """The probes, and the precision they were computed in."""
     try:
         with in_float64(models):
             upper, lower, batches = to_float64(point)
@@ -225,7 +228,7 @@ def _probed(
     except MissingSecondDerivativeError:
         raise
     except (TypeError, ValueError, tf.errors.OpError):
-        # Somewhere a float32 tensor meets these.
+        # Float32 tensors in the loss cannot be combined with float64 variables.
         upper, lower, batches = point
         made, _ = _differenced(problem, upper, lower, batches, probes, seed)
         return made, tf.nest.flatten(lower)[0].dtype.name
@@ -234,7 +237,7 @@ def _probed(
 def _differenced(
     problem: Problem, upper: Nest, lower: Nest, batches: Batches, probes: int, seed: int
 ) -> tuple[tuple[Probe, ...], bool]:
-    """The probes, and whether nothing in them had fewer digits than the variables."""
+    """The probes, and whether everything had at least the variables' precision."""
     one, y, batches = one_task(problem, lower, batches)
     here = one.prepared(upper, batches)
     c, y = structure.to_tensors((here.upper, y))

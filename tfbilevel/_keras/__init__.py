@@ -1,1 +1,1 @@
-"""The library as Keras users meet it."""
+"""The library's interface for Keras users."""

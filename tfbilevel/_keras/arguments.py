@@ -1,4 +1,4 @@
-"""What a BilevelModel, its `compile` and its `fit` refuse."""
+"""Checks of the arguments of a BilevelModel, its `compile` and its `fit`."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ def require_apart(upper: Any, lower: Any) -> None:
 
 
 def require_no_constraints(lower: Any) -> None:
-    """Raise if Keras would hold lower variables in a set: only its optimizers do."""
+    """Raise if lower variables have constraints, which inner steps do not apply."""
     held = [v.path for v in lower.trainable_variables if v.constraint is not None]
     if held:
         raise ValueError(
@@ -34,7 +34,7 @@ def require_no_constraints(lower: Any) -> None:
 
 
 def require_no_average(optimizer: Any, why: str) -> None:
-    """Raise if Keras would set x to an average of what the optimizer alone made."""
+    """Raise if Keras would set x to an average of the optimizer's own results."""
     if getattr(optimizer, "use_ema", False):
         raise ValueError(
             f"`upper_optimizer` must not average weights (use_ema) {why}: Keras "
@@ -52,19 +52,20 @@ def require_jit(jit_compile: Any) -> None:
 
 
 def require_method_for(method: Any, tasks: int | None) -> None:
-    """Raise unless it is a method, one that solves every task anew if there are any."""
+    """Raise unless it is a method and, for tasks, does not move the lower variables."""
     require_method(method)
     if tasks is not None and method.moves_lower:
         raise ValueError(
-            "`method` must solve every task anew with tb.BilevelModel(tasks=...), "
-            "which keeps no lower variables of a task: the steps that this method "
-            "makes with them would be lost. Use tb.minimize(tb.over_tasks(...)) "
+            "`method` must solve every task from its start with "
+            "tb.BilevelModel(tasks=...), which keeps no lower variables of a task: the "
+            "steps that this method makes with them would be lost. Use "
+            "tb.minimize(tb.over_tasks(...)) "
             f"or a method with an inner solver. Received: method={method!r}"
         )
 
 
 def require_optimizers(upper_optimizer: Any, start_optimizer: Any, levels: Any) -> None:
-    """Raise unless they can move the upper variables of `levels`."""
+    """Raise unless the optimizers can move the upper variables of `levels`."""
     learned = levels.start is not None
     _require_upper_optimizer(upper_optimizer, learned)
     if levels.problem.project_upper is not None:
@@ -76,7 +77,7 @@ def require_optimizers(upper_optimizer: Any, start_optimizer: Any, levels: Any) 
 
 
 def _require_upper_optimizer(optimizer: Any, learned: bool) -> None:
-    """Raise unless it can move the upper variables, with a learned start or not."""
+    """Raise unless the optimizer can move the upper variables."""
     if not isinstance(optimizer, keras.optimizers.Optimizer):
         raise ValueError(
             "`upper_optimizer` must be a Keras optimizer such as "
@@ -89,7 +90,7 @@ def _require_upper_optimizer(optimizer: Any, learned: bool) -> None:
 def _require_start_optimizer(
     optimizer: Any, upper_optimizer: Any, learned: bool
 ) -> None:
-    """Raise unless there is a learned start and it can move it."""
+    """Raise unless there is a learned start that the optimizer can move."""
     if not learned:
         raise ValueError(
             "`start_optimizer` needs a learned start. Build the model with "
@@ -100,7 +101,7 @@ def _require_start_optimizer(
         optimizer, keras.optimizers.Optimizer
     ):
         raise ValueError(
-            "`start_optimizer` must be a Keras optimizer of its own, such as "
+            "`start_optimizer` must be a separate Keras optimizer, such as "
             "keras.optimizers.SGD(0.03); leave it out to let the upper optimizer "
             f"move the start too. Received: start_optimizer={optimizer!r}"
         )
@@ -112,8 +113,8 @@ def _require_plain(name: str, optimizer: Any, learned: bool) -> None:
         optimizer, "loss_scale_factor", None
     ):
         raise ValueError(
-            f"`{name}` must not scale losses: the upper gradient is no gradient of "
-            "one scaled loss, and would be divided by the scale. Leave "
+            f"`{name}` must not scale losses: the upper gradient is not the gradient "
+            "of one scaled loss, and would be divided by the scale. Leave "
             f"`loss_scale_factor` out. Received: {name}={optimizer!r}"
         )
     if getattr(optimizer, "use_ema", False) and learned:
@@ -125,17 +126,17 @@ def _require_plain(name: str, optimizer: Any, learned: bool) -> None:
 
 
 def require_one_replica() -> None:
-    """Raise within the scope of a tf.distribute strategy other than of one device.
+    """Raise within the scope of a tf.distribute strategy, except OneDeviceStrategy.
 
-    Also of one replica: a MirroredStrategy's variables are not assigned where an outer
-    step decides whether it is to be made.
+    Strategies with one replica are rejected too: a MirroredStrategy does not assign
+    variables inside the condition by which an outer step is committed.
     """
     strategy = tf.distribute.get_strategy()
     one = isinstance(strategy, tf.distribute.OneDeviceStrategy)
     if tf.distribute.has_strategy() and not one:
         raise ValueError(
-            "A tb.BilevelModel trains on one device: a strategy would make every "
-            "replica's inner solve of its own part of the data. Compile it outside "
+            "A tb.BilevelModel trains on one device: a strategy would run a separate "
+            "inner solve per replica, on a part of the data. Compile it outside "
             "the strategy's scope, or in that of a tf.distribute.OneDeviceStrategy. "
             "Received: "
             f"{type(strategy).__name__}, {strategy.num_replicas_in_sync} replica(s)"
@@ -143,12 +144,13 @@ def require_one_replica() -> None:
 
 
 def require_no_weights(keywords: dict[str, Any]) -> None:
-    """Raise if `fit` is given weights of examples or classes, as Keras's is."""
+    """Raise if `fit` is given weights of examples or classes."""
     for name in ("class_weight", "sample_weight"):
         if keywords.get(name) is not None:
             raise ValueError(
-                f"`{name}` means nothing to fit: the losses are yours. Weigh the "
-                f"examples in them. Received: {name}={keywords[name]!r}"
+                f"`{name}` has no effect in fit, because the losses are your own. "
+                "Weight the examples in them. "
+                f"Received: {name}={keywords[name]!r}"
             )
 
 
@@ -163,20 +165,20 @@ def require_nothing_else(arguments: tuple, keywords: dict[str, Any]) -> None:
 
 def no_export(filepath: Any) -> ValueError:
     return ValueError(
-        "A tb.BilevelModel is trained, not served: its losses and method are "
-        "Python. Export the network it trained, model.lower.export(filepath), or "
+        "A tb.BilevelModel cannot be exported: its losses and method are Python code. "
+        "Export the network it trained: model.lower.export(filepath) or "
         f"model.upper.export(filepath). Received: filepath={filepath!r}"
     )
 
 
 def require_measurable(data: Any, metrics: Any, tasks: int | None) -> None:
-    """Raise unless data of this kind can be evaluated."""
+    """Raise unless `evaluate` can measure data of this kind."""
     if isinstance(data, Batches):
         if tasks is not None:
             raise ValueError(
                 "`evaluate` and `validation_data` take no tb.Batches over tasks: the "
-                "lower model holds the solution of none of them. Solve them by "
-                f"model.adapt, in a callback say. Received: tasks={tasks}"
+                "lower model holds no task's solution. Solve the tasks with "
+                f"model.adapt, for example in a callback. Received: tasks={tasks}"
             )
     elif metrics is None:
         raise ValueError(
@@ -191,9 +193,10 @@ LOSSES = ("upper_loss", "lower_loss", "val_upper_loss", "val_lower_loss")
 
 
 def losses_are_minimised(callbacks: Any) -> None:
-    """Tell callbacks that watch a loss of either level which way is better.
+    """Tell callbacks that monitor a loss of either level that smaller is better.
 
-    Keras knows it of its own metrics only, and raises at the first epoch's end.
+    Keras knows the direction only for its own metrics, and raises at the end of the
+    first epoch.
     """
     for callback in keras.tree.flatten(getattr(callbacks, "callbacks", callbacks)):
         watched = getattr(callback, "monitor", None)

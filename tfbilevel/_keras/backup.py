@@ -1,4 +1,4 @@
-"""Backups of a fit that survive a kill."""
+"""Backups during `fit` that survive a kill."""
 
 import os
 import pathlib
@@ -10,23 +10,28 @@ from tfbilevel._core.arguments import require_count
 
 
 class Backup(keras.callbacks.BackupAndRestore):
-    """A callback that saves at every epoch's end, and resumes after a kill.
+    """A callback that saves at the end of every epoch, and resumes after a kill.
 
-        epoch to go on at = outer steps in the saved weights // steps_per_epoch
+        first epoch after a kill = outer steps in the saved weights // steps_per_epoch
 
-    `keras.callbacks.BackupAndRestore` writes the weights over the last good ones, and
-    then the epoch into another file: a kill during the first loses the run, a kill
-    between the two repeats an epoch. Here the new weights replace the old ones in one
-    step, and the epoch is taken from them. A kill at any moment costs at most the epoch
-    under way, and the resumed fit ends with the numbers of an uninterrupted one if
-    its batches depend on the outer step alone (see `tb.index_batches`).
+    `keras.callbacks.BackupAndRestore` overwrites the last good weights, and then writes
+    the epoch to another file. A kill during the first write loses the run; a kill
+    between the two repeats an epoch. This callback replaces the old weights by the new
+    ones in one atomic step, and derives the epoch from them. A kill at any moment costs
+    at most the current epoch, and the resumed fit ends with the same numbers as an
+    uninterrupted one if its batches depend only on the outer step (see
+    `tb.index_batches`).
 
-    Costs one `save_weights` per epoch: both models, the method's and the optimizers'
-    states. During a save the disk holds them twice.
+    Cost: one `save_weights` per epoch (both models, the states of the method and the
+    optimizers). During a save the disk holds them twice.
 
-    Assumes that all outer steps of the model come from this training: they are what
-    epochs are counted by. Called again with a finished training's folder, `fit`
-    restores the end and trains no further.
+    Assumes that all outer steps of the model come from this training, because epochs
+    are counted by them. Called again with a finished training's folder, `fit` restores
+    the final weights and does not train further.
+
+    Args:
+        folder: the folder of the backup. It is created if needed, and kept when
+            training ends. Only one training may write to it at a time.
 
     Args:
         folder: where the backup lives. It is made if it is not there, and stays there
@@ -35,7 +40,7 @@ class Backup(keras.callbacks.BackupAndRestore):
 
     Raises:
         ValueError: if `steps_per_epoch` is not an integer of at least 1; when `fit`
-            begins, for weights of another model (by Keras).
+            starts, for weights of another model (raised by Keras).
 
     Example:
         >>> def model():
@@ -78,7 +83,7 @@ class Backup(keras.callbacks.BackupAndRestore):
 
     def on_train_end(self, logs: Any = None) -> None:
         super().on_train_end(logs)
-        self.model._initial_epoch = None  # of this fit, not of the next one
+        self.model._initial_epoch = None  # applies to this fit, not to the next one
 
     def restore(self) -> None:
         """Load the weights into the model if there are any."""

@@ -1,4 +1,4 @@
-"""Which way of compiling an outer step is the faster one."""
+"""Whether an outer step is faster with XLA."""
 
 import contextlib
 import threading
@@ -11,14 +11,14 @@ import tensorflow as tf
 
 from tfbilevel._workarounds.memory_optimizer import without_memory_rewrites
 
-ROUNDS, SECONDS = 5, 1.0  # of timing: whichever is over first
-# Nothing can stop XLA once it compiles, so what would take long is not tried. It takes
-# 2 to 12 ms per operation of the traced step, the slower the more there are.
+ROUNDS, SECONDS = 5, 1.0  # of timing, whichever ends first
+# A running XLA compilation cannot be stopped, so one that would take long is not
+# started. It takes 2 to 12 ms per operation of the traced step, more for larger steps.
 MOST_OPERATIONS = 4000
-# Where a step takes so long its kernels do, which XLA does not make faster; on a bad
-# day it takes 20 times as long, and twice the memory.
+# The time of a step this long is spent in its kernels, which XLA does not make faster;
+# in the worst case XLA takes 20 times as long and twice the memory.
 LONGEST_STEP = 2.0  # seconds
-PATIENCE = 3.0  # seconds until a word is said
+PATIENCE = 3.0  # seconds before a message is printed
 CONVOLUTIONS = ("Conv2D", "Conv3D", "DepthwiseConv")
 
 
@@ -28,15 +28,16 @@ def faster_with_xla(
 ) -> bool:
     """Whether XLA makes calls of a pure function faster than the plain graph does.
 
-    Not, without a trial: convolutions on a CPU (XLA's take 18 times as long in a small
-    network, and minutes to compile), functions of more than MOST_OPERATIONS operations
-    (they would take minutes to compile), and calls that take longer than LONGEST_STEP.
+    Returns False without a trial for convolutions on a CPU (XLA's take 18 times as long
+    in a small network, and minutes to compile), for functions with more than
+    MOST_OPERATIONS operations (which would take minutes to compile), and for calls that
+    take longer than LONGEST_STEP.
 
     Args:
-        function: (*arguments, data) -> nest of tensors. What it returns is dropped.
+        function: (*arguments, data) -> nest of tensors. Its results are dropped.
         arguments: the same in every call.
-        data: a nest; every timed call has its values in another order.
-        announce: print a line if the trial takes more than PATIENCE seconds.
+        data: a nest; in every timed call its entries are in a different order.
+        announce: print a message if the trial takes more than PATIENCE seconds.
 
     Warns:
         UserWarning: if XLA fails, with the reason.
@@ -47,7 +48,7 @@ def faster_with_xla(
         return False
     if _on_cpu(arguments) and any(kind.startswith(CONVOLUTIONS) for kind in operations):
         return False
-    _seconds(graph, arguments, data)  # TensorFlow prepares the graph
+    _seconds(graph, arguments, data)  # the first call includes TensorFlow's preparation
     if _seconds(graph, arguments, data) > LONGEST_STEP:
         return False
     compiled = tf.function(function, jit_compile=True, autograph=False)
@@ -57,22 +58,22 @@ def faster_with_xla(
             return _faster(compiled, graph, arguments, data)
     except (
         Exception
-    ) as error:  # of any kind: no such operation, no memory, no libdevice
+    ) as error:  # of any kind: unsupported operation, out of memory, no libdevice
         lines = str(error).strip().splitlines() or ["no reason given"]
         warnings.warn(
-            'jit_compile="auto" leaves the outer step to the plain graph, since XLA '
-            "could not compile or run it. Pass jit_compile=False, and nothing is "
-            f"tried. Received: {type(error).__name__}: {lines[0]}",
+            'jit_compile="auto" runs the outer step as a plain graph, because XLA '
+            "could not compile or run it. Pass jit_compile=False to skip the trial. "
+            f"Received: {type(error).__name__}: {lines[0]}",
             stacklevel=2,
         )
         return False
 
 
 def _faster(compiled: Callable, graph: Callable, arguments: tuple, data: Any) -> bool:
-    """Whether the best call of the first is shorter than the second's."""
-    # In turns, so that a busy moment of the machine hits both; on values not seen
-    # before, so that the compilation shows which XLA repeats for every new value where
-    # an operation needs it beforehand (a shape, say).
+    """Whether the fastest call of `compiled` is shorter than that of `graph`."""
+    # The two alternate, so that load spikes of the machine affect both. Every call has
+    # new values: where an operation must know a value at compile time (such as a
+    # shape), XLA compiles again for each, and the timing must include that.
     ways = (compiled, graph)
     best = [float("inf")] * len(ways)
     start = time.perf_counter()
@@ -86,7 +87,7 @@ def _faster(compiled: Callable, graph: Callable, arguments: tuple, data: Any) ->
 
 
 def _operations(function: Any) -> list[str]:
-    """The kinds of all operations of a traced function, those of loops too."""
+    """The types of all operations of a traced function, including those of loops."""
     definition = function.graph.as_graph_def()
     bodies = [definition.node, *(f.node_def for f in definition.library.function)]
     return [node.op for body in bodies for node in body]
@@ -97,7 +98,7 @@ def _on_cpu(arguments: tuple) -> bool:
 
 
 def _seconds(way: Callable, arguments: tuple, data: Any) -> float:
-    """Of a call and its end."""
+    """The duration of a call until its result is ready."""
     before = time.perf_counter()
     tf.nest.flatten(way(*arguments, data))[0].numpy()
     return time.perf_counter() - before
@@ -105,10 +106,10 @@ def _seconds(way: Callable, arguments: tuple, data: Any) -> float:
 
 @contextlib.contextmanager
 def _announced() -> Iterator[None]:
-    """A line on the terminal for whoever waits."""
+    """Prints a message for the user if the trial takes long."""
     line = (
         "XLA compiles the outer step, to see whether it is faster than the plain graph "
-        "(jit_compile=True or False: no trial) ..."
+        "(no trial with jit_compile=True or False) ..."
     )
     timer = threading.Timer(PATIENCE, print, (line,), {"flush": True})
     timer.daemon = True
@@ -120,8 +121,8 @@ def _announced() -> Iterator[None]:
 
 
 def _turned(leaf: Any) -> Any:
-    """The same entries, the last first."""
-    # Sparse and ragged batches stay: they cannot be rolled.
+    """The same entries in another order: the last one moves to the front."""
+    # Sparse and ragged batches stay unchanged: they cannot be rolled.
     if not isinstance(leaf, tf.Tensor) or not leaf.shape.rank:
         return leaf
     return tf.roll(leaf, 1, axis=0)

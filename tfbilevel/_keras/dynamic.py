@@ -1,4 +1,4 @@
-"""The published toolbox's class, as a front over `Unroll`."""
+"""The class of a published toolbox (`bohml`), implemented by `Unroll`."""
 
 import inspect
 from collections.abc import Callable
@@ -25,12 +25,12 @@ from tfbilevel._workarounds.memory_optimizer import without_memory_rewrites
 
 
 class DynamicState(NamedTuple):
-    """What the objectives of a `tb.Dynamic` are called with.
+    """The argument of a `tb.Dynamic`'s objectives.
 
     Attributes:
         data, target: the batch: training data for the lower objective, validation
             data for the upper one.
-        upper_model, lower_model: the models, at the variables of the moment.
+        upper_model, lower_model: the models, at the current values of the variables.
     """
 
     data: Any
@@ -40,14 +40,14 @@ class DynamicState(NamedTuple):
 
 
 class DynamicResult(NamedTuple):
-    """What `tb.Dynamic.optimize` computed.
+    """The result of `tb.Dynamic.optimize`.
 
     Attributes:
         upper_gradients: one per trainable variable of the upper model.
-        start_gradients: one per trainable variable of the lower model, the gradient
-            in where the inner loop starts; `None` without `init_auxiliary`.
+        start_gradients: one per trainable variable of the lower model: the gradient
+            in the start of the inner loop; `None` without `init_auxiliary`.
         lower: the lower variables after the whole loop.
-        upper_loss: F at the end point, y_{k*} with `acquire_max_loss`.
+        upper_loss: F at the end point; with `acquire_max_loss`, at y_{k*}.
         max_loss_iter: k*, counted from 1; `None` without `acquire_max_loss`.
     """
 
@@ -66,16 +66,16 @@ class Dynamic:
     | alpha = 0 | RAD (RHG, ITD) | T-RAD (T-RHG) | PTT |
     | alpha > 0 | BDA | T-BDA | BDA + PTT |
 
-    and each with `init_auxiliary`, the start of the inner loop as a second upper
-    variable: PTT with it is IAPTT-GM. Everything is computed by `tb.Unroll`, with
-    its cost and memory: `method` and `problem` are that method and the problem over
-    the variables of both models, for use with `tb.check_hypergradient`. In new code
-    prefer `tb.BilevelModel` with `tb.Unroll`, which own the loop, the optimizers and
-    checkpoints.
+    Each can be combined with `init_auxiliary`, which makes the start of the inner loop
+    a second upper variable: PTT with it is IAPTT-GM. Everything is computed by
+    `tb.Unroll`, with its cost and memory. The attributes `method` and `problem` are
+    that method and the problem over the variables of both models, for use with
+    `tb.check_hypergradient`. In new code prefer `tb.BilevelModel` with `tb.Unroll`,
+    which include the loop, the optimizers and checkpoints.
 
-    The derivative through the S skipped steps is taken to be the identity for the
-    start, as published, and zero for the upper variables. docs/methods/unroll.md lists
-    where the published class differs.
+    The derivative through the S skipped steps is approximated, as published: by the
+    identity in the start, and by zero in the upper variables. docs/methods/unroll.md
+    lists the differences from the published class.
 
     Args:
         ll_objective: state -> scalar, the lower loss f; `state` is a
@@ -86,16 +86,17 @@ class Dynamic:
         ll_model: the lower model, built.
         acquire_max_loss: end at the iterate of largest F (pessimistic truncation).
         alpha: weight of F in the inner direction, in [0, 1].
-        truncate_iters: S, leading steps not differentiated, below `lower_loop`.
+        truncate_iters: S, number of first steps that are not differentiated, below
+            `lower_loop`.
         ll_opt: the optimizer of the inner steps, any that `tb.differentiable`
             supports; may be given to `optimize` instead unless steps are truncated.
         alpha_decay: factor on alpha from one inner step to the next, in (0, 1].
         init_auxiliary: differentiate in the start of the inner loop too.
 
     Raises:
-        ValueError: for arguments out of range, for combinations that exclude each
-            other (`acquire_max_loss` with `truncate_iters`), and for objectives of
-            the published class's four arguments.
+        ValueError: for arguments out of range, for `acquire_max_loss` together with
+            `truncate_iters`, and for objectives with the published class's four
+            arguments.
 
     Example:
         >>> upper = tb.ExampleWeights(4)
@@ -207,16 +208,16 @@ class Dynamic:
     ) -> DynamicResult:
         """Run the inner loop and differentiate through it.
 
-        The lower model keeps its variables (the inner loop works on tensors); those
-        of `auxiliary_model` are set to where the loop ended. Statistics and dropout
-        seeds advance by one evaluation of the lower objective there.
+        The lower model keeps its variables (the inner loop works on tensors). The
+        variables of `auxiliary_model` are set to the end of the loop. Statistics and
+        dropout seeds are updated by one evaluation of the lower objective there.
 
         Args:
             train_data, train_target: for the lower objective.
-            auxiliary_model: a second model built like the lower one, to look at the
-                result with; `None`: only in the returned `lower`.
-            auxiliary_opt: the inner optimizer where the constructor had none; later
-                one of the same class and settings.
+            auxiliary_model: a second model built like the lower one, which receives the
+                result; `None`: the result is only in the returned `lower`.
+            auxiliary_opt: the inner optimizer if the constructor had none; in later
+                calls an optimizer of the same class and settings.
             validate_data, validate_target: for the upper objective.
             ul_opt: applies the gradients to the upper model; `None`: the caller does.
             init_opt: applies the start's gradients to the lower model.
@@ -226,9 +227,9 @@ class Dynamic:
 
         Raises:
             ValueError: without an inner optimizer, with two, or without validation
-                data where the inner loop needs it.
+                data if the inner loop needs them.
             tb.NonFiniteError: if a loss, gradient or variable is not finite; no
-                model was changed by that call.
+                model is changed then.
         """
         if self.method is None and auxiliary_opt is None:
             raise ValueError(
@@ -240,7 +241,7 @@ class Dynamic:
         if auxiliary_opt is not None and not _alike(auxiliary_opt, self._optimizer):
             raise ValueError(
                 "`auxiliary_opt` must not differ from the optimizer chosen before: "
-                "all inner steps are made by one. Leave it out. "
+                "all inner steps use the same one. Leave it out. "
                 f"Received: auxiliary_opt={auxiliary_opt!r}"
             )
         needs = self.acquire_max_loss or self.aggregation is not None
@@ -252,7 +253,7 @@ class Dynamic:
             )
         if init_opt is not None and not self.init_auxiliary:
             raise ValueError(
-                "`init_opt` means nothing without init_auxiliary=True. Leave it out. "
+                "`init_opt` has no effect without init_auxiliary=True. Leave it out. "
                 f"Received: init_opt={init_opt!r}"
             )
         if auxiliary_model is not None:
@@ -263,7 +264,7 @@ class Dynamic:
             if shapes[0] != shapes[1]:
                 raise ValueError(
                     "`auxiliary_model` must be built like the lower model, whose "
-                    "variables it is given. Build it by the same function. Received: "
+                    "variables it receives. Build it by the same function. Received: "
                     f"trainable variables of shapes {shapes[0]} for {shapes[1]}"
                 )
         upper = [tf.convert_to_tensor(v) for v in self.ul_model.trainable_variables]
@@ -308,11 +309,11 @@ class Dynamic:
 
 
 def _require_of_state(objective: Any, name: str) -> None:
-    """Raise unless it can be called with a state alone."""
+    """Raise unless the objective can be called with a state alone."""
     require_callable(objective, name)
     try:
         signature = inspect.signature(objective)
-    except (TypeError, ValueError):  # of some built-in functions
+    except (TypeError, ValueError):  # some built-in functions have no signature
         return
     try:
         signature.bind(None)
@@ -325,7 +326,7 @@ def _require_of_state(objective: Any, name: str) -> None:
 
 
 def _alike(one: keras.optimizers.Optimizer, other: keras.optimizers.Optimizer) -> bool:
-    """Whether two optimizers make the same steps: one class, equal settings."""
+    """Whether two optimizers make the same steps: same class, equal settings."""
     if one is other:
         return True
     settings = [{**configuration(made), "name": ""} for made in (one, other)]

@@ -1,4 +1,4 @@
-"""The batches of outer steps, as `fit` and its like take them."""
+"""The batches of outer steps that `fit` and related methods take."""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from tfbilevel._core.batches import Batches
 
 
 def require_dataset_of_batches(x: Any) -> None:
-    """Raise unless it is one, with elements as far as is known."""
+    """Raise unless `x` is a dataset of `tb.Batches` and not known to be empty."""
     if not isinstance(x, tf.data.Dataset) or not isinstance(x.element_spec, Batches):
         spec = getattr(x, "element_spec", type(x))
         raise ValueError(
@@ -31,7 +31,7 @@ def empty(x: Any) -> ValueError:
 
 @contextlib.contextmanager
 def not_empty(x: Any) -> Iterator[None]:
-    """In it the first element is read; raise as above if there is none."""
+    """A context for reading the first element; it raises `empty` if there is none."""
     try:
         yield
     except (StopIteration, tf.errors.OutOfRangeError):
@@ -47,7 +47,7 @@ def first_of(x: tf.data.Dataset) -> Batches:
 
 
 def tensors(batches: Batches) -> Batches:
-    """The batches with every number a tensor."""
+    """The batches with every number as a tensor."""
     return tf.nest.map_structure(
         lambda leaf: leaf if leaf is None or tf.is_tensor(leaf) else tf.constant(leaf),
         batches,

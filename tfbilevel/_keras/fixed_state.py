@@ -1,4 +1,4 @@
-"""Non-trainable state: fixed within an outer step, moved on after it."""
+"""Non-trainable state, which is fixed within an outer step and updated after it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,16 +12,16 @@ def moved_on(
 ) -> None:
     """Assign what evaluations of the lower loss write to statistics and seeds.
 
-    One evaluation at given lower variables moves everything on. Moving statistics of
-    the lower model, which an optimizer's loop would move at each of its steps, take
-    `steps` evaluations, each on the batch of its inner step. Seeds take one.
+    One evaluation at given lower variables updates the seeds and most statistics. The
+    moving statistics of the lower model are updated by `steps` evaluations, each on the
+    batch of its inner step, because a training loop would update them at every step.
 
     Args:
-        evaluate: draw -> anything; calls the models.
+        evaluate: number of the lower batch -> anything; calls the models.
         held: the variables that may be written.
         lower: the lower model.
-        trained: (variable, value) at which it is evaluated.
-        steps: how many steps the lower variables made.
+        trained: pairs (variable, value) at which the loss is evaluated.
+        steps: number of steps that the lower variables made.
     """
 
     def evaluated(draw: Any, state: list) -> list:

@@ -11,7 +11,7 @@ from tfbilevel._workarounds import functions_inline
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Functional:
-    """A Keras model as a pure function; see `tb.functional`, which makes it."""
+    """A Keras model as a pure function, made by `tb.functional`."""
 
     model: keras.layers.Layer
 
@@ -26,8 +26,8 @@ class Functional:
 
         Args:
             variables: tensors like `initial()`, in any nest that flattens to it.
-            inputs: what the model is called with.
-            training: handed to the model; `None`: not given.
+            inputs: the model's inputs.
+            training: passed to the model; `None`: not passed.
         """
         own = self.model.trainable_variables
         values = tf.nest.flatten(variables)
@@ -48,9 +48,9 @@ def functional(model: keras.layers.Layer) -> Functional:
 
         outputs = functional(model)(variables, inputs, training=None)
 
-    Gradients flow to `variables`. The model itself is not changed: its
-    non-trainable state (BatchNorm statistics, dropout seeds) is read as it is and
-    what a call would have written to it is dropped.
+    Gradients flow to `variables`. The model itself is not changed: its non-trainable
+    state (BatchNorm statistics, dropout seeds) is read, and updates that a call would
+    write to it are dropped.
 
     Args:
         model: a built Keras model or layer.
@@ -88,13 +88,13 @@ def require_built(layer: Any, name: str) -> None:
         )
     if not layer.trainable_variables:
         raise ValueError(
-            f"`{name}` must have trainable variables, or there is nothing to choose "
-            f"at its level. Received: {layer!r} without any"
+            f"`{name}` must have trainable variables: they are the variables of its "
+            f"level. Received: {layer!r} without any"
         )
 
 
 def _has_all_variables(layer: keras.layers.Layer) -> bool:
-    """Whether it is built, or made all its variables in its constructor."""
+    """Whether the layer is built, or created all its variables in its constructor."""
     if layer.built:
         return True
     makes_more = type(layer).build not in (keras.layers.Layer.build, keras.Model.build)

@@ -1,4 +1,4 @@
-"""Batches of example numbers that resume."""
+"""Batches of example indices that can be resumed."""
 
 import numbers
 from typing import Any
@@ -11,27 +11,27 @@ from tfbilevel._core.arguments import require_count
 def index_batches(
     count: int, size: int, seed: int = 0, first: int = 0
 ) -> tf.data.Dataset:
-    """Batches of example numbers without end, which a resumed run continues.
+    """An endless dataset of batches of example indices, which a run can resume.
 
         permutation p of 0, ..., count - 1 = shuffle(seed, p),    p = 0, 1, 2, ...
         batch n = entries n' * size, ..., (n' + 1) * size - 1 of permutation p,
         p, n' = divmod(n, count // size)
 
-    What does not fill a batch at the end of a permutation is left out of it; the next
-    one is shuffled again. Batch n depends on the arguments and on n alone, so that a
-    run that begins at batch `first` sees what an uninterrupted one would have seen.
-    `Dataset.shuffle` has no such number to begin at. One permutation is held in
-    memory: 4 bytes per example.
+    The last entries of a permutation that do not fill a batch are left out; the next
+    permutation is shuffled again. Batch n depends only on the arguments and on n, so a
+    run that starts at batch `first` gets the same batches as an uninterrupted one.
+    `Dataset.shuffle` cannot start at a given batch. Memory: one permutation, 4 bytes
+    per example.
 
-    Gather the examples within `map`; the numbers themselves are what
-    `tb.ExampleWeights` is called with.
+    Gather the examples in `map`; `tb.ExampleWeights` is called with the indices
+    themselves.
 
     Args:
-        count: how many examples there are, at least 1.
-        size: how many of them a batch has, from 1 to `count`.
-        seed: an integer; each has permutations of its own.
-        first: number of the first batch, such as `model.outer_step`, or that times
-            the batches of an outer step.
+        count: number of examples, at least 1.
+        size: number of examples in a batch, from 1 to `count`.
+        seed: an integer; different seeds give different permutations.
+        first: number of the first batch, such as `model.outer_step`, times the batches
+            per outer step.
 
     Returns:
         A `tf.data.Dataset` of int32 tensors [size]. It has no end: pass
@@ -39,7 +39,7 @@ def index_batches(
 
     Raises:
         ValueError: for a `count` or `size` below 1, a `size` above `count`, a
-            negative `first`, or a `seed` that is no integer.
+            negative `first`, or a `seed` that is not an integer.
 
     Example:
         >>> x, y = tf.range(10.0), tf.range(10)

@@ -1,4 +1,4 @@
-"""Small Keras layers for the two commonest upper models."""
+"""Small Keras layers for the two most common upper models."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -16,7 +16,7 @@ class _PositiveVector(keras.layers.Layer):
 
     def __init__(self, n: int, activation: str, dtype: Any = None, **keywords: Any):
         require_count(n, "n")
-        # Under a mixed policy in the variables' precision, as Keras's losses are.
+        # Under a mixed policy, use the variables' precision, as Keras's losses do.
         policy = keras.dtype_policies.get(dtype or keras.config.dtype_policy())
         super().__init__(dtype=policy.variable_dtype, autocast=False, **keywords)
         self.n = n
@@ -42,24 +42,24 @@ class ExampleWeights(_PositiveVector):
 
     Args:
         n: number of training examples, at least 1.
-        activation: what turns x into weights, as for any Keras layer.
-        **keywords: of `keras.layers.Layer`.
+        activation: maps x to weights, given as for any Keras layer.
+        **keywords: arguments of `keras.layers.Layer`.
 
     Call it with the examples' indices (integers of any shape), or with `None` for
     all weights in order, which saves the gather in full-batch problems. In a loss
     prefer `mean`, which checks shapes.
 
-    Indices must be from 0 to n - 1. Where their values are known, others are an error
-    at once. Within a compiled step, where XLA and GPUs can raise none, the weight is
-    NaN: `fit`, `train_on_batch` and `tb.minimize` stop at that step and name the
-    index.
+    Indices must be from 0 to n - 1. If their values are known, others raise an error
+    at once. In a compiled step, where XLA and GPUs cannot raise errors, the weight
+    becomes NaN: `fit`, `train_on_batch` and `tb.minimize` then stop at that step and
+    name the index.
 
-    The weights are of the variables' precision, float32 under the policy
-    "mixed_float16" too.
+    The weights have the variables' precision: float32 even under the policy
+    "mixed_float16".
 
     Raises:
         ValueError: if `n` is not an integer of at least 1; when called, for an index
-            out of range or that is no integer.
+            that is out of range or not an integer.
 
     Example:
         >>> weights = tb.ExampleWeights(4)
@@ -72,7 +72,7 @@ class ExampleWeights(_PositiveVector):
     def __init__(self, n: int, activation: str = "sigmoid", **keywords: Any):
         super().__init__(n, activation, **keywords)
         self._listener: Callable[[tf.Tensor], None] | None = None
-        self.in_graphs = False  # called by indices there
+        self.in_graphs = False  # whether it was called by indices in a graph
 
     def call(self, index: Any) -> Any:
         logits = tf.convert_to_tensor(self.logits)
@@ -88,22 +88,22 @@ class ExampleWeights(_PositiveVector):
         self.in_graphs = True
         if self._listener is not None:
             self._listener(index)
-        # Out of range a gather gives zero on a GPU, the nearest entry under XLA.
+        # For an index out of range, a gather gives zero on a GPU and XLA the nearest.
         inside = (index >= 0) & (index < self.n)
         found = self.activation(tf.gather(logits, tf.where(inside, index, 0)))
         return tf.where(inside, found, tf.constant(float("nan"), found.dtype))
 
     def mean(self, losses: Any, index: Any = None) -> tf.Tensor:
-        """The mean of weights * losses, of the losses' dtype.
+        """The mean of weights * losses, in the losses' dtype.
 
         Args:
-            losses: one loss per example, [batch]; or a column of them, [batch, 1].
+            losses: one loss per example, [batch], or as a column, [batch, 1].
             index: the examples' indices, [batch] or [batch, 1]; `None`: the batch is
                 the whole training set, in order.
 
         Raises:
-            ValueError: for losses that are not one per index. (Multiplied as they are,
-                n weights and a column of n losses would make n times n products.)
+            ValueError: for losses that are not one per index. (Without this check, n
+                weights times a column of n losses would broadcast to n x n products.)
         """
         losses = tf.convert_to_tensor(losses)
         if not losses.dtype.is_floating:
@@ -119,13 +119,13 @@ class ExampleWeights(_PositiveVector):
             raise ExampleWeightsError(
                 "`losses` of tb.ExampleWeights.mean must be one per example, [batch], "
                 f"like {what}. Do not reduce them (reduction=None, no tf.reduce_mean), "
-                "and pass the batch's `index` where it is a part of the training set. "
+                "and pass the batch's `index` if it is a part of the training set. "
                 f"Received: losses of shape {losses.shape}, weights of shape "
                 f"{weights.shape}"
             )
         if not (losses.shape.is_fully_defined() and weights.shape.is_fully_defined()):
-            # One loss would be repeated for all weights. XLA leaves assertions out,
-            # TensorFlow's graphs a reshape to one's own rank.
+            # A single loss would be broadcast to all weights. XLA drops assertions, and
+            # TensorFlow's graphs drop a reshape to the same rank.
             rule = "`losses` of tb.ExampleWeights.mean must be one per example"
             same = tf.debugging.assert_equal(tf.size(losses), tf.size(weights), rule)
             with tf.control_dependencies([] if same is None else [same]):
@@ -135,7 +135,7 @@ class ExampleWeights(_PositiveVector):
 
     @contextlib.contextmanager
     def heard(self, listener: Callable[[tf.Tensor], None]) -> Iterator[None]:
-        """Within: hand every index whose value is not known yet to a function."""
+        """While it is open, `listener` gets every index whose value is unknown."""
         self._listener = listener
         try:
             yield
@@ -144,7 +144,7 @@ class ExampleWeights(_PositiveVector):
 
 
 def _whole(index: Any) -> tf.Tensor:
-    """Indices as integers that TensorFlow gathers by."""
+    """Indices as integers that `tf.gather` accepts."""
     index = tf.convert_to_tensor(index)
     if not index.dtype.is_integer:
         raise ValueError(
@@ -170,7 +170,7 @@ class FeaturePenalties(_PositiveVector):
 
     Args:
         n: number of features d, at least 1.
-        activation: what turns x into coefficients.
+        activation: maps x to coefficients.
 
     Call it with a kernel W of shape [n, ...] for the penalty, a scalar; the
     property `coefficients` gives activation(x).
@@ -204,8 +204,8 @@ class FeaturePenalties(_PositiveVector):
 def _half_weighted_squares(coefficients: Any, kernel: Any) -> Any:
     """1/2 * sum over d and c of coefficients_d kernel_dc^2.
 
-    Automatic differentiation makes about ten passes over the kernel for its gradient,
-    which on minibatches can be most of a step; written out it is one.
+    Automatic differentiation makes about ten passes over the kernel for the gradient,
+    which can be most of a step on minibatches; the explicit formula makes one.
     """
     squares = tf.reduce_sum(kernel * kernel, axis=1)
     value = 0.5 * tf.reduce_sum(coefficients * squares)

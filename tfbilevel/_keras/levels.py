@@ -1,4 +1,4 @@
-"""Two Keras models as one bilevel problem: variables in, tensors out."""
+"""Two Keras models as one bilevel problem over tensors."""
 
 import contextlib
 import dataclasses
@@ -28,11 +28,11 @@ from tfbilevel._randomness.seeds import LOWER_LOSS, ROLE, as_seed, folded
 from tfbilevel._tasks.over_tasks import over_tasks
 from tfbilevel._workarounds import functions_inline
 
-HOST = "CPU:0"  # the end of its name as a device
+HOST = "CPU:0"  # the end of the host's device name
 
 
 class Start(keras.layers.Layer):
-    """Where inner solves start, as variables of the upper level."""
+    """A learned start of inner solves: variables of the upper level."""
 
     def __init__(self, lower: keras.layers.Layer):
         super().__init__(name="start")
@@ -50,9 +50,9 @@ class Start(keras.layers.Layer):
 class Levels:
     """Two Keras models as one `Problem`.
 
-    The user's functions take models; the problem's take tensors. While one of them is
-    called, the models' variables have these tensors as values, whoever reads them. The
-    functions of the problem assign no variable; `advance` alone does.
+    The user's functions take models; the problem's take tensors. During a call, the
+    models' variables have these tensors as values, wherever they are read. The
+    functions of the problem assign no variable; only `advance` does.
 
     Args: those of `tb.BilevelModel`.
 
@@ -60,9 +60,9 @@ class Levels:
         upper, lower: the models.
         start: the variables of a learned start; `None` without one.
         problem: the problem, of one task or over tasks.
-        tasks: how many tasks; `None`: the problem has none.
-        mapping: how they are mapped.
-        base: a seed generator, for what the losses sample without a seed of their own.
+        tasks: the number of tasks; `None`: the problem is not over tasks.
+        mapping: how tasks are mapped.
+        base: a seed generator, for sampling in the losses without a seed of their own.
         prepare: the user's function of the upper model and batches.
     """
 
@@ -84,7 +84,7 @@ class Levels:
         require_choice(regularizers, "regularizers", REGULARIZERS)
         if tasks is not None:
             require_count(tasks, "tasks")
-        # Here: the problem is given functions around them.
+        # Checked here, because the problem receives functions that wrap them.
         require_callable(upper_loss, "upper_loss")
         require_callable(lower_loss, "lower_loss")
         if prepare is not None:
@@ -115,7 +115,7 @@ class Levels:
         self.mapping = mapping
         if tasks is not None:
             self.problem = over_tasks(self.problem, mapping)
-            self.mapping = self.problem.mapping  # by its present name
+            self.mapping = self.problem.mapping  # its current name, if renamed
         with tf.device(self.device):
             self.base = keras.random.SeedGenerator()
 
@@ -132,16 +132,16 @@ class Levels:
 
     @property
     def device(self) -> str:
-        """Where the variables are: all others are made there too."""
+        """The device of the variables; everything else is created there too."""
         return self.lower.trainable_variables[0].value.device
 
     @property
     def on_host(self) -> bool:
-        """Whether the variables are where tf.data's elements are."""
+        """Whether the variables are on the device of tf.data's elements."""
         return self.device.endswith(HOST)
 
     def placed(self) -> Any:
-        """XLA compiles for the device of the scope, whatever scope the user is in."""
+        """A scope for compiling: XLA compiles for the device of the current scope."""
         return contextlib.nullcontext() if self.on_host else tf.device(self.device)
 
     def split(self, x: list) -> tuple[list, list]:
@@ -150,10 +150,10 @@ class Levels:
         return list(x[:own]), list(x[own:])
 
     def read(self, tasks: Any = None) -> tuple[list, list]:
-        """The values of x and of y, the same for every task.
+        """The values of x and of y, with y repeated for every task.
 
         Args:
-            tasks: how many; `None`: the problem's own.
+            tasks: the number of tasks; `None`: the problem's own.
         """
         x, y = self.point()
         tasks = self.tasks if tasks is None else tasks
@@ -170,26 +170,27 @@ class Levels:
         return x, y
 
     def specifications(self) -> tuple[list, list]:
-        """Of what `read` gives."""
+        """The specifications of the result of `read`."""
         tasks = [] if self.tasks is None else [self.tasks]
         x = [tf.TensorSpec(v.shape, v.dtype) for v in self.upper_variables]
         y = [tf.TensorSpec([*tasks, *v.shape], v.dtype) for v in self.lower_variables]
         return x, y
 
     def named(self, error: UnconnectedGradientError) -> UnconnectedGradientError:
-        """The error, with the variable's name in its model."""
+        """The error with the variable's name in its model."""
         upper = error.level == "upper"
         level = self.upper_variables if upper else self.lower_variables
         path = repr(level[error.index].path)
         return UnconnectedGradientError(error.level, error.index, path, error.source)
 
     def problem_at(self, step: Any) -> Problem:
-        """The problem with what its functions sample at an outer step."""
+        """The problem with the seed of an outer step."""
         base = tf.cast(self.base.state.value[0], tf.int32)
         return dataclasses.replace(self.problem, seed=base).seeded(step)
 
     def losses(self, batches: Batches) -> dict[str, tf.Tensor]:
-        """Both at the variables as they are; of batches without a lower part, one."""
+        """The losses at the current variables; the upper one alone for batches without
+        a lower part."""
         x, y = self.read()
         here = self.problem.prepared(x, batches)
         losses = {"upper_loss": here.upper_loss(y)}
@@ -200,13 +201,13 @@ class Levels:
     def advance(
         self, batches: Batches, step: Any, steps: int, lower: list | None = None
     ) -> None:
-        """Evaluate the lower loss for what it writes to statistics and seeds.
+        """Evaluate the lower loss, to update statistics and seeds.
 
         Args:
-            batches: the outer step's.
+            batches: the batches of the outer step.
             step: the number of the outer step.
-            steps: how many steps the lower variables made.
-            lower: values of the lower variables; `None`: their own.
+            steps: number of steps that the lower variables made.
+            lower: values of the lower variables; `None`: the current ones.
         """
         own = self.lower_variables
         trainable = {id(v) for v in [*self.upper_variables, *own]}
@@ -219,7 +220,7 @@ class Levels:
         values = [] if lower is None else list(zip(own, lower, strict=True))
         seed = as_seed(self.problem_at(step).seed)
         fixed = folded(seed, ROLE, LOWER_LOSS)
-        prepared = []  # by the first evaluation
+        prepared = []  # filled by the first evaluation
 
         def evaluate(draw: Any) -> None:
             with functions_inline(own), fixed_randomness(fixed):
@@ -232,11 +233,11 @@ class Levels:
         moved_on(evaluate, others, self.lower, values, steps)
 
     def at_variables(self, function: Callable, penalised: Any = None) -> Callable:
-        """A function of models and a batch as one of x, y and the batch.
+        """Turns a function of models and a batch into one of x, y and the batch.
 
         Args:
             function: (upper model, lower model, batch) -> anything.
-            penalised: a model whose own losses are added to what it gives.
+            penalised: a model whose own losses are added to the function's result.
         """
 
         def at(x: list, y: list, batch: Any) -> Any:
@@ -266,7 +267,7 @@ class Levels:
 
     @contextlib.contextmanager
     def _scope(self, x: list) -> Iterator[None]:
-        """In it the upper variables are x, whoever reads them."""
+        """Within this context, the upper variables have the values x."""
         variables = self.upper_variables
         scope = keras.StatelessScope(list(zip(variables, x, strict=True)))
         with functions_inline(variables), scope:
@@ -299,8 +300,8 @@ class Levels:
                 return structure.to_tensors(rate(self.upper))
             except (TypeError, AttributeError, LookupError, ValueError) as error:
                 raise ValueError(
-                    "`learned_rate` is called with the upper model, as the losses of "
-                    "a tb.BilevelModel are, and no longer with a list of tensors. Read "
+                    "`learned_rate` is called with the upper model, like the losses "
+                    "of a tb.BilevelModel, and no longer with a list of tensors. Read "
                     "its `trainable_variables`, or call it. Received: "
                     f"{type(error).__name__}: {error}"
                 ) from error

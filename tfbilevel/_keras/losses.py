@@ -1,4 +1,4 @@
-"""Cross-entropies whose second derivatives are right, and fast."""
+"""Cross-entropies with right and fast second derivatives."""
 
 from typing import Any
 
@@ -10,14 +10,15 @@ def sparse_cross_entropy(logits: Any, labels: Any) -> tf.Tensor:
 
         l_i = -log softmax(z_i)[labels_i]
 
-    Differentiated once it costs what TensorFlow's fused operation costs, and a one-hot
-    copy of the labels, as large as the logits, in memory. Differentiated twice the
-    fused operation makes a tiny matrix product for every example; this form makes
-    none, so bilevel training, which differentiates lower losses twice, is faster with
-    it. For labels that are probabilities, or learned, use `tb.soft_cross_entropy`.
+    The first derivative costs as much as that of TensorFlow's fused operation, plus
+    memory for a one-hot copy of the labels, which is as large as the logits. For the
+    second derivative the fused operation computes a tiny matrix product per example,
+    and this form does not. Bilevel training, which differentiates lower losses twice,
+    is therefore faster with it. For labels that are probabilities, or learned, use
+    `tb.soft_cross_entropy`.
 
-    A label out of range is an error at once where its value is known. Elsewhere,
-    within a compiled step, that example's loss is NaN, at which training stops.
+    A label out of range raises an error at once if its value is known. Otherwise, in a
+    compiled step, the example's loss is NaN, at which training stops.
 
     Args:
         logits: z, [..., classes], floating and finite: what a network returns before
@@ -25,11 +26,11 @@ def sparse_cross_entropy(logits: Any, labels: Any) -> tf.Tensor:
         labels: integers from 0 to classes - 1, [...]: one axis less than `logits`.
 
     Returns:
-        The losses, [...], of the logits' precision. Their mean is the usual loss.
+        The losses, [...], in the logits' precision. Their mean is the usual loss.
 
     Raises:
-        ValueError: for labels that are no integers, are of another shape, or are
-            known to be out of range.
+        ValueError: for labels that are not integers, have another shape, or are known
+            to be out of range.
 
     Example:
         >>> logits = tf.constant([[2.0, 0.0], [0.0, 0.0]])
@@ -72,11 +73,11 @@ def soft_cross_entropy(logits: Any, labels: Any) -> tf.Tensor:
         dl_i / dz_i = (sum over c of t_ic) softmax(z_i) - t_i
         dl_i / dt_i = -log softmax(z_i)
 
-    The labels t may be learned: they may depend on the upper variables. Both
-    derivatives above are right, and so are those of each of them, whatever the labels
-    sum to. TensorFlow's `softmax_cross_entropy_with_logits` takes the first derivative
-    for softmax(z) - t, and that for a constant in t. (While tfbilevel differentiates,
-    it is replaced; this function needs no replacement.) Costs a few operations of the
+    The labels t may be learned: they may depend on the upper variables. The derivatives
+    above and all higher ones are right, whatever the labels sum to. TensorFlow's
+    `softmax_cross_entropy_with_logits` uses softmax(z) - t as the first derivative,
+    and treats that as constant in t. (While tfbilevel differentiates, TensorFlow's
+    function is corrected; this one needs no correction.) Cost: a few operations of the
     size of the logits. For class numbers use `tb.sparse_cross_entropy`.
 
     Args:
@@ -85,7 +86,7 @@ def soft_cross_entropy(logits: Any, labels: Any) -> tf.Tensor:
         labels: t, floating, of the same shape. They need not sum to one.
 
     Returns:
-        The losses, [...], of the logits' precision. Their mean is the usual loss.
+        The losses, [...], in the logits' precision. Their mean is the usual loss.
 
     Raises:
         ValueError: for labels that are integers or of another shape.
@@ -114,7 +115,7 @@ def soft_cross_entropy(logits: Any, labels: Any) -> tf.Tensor:
 
 
 def _tensors(logits: Any, labels: Any) -> tuple[tf.Tensor, tf.Tensor]:
-    """Both as tensors; the number of classes is known."""
+    """Both as tensors; the number of classes must be known."""
     logits, labels = tf.convert_to_tensor(logits), tf.convert_to_tensor(labels)
     shape = logits.shape
     if not logits.dtype.is_floating or not shape.rank or shape[-1] is None:

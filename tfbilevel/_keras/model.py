@@ -43,54 +43,55 @@ ON_NONFINITE = ("raise", "skip")
 
 @keras.saving.register_keras_serializable("tfbilevel")
 class BilevelModel(keras.Model):
-    """Two Keras models trained on two levels, with `compile` and `fit` as always.
+    """Two Keras models trained on two levels, with Keras's `compile` and `fit`.
 
         min_x  f(x, y*(x))      with      y*(x) in argmin_y g(x, y)
 
     x are the trainable variables of `upper`, y those of `lower`. `evaluate` and
-    `predict` are of the lower model. Weights, both optimizers and the method's state
-    are saved by `save_weights`, `ModelCheckpoint` and `BackupAndRestore`: a run
-    resumed at an epoch equals the uninterrupted one to the last bit, provided that
-    the dataset yields the same elements in each epoch. `save` keeps everything but
-    Python: load it with keras.saving.load_model(path, custom_objects={"upper_loss":
-    ..., "lower_loss": ..., "method": ...}), and whatever other functions it had.
+    `predict` use the lower model. `save_weights`, `ModelCheckpoint` and
+    `BackupAndRestore` save the weights, both optimizers and the method's state: a run
+    that is resumed at an epoch equals the uninterrupted one to the last bit, provided
+    that the dataset yields the same elements in each epoch. `save` stores everything
+    except Python functions and the method. Load it with
+    keras.saving.load_model(path, custom_objects={"upper_loss": ..., "lower_loss": ...,
+    "method": ...}), with all other functions that the model had.
 
-    Non-trainable state: within one outer step both losses are fixed functions,
-    whatever they sample by; every inner step sees the same masks, unless it has a
-    lower batch of its own (`lower_batches`). Whatever a call would write to BatchNorm
-    statistics or dropout seeds is dropped, so nothing leaks into the losses. After
-    the step the lower loss is evaluated at the new variables: seeds advance once, and
-    moving statistics of the lower model as often as the lower variables moved (only
-    for models that have such state; it costs one forward pass per inner step).
+    Non-trainable state: within one outer step both losses are fixed functions, even if
+    they sample. Every inner step sees the same dropout masks, unless it has a lower
+    batch of its own (`lower_batches`). Updates of BatchNorm statistics or dropout seeds
+    by these calls are dropped. After the step the lower loss is evaluated at the new
+    variables to update them: seeds once, moving statistics of the lower model once for
+    each step of the lower variables. (This is done only for models with such state; it
+    costs one forward pass per inner step.)
 
-    Tasks (`tasks=M`): the losses are those of one task, and every outer step sees M of
-    them, along a leading axis of all batches (`tb.over_tasks`). The lower model's
-    weights are then never assigned: each task solves for its own, from `lower_start`,
-    or from the lower model's weights as they are. `adapt` solves new tasks.
-    Non-trainable state is advanced by the first task's data.
+    Tasks (`tasks=M`): the losses are those of one task, and every outer step uses M
+    tasks, along a leading axis of all batches (`tb.over_tasks`). The lower model's
+    weights are then never assigned: each task is solved separately, from `lower_start`
+    or from the lower model's weights. `adapt` solves new tasks. Non-trainable state is
+    updated with the first task's data.
 
     Args:
         upper: a built Keras layer or model.
         lower: a built Keras layer or model.
-        upper_loss: (upper, lower, batch) -> scalar; the models themselves, called as
-            always, evaluated at the right variables.
+        upper_loss: (upper, lower, batch) -> scalar. It receives the models themselves
+            and calls them as usual; they are evaluated at the right variables.
         lower_loss: (upper, lower, batch) -> scalar.
         project_upper: list of tensors -> list of tensors, in the order of
             `upper.trainable_variables`.
         project_lower: likewise for the lower model; or (upper model, list) -> list.
-        lower_start: where inner solves start. A function, upper model -> list of
-            tensors; or "learned": the start is a second group of upper variables, at
-            first the lower model's own weights (IAPTT-GM, ANIL's head). The upper
+        lower_start: the start of inner solves. A function, upper model -> list of
+            tensors; or "learned": the start is a second group of upper variables,
+            initially the lower model's own weights (IAPTT-GM, ANIL's head). The upper
             variables are then the upper model's, followed by the start's, which a loss
             may read as `model.start.trainable_variables`.
         prepare: (upper model, batches) -> batches, once per outer step.
-        tasks: M, how many tasks share an outer step; `None`: the problem has none.
+        tasks: M, number of tasks in an outer step; `None`: the problem has no tasks.
         mapping: how tasks are mapped, see `tb.over_tasks`.
-        regularizers: "add": the sum of `lower.losses` (regularisers, `add_loss`)
-            counts in the lower loss, that of `upper.losses` in the upper loss, as in
-            Keras's `fit`; a loss that adds them itself is noticed. "ignore": losses
-            are as they are returned.
-        **keywords: of `keras.Model`.
+        regularizers: "add": the sum of `lower.losses` (regularisers, `add_loss`) is
+            added to the lower loss, and that of `upper.losses` to the upper loss, as in
+            Keras's `fit`. Losses that a function adds itself are not added twice.
+            "ignore": losses are used as returned.
+        **keywords: arguments of `keras.Model`.
 
     Raises:
         ValueError: if a model is not built or has no trainable variables.
@@ -153,7 +154,7 @@ class BilevelModel(keras.Model):
         self.tasks, self.regularizers = tasks, regularizers
         self.mapping = levels.mapping
         self._progress = Progress(levels)
-        self._carried: Carried | None = None  # here, so that Keras saves it
+        self._carried: Carried | None = None  # defined here, so that Keras saves it
         self._trackers = Trackers(levels.device)
         self._indices = IndexWatch(upper, lower)
         self.built = True
@@ -170,29 +171,29 @@ class BilevelModel(keras.Model):
         start_optimizer: keras.optimizers.Optimizer | str | None = None,
         weighted_metrics: list | None = None,
     ) -> None:
-        """Choose how to train.
+        """Set the method, the optimizers, the metrics and the compilation.
 
         Args:
             method: a `tb.Method`.
-            upper_optimizer: a Keras optimizer for the upper variables, any of them;
-                or its name, such as "adam".
+            upper_optimizer: any Keras optimizer for the upper variables, or its name,
+                such as "adam".
             metrics: Keras metrics of the lower model's predictions, for `evaluate`
                 and `validation_data`.
             jit_compile: True: compile the step with XLA. False: do not. "auto": time
-                steps each way on the first batch, its values turned, discard their
-                results, keep the faster; the choice is saved with the weights and
-                stays where the same method is compiled again. Convolutions on a CPU,
-                steps of very many operations and steps of seconds are left to the
-                graph without a trial; where XLA fails, a warning says why.
+                steps both ways on the first batch (with its entries reordered and the
+                results dropped) and keep the faster. The choice is saved with the
+                weights, and kept if the same method is compiled again. Convolutions on
+                a CPU, steps with very many operations and steps that take seconds run
+                as a graph without a trial; if XLA fails, a warning gives the reason.
             steps_per_execution: outer steps per compiled call.
             on_nonfinite: "raise": stop with `tb.NonFiniteError` at the first NaN or
-                infinity, all variables as before that step. "skip": pass over such
-                steps; the log entry `skipped` counts those of the epoch.
+                infinity, with all variables as before that step. "skip": leave out such
+                steps; the log entry `skipped` counts them per epoch.
             run_eagerly: run without compilation, for debugging.
             start_optimizer: a Keras optimizer for a learned start; `None`: the upper
                 optimizer moves it too.
-            weighted_metrics: like `metrics`, which are of all examples alike; these
-                take the weights that the data of `evaluate` may have for a third part.
+            weighted_metrics: like `metrics`, but weighted by the weights that the data
+                of `evaluate` may have as a third part.
         """
         require_choice(on_nonfinite, "on_nonfinite", ON_NONFINITE)
         require_jit(jit_compile)
@@ -217,7 +218,7 @@ class BilevelModel(keras.Model):
         self.jit_compile = jit_compile is True and not run_eagerly
         self.on_nonfinite = on_nonfinite
         if self._carried is not None:
-            # Else Keras would go on saving it beside the new one.
+            # Otherwise Keras would still save it beside the new one.
             self._tracker.untrack(self._carried)
             self._carried = None
         self.start_optimizer = start_optimizer
@@ -232,8 +233,8 @@ class BilevelModel(keras.Model):
         self._trackers = self._outer.trackers
 
     def _maybe_symbolic_build(self, iterator: Any = None, data_batch: Any = None):
-        """Within a strategy Keras would call the model on an outer step's batches, to
-        build what is built."""
+        """Do nothing: the models are built already. Within a strategy, Keras would call
+        the model on an outer step's batches to build it."""
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:
         return self.lower(inputs, training=training)
@@ -256,7 +257,7 @@ class BilevelModel(keras.Model):
 
     @property
     def outer_step(self) -> int:
-        """How many outer steps were made, skipped ones included."""
+        """The number of outer steps so far, including skipped ones."""
         return int(self._progress.step.numpy())
 
     def fit(
@@ -266,23 +267,22 @@ class BilevelModel(keras.Model):
         on_nonfinite: str | None = None,
         **keywords: Any,
     ) -> Any:
-        """Train on a dataset of `tb.Batches`; everything else as `keras.Model.fit`.
+        """Train on a dataset of `tb.Batches`; otherwise like `keras.Model.fit`.
 
         Args:
             x: a `tf.data.Dataset` of `tb.Batches`, one per outer step.
-            *arguments: of `keras.Model.fit`.
-            on_nonfinite: as in `compile`, from here on; `None`: as it is.
-            **keywords: of `keras.Model.fit`; `validation_data` is a dataset of
-                (inputs, labels) for the lower model, measured by `metrics`, or of
-                `tb.Batches`: their losses at the variables as they are, without an
-                inner solve, are `val_upper_loss` and `val_lower_loss`.
+            *arguments: arguments of `keras.Model.fit`.
+            on_nonfinite: as in `compile`, from now on; `None`: unchanged.
+            **keywords: arguments of `keras.Model.fit`. `validation_data` is a dataset
+                of (inputs, labels) for the lower model, measured by `metrics`, or of
+                `tb.Batches`: their losses at the current variables, without an inner
+                solve, are `val_upper_loss` and `val_lower_loss`.
 
         Raises:
             ValueError: if `x` is not a dataset of `tb.Batches`, or there are no
                 metrics to measure `validation_data` by.
             tb.MissingSecondDerivativeError: if the method takes second derivatives of
-                the lower loss that TensorFlow has wrong or not at all; nothing was
-                done then.
+                the lower loss that are missing or wrong in TensorFlow; no step is made.
             tb.NonFiniteError: at the first NaN or infinity, unless they are skipped.
         """
         elements.require_dataset_of_batches(x)
@@ -293,7 +293,7 @@ class BilevelModel(keras.Model):
             self.on_nonfinite = on_nonfinite
             self.make_train_function(force=True)
         measured = keywords.get("validation_data")
-        if measured is not None:  # else an epoch would be lost before this is said
+        if measured is not None:  # checked now, before the first epoch is computed
             measured = getattr(measured, "element_spec", measured)
             require_measurable(measured, self._compile_metrics, self.tasks)
         callbacks = keywords.get("callbacks")
@@ -307,20 +307,20 @@ class BilevelModel(keras.Model):
         return self._outer.run(run, x)
 
     def warm_up(self, x: Any) -> None:
-        """Compile the outer step, so that `fit` begins at full speed; move nothing.
+        """Compile the outer step without training, so that `fit` starts at full speed.
 
-        With jit_compile="auto" the compilation is chosen. One step then runs, and all
-        it assigned (variables, seeds, optimizers, metrics) is set back. This takes the
-        time to compile and of one step, and a copy of all variables on the host.
+        With jit_compile="auto" this chooses the compilation. One step is run, and all
+        its assignments (variables, seeds, optimizers, metrics) are undone. Cost: the
+        compilation, one step, and a copy of all variables on the host.
 
         Args:
-            x: the dataset that `fit` will be given, or the `tb.Batches` that
-                `train_on_batch` will; or one whose shapes and dtypes are the same, as
-                far as they are known. Of a dataset the first element is read.
+            x: the dataset for `fit`, or the `tb.Batches` for `train_on_batch`; others
+                of the same shapes and dtypes will do. Only the first element of a
+                dataset is read.
 
         Raises:
-            ValueError: if `x` is neither or is empty, or before `compile`.
-            tb.MissingSecondDerivativeError, tb.NonFiniteError: as `fit` does.
+            ValueError: if `x` is neither or is empty, or if called before `compile`.
+            tb.MissingSecondDerivativeError, tb.NonFiniteError: as in `fit`.
 
         Example:
             >>> layer = keras.layers.Dense(1)
@@ -346,7 +346,7 @@ class BilevelModel(keras.Model):
         early = self._outer.early
         self._ready(like, first)
         try:
-            with elements.not_empty(x), self._outer.undone(self.variables):
+            with elements.not_empty(x), self._outer.restoring(self.variables):
                 self._outer.run(lambda: self.train_function(iter(data)), x)
         finally:
             self._outer.early = early
@@ -354,15 +354,15 @@ class BilevelModel(keras.Model):
     def train_on_batch(
         self, x: Any, *arguments: Any, return_dict: bool = False, **keywords: Any
     ) -> Any:
-        """One outer step on a `tb.Batches`, for a loop of your own.
+        """Make one outer step on a `tb.Batches`, for your own training loop.
 
         Args:
             x: the batches of one outer step.
-            return_dict: return the metrics by name, not as a list.
+            return_dict: return the metrics by name instead of as a list.
 
         Raises:
-            ValueError: if `x` is not a `tb.Batches`, or anything else is given: the
-                losses are yours.
+            ValueError: if `x` is not a `tb.Batches`, or any other argument is given
+                (such as weights, which belong in your losses).
             tb.NonFiniteError: at NaN or infinity, unless they are skipped.
         """
         require_batches(x, "`x`")
@@ -380,7 +380,7 @@ class BilevelModel(keras.Model):
         super().save(filepath, *arguments, **keywords)
 
     def export(self, filepath: Any, *arguments: Any, **keywords: Any) -> None:
-        """Refused: what serves is the trained network.
+        """Not supported: export the trained network instead.
 
         Raises:
             ValueError: always, before anything is written.
@@ -389,7 +389,7 @@ class BilevelModel(keras.Model):
         raise no_export(filepath)
 
     def get_config(self) -> dict[str, Any]:
-        """What `save` keeps of the arguments: all but functions."""
+        """The arguments that `save` stores: all except functions."""
         return {**super().get_config(), **config_of(self, self._functions)}
 
     @classmethod
@@ -397,18 +397,18 @@ class BilevelModel(keras.Model):
         return cls(**arguments_of(config))
 
     def get_compile_config(self) -> dict[str, Any]:
-        """What `save` keeps of `compile`'s arguments: all but the method."""
+        """The arguments of `compile` that `save` stores: all except the method."""
         known = super().get_compile_config()
         if not known:
             return {}
-        self._ensure_carried()  # loading a compiled model asks the file for it
+        self._ensure_carried()  # loading a compiled model reads it from the file
         jit_compile = "auto" if self._auto_jit else self.jit_compile
         return compile_config_of(self, known) | {"jit_compile": jit_compile}
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
         method = given(["method"], "the method (or pass compile=False)")
         self.compile(**method, **keras.saving.deserialize_keras_object(config))
-        self._ensure_carried()  # so that what the file holds of it is loaded
+        self._ensure_carried()  # so that its values are loaded from the file
 
     def make_train_function(self, force: bool = False) -> None:
         if self.train_function is not None and not force:
@@ -423,27 +423,27 @@ class BilevelModel(keras.Model):
         self.train_function = checked
 
     def train_step(self, data: Batches) -> dict[str, Any]:
-        """One outer step; the only place where variables are assigned."""
+        """Make one outer step; variables are assigned nowhere else."""
         return self._outer.make(data, self.on_nonfinite == "skip")
 
     def adapt(self, batches: Batches, inner: InnerSolver, function: Callable) -> Any:
-        """What a function gives for each task after an inner solve on its lower batch.
+        """The function's result for each task after an inner solve on its lower batch.
 
         Args:
             batches: any number of tasks along the leading axis.
             inner: the inner solver; its steps and rate may differ from training's.
-            function: (upper model, lower model, batches of the task, prepared) -> nest
+            function: (upper model, lower model, prepared batches of the task) -> nest
                 of tensors, called with the lower model at the task's solution.
 
         Returns:
             The nest, with the tasks along a leading axis.
 
         Raises:
-            ValueError: if the model was built without `tasks`, or an argument is not
-                of its kind.
+            ValueError: if the model was built without `tasks`, or an argument is of
+                the wrong kind.
         """
         require_adaptable(self.tasks, batches, inner, function)
-        # Variables among the results must be read while they hold the task's values.
+        # Variables in the results must be read while they hold the task's values.
         at = self._levels.at_variables(
             lambda *task: structure.to_tensors(function(*task))
         )
@@ -470,12 +470,12 @@ class BilevelModel(keras.Model):
         super().save_weights(filepath, *arguments, **keywords)
 
     def _ready(self, like: Batches, first: Callable, announce: bool = False) -> None:
-        """All that comes before the first outer step, and moves nothing.
+        """Everything needed before the first outer step; no variable is changed.
 
         Args:
             like: batches of one outer step, or their specifications.
             first: () -> the batches of the first outer step.
-            announce: say so where a trial of XLA takes long.
+            announce: print a message if a trial of XLA takes long.
         """
         self._outer.look(like, self.run_eagerly)
         self._ensure_carried()
@@ -486,7 +486,7 @@ class BilevelModel(keras.Model):
 
     def _ensure_carried(self) -> None:
         if self.compiled:
-            self._carried = self._outer.begun()
+            self._carried = self._outer.ensure_carried()
 
     def _use_saved_compilation(self) -> None:
         if self.compiled and self._auto_jit:
@@ -495,6 +495,6 @@ class BilevelModel(keras.Model):
     def _use_compilation(self, xla: bool | None) -> None:
         if xla is not None:
             if self.jit_compile != xla:
-                self.jit_compile = xla  # Keras refuses XLA for some layers
+                self.jit_compile = xla  # Keras does not allow XLA for some layers
                 self.make_train_function(force=True)
             self._progress.decide(self.jit_compile)

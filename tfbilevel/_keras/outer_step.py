@@ -1,4 +1,4 @@
-"""One outer step of two Keras models, and what comes before the first one."""
+"""One outer step of two Keras models, with the preparations for the first one."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -22,23 +22,23 @@ from tfbilevel._keras.training_state import SKIPPED, Carried, Progress, Trackers
 from tfbilevel._workarounds.abandoned_iterators import without_frames
 from tfbilevel._workarounds.memory_optimizer import without_memory_rewrites
 
-ENDS = NonFiniteError, ExampleWeightsError, KeyboardInterrupt  # of training
+ENDS = NonFiniteError, ExampleWeightsError, KeyboardInterrupt  # they end training
 
 
 class OuterStep:
-    """What `BilevelModel.compile` puts together: a method at work on two models.
+    """A method, its optimizers and two models, as combined by `BilevelModel.compile`.
 
     Args:
         levels: the two models.
         method: computes the step.
         optimizer, start_optimizer: move the upper variables; see `OuterUpdate`.
-        progress: how far training is.
-        indices: where an index out of range is noted.
+        progress: the progress of training.
+        indices: records an index out of range.
 
     Attributes:
         trackers: of the step's metrics.
-        carried: the method's state in variables; `None` until `begun`.
-        early: whether `begun` is to make it of the variables of then.
+        carried: the method's state in variables; `None` before `ensure_carried`.
+        early: whether `ensure_carried` must initialise it from the current variables.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class OuterStep:
         self.carried: Carried | None = None
         self.early = True
         self._looked = self._warned = False
-        self._resident: Resident | None = None  # while steps run
+        self._resident: Resident | None = None  # only while steps run
         with tf.device(levels.device):
             if start_optimizer is None:
                 optimizer.build(levels.upper_variables)
@@ -67,11 +67,11 @@ class OuterStep:
                 start_optimizer.build(start)
 
     def look(self, batches: Batches, eager: bool) -> None:
-        """Refuse, at the first call, what has no second derivative.
+        """At the first call, reject losses without second derivatives if needed.
 
         Args:
             batches: those of one outer step, or their specifications.
-            eager: whether code that cannot be traced may pass.
+            eager: whether code that cannot be traced is allowed.
         """
         if self._looked:
             return
@@ -84,12 +84,12 @@ class OuterStep:
             )
         except MissingSecondDerivativeError:
             raise
-        except Exception:  # of code that cannot be traced, but does run eagerly
+        except Exception:  # code that cannot be traced may still run eagerly
             if not eager:
                 raise
         self._looked = True
 
-    def begun(self) -> Carried:
+    def ensure_carried(self) -> Carried:
         """The method's state before the next step."""
         if self.early or self.carried is None:
             with tf.device(self.levels.device):
@@ -102,11 +102,11 @@ class OuterStep:
         return self.carried
 
     def faster_with_xla(self, batches: Batches, announce: bool) -> bool | None:
-        """Time one step with and without XLA; variables are not touched.
+        """Time one step with and without XLA; no variable is changed.
 
-        `None` if it has no gradient: the step itself names the variable.
+        `None` if it has no gradient: the step itself will raise that error.
         """
-        problem, carried = self.levels.problem, self.begun()
+        problem, carried = self.levels.problem, self.ensure_carried()
 
         def trial(x: list, y: list, state: Any, batches: Batches) -> Any:
             return problem.step(self.method, x, y, batches, state)
@@ -117,11 +117,11 @@ class OuterStep:
         return None
 
     def make(self, data: Batches, skips: bool) -> dict[str, Any]:
-        """Make one step; its metrics, as means over those so far.
+        """Make one step; returns its metrics as means over all steps so far.
 
         Args:
-            data: its batches.
-            skips: whether steps that are not finite are passed over.
+            data: the batches of the step.
+            skips: whether steps that are not finite are skipped.
         """
         assert self.carried is not None
         (x, y), state = self.levels.read(), self.carried.read()
@@ -147,7 +147,7 @@ class OuterStep:
         return self.trackers.update(logs, committed)
 
     def run(self, function: Callable[[], Any], x: Any) -> Any:
-        """What a function returns that makes steps by `call`.
+        """Call a function that makes steps by `call`, and return its result.
 
         Args:
             function: called once.
@@ -164,7 +164,7 @@ class OuterStep:
     def call(
         self, compiled: Callable, iterator: Iterator, count: int, skips: bool
     ) -> dict[str, Any]:
-        """Call the compiled step on the next `count` elements, and check it."""
+        """Call the compiled step on the next `count` elements, and check the result."""
         if self._resident is not None:
             iterator = self._resident.read(iterator, count)
         with self.levels.placed(), without_memory_rewrites():
@@ -173,19 +173,19 @@ class OuterStep:
         return logs
 
     def _check(self, logs: dict[str, Any], skips: bool) -> None:
-        """Raise what a compiled step can only note; warn of the first that diverged."""
+        """Raise errors that a compiled step records; warn at the first divergence."""
         try:
             if not skips:
                 self.progress.raise_if_nonfinite()
-        finally:  # nothing that may be passed over, and nearer to the cause
+        finally:  # this error is never skipped, and closer to the cause
             self.indices.raise_if_noted()
         if not self._warned and float(logs.get("diverged", 0.0)) > 0:
             self._warned = True
             warn_diverged(self.method)
 
     @contextlib.contextmanager
-    def undone(self, variables: list) -> Iterator[None]:
-        """After it nothing has moved: a step that was made in it has been compiled.
+    def restoring(self, variables: list) -> Iterator[None]:
+        """Restores all variables on exit, so that a step made within only compiles.
 
         Args:
             variables: those of both models, and all that is saved with them.

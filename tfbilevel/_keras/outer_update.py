@@ -1,4 +1,4 @@
-"""What an outer step assigns to the variables of a model, or refuses to assign."""
+"""What an outer step assigns to a model's variables, or rejects as not finite."""
 
 from typing import Any, NamedTuple
 
@@ -22,11 +22,11 @@ class OuterUpdate(NamedTuple):
         levels: the two models.
         optimizer: moves the upper variables.
         start_optimizer: moves those of a learned start; `None`: `optimizer` does.
-        progress, carried: what is kept from step to step.
-        indices: where an index out of range is noted.
-        lower_steps: how many steps the lower variables made.
-        skips: whether steps that are not finite are passed over. Otherwise the first
-            one stops training: no later one is made until its code is read.
+        progress, carried: the state that is kept between steps.
+        indices: records an index out of range.
+        lower_steps: number of steps that the lower variables make.
+        skips: whether steps that are not finite are skipped. Otherwise the first one
+            stops training: no later one is made until its error code is read.
     """
 
     levels: Levels
@@ -39,7 +39,7 @@ class OuterUpdate(NamedTuple):
     skips: bool
 
     def make(self, step: Step, batches: Batches) -> Any:
-        """Assign what the step computed; whether it did."""
+        """Assign the result of the step; returns whether it was assigned."""
         code = tf.cast(first_nonfinite(step), tf.int64)
         latched = self.progress.bad_code.value
         proceed = code < 0
@@ -61,7 +61,7 @@ class OuterUpdate(NamedTuple):
         return tf.constant(False)
 
     def _commit(self, step: Step, batches: Batches) -> tf.Tensor:
-        """Whether it did: not if the upper optimizer or the projection ends at NaN."""
+        """As `make`; not assigned if the upper optimizer or projection gives NaN."""
         if not isinstance(step.upper_scale, tuple):
             why = "with a method whose schedule scales the upper step"
             require_no_average(self.optimizer, why)

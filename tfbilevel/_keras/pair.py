@@ -1,4 +1,4 @@
-"""Datasets of both levels' batches."""
+"""Datasets with the batches of both levels."""
 
 import math
 from typing import Any
@@ -17,34 +17,34 @@ def pair(
     """Zip an upper and a lower dataset into a dataset of `tb.Batches`.
 
     One element is the data of one outer step. The shorter dataset is repeated until
-    the longer one ends; a dataset of unknown length counts as the longer one. Of two of
-    unknown length none is repeated: what ends first ends the epoch (repeat it, or tell
-    its length by tf.data.experimental.assert_cardinality).
+    the longer one ends; a dataset of unknown length counts as the longer one. If both
+    have unknown length, neither is repeated, and the first to end ends the epoch
+    (repeat it, or set its length with tf.data.experimental.assert_cardinality).
 
     Args:
         upper_dataset: upper batches (validation data).
         lower_dataset: lower batches (training data).
-        lower_batches: n, how many lower batches an outer step takes. With n > 1 the
-            lower batch has a leading axis n: inner step t takes slice t, a
-            stochastic linear solve goes on from there. With n = 1 every inner step
+        lower_batches: n, number of lower batches in an outer step. With n > 1 the
+            lower batch has a leading axis n: inner step t takes slice t, and a
+            stochastic linear solve continues from there. With n = 1 every inner step
             sees the same batch.
 
-    No example is left out. With n > 1 an epoch whose lower batches do not divide by n
-    takes what its last step misses from the beginning of the next pass. Batches of
-    `.batch(size)` are then all made as large as the first: the smaller one that ends a
-    pass is joined with the next pass's beginning. (`pair` reads one element to know the
-    size, and none may be larger. With `.batch(size, drop_remainder=True)` it need not,
-    and what that drops is left out.)
+    No example is left out. With n > 1, if the number of lower batches is not a multiple
+    of n, the last step of an epoch is completed from the beginning of the next pass.
+    Batches of `.batch(size)` must then all be as large as the first, so the smaller
+    last one of a pass is filled up from the next pass. (`pair` reads one element to
+    know the size, and none may be larger. With `.batch(size, drop_remainder=True)` it
+    need not read one, and the remainder is left out.)
 
     Returns:
-        A dataset of `tb.Batches`, one element prefetched. Unless one of the two says
-        otherwise in its options, tf.data does not tune it: `AUTOTUNE` means as many
-        calls at once as there are cores, and a `map` without `num_parallel_calls` is
-        not made parallel.
+        A dataset of `tb.Batches`, with one element prefetched. Unless the options of
+        one of the two say otherwise, tf.data's autotuning is off: `AUTOTUNE` means as
+        many parallel calls as there are cores, and a `map` without
+        `num_parallel_calls` is not made parallel.
 
     Raises:
         ValueError: for anything but two datasets, an empty dataset, fewer than
-            `lower_batches` lower batches, or with n > 1 lower batches that may differ
+            `lower_batches` lower batches, or, with n > 1, lower batches that may differ
             in another axis than the first.
 
     Example:
@@ -85,7 +85,7 @@ def pair(
     again = lower_length < upper_length
     if lower_batches > 1:
         lower_dataset = _groups(lower_dataset, lower_batches, again)
-        if upper_length == lower_length < math.inf:  # groups may be more than counted
+        if upper_length == lower_length < math.inf:  # there may be more groups
             upper_dataset = upper_dataset.repeat()
     elif again:
         lower_dataset = lower_dataset.repeat()
@@ -95,12 +95,13 @@ def pair(
 
 
 def _groups(dataset: tf.data.Dataset, count: int, again: bool) -> tf.data.Dataset:
-    """Groups of `count` batches of one size.
+    """Groups of `count` batches of the same size.
 
     Args:
         dataset: the batches of one pass.
-        count: how many make a group.
-        again: without end; or one pass, its last group filled up from the next.
+        count: number of batches in a group.
+        again: True: repeat without end. False: one pass, with the last group completed
+            from the next pass.
     """
     size = _common_size(dataset)
     length = int(dataset.cardinality())
@@ -112,7 +113,7 @@ def _groups(dataset: tf.data.Dataset, count: int, again: bool) -> tf.data.Datase
         groups = dataset.batch(count, drop_remainder=True)
         return groups if endless else groups.take(math.ceil(length / count))
 
-    # Where a pass ends only its elements tell: they are marked.
+    # Only the elements can tell where a pass ends, so they are marked.
     def marked(dataset: tf.data.Dataset, mark: bool) -> tf.data.Dataset:
         marks = tf.data.Dataset.from_tensors(mark).repeat()
         return tf.data.Dataset.zip((dataset, marks))
@@ -129,8 +130,8 @@ def _groups(dataset: tf.data.Dataset, count: int, again: bool) -> tf.data.Datase
 
 
 def _common_size(dataset: tf.data.Dataset) -> int:
-    """How many examples the first batch has, 0 if all batches are known to be alike."""
-    nothing = tf.type_spec_from_value(None)  # 2.18 does not export its class
+    """The number of examples in the first batch; 0 if all batches have one size."""
+    nothing = tf.type_spec_from_value(None)  # TensorFlow 2.18 does not export its class
     leaves = tf.nest.flatten(dataset.element_spec)
     specs = [spec for spec in leaves if spec != nothing]
     if all(_alike(spec) for spec in specs):
@@ -145,15 +146,15 @@ def _common_size(dataset: tf.data.Dataset) -> int:
             return sizes.pop()
     raise ValueError(
         "`lower_dataset` must have batches of one shape with `lower_batches` above 1, "
-        "where they are stacked. Only their first axis, that of the examples, may be "
-        "of another size (of all parts of a batch alike). Pad them to one length, or "
-        "tell the shape by .map(lambda batch: tf.ensure_shape(batch, shape)). "
+        "because they are stacked. Only their first axis, that of the examples, may "
+        "vary (for all parts of a batch alike). Pad them to one length, or "
+        "set the shape by .map(lambda batch: tf.ensure_shape(batch, shape)). "
         f"Received: lower_dataset of {dataset.element_spec}"
     )
 
 
 def _alike(spec: Any, first: int = 0) -> bool:
-    """Whether it tells the size of every axis from the `first` on."""
+    """Whether the specification has the size of every axis from the `first` on."""
     if isinstance(spec, tf.RaggedTensorSpec):
         return first > 0 or spec.shape[0] is not None
     shape = getattr(spec, "shape", None)
@@ -163,12 +164,12 @@ def _alike(spec: Any, first: int = 0) -> bool:
 
 
 def _untuned(dataset: tf.data.Dataset) -> tf.data.Dataset:
-    """The dataset without tf.data's autotuning, unless its owner has decided.
+    """The dataset without tf.data's autotuning, unless its options set autotuning.
 
-    The thread that tunes sleeps for 10 ms, then for twice as long each time, up to a
-    minute, and an iterator is not deleted before it wakes (the signal to stop is sent
-    before the flag is set that it looks for): fits and epochs of a finite dataset took
-    up to twice their time.
+    The tuning thread sleeps for 10 ms, then twice as long each time, up to a minute,
+    and an iterator is not deleted before the thread wakes (the signal to stop is sent
+    before the flag that it checks is set). Fits, and epochs of a finite dataset, took
+    up to twice as long.
     """
     if dataset.options().autotune.enabled is not None:
         return dataset

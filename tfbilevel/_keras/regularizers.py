@@ -1,4 +1,4 @@
-"""A network's own penalties: its regularisers and what its layers add by `add_loss`."""
+"""A network's own penalties: regularisers, and losses of its layers' `add_loss`."""
 
 import contextlib
 import threading
@@ -14,19 +14,19 @@ CHOICES = ("add", "ignore")
 def with_own_losses(
     loss: Callable[[], Any], model: keras.layers.Layer, scope: keras.StatelessScope
 ) -> Any:
-    """A loss and the sum of `model.losses` that it has not added itself.
+    """A loss plus those of `model.losses` that it has not added itself.
 
-    The same as if `+ sum(model.losses)` stood at the end of the loss. What the loss
-    takes from `losses` of the model or of a layer, or from a call of a
-    `keras.regularizers.Regularizer`, is noticed and left out.
+    The result is the same as with `+ sum(model.losses)` at the end of the loss. Terms
+    that the loss already took from `losses` of the model or a layer, or by calling a
+    `keras.regularizers.Regularizer`, are detected and left out.
 
     Args:
-        loss: evaluates it; called once.
+        loss: evaluates the loss; called once.
         model: the model of the loss's level.
         scope: the open scope that holds the variables' values and collects losses.
     """
     held = [v for v in model.trainable_variables if v.regularizer is not None]
-    # Keras knows the losses of a model by the ids of tensors: of earlier ones, too.
+    # Keras identifies losses of a model by the ids of tensors, also of earlier ones.
     model._clear_losses()
     taken = _Taken(held, model)
     with _noticing(taken, held):
@@ -38,14 +38,14 @@ def with_own_losses(
         return value
     value = tf.convert_to_tensor(value)
     if value.shape.rank != 0 or not value.dtype.is_floating:
-        return value  # no loss: whoever differentiates it says so
+        return value  # not a valid loss; the differentiation raises the error
     try:
         return tf.add_n([value, *(_scalar(term, value.dtype) for term in terms)])
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"The losses of `{model.name}` (activity regularisers, add_loss) must be "
-            "made where the loss can reach them, not inside a loop, a mapping or a "
-            "tf.function of its own. Call the model outside of it, or add them there "
+            "made outside of loops, mappings and separate tf.functions, where the loss "
+            "can use them. Call the model outside of these, or add its losses inside "
             "and pass tb.BilevelModel(..., regularizers='ignore'). "
             f"Received: {error}"
         ) from error
@@ -56,7 +56,7 @@ def _scalar(term: Any, dtype: tf.DType) -> tf.Tensor:
 
 
 class _Taken:
-    """What a loss took of a model's penalties while it was evaluated.
+    """The penalties of a model that a loss used while it was evaluated.
 
     Attributes:
         variables: ids of the variables whose regulariser was called.
@@ -72,19 +72,19 @@ class _Taken:
         return any(loss is one for one in self._losses)
 
     def read(self, layer: keras.layers.Layer, losses: list) -> None:
-        """`layer.losses` was read."""
+        """Record that `layer.losses` was read."""
         self._losses += losses
         self.variables |= {id(v) for v in layer.trainable_variables}
 
     def called(self, regularizer: Any, argument: Any) -> None:
-        """A regulariser was called with a variable, its value or something else."""
+        """Record that a regulariser was called with a variable, its value or other."""
         mine = [v for v in self._held if v.regularizer is regularizer]
         exactly = [v for v in mine if argument is v or argument is v.value]
         if exactly or id(regularizer) not in self._of_activities:
             self.variables |= {id(v) for v in exactly or mine}
 
 
-_threads = threading.local()  # .taken: what the loss that this thread evaluates took
+_threads = threading.local()  # .taken: penalties used by the thread's current losses
 
 
 def _all_taken() -> list[_Taken]:
@@ -93,7 +93,7 @@ def _all_taken() -> list[_Taken]:
 
 @contextlib.contextmanager
 def _noticing(taken: _Taken, held: list) -> Iterator[None]:
-    """While it is open, this thread's uses of penalties are noted."""
+    """While it is open, this thread's uses of penalties are recorded."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(_replaced(keras.layers.Layer, "losses", _noted_losses))
         for kind in {type(v.regularizer) for v in held}:
@@ -128,12 +128,12 @@ def _noted_call(original: Callable) -> Callable:
 
 
 _lock = threading.Lock()
-_replacements: dict[tuple[type, str], list] = {}  # users, and how to put it back
+_replacements: dict[tuple[type, str], list] = {}  # number of users, original value
 
 
 @contextlib.contextmanager
 def _replaced(owner: type, name: str, made: Callable[[Any], Any]) -> Iterator[None]:
-    """An attribute of a class replaced; the last one to leave puts it back."""
+    """An attribute of a class replaced; the last user to leave restores it."""
     key = owner, name
     with _lock:
         if key not in _replacements:

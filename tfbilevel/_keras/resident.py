@@ -1,4 +1,4 @@
-"""Batches that do not change from step to step stay on the device."""
+"""Keeps batches that do not change from step to step on the device."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -8,26 +8,26 @@ import tensorflow as tf
 
 
 class Resident:
-    """Reads a dataset's elements; what comes again is copied to the device once.
+    """Reads a dataset's elements, and copies a repeated one to the device only once.
 
-    tf.data hands a tensor out again, not a copy of it, where a dataset has one element
-    that is repeated: a full batch. Its buffer is then where the last one's was, and as
-    that is still held, it holds the same numbers. Anything else is passed on as it is.
-    A generator that yields one NumPy array again and again, with other numbers, breaks
-    this, as it breaks tf.data, which reads ahead.
+    If a dataset repeats a single element (a full batch), tf.data returns the same
+    tensor again, not a copy. Its buffer then has the same address as the last one's,
+    and since that one is still held, it contains the same numbers. All other elements
+    are passed on unchanged. A generator that yields the same NumPy array again with
+    changed numbers breaks this, but it also breaks tf.data, which reads ahead.
 
     Memory: one element's tensors on the host, the repeated ones on the device too.
 
     Args:
-        device: where the step runs.
+        device: the device on which the step runs.
     """
 
     def __init__(self, device: str):
         self.device = device
-        self._last: list = []  # per leaf: the numbers on the host, and on the device
+        self._last: list = []  # per leaf: its numbers on the host, its device copy
 
     def read(self, iterator: Iterator, count: int) -> Iterator:
-        """The next elements, at most `count`; StopIteration if there is none."""
+        """The next elements, at most `count`; raises StopIteration if there is none."""
         first = self._resident(next(iterator))
         return self._rest(first, iterator, count - 1)
 
@@ -59,7 +59,7 @@ class Resident:
 
 
 def _numbers(leaf: Any) -> np.ndarray | None:
-    """A tensor's own memory; `None` if it is one number, or cannot be looked at."""
+    """A tensor's own memory; `None` for a scalar or if it is not accessible."""
     if not isinstance(leaf, tf.Tensor) or not leaf.shape.rank:
         return None
     if "CPU:" not in leaf.backing_device or leaf.dtype in (tf.string, tf.variant):

@@ -1,4 +1,4 @@
-"""A BilevelModel in a `.keras` file: everything but what is Python of the user's."""
+"""A BilevelModel in a `.keras` file: everything except the user's Python functions."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -9,7 +9,7 @@ SAVED_SETTINGS = ("metrics", "weighted_metrics", "steps_per_execution", "run_eag
 
 
 def require_serialisable(model: keras.Model, callbacks: Any) -> None:
-    """Raise at a callback that would fail to save the model at an epoch's end."""
+    """Raise for a callback that would fail to save the model at the end of an epoch."""
     for callback in keras.tree.flatten(getattr(callbacks, "callbacks", callbacks)):
         checkpoint = isinstance(callback, keras.callbacks.ModelCheckpoint)
         if checkpoint and not callback.save_weights_only:
@@ -19,7 +19,7 @@ def require_serialisable(model: keras.Model, callbacks: Any) -> None:
 
 
 def require_saved_as(path: Any) -> None:
-    """Raise at the old format, which loads no model with a `compile` of its own."""
+    """Raise for the HDF5 format, which cannot load models with their own `compile`."""
     if str(path).endswith((".h5", ".hdf5")):
         raise ValueError(
             "`filepath` must end in .keras: HDF5 files hold weights alone "
@@ -28,7 +28,7 @@ def require_saved_as(path: Any) -> None:
 
 
 def require_unshared(upper: Any, lower: Any) -> None:
-    """Raise if the models share variables: a file has them once, for one of the two."""
+    """Raise if the models share variables, which a file stores for only one of them."""
     own = {id(variable) for variable in upper.variables}
     shared = [v.path for v in lower.variables if id(v) in own]
     if shared:
@@ -41,13 +41,13 @@ def require_unshared(upper: Any, lower: Any) -> None:
 
 
 def given(names: Iterable[str], what: str) -> dict[str, Any]:
-    """What the user passed to `load_model` under these names.
+    """The objects that the user passed to `load_model` under these names.
 
-    No file holds functions and methods: they close over data, and code in a file would
-    be run by whoever opens it.
+    Files do not contain functions or methods: these close over data, and code in a file
+    would be executed by everyone who opens it.
 
     Raises:
-        ValueError: if one is not there.
+        ValueError: if one of them is missing.
     """
     found = {name: keras.saving.get_registered_object(name) for name in names}
     missing = [name for name, value in found.items() if value is None]
@@ -62,7 +62,7 @@ def given(names: Iterable[str], what: str) -> dict[str, Any]:
 
 
 def config_of(model: Any, functions: Iterable[str]) -> dict[str, Any]:
-    """A BilevelModel's arguments; of those that are functions, which there were."""
+    """A BilevelModel's arguments; for functions, only the names of those it had."""
     require_unshared(model.upper, model.lower)
     serialize = keras.saving.serialize_keras_object
     return {
@@ -77,11 +77,11 @@ def config_of(model: Any, functions: Iterable[str]) -> dict[str, Any]:
 
 
 def compile_config_of(model: Any, known: Mapping[str, Any]) -> dict[str, Any]:
-    """A BilevelModel's arguments of `compile`, but for the method.
+    """A BilevelModel's arguments of `compile`, except the method.
 
     Args:
-        model: a compiled one.
-        known: what Keras keeps of them.
+        model: a compiled model.
+        known: the arguments that Keras stores.
     """
     serialize = keras.saving.serialize_keras_object
     return {
@@ -93,7 +93,7 @@ def compile_config_of(model: Any, known: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def arguments_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """`config_of` undone: arguments to build the model with."""
+    """The inverse of `config_of`: arguments to build the model with."""
     rest = {k: v for k, v in config.items() if k != "functions"}
     for name in ("upper", "lower"):
         rest[name] = keras.saving.deserialize_keras_object(rest[name])

@@ -1,4 +1,4 @@
-"""What a BilevelModel keeps between outer steps besides its two models."""
+"""The state of a BilevelModel between outer steps, apart from its two models."""
 
 import contextlib
 from collections.abc import Iterator
@@ -14,24 +14,24 @@ from tfbilevel._workarounds.tracing import outside_traces
 # How the outer step is compiled: not decided yet, as a graph, with XLA.
 UNDECIDED, GRAPH, XLA = 0, 1, 2
 
-SKIPPED = "skipped"  # the log entry that counts the steps passed over
+SKIPPED = "skipped"  # the log entry that counts skipped steps
 
 
 def random_states(*models: Any) -> list:
-    """States of seed generators, which Keras counts as no weights."""
+    """States of seed generators, which Keras does not count as weights."""
     weights = {id(v) for model in models for v in model.weights}
     states = {id(v): v for model in models for v in model.variables}
     return [v for number, v in states.items() if number not in weights]
 
 
 class Progress(keras.layers.Layer):
-    """How far training is, saved with the weights."""
+    """The progress of training, saved with the weights."""
 
     def __init__(self, levels: Levels):
         super().__init__(name="progress")
-        # Of what the losses sample without a seed of their own.
+        # The seed for sampling in the losses without a seed of their own.
         self.base = levels.base
-        # Keras saves no seed generator by itself.
+        # Keras does not save seed generators itself.
         states = random_states(levels.upper, levels.lower)
         self.random_states = [*states, levels.base.state]
 
@@ -47,7 +47,7 @@ class Progress(keras.layers.Layer):
         with tf.device(levels.device):
             self.step = scalar("step", "int64", 0)
             # Not int32: TensorFlow keeps int32 variables on the host, where a step that
-            # XLA has compiled for another device cannot reach them.
+            # XLA compiled for another device cannot reach them.
             self.bad_code = scalar("bad_code", "int64", -1)
             self.compilation = scalar("compilation", "int64", UNDECIDED)
         self.built = True
@@ -56,7 +56,7 @@ class Progress(keras.layers.Layer):
         if len(store.keys()) != len(self.weights):  # 0: Keras tries other places too
             raise ValueError(
                 "The file does not fit: either a version before 0.1 saved it, without "
-                "the seed of what the losses sample, or the models had other random "
+                "the seed of the losses' samples, or the models had other random "
                 "layers. To load both models and count outer steps from 0, pass "
                 "load_weights(path, skip_mismatch=True). "
                 "Received: other variables of training's progress than these "
@@ -69,7 +69,7 @@ class Progress(keras.layers.Layer):
 
     @property
     def xla(self) -> bool | None:
-        """Whether the step is compiled with XLA; `None`: that is not decided yet."""
+        """Whether the step is compiled with XLA; `None`: not decided yet."""
         chosen = int(self.compilation.numpy())
         return None if chosen == UNDECIDED else chosen == XLA
 
@@ -86,7 +86,7 @@ class Progress(keras.layers.Layer):
 class Carried(keras.layers.Layer):
     """A method's state in variables, so that it is saved with the weights.
 
-    What a method counts in int32 is kept in int64, which XLA reaches on every device.
+    Int32 counters of a method are stored as int64, which XLA can use on every device.
     """
 
     def __init__(self, state: Any):
@@ -120,18 +120,19 @@ class Carried(keras.layers.Layer):
 
 
 class MeanOfSome(keras.metrics.Mean):
-    """A mean that is NaN, not zero, where nothing was counted."""
+    """A mean that is NaN instead of zero if nothing was counted."""
 
     def result(self) -> tf.Tensor:
         return self.total / tf.cast(self.count, self.total.dtype)
 
 
 class Trackers:
-    """Means of the step's metrics over an epoch, and how many steps were skipped. Not
-    part of what is saved.
+    """Means of the step's metrics over an epoch, and the number of skipped steps.
+
+    They are not saved.
 
     Args:
-        device: where the step's variables are: its means must be there too.
+        device: the device of the step's variables, where the means must be too.
     """
 
     def __init__(self, device: str) -> None:
@@ -142,7 +143,7 @@ class Trackers:
         new = [name for name in names if name not in self.of]
 
         def make() -> list[keras.metrics.Metric]:
-            with tf.device(self.device):  # another thread knows no scope of the user's
+            with tf.device(self.device):  # another thread does not see the user's scope
                 return [
                     keras.metrics.Sum(name)
                     if name == SKIPPED
@@ -154,11 +155,11 @@ class Trackers:
         return {name: self.of[name] for name in names}
 
     def update(self, logs: dict[str, Any], committed: Any = True) -> dict[str, Any]:
-        """The means over the steps so far, with those of one more.
+        """The means over the steps so far, after adding one more.
 
         Args:
-            logs: its metrics, by name.
-            committed: whether it was made: if not, only SKIPPED counts.
+            logs: the step's metrics, by name.
+            committed: whether the step was assigned; if not, only SKIPPED counts.
         """
         for name, tracker in self.named(logs).items():
             kept = name == SKIPPED or committed
@@ -169,7 +170,7 @@ class Trackers:
 
     @contextlib.contextmanager
     def kept(self) -> Iterator[None]:
-        """After it all means, those new in it too, are what they were before it."""
+        """Restores all means on exit, including those created within."""
         known = list(self.of.values())
         with kept([v for tracker in known for v in tracker.variables]):
             yield
@@ -180,7 +181,7 @@ class Trackers:
 
 @contextlib.contextmanager
 def kept(variables: list) -> Iterator[None]:
-    """After it the variables have the values that they had before it."""
+    """Restores the variables' values on exit."""
     before = [variable.numpy() for variable in variables]
     try:
         yield

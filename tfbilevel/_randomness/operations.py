@@ -1,4 +1,4 @@
-"""Random operations whose numbers a seed fixes, whatever they are called through."""
+"""Random operations whose samples depend only on a seed, however they are called."""
 
 import contextlib
 import threading
@@ -23,8 +23,8 @@ from tensorflow.python.ops.parallel_for import control_flow_ops as parallel_for
 from tfbilevel._workarounds import functions_inline
 from tfbilevel._workarounds.swap import Replacement, Swap
 
-# Odd numbers without a pattern: sums of few small multiples of them hardly ever meet
-# modulo 2^32. What the sums are is scrambled by the operations themselves.
+# Odd numbers without a pattern, so that sums of small multiples of them rarely
+# coincide modulo 2^32. The random operations themselves scramble the sums.
 CALL, OWN, COUNT = 0x9E3779B1, 0x85EBCA77, 0x27D4EB2F
 PASS, NEST = 0x165667B1, 0x2545F491
 
@@ -43,25 +43,25 @@ def wrapped(number: int) -> int:
 
 
 class _Evaluation:
-    """One evaluation of a function: its seed, and how often it has sampled."""
+    """One evaluation of a function: its seed and the number of samples so far."""
 
     def __init__(self, seed: Any):
         self.seed, self.samples = seed, 0
         self.graph = (
             None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
         )
-        self.mapped: list[Any] = []  # entries that tf.vectorized_map is at
+        self.mapped: list[Any] = []  # current entries of enclosing tf.vectorized_maps
 
     def next(self, own: Any = None) -> tf.Tensor:
         """The seed of the next sample, int32, [2].
 
         Args:
-            own: a seed that the operation itself has, in place of the base.
+            own: the operation's own seed, used in place of the base.
         """
         self.samples += 1
         number, base = tf.unstack(tf.convert_to_tensor(self.seed, tf.int32))
         base = base if own is None else tf.cast(own, tf.int32) * wrapped(OWN)
-        # Where TensorFlow traces once what runs many times, every pass has its own.
+        # TensorFlow traces a loop's body once: each iteration gets its own seed.
         factor = 1
         for passed in [*self._loops(), *self.mapped]:
             number += tf.cast(passed, tf.int32) * wrapped(PASS * factor)
@@ -69,7 +69,7 @@ class _Evaluation:
         return tf.stack([number, base + wrapped(CALL * self.samples)])
 
     def _loops(self) -> list[tf.Tensor]:
-        """Counters of the loops that the current graph is the body of."""
+        """The counters of the loops around the current graph."""
         counters: list[tf.Tensor] = []
         if tf.executing_eagerly():
             return counters
@@ -81,25 +81,25 @@ class _Evaluation:
         return counters
 
 
-class _Here(threading.local):
-    """The evaluations that this thread is within, the innermost last."""
+class _ThreadState(threading.local):
+    """The evaluations that this thread is in, the innermost last."""
 
     def __init__(self) -> None:
         self.evaluations: list[_Evaluation] = []
 
 
-_here = _Here()
+_here = _ThreadState()
 
 
 @contextlib.contextmanager
 def fixed_randomness(seed: Any) -> Iterator[None]:
-    """What is evaluated within samples the same numbers whenever the seed is the same.
+    """Makes the same seed give the same samples in everything evaluated in the context.
 
-    In this thread `tf.random`, `tf.nn.dropout`, `tf.image.random_*`, `keras.random`,
-    Keras's random layers and `tf.random.Generator` take their numbers from the seed
-    and from how many samples came before. No state is written, but for those of seed
-    generators in a `keras.StatelessScope`. A seed that belongs to a generator or an
-    operation counts too.
+    In this thread, `tf.random`, `tf.nn.dropout`, `tf.image.random_*`, `keras.random`,
+    Keras's random layers and `tf.random.Generator` sample by the seed and by the
+    number of samples taken before. No state is written, except that of seed generators
+    in a `keras.StatelessScope`. The seed of a generator or an operation itself is
+    also taken into account.
 
     Args:
         seed: int32, [2].
@@ -119,12 +119,12 @@ def fixed_randomness(seed: Any) -> Iterator[None]:
         _require_fixed(evaluation.graph, before)
 
 
-def seed_here() -> Any:
-    """The seed that what is evaluated here samples by; `None`: none is given."""
+def current_seed() -> Any:
+    """The seed of the current evaluation; `None` if there is none."""
     return _here.evaluations[-1].seed if _here.evaluations else None
 
 
-# Stateful operations that have a stateless twin.
+# Stateful operations that have a stateless counterpart.
 
 
 def _normal(seed: Any, shape: Any, dtype: Any) -> tf.Tensor:
@@ -154,7 +154,7 @@ def _poisson(seed: Any, shape: Any, rate: Any, dtype: Any = tf.int64) -> tf.Tens
 
 
 def _followed_by(shape: Any, parameter: Any) -> tf.Tensor:
-    """The shape of that many samples for every entry of the parameter."""
+    """The shape of the samples: `shape` for every entry of the parameter."""
     shape = tf.convert_to_tensor(shape)
     return tf.concat([shape, tf.shape(parameter, out_type=shape.dtype)], axis=0)
 
@@ -166,7 +166,7 @@ def _categorical(
 
 
 def _shuffle(seed: Any, value: Any) -> tf.Tensor:
-    # By a gather: that has derivatives, and XLA and pfor know it.
+    # A gather has derivatives, and XLA and pfor support it.
     value = tf.convert_to_tensor(value)
     count = tf.shape(value)[:1]
     keys = stateless.stateless_random_uniform_full_int(count, seed, tf.int32)
@@ -204,7 +204,7 @@ _get_seed = random_seed.get_seed
 
 
 def _own_seed(op_seed: Any) -> tuple:
-    """An operation's own seed alone: the global one advances whenever it is asked."""
+    """An operation's own seed only: reading the global one would advance it."""
     if not _here.evaluations:
         return _get_seed(op_seed)
     return (0, 0) if op_seed is None else (random_seed.DEFAULT_GRAPH_SEED, op_seed)
@@ -229,7 +229,7 @@ def _next_fixed(self: Any, ordered: bool = True) -> tf.Tensor:
 
 
 class _SeedsOfTheEvaluation:
-    """Stands for Keras's global seed generator."""
+    """Replaces Keras's global seed generator."""
 
     def next(self, ordered: bool = True) -> tf.Tensor:
         del ordered
@@ -241,7 +241,7 @@ def _global_fixed() -> Any:
 
 
 def _default_seed_fixed() -> int:
-    """A number, the same at every evaluation, for layers made within the function."""
+    """A seed for layers created in the function, the same at every evaluation."""
     if not _here.evaluations:
         return _default_seed()
     evaluation = _here.evaluations[-1]
@@ -263,7 +263,7 @@ def _key_counter_fixed(self: Any, shape: Any) -> tuple:
     return tf.raw_ops.StatelessRandomGetKeyCounter(seed=seed)
 
 
-# `tf.vectorized_map` and the like trace once for all entries.
+# `tf.vectorized_map` and similar functions trace once for all entries.
 
 _pfor = parallel_for.pfor
 
@@ -274,7 +274,7 @@ def _pfor_numbered(loop_fn: Callable, *arguments: Any, **keywords: Any) -> Any:
         return _pfor(loop_fn, *arguments, **keywords)
 
     def numbered(entry: Any) -> Any:
-        # In a graph of its own if called eagerly, but still within the evaluation.
+        # Called eagerly, this runs in a separate graph, but in the same evaluation.
         mapped = _here.evaluations[-1].mapped
         mapped.append(entry)
         try:
@@ -285,7 +285,7 @@ def _pfor_numbered(loop_fn: Callable, *arguments: Any, **keywords: Any) -> Any:
     return _pfor(numbered, *arguments, **keywords)
 
 
-# What cannot be fixed.
+# Operations that cannot be fixed.
 
 
 def _not_fixed(operation: str, name: str) -> ValueError:
@@ -344,7 +344,7 @@ REFUSED = [
     (gen_stateful_random_ops, "stateful_uniform_full_int"),
     (gen_stateful_random_ops, "stateful_uniform_int"),
 ]
-# As they stand in graphs: called by tf.raw_ops, or in functions traced before.
+# Their names in graphs, where they come from tf.raw_ops or from earlier traces.
 STATEFUL = {_camel(name) for _, name, *_ in [*TWINS, *REFUSED]} - set(FRACTIONAL)
 
 _replaced = Swap(
@@ -372,7 +372,7 @@ def _last_operation(graph: Any) -> int:
 
 
 def _require_fixed(graph: Any, before: int) -> None:
-    """Raise for a stateful random operation among those made since."""
+    """Raise if a stateful random operation was added to the graph since `before`."""
     for operation in graph.get_operations()[before:]:
         if operation.type in STATEFUL:
             raise _not_fixed(operation.type, operation.name)
@@ -381,7 +381,7 @@ def _require_fixed(graph: Any, before: int) -> None:
 
 
 def _require_fixed_calls(graph: Any, node: Any, seen: set[str]) -> None:
-    """The same for the functions that a node calls."""
+    """The same for the functions called by a node."""
     for value in node.attr.values():
         for name in [value.func.name, *(f.name for f in value.list.func)]:
             if not name or name in seen or not graph._is_function(name):

@@ -1,4 +1,4 @@
-"""Losses that sample: one fixed function each within an outer step."""
+"""Seeds, which make a loss that samples a fixed function within an outer step."""
 
 import functools
 from collections.abc import Callable
@@ -7,18 +7,19 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from tfbilevel._randomness.operations import fixed_randomness, seed_here, wrapped
+from tfbilevel._randomness.operations import current_seed, fixed_randomness, wrapped
 
-# A seed is a pair of 32-bit numbers: the first says where in the run it is, a sum of
-# such multiples, the second is the base that the user or the model chose.
+# A seed is a pair of 32-bit numbers. The first is a sum of multiples of these numbers
+# and says where in the run the seed is used; the second is the base that the user or
+# the model chose.
 STEP, TASK, DRAW, ROLE = 0x9E3779B1, 0xC2B2AE3D, 0x85EBCA6B, 0x27D4EB2F
 TURN = 0x2C1B3C6D
-# What is evaluated, each with numbers of its own.
+# The roles: functions that are evaluated, each with samples of its own.
 UPPER_LOSS, LOWER_LOSS, PREPARE, START, PROJECT_UPPER, PROJECT_LOWER = range(1, 7)
 
 
 def as_seed(given: Any) -> Any:
-    """The seed int32, [2], of a base, or as it is."""
+    """The seed, int32, [2], of a base; a seed is returned unchanged."""
     if tf.is_tensor(given):
         if given.shape.rank == 1:
             return given
@@ -30,11 +31,11 @@ def as_seed(given: Any) -> Any:
 
 
 def folded(seed: Any, factor: int, number: Any) -> Any:
-    """The seed of a number: a step's, a task's, a draw's, a role's.
+    """The seed for a numbered part: a step, a task, a sample, a role.
 
     Args:
         seed: int32, [2] or [tasks, 2].
-        factor: which of them.
+        factor: which kind of part, one of `STEP`, `TASK`, `DRAW`, `ROLE`.
         number: an integer, a scalar tensor, or one with an entry per task.
     """
     if not tf.is_tensor(number):
@@ -47,8 +48,8 @@ def folded(seed: Any, factor: int, number: Any) -> Any:
 
 
 def of_step(seed: Any, number: Any) -> Any:
-    """The seed of an outer step, or of a run: of each within the other too."""
-    # A step after another number must not be that number after the step.
+    """The seed of an outer step or of a run; calls can be nested in any order."""
+    # Step a of run b must not get the seed of step b of run a.
     if isinstance(seed, np.ndarray):
         turned: Any = np.array([wrapped(int(seed[0]) * TURN), seed[1]], np.int32)
     else:
@@ -62,11 +63,11 @@ def of_tasks(seed: Any, tasks: Any) -> tf.Tensor:
 
 
 class Noisy(NamedTuple):
-    """What a loss receives as its batch where its randomness is fixed.
+    """The batch that a loss receives when its randomness is fixed.
 
     Attributes:
-        batch: the batch, over tasks with their axis in front.
-        seed: int32, [2], over tasks [tasks, 2].
+        batch: the batch; for several tasks, with the task axis in front.
+        seed: int32, [2]; for several tasks, [tasks, 2].
     """
 
     batch: Any
@@ -74,7 +75,7 @@ class Noisy(NamedTuple):
 
 
 def noisy(loss: Callable) -> Callable:
-    """The loss of one task, of a batch or a `Noisy` one."""
+    """The loss of one task, which accepts a batch or a `Noisy` batch."""
 
     def at(x: Any, y: Any, batch: Any) -> Any:
         if not isinstance(batch, Noisy):
@@ -86,9 +87,9 @@ def noisy(loss: Callable) -> Callable:
 
 
 def with_seed(seed: Any, role: int, function: Callable) -> Callable:
-    """The function with its randomness fixed."""
+    """The function with its randomness fixed by the seed and the role."""
 
-    @functools.wraps(function)  # its signature says what it takes
+    @functools.wraps(function)  # keeps the signature, which callers inspect
     def at(*arguments: Any) -> Any:
         with fixed_randomness(folded(seed, ROLE, role)):
             return function(*arguments)
@@ -97,12 +98,12 @@ def with_seed(seed: Any, role: int, function: Callable) -> Callable:
 
 
 def of_entries(function: Callable) -> Callable:
-    """The function of (entry, its number), each with numbers of its own where they are
-    fixed."""
+    """A function of (entry, number) that evaluates `function(entry)`; if a seed is
+    set, each entry has samples of its own."""
 
     def at(numbered: tuple) -> Any:
         entry, number = numbered
-        seed = seed_here()
+        seed = current_seed()
         if seed is None:
             return function(entry)
         with fixed_randomness(folded(seed, TASK, number)):

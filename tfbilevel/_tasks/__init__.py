@@ -1,1 +1,1 @@
-"""Many tasks as one problem; the only place that knows how tasks are mapped."""
+"""Many tasks as one problem; only this package knows how tasks are mapped."""

@@ -1,4 +1,4 @@
-"""Tasks solved at upper variables that stay as they are."""
+"""Solving tasks at fixed upper variables."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +12,7 @@ from tfbilevel._tasks.over_tasks import OverTasks
 
 
 def require_adaptable(tasks: Any, batches: Any, inner: Any, function: Any) -> None:
-    """Raise unless `BilevelModel.adapt` can be called so, and solves tasks."""
+    """Raise unless the arguments of `BilevelModel.adapt` are valid."""
     require_batches(batches)
     require_inner(inner)
     require_callable(function, "function")
@@ -31,13 +31,13 @@ def adapted(
     inner: InnerSolver,
     function: Callable[[Any, Any, Batches], Any],
 ) -> Any:
-    """What a function gives for each task after an inner solve on its lower batch.
+    """The function's result for each task after an inner solve on its lower batch.
 
     Args:
-        problem: over tasks.
+        problem: a problem over tasks.
         x: the upper variables.
-        y: where the solves start, the tasks along a leading axis.
-        batches: of all tasks.
+        y: the start of the solves, with the tasks along a leading axis.
+        batches: the batches of all tasks.
         inner: the inner solver.
         function: (x, y, batches) of one task -> nest of tensors.
 

@@ -1,4 +1,4 @@
-"""How a function of one task is applied to many: at once, in sequence or unrolled."""
+"""A function of one task applied to many: vectorized, sequentially or unrolled."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,16 +12,16 @@ from tfbilevel._core.loss import Loss
 from tfbilevel._workarounds import right_derivatives
 from tfbilevel._workarounds.vectorized_map import vectorized_map
 
-# Of sequential tasks: the next begins while small operations of one are left.
+# Sequential tasks overlap a little: the next starts during the last operations of one.
 OVERLAPPED = 2
 
 
 def mapped_loss(loss: Loss, sequential: Callable[[Any], bool]) -> Loss:
-    """One task's loss, at every task.
+    """One task's loss, evaluated for every task.
 
     Args:
         loss: (x, y, batch) -> scalar, of one task.
-        sequential: stacked y -> whether tasks are taken one after the other.
+        sequential: stacked y -> whether tasks run one after the other.
     """
 
     def each(x: Nest, y: Nest, batch: Nest) -> tf.Tensor:
@@ -29,7 +29,7 @@ def mapped_loss(loss: Loss, sequential: Callable[[Any], bool]) -> Loss:
         dtype = tf.nest.flatten(y)[0].dtype
 
         def one(task: tuple) -> tf.Tensor:
-            # Here too: the trace below is kept, whoever is the first to need it.
+            # Also here, because the trace below is kept and reused outside the context.
             with right_derivatives():
                 value = require_scalar(loss(x, task[0], task[1]))
             return tf.cast(value, dtype)
@@ -38,7 +38,7 @@ def mapped_loss(loss: Loss, sequential: Callable[[Any], bool]) -> Loss:
             return map_tasks(one, (y, batch))
         return map_tasks(one, (y, batch), tf.TensorSpec([], dtype))
 
-    # Eagerly the mapping would be traced again at every call, which takes 0.3 seconds.
+    # Eagerly the mapping would be traced at every call, which takes 0.3 seconds.
     traced = tf.function(each, autograph=False)
 
     def mapped(x: Nest, y: Nest, batch: Nest) -> Any:
@@ -48,12 +48,13 @@ def mapped_loss(loss: Loss, sequential: Callable[[Any], bool]) -> Loss:
 
 
 def of_same_tasks(named: dict[str, Any]) -> dict[str, Any]:
-    """The nests, all with one number of tasks: checked now, or when it is known.
+    """The nests, after a check that all have the same number of tasks.
 
-    TensorFlow's mappings would repeat a single entry, or leave entries over out.
+    Unknown numbers are checked when the graph runs. Without the check, TensorFlow's
+    mappings would repeat a single entry, or silently ignore surplus entries.
 
     Args:
-        named: nests with the tasks along the leading axis, under the names of errors.
+        named: nests with the tasks along the leading axis, by the names used in errors.
     """
     require_dense(named)
     named = tf.nest.map_structure(
@@ -84,7 +85,7 @@ def of_same_tasks(named: dict[str, Any]) -> dict[str, Any]:
             return leaf
         if isinstance(tasks, int):
             return tf.ensure_shape(leaf, [tasks, *leaf.shape[1:]])
-        # XLA leaves assertions out, TensorFlow's graphs a reshape to one's own rank.
+        # XLA drops assertions, and TensorFlow's graphs drop a reshape to the same rank.
         count, *rest = tf.unstack(tf.shape(leaf))
         error = "The batches of `tb.over_tasks` must carry the same tasks."
         tf.debugging.assert_equal(count, tasks, error)
@@ -94,13 +95,13 @@ def of_same_tasks(named: dict[str, Any]) -> dict[str, Any]:
 
 
 def map_tasks(function: Callable, tasks: Any, specs: Any = None) -> Any:
-    """A function of every entry of the leading axis that all leaves share.
+    """A function applied to every entry of the leading axis that all leaves share.
 
     Args:
-        function: nest -> nest of tensors. `None` leaves are handed on.
+        function: nest -> nest of tensors. `None` leaves are passed unchanged.
         tasks: a nest with the leading axis.
-        specs: what the function returns, a nest of `tf.TensorSpec`, to take one
-            entry after the other; `None`: all at once.
+        specs: the specification of the function's result, a nest of `tf.TensorSpec`,
+            to run one entry after the other; `None`: all at once.
     """
     require_dense(tasks)
     leaves = tf.nest.flatten(tasks)
@@ -121,16 +122,17 @@ def map_tasks(function: Callable, tasks: Any, specs: Any = None) -> Any:
 
 
 def map_sequentially(function: Callable, tasks: Any) -> Any:
-    """`map_tasks`, one entry after the other, whatever the function returns."""
+    """`map_tasks` for one entry after the other, with the result's specification traced
+    first."""
     traced, specs = _outcome(function, tasks)
     return map_tasks(traced, tasks, specs)
 
 
 def map_unrolled(function: Callable, tasks: Any) -> Any:
-    """`map_tasks` without a mapping: the function is traced for every task.
+    """`map_tasks` as an unrolled loop: the function is traced for every task.
 
     Args:
-        function: nest -> nest of tensors. `None` leaves are handed on.
+        function: nest -> nest of tensors. `None` leaves are passed unchanged.
         tasks: a nest with a leading axis of known length.
     """
     leaves = [None if v is None else tf.unstack(v) for v in tf.nest.flatten(tasks)]
@@ -147,7 +149,7 @@ def map_unrolled(function: Callable, tasks: Any) -> Any:
 
 
 def _outcome(function: Callable, tasks: Any) -> tuple[Callable, Any]:
-    """The function traced for one task, and what it returns."""
+    """The function traced for one task, and the specification of its result."""
 
     def spec(leaf: Any) -> Any:
         if leaf is None:

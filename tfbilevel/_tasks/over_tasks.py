@@ -24,7 +24,7 @@ from tfbilevel._tasks.mapping import (
 )
 from tfbilevel._tasks.sequential import OneOfTasks, sequential_step
 
-UNROLLED = 32  # tasks at most: every one is traced, in 0.1 seconds
+UNROLLED = 32  # tasks at most, because tracing takes 0.1 seconds per task
 MAPPINGS = ("auto", "vectorized", "sequential")
 
 
@@ -33,30 +33,31 @@ def over_tasks(problem: Problem, mapping: str = "auto") -> Problem:
 
         min_x  1/M sum_i f(x, y_i*(x), D_i)   with   y_i*(x) in argmin_y g(x, y, S_i)
 
-    from the problem of one task. The lower variables and the batches carry the M
-    tasks along a leading axis of every leaf (draws of stacked lower batches before
-    it). Every method applies as it is, and does to each task what it would do to that
-    task alone: inner steps with their rate and tolerance, pessimistic ends, linear
-    solves with their stopping, penalties. The upper gradient is the mean of the
-    tasks' own, and so are the losses in the metrics; metrics of single tasks
-    (`truncation`, `residual`, `iterations` where tasks differ) have one entry each.
-    Make steps by `problem.step(method, ...)`, as `fit` and `tb.minimize` do.
+    built from the problem of one task. The lower variables and the batches carry the M
+    tasks along a leading axis of every leaf (stacked lower batches have their axis
+    before it). Every method works without changes and does to each task what it would
+    do to that task alone: inner steps with their rate and tolerance, pessimistic ends,
+    linear solves with their stopping, penalties. The upper gradient is the mean of the
+    tasks' gradients, and the losses in the metrics are means over tasks. Metrics of
+    single tasks (`truncation`, `residual`, `iterations` where tasks differ) have one
+    entry per task. Make steps by `problem.step(method, ...)`, as `fit` and
+    `tb.minimize` do.
 
     `lower_start` still returns one task's variables (MAML: the upper variables); every
-    task begins there. `project_lower` and `prepare` see one task too.
+    task starts there. `project_lower` and `prepare` receive one task too.
 
     Cost: that of M one-task problems. "vectorized" turns the M small operations of
-    each step into one large one, several times as fast for heads and small dense
-    networks. It cannot for convolutions whose kernels differ between the tasks: these
-    tasks are sequential, which is faster than any rewriting as one matrix product that
-    we measured, and keeps memory and graph at one task's size. The whole step is then
-    made for one task before the next, unless the method couples tasks
-    (`Method.couples_tasks`): then only the losses are sequential. What `prepare` makes
-    of images (batches with five axes) is unrolled, task after task, for up to 32 of
-    them, unless the mapping is "vectorized".
+    each step into one large one, which is several times as fast for heads and small
+    dense networks. Convolutions whose kernels differ between tasks cannot be vectorized
+    well. Such tasks are sequential, which was faster than every matrix-product version
+    that we measured, and needs the memory and graph of one task only. The whole step is
+    then done for one task before the next, unless the method couples tasks
+    (`Method.couples_tasks`): then only the losses are sequential. For images (batches
+    with five axes), `prepare` is unrolled over up to 32 tasks, unless the mapping is
+    "vectorized".
 
     Args:
-        problem: of one task.
+        problem: the problem of one task.
         mapping: "vectorized", "sequential" (also "in-turn", its former name), or
             "auto": sequential if a lower variable of one task has four or more axes,
             as convolution kernels have.
@@ -65,8 +66,8 @@ def over_tasks(problem: Problem, mapping: str = "auto") -> Problem:
         A `tb.Problem`.
 
     Raises:
-        ValueError: for an unknown `mapping`, a problem over tasks already, or batches
-            that do not carry the tasks of the lower variables.
+        ValueError: for an unknown `mapping`, a problem that is over tasks already, or
+            batches whose tasks differ from those of the lower variables.
 
     Example:
         >>> one = tb.Problem(
@@ -124,11 +125,11 @@ def over_tasks(problem: Problem, mapping: str = "auto") -> Problem:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class OverTasks(Problem):
-    """A problem over tasks, which knows the problem of one.
+    """A problem over tasks, with the problem of one task.
 
     Attributes:
         one: the problem of one task.
-        mapping: how tasks are mapped.
+        mapping: how tasks are mapped, see `tb.over_tasks`.
     """
 
     one: Problem = dataclasses.field(kw_only=True)
@@ -143,7 +144,7 @@ class OverTasks(Problem):
         return sequential_step(one, method, upper, lower, batches, state)
 
     def each(self, function: Callable, lower: Nest, *parts: Any) -> Any:
-        """A function of (lower variables, *parts) of one task, at every task.
+        """A function of one task's (lower variables, *parts), applied to every task.
 
         Args:
             function: takes the tuple, returns a nest of tensors.
@@ -163,7 +164,7 @@ class OverTasks(Problem):
             f.name: getattr(self.one, f.name) for f in dataclasses.fields(Problem)
         }
         fields |= {
-            # These are the same for all tasks, whatever they sample.
+            # The same for all tasks, even if they sample.
             "lower_start": self._fixed(self.one.lower_start, START),
             "project_lower": self._fixed(self.one.project_lower, PROJECT_LOWER),
             "seed": self.seed,
@@ -171,13 +172,13 @@ class OverTasks(Problem):
         return OneOfTasks(**fields, number=0, every=lower)
 
     def prepared_before(self) -> "OverTasks":
-        """The same for batches that were prepared."""
+        """The same problem for batches that are already prepared."""
         one = dataclasses.replace(self.one, prepare=None)
         return dataclasses.replace(self, one=one, prepare=None)
 
 
 def _are_sequential(mapping: str, y: Nest) -> bool:
-    """Whether the tasks of stacked lower variables are taken one after the other."""
+    """Whether the tasks of stacked lower variables run one after the other."""
     leaves = tf.nest.flatten(structure.to_tensors(y))
     kernels = any(leaf.shape.rank > 4 for leaf in leaves)
     return mapping == "sequential" or (mapping == "auto" and kernels)
@@ -189,11 +190,12 @@ def _mean(loss: Callable, sequential: Callable[[Any], bool]) -> TaskLoss:
 
 
 def _of_few_images(tasks: Any) -> bool:
-    """Whether the data of not too many tasks have images, [tasks, n, height, width, c].
+    """Whether few tasks have images as data, [tasks, n, height, width, channels].
 
-    Then what is prepared is made of convolutions. Taken at once, these are as fast, but
-    normalisation by the statistics of each task's images takes transposed copies of all
-    activations, and a loop keeps lists of them: a quarter and two fifths more time.
+    `prepare` then consists of convolutions. Vectorized they are as fast as unrolled,
+    but normalisation by the statistics of each task's images makes transposed copies of
+    all activations, which takes a quarter more time. A loop stores lists of
+    activations, which takes two fifths more.
     """
     shapes = [leaf.shape for leaf in tf.nest.flatten(tasks) if leaf is not None]
     images = any(shape.rank is not None and shape.rank > 4 for shape in shapes)

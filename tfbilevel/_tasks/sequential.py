@@ -1,4 +1,4 @@
-"""A method's step for sequential tasks: the whole of it for one, then for the next."""
+"""A method's step for sequential tasks: the whole step of one task, then the next."""
 
 import dataclasses
 from collections.abc import Callable
@@ -20,7 +20,7 @@ class OneOfTasks(Problem):
     """The problem of one of many tasks.
 
     Attributes:
-        number: which one.
+        number: the task's number.
         every: the lower variables of all tasks.
     """
 
@@ -28,7 +28,7 @@ class OneOfTasks(Problem):
     every: Any = dataclasses.field(kw_only=True)
 
     def _sampled(self, start: Callable, step: tf.Tensor, lower: Nest) -> Nest:
-        # The function returns the start of every task: the same as at once.
+        # The function returns the starts of all tasks, as in the vectorized step.
         starts = super()._sampled(start, step, self.every)
         return tf.nest.map_structure(lambda leaf: tf.gather(leaf, self.number), starts)
 
@@ -41,20 +41,20 @@ def sequential_step(
     batches: Batches,
     state: State,
 ) -> Step:
-    """The step of a method that does nothing across tasks, one task after the other.
+    """The step of a method that does not couple tasks, one task after the other.
 
-    What a task's inner loop keeps is gone before the next one's begins, and no
-    derivative goes through the mapping.
+    The memory of one task's inner loop is freed before the next one starts, and no
+    derivative is taken through the mapping.
 
     Args:
-        one: the problem of any of the tasks, with the seed of all.
+        one: the problem of any one task, with the seed of all.
         method, upper, lower, batches, state: as for the problem over tasks.
     """
     lower, state = structure.to_tensors((lower, state))
     first = tf.nest.map_structure(lambda leaf: leaf[0], lower)
     like = tf.nest.flatten(method.init(one, upper, first))
     kept = tf.nest.flatten(state)
-    # What every task has of its own is stacked; counters and rates are shared.
+    # State that each task has separately is stacked; counters and rates are shared.
     own = [
         leaf.shape.rank > tf.convert_to_tensor(alone).shape.rank
         for leaf, alone in zip(kept, like, strict=True)
@@ -68,8 +68,8 @@ def sequential_step(
             for leaf, is_own in zip(kept, own, strict=True)
         ]
         carried = tf.nest.pack_sequence_as(state, leaves)
-        its = dataclasses.replace(one, number=number, seed=seed)
-        return its.step(method, upper, y, type(batches)(*batch), carried)
+        this = dataclasses.replace(one, number=number, seed=seed)
+        return this.step(method, upper, y, type(batches)(*batch), carried)
 
     mine = [leaf for leaf, is_own in zip(kept, own, strict=True) if is_own]
     upper_batch, lower_batch = apart(batches)
@@ -94,7 +94,7 @@ def sequential_step(
             )
             for name, value in made.metrics.items()
         },
-        # A schedule's, and so the same of all tasks.
+        # The scale comes from a schedule, so it is the same for all tasks.
         upper_scale=tf.nest.map_structure(
             lambda scale: tf.reduce_max(scale, axis=0), made.upper_scale
         ),

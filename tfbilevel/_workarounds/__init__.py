@@ -1,4 +1,4 @@
-"""Each fault of TensorFlow or Keras in one file, which goes the day it is fixed."""
+"""Workarounds for faults of TensorFlow and Keras, one file per fault."""
 
 from tfbilevel._workarounds import backend as backend  # an error before all others
 from tfbilevel._workarounds.derivatives import right_derivatives as right_derivatives

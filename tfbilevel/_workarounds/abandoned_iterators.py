@@ -1,4 +1,4 @@
-"""TensorFlow: an iterator that waits for a Python generator cannot be deleted late."""
+"""TensorFlow: deleting an iterator over a Python generator at shutdown hangs."""
 
 import gc
 from collections.abc import Callable
@@ -6,15 +6,15 @@ from typing import Any
 
 
 def without_frames(function: Callable[[], Any], kinds: tuple) -> Any:
-    """What the function returns; errors of these kinds lose the frames behind them.
+    """The function's result; errors of the given kinds lose their traceback frames.
 
-    These frames, and a cycle of Keras's, hold the dataset's iterator. Deleting one that
-    waits for a Python generator never ends once Python shuts down: the generator's
-    thread can enter Python no more.
+    These frames, and a reference cycle in Keras, keep the dataset's iterator alive.
+    If it waits for a Python generator, deleting it while Python shuts down never ends,
+    because the generator's thread can no longer run Python code.
 
     Args:
         function: called once.
-        kinds: of exceptions.
+        kinds: the types of exceptions.
     """
     try:
         return function()

@@ -1,8 +1,8 @@
 """`tf.image.crop_and_resize` with a second derivative in the image.
 
-Its gradient in the image is the transpose of the crop; that has the crop for its
-derivative, and the boxes' gradient of the crop. TensorFlow has no entry for it. Learned
-boxes have a first derivative only.
+The gradient in the image is the transpose of the crop. Its own derivatives are the crop
+and the crop's gradient in the boxes, for which TensorFlow has no entry. Learned boxes
+have a first derivative only.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ from tfbilevel._workarounds.swap import gradient
 
 
 def _cropped(operation: Any, upstream: Any) -> list:
-    """Of CropAndResizeGradImage(gradient, boxes, index, size of the image)."""
+    """The gradient of CropAndResizeGradImage(gradient, boxes, index, image size)."""
     grads, boxes, index, _ = operation.inputs
     crops = tf.raw_ops.CropAndResize(
         image=upstream,

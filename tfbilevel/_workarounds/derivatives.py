@@ -1,12 +1,13 @@
-"""Where every derivative of the library is taken: TensorFlow's faults made right.
+"""The context of all differentiation in the library: it corrects TensorFlow's faults.
 
-Left as they are, with a first derivative that cannot be differentiated, which ends in a
-LookupError that names the operation: Dilation2D, FractionalMaxPool, FractionalAvgPool,
-CropAndResize in its boxes, BlockLSTM, Igamma in a, RandomGamma, SparseSlice,
-SparseFillEmptyRows, RaggedTensorToVariant; CTCLoss says so itself. SparseAddGrad has an
-entry that says that it is constant, and is silently wrong. HSVToRGB, AdjustHue and
-AdjustSaturation have no first derivative. `tf.grad_pass_through` and every
-`tf.custom_gradient` have the derivatives of the gradient that they were given.
+Not corrected: operations whose first derivative has no derivative, which raise a
+LookupError that names the operation. These are Dilation2D, FractionalMaxPool,
+FractionalAvgPool, CropAndResize in its boxes, BlockLSTM, Igamma in a, RandomGamma,
+SparseSlice, SparseFillEmptyRows and RaggedTensorToVariant; CTCLoss has an error of its
+own. TensorFlow declares the derivative of SparseAddGrad to be zero, which is silently
+wrong. HSVToRGB, AdjustHue and AdjustSaturation have no first derivative.
+`tf.grad_pass_through` and every `tf.custom_gradient` have the derivatives of the
+gradient that they were given.
 """
 
 import contextlib
@@ -53,13 +54,13 @@ _right = Swap(
 
 @contextlib.contextmanager
 def right_derivatives() -> Iterator[None]:
-    """While it is open, TensorFlow has the right derivatives, as often as one likes.
+    """While it is open, TensorFlow's derivatives of every order are right.
 
-    Same values, to the last bit. What the library differentiates is evaluated in here,
-    and differentiated in here: the gradient of an operation is looked up when the tape
-    is asked for it. The last one to leave puts back what TensorFlow had. The user's
-    `tf.function`s run as Python code, since they keep the derivatives they were first
-    differentiated with.
+    Function values are unchanged to the last bit. Everything that the library
+    differentiates is evaluated and differentiated in this context, because a tape looks
+    up an operation's gradient only when the gradient is computed. When the last user
+    leaves, TensorFlow's own entries are restored. The user's `tf.function`s run as
+    Python code, because they would keep the derivatives of their first trace.
     """
     with _right.in_use(), functions_inline():
         yield

@@ -1,7 +1,7 @@
 """`tf.quantization.fake_quant_*` with the derivatives of their straight-through rule.
 
-The rule hands a gradient on where the input lies within the range, and to the bounds
-elsewhere; TensorFlow says that this has no derivative, and drops that part.
+The rule passes a gradient to the input where it lies within the range, and to the
+bounds elsewhere. TensorFlow declares that this has no derivative and drops that part.
 """
 
 from typing import Any

@@ -1,9 +1,10 @@
-"""`tf.function` around code that the library evaluates.
+"""The user's `tf.function`s in code that the library evaluates.
 
-Such a function keeps what it was traced with: weights of models, derivatives and
-whatever else it did not get as an argument. Called where models stand for other values
-of their weights, it would return another trace's numbers. Here its Python code runs in
-its place, converted by AutoGraph where a graph is built and it was to be.
+A `tf.function` keeps what it was traced with: the weights of models, derivatives and
+everything else that is not an argument. When the library evaluates a model at other
+values of its weights, a cached trace would return wrong numbers. Therefore its Python
+code is run instead, converted by AutoGraph if a graph is built and the function uses
+AutoGraph.
 """
 
 import contextlib
@@ -25,22 +26,23 @@ from tensorflow.python.eager.polymorphic_function.concrete_function import (
 
 from tfbilevel._workarounds.swap import Replacement, Swap
 
-# Theirs read no model, and some cannot do without: Keras compiles grouped convolutions.
-COMPILED_STILL = {"tfbilevel", "tensorflow", "keras"}
+# Functions of these packages read no model, and some must be compiled: Keras compiles
+# grouped convolutions.
+STAY_COMPILED = {"tfbilevel", "tensorflow", "keras"}
 
 _Function: Any = polymorphic_function.Function
 _call = _Function.__call__
 _call_traced = ConcreteFunction._call_flat
 
 
-class _Here(threading.local):
-    """What this thread is within: one entry per scope, of the variables swapped."""
+class _ThreadState(threading.local):
+    """The open scopes of this thread, each with the variables it replaces."""
 
     def __init__(self) -> None:
         self.scopes: list[dict[int, str]] = []
 
 
-_here = _Here()
+_here = _ThreadState()
 
 
 @contextlib.contextmanager
@@ -48,11 +50,12 @@ def functions_inline(variables: Sequence[keras.Variable] = ()) -> Iterator[None]
     """While it is open, this thread runs the user's `tf.function`s as Python code.
 
     Args:
-        variables: those that stand for other values within. A function that was traced
-            for good (`get_concrete_function`, a loaded one) and reads one is refused.
+        variables: the variables whose values are replaced within. A function with a
+            fixed trace (`get_concrete_function`, a loaded one) that reads one of them
+            is rejected.
 
     Raises:
-        ValueError: at the call of such a function.
+        ValueError: when such a function is called.
     """
     handles = {id(v._value.handle): v.path for v in variables}
     with _functions.in_use():
@@ -66,9 +69,9 @@ def functions_inline(variables: Sequence[keras.Variable] = ()) -> Iterator[None]
 def _call_inline(self: Any, *arguments: Any, **keywords: Any) -> Any:
     function = self.python_function
     module = getattr(function, "__module__", None) or ""
-    if not _here.scopes or module.split(".")[0] in COMPILED_STILL:
+    if not _here.scopes or module.split(".")[0] in STAY_COMPILED:
         return _call(self, *arguments, **keywords)
-    # As the function would: defaults, arrays to tensors, an input signature.
+    # Bind as tf.function does: defaults, arrays to tensors, an input signature.
     bound = function_type_utils.canonicalize_function_inputs(
         arguments, keywords, self._function_type, self._default_values, self._is_pure
     )
@@ -77,8 +80,8 @@ def _call_inline(self: Any, *arguments: Any, **keywords: Any) -> Any:
     converted = autograph_util.py_func_from_autograph(
         function, self._experimental_autograph_options
     )
-    # The library's own traces are made without AutoGraph, which holds for what they
-    # call too.
+    # The library traces without AutoGraph, and the functions it calls would inherit
+    # that.
     with ag_ctx.ControlStatusCtx(ag_ctx.Status.UNSPECIFIED, options=None):
         return converted(*bound.args, **bound.kwargs)
 

@@ -1,8 +1,9 @@
-"""Second derivatives of 3-D max pooling that keeps the size, wrong in graphs.
+"""Second derivatives of 3-D max pooling that keeps the size, which are wrong in graphs.
 
-TensorFlow's kernel writes its result over its argument where both are of one shape (a
-stride of 1, padding "same") and nobody else needs that, and then reads the argument.
-Eagerly somebody does. With the padding written out the shapes differ.
+If result and argument have the same shape (a stride of 1, padding "same") and nothing
+else uses the argument, TensorFlow's kernel overwrites the argument with its result and
+then reads the argument. Eagerly the argument is always in use. With explicit padding
+the shapes differ.
 """
 
 from typing import Any
@@ -13,7 +14,7 @@ from tfbilevel._workarounds.swap import gradient
 
 
 def max_pool_3d_grad(operation: Any, upstream: Any) -> list:
-    """Of MaxPool3DGrad(x, y, g), which is linear in g."""
+    """The gradient of MaxPool3DGrad(x, y, g), which is linear in g."""
     x, y, _ = operation.inputs
     zeros = [tf.zeros_like(x), tf.zeros_like(y)]
     ksize, strides = operation.get_attr("ksize"), operation.get_attr("strides")

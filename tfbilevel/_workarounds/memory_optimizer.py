@@ -1,4 +1,4 @@
-"""How TensorFlow runs the compiled outer loops."""
+"""Compiled outer loops run without Grappler's memory optimizer, which breaks them."""
 
 import contextlib
 from collections.abc import Iterator
@@ -6,18 +6,18 @@ from collections.abc import Iterator
 import tensorflow as tf
 from tensorflow.python.eager import context
 
-NO_MEMORY_OPTIMIZATION = 1  # of the proto's RewriterConfig.MemOptType
+NO_MEMORY_OPTIMIZATION = 1  # a value of RewriterConfig.MemOptType
 
 
 @contextlib.contextmanager
 def without_memory_rewrites() -> Iterator[None]:
     """Functions called within are compiled without Grappler's memory optimizer.
 
-    Where it believes that more than some 200 MB are alive, it makes of a sum of three
-    and more tensors a temporary variable, to which they are added one after the other.
-    In a loop the variable is made once more than it is used if one of them does not
-    change in the loop, and the next run of that loop, in another outer step or call,
-    ends with AlreadyExistsError (tensorflow/tensorflow#23780).
+    Where it estimates that more than about 200 MB are in use, it rewrites a sum of
+    three or more tensors as a temporary variable to which they are added one by one.
+    If one of these tensors does not change in a loop, the variable is created once more
+    than it is destroyed, and the next run of that loop (in another outer step or call)
+    fails with AlreadyExistsError (tensorflow/tensorflow#23780).
     """
     eager = context.context()
     before = eager.function_call_options

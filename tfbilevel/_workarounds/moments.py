@@ -1,8 +1,8 @@
 """`tf.nn.moments` with the right second derivatives.
 
-TensorFlow takes the mean for a constant where it computes the variance. The first
-derivative does not notice (its part through the mean is zero), but every further one is
-wrong, and with it every hypergradient through Keras's BatchNormalization,
+TensorFlow treats the mean as a constant when it computes the variance. The first
+derivative is unaffected (its part through the mean is zero), but every higher one is
+wrong, and so is every hypergradient through Keras's BatchNormalization,
 LayerNormalization and GroupNormalization.
 """
 
@@ -21,7 +21,7 @@ def moments(
     keepdims: bool = False,
     name: str | None = None,
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Mean and variance over some axes, as `tf.nn.moments`."""
+    """Mean and variance over some axes, like `tf.nn.moments`."""
     del shift  # TensorFlow ignores it too
     with tf.name_scope(name or "moments"):
         x = tf.convert_to_tensor(x)
@@ -48,6 +48,6 @@ def _moments_of_version_1(
 REPLACEMENTS = [
     Replacement(tf.nn, "moments", moments),
     Replacement(tf.compat.v1.nn, "moments", _moments_of_version_1),
-    # What functions of TensorFlow call, and `tf.nn.moments` imported by itself.
+    # Used by functions of TensorFlow and by `tf.nn.moments` when imported directly.
     Replacement(nn_impl, "moments", _moments_of_version_1),
 ]

@@ -1,7 +1,7 @@
 """`tf.nn.max_pool_with_argmax` with a second derivative.
 
-Its gradient puts what it receives where the maxima were; the derivative of that takes
-it from there. TensorFlow has no entry for it.
+The gradient scatters its argument to the positions of the maxima; the derivative of
+that gathers from these positions. TensorFlow has no entry for it.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from tfbilevel._workarounds.swap import gradient
 
 
 def _taken(operation: Any, upstream: Any) -> list:
-    """Of MaxPoolGradWithArgmax(input, gradient, argmax)."""
+    """The gradient of MaxPoolGradWithArgmax(input, gradient, argmax)."""
     _, grads, argmax = operation.inputs
     if operation.get_attr("include_batch_in_index"):
         made = tf.gather(tf.reshape(upstream, [-1]), argmax)

@@ -1,11 +1,11 @@
-"""`ImageProjectiveTransform`, behind Keras's affine and random geometric layers, with
-its own gradient.
+"""`ImageProjectiveTransform`, used by Keras's affine and random geometric layers, with
+a correct gradient.
 
-The transform is linear in the images. TensorFlow takes the transform by the inverse
-matrix for its transpose, which it is not where it interpolates: already the first
-derivative is wrong by as much as the interpolation smooths. Here each output's sources
-are found, and the gradient is added up there: four scatters for a bilinear transform,
-one for nearest neighbours. The matrices get no gradient, as in TensorFlow.
+The transform is linear in the images. As its transpose, TensorFlow uses the transform
+by the inverse matrix, which is not the transpose where it interpolates: even the first
+derivative is wrong, by as much as the interpolation smooths. This file finds the source
+pixels of each output and adds the gradient there: four scatters for a bilinear
+transform, one for nearest neighbours. The matrices get no gradient, as in TensorFlow.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ from tfbilevel._workarounds.swap import Replacement, gradient
 def _transposed(operation: Any, upstream: Any) -> list:
     images = operation.inputs[0]
     count, height, width, channels = tf.unstack(tf.shape(images))
-    # Every image's pixels, one below the other.
+    # The pixels of all images in one column.
     offset = tf.reshape(tf.range(count) * height * width, [-1, 1, 1])
     total = tf.zeros([count * height * width, channels], upstream.dtype)
     for index, weight in _sources(operation, upstream):
@@ -33,13 +33,13 @@ def _transposed(operation: Any, upstream: Any) -> list:
 
 
 def _sources(operation: Any, outputs: Any) -> list:
-    """Pairs of [n, height, width]: the pixel that an output reads, and its weight."""
+    """Pairs of [n, height, width]: the pixel that each output reads, and its weight."""
     images = operation.inputs[0]
     count, height, width, _ = tf.unstack(tf.shape(images))
     row, column = tf.meshgrid(tf.range(height), tf.range(width), indexing="ij")
 
     def transformed(image: Any) -> Any:
-        """By TensorFlow's own kernel; -1 where it reads nothing."""
+        """The image transformed by TensorFlow's kernel; -1 where it reads nothing."""
         image = tf.cast(image, tf.float32)
         return tf.raw_ops.ImageProjectiveTransformV3(
             images=tf.broadcast_to(image[None, ..., None], [count, height, width, 1]),
@@ -55,7 +55,7 @@ def _sources(operation: Any, outputs: Any) -> list:
         return [(tf.maximum(index, 0), index >= 0)]
     if _text(operation.get_attr("fill_mode")) == "CONSTANT":
         y, x = _positions(operation.inputs[1], outputs)
-    else:  # within the image: interpolated coordinates are the coordinates
+    else:  # within the image, interpolating the coordinates gives the position
         y, x = transformed(row), transformed(column)
 
     sources = []
@@ -70,12 +70,12 @@ def _sources(operation: Any, outputs: Any) -> list:
 
 
 def _positions(transforms: Any, outputs: Any) -> tuple[Any, Any]:
-    """Where in the image an output lies: (a0 x + a1 y + a2) / (c0 x + c1 y + 1), ..."""
+    """Where an output lies in the image: (a0 x + a1 y + a2) / (c0 x + c1 y + 1), ..."""
     height, width = tf.unstack(tf.cast(tf.shape(outputs)[1:3], tf.float32))
     y, x = tf.meshgrid(tf.range(height), tf.range(width), indexing="ij")
     a, b, c, d, e, f, g, h = tf.unstack(transforms[:, None, None, :], axis=-1)
     depth = g * x + h * y + 1.0
-    far = tf.constant(-10.0)  # reads nothing
+    far = tf.constant(-10.0)  # outside the image: reads nothing
     at_y = tf.where(depth == 0.0, far, (d * x + e * y + f) / depth)
     at_x = tf.where(depth == 0.0, far, (a * x + b * y + c) / depth)
     # Far positions would overflow integers.

@@ -1,7 +1,7 @@
 """`tf.recompute_grad` and `keras.remat`, which have a first derivative only.
 
-Where the library differentiates, what they were made of is called as it is: nothing is
-computed twice, and memory is that of the function without them.
+Where the library differentiates, the wrapped function is called directly: nothing is
+computed twice, and the memory is that of the function without the wrapper.
 """
 
 import inspect

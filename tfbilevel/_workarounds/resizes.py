@@ -1,13 +1,14 @@
 """Resizes of images with second derivatives.
 
-A resize is linear in the image, and so is its gradient operation in the gradient that
-it receives: the derivative of the one is the other. TensorFlow has no such entry for
-nearest neighbours, bicubic resizes and `ScaleAndTranslate` (`antialias=True`), and says
-that the bilinear one's gradient has no derivative, which silently drops that part.
+A resize is linear in the image, and its gradient operation is linear in the gradient
+that it receives: each is the derivative of the other. TensorFlow has no such entry for
+nearest neighbours, bicubic resizes and `ScaleAndTranslate` (`antialias=True`). It
+declares that the bilinear resize's gradient has no derivative, which silently drops
+that part.
 
-The kernels stay TensorFlow's. XLA has those of the bilinear resize alone, and float64
-has none for `ScaleAndTranslate`: such a loss ends in TensorFlow's error, as it would
-without us.
+The kernels are TensorFlow's. XLA supports only those of the bilinear resize, and
+`ScaleAndTranslate` has no float64 kernel: such a loss raises TensorFlow's error, as it
+would without this library.
 """
 
 from typing import Any
@@ -18,8 +19,12 @@ from tfbilevel._workarounds.swap import Replacement, gradient
 
 
 def _bilinear(operation: Any, upstream: Any) -> list:
-    """Of the resize. Eager tapes keep nothing of the gradient operation, since it has
-    no derivative in TensorFlow: its own cannot be looked up, but goes along with it."""
+    """The gradient of the resize, with a derivative of its own.
+
+    An eager tape does not record the gradient operation, since TensorFlow declares that
+    it has no derivative. Its derivative can therefore not be registered as an entry and
+    is attached as a custom gradient.
+    """
     image, resized = operation.inputs[0], tf.shape(upstream)[1:3]
     how = {
         "align_corners": operation.get_attr("align_corners"),
@@ -31,7 +36,7 @@ def _bilinear(operation: Any, upstream: Any) -> list:
         def of_grads(upstream: Any) -> Any:
             return tf.raw_ops.ResizeBilinear(images=upstream, size=resized, **how)
 
-        fixed = tf.stop_gradient(image)  # read for its shape alone
+        fixed = tf.stop_gradient(image)  # only its shape is read
         made = tf.raw_ops.ResizeBilinearGrad(grads=grads, original_image=fixed, **how)
         return made, of_grads
 
@@ -40,7 +45,7 @@ def _bilinear(operation: Any, upstream: Any) -> list:
 
 def _of_gradient(forward: Any) -> Any:
     def resized(operation: Any, upstream: Any) -> list:
-        """Of `XxxGrad(gradient, image or its size)`: the resize itself."""
+        """The gradient of `XxxGrad(gradient, image or its size)`: the resize itself."""
         made = forward(
             images=upstream,
             size=tf.shape(operation.inputs[0])[1:3],

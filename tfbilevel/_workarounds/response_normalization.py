@@ -1,7 +1,7 @@
 """`tf.nn.local_response_normalization` with a second derivative.
 
-Its gradient has no derivative in TensorFlow. Here it consists of operations that have:
-two products with a band matrix of channels x channels take the place of its kernel.
+The gradient has no derivative in TensorFlow. It is replaced by operations that have
+one: two products with a band matrix of channels x channels instead of its kernel.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from tfbilevel._workarounds.swap import gradient
 
 
 def _normalized(operation: Any, upstream: Any) -> list:
-    """Of y_c = x_c / n_c^beta with n_c = bias + alpha sum_{|d - c| <= r} x_d^2."""
+    """The gradient of y_c = x_c / n_c^beta, n_c = bias + alpha sum_{|d-c|<=r} x_d^2."""
     x = operation.inputs[0]
     radius, bias, alpha, beta = (
         operation.get_attr(name) for name in ("depth_radius", "bias", "alpha", "beta")

@@ -1,7 +1,7 @@
-"""`tf.nn.softmax_cross_entropy_with_logits` with the right derivatives in its labels.
+"""`tf.nn.softmax_cross_entropy_with_logits` with the right derivatives in the labels.
 
-TensorFlow takes softmax(z) - t for the gradient in the logits, which is right where
-labels sum to one, and takes it for a constant in t: learned labels never move.
+TensorFlow uses softmax(z) - t as the gradient in the logits, which is right where
+labels sum to one, but treats it as constant in t, so that learned labels never change.
 """
 
 from typing import Any
@@ -12,15 +12,16 @@ from tfbilevel._workarounds.swap import gradient
 
 
 def softmax_cross_entropy(operation: Any, of_loss: Any, of_backprop: Any) -> list:
-    """Of the loss -sum t log softmax(z) and of the second output, softmax(z) - t.
+    """The gradient of the loss -sum t log softmax(z) and of the second output,
+    softmax(z) - t.
 
-    Eager tapes keep no labels, since TensorFlow's own entry does not read them: their
-    sum comes from the second output. Costs a softmax, a sum and a product more than
-    TensorFlow's entry, each of the size of z.
+    Eager tapes do not keep the labels, because TensorFlow's own entry does not read
+    them; their sum is computed from the second output. This costs one softmax, one sum
+    and one product of the size of z more than TensorFlow's entry.
     """
     logits, backprop = operation.inputs[0], operation.outputs[1]
     softmax = tf.nn.softmax(logits)
-    excess = -tf.reduce_sum(backprop, -1, keepdims=True)  # of sum t over one
+    excess = -tf.reduce_sum(backprop, -1, keepdims=True)  # sum t - 1
     of_logits = of_loss[:, None] * (backprop + excess * softmax)
     of_labels = -of_loss[:, None] * tf.nn.log_softmax(logits)
     if of_backprop is not None and not getattr(of_backprop, "_is_zeros_tensor", False):

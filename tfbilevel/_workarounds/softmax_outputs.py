@@ -1,8 +1,8 @@
-"""Keras's cross-entropies of probabilities, the same eagerly as in a graph.
+"""Keras's cross-entropies of probabilities: the same result eagerly as in a graph.
 
-In a graph they find the softmax or sigmoid that made the probabilities and take its
-logits. Eagerly they find those of Keras's own activations only, and clip the others'
-probabilities, which ends the gradient of every example that is clearly wrong.
+In a graph they find the softmax or sigmoid that computed the probabilities and use its
+logits. Eagerly they do so only for Keras's own activations. They clip the probabilities
+of all others, which makes the gradient zero for every example that is clearly wrong.
 """
 
 import functools
@@ -19,9 +19,9 @@ _get_logits = keras_nn._get_logits
 def _logits_of_their_kind(
     output: Any, from_logits: Any, op_type: str, *names: Any
 ) -> Any:
-    """Keras's, for which logits are logits: a sigmoid's would serve for a softmax."""
+    """Keras's function, but a sigmoid's logits do not count as those of a softmax."""
     if getattr(output, "_made_by", op_type) != op_type:
-        output = tf.identity(output)  # it has no logits
+        output = tf.identity(output)  # a copy, which has no logits attached
     return _get_logits(output, from_logits, op_type, *names)
 
 
@@ -32,7 +32,7 @@ def _with_logits(activation: Any, kind: str) -> Any:
         logits = arguments[0] if arguments else next(iter(keywords.values()))
         axis = keywords.get("axis", arguments[1] if len(arguments) > 1 else None)
         if tf.executing_eagerly() and axis in (None, -1):
-            # Where Keras's own activations leave it.
+            # The attribute in which Keras's own activations store their logits.
             probabilities._keras_logits = tf.convert_to_tensor(logits)
             probabilities._made_by = kind
         return probabilities

@@ -8,7 +8,7 @@ from tfbilevel._workarounds.swap import gradient
 
 
 def softsign_grad(operation: Any, upstream: Any) -> list:
-    """Of SoftsignGrad(g, x) = g / (1 + |x|)^2."""
+    """The gradient of SoftsignGrad(g, x) = g / (1 + |x|)^2."""
     g, x = operation.inputs
     of_g = tf.raw_ops.SoftsignGrad(gradients=upstream, features=x)
     return [of_g, -2.0 * of_g * g * tf.sign(x) / (1.0 + tf.abs(x))]

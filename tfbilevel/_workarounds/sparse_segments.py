@@ -1,8 +1,8 @@
 """`tf.sparse.segment_sum`, `_mean` and `_sqrt_n` with second derivatives.
 
 Their gradient operations have no derivative in TensorFlow, and `tf.vectorized_map`
-converts them wrongly where trailing segments are empty. Here a gather and a sum over
-segments take their place.
+converts them wrongly where trailing segments are empty. They are replaced by a gather
+and a sum over segments.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ from tfbilevel._workarounds.swap import Replacement, gradient
 
 
 def _spread(power: float) -> Any:
-    """Of the sums of segments, over the number of their entries to this power."""
+    """The gradient of segment sums, each divided by its size to the given power."""
 
     def of_data(operation: Any, upstream: Any) -> list:
         data, indices, segments, *_ = operation.inputs

@@ -1,7 +1,8 @@
 """`keras.layers.SpectralNormalization` with the derivative of its power iteration.
 
-Keras holds the singular vectors constant. That is right to first order where they have
-converged; after its one iteration they have not, and second derivatives need theirs.
+Keras treats the singular vectors as constant. To first order that is right where they
+have converged. After Keras's single iteration they have not, and second derivatives
+need the derivatives of the singular vectors.
 """
 
 from typing import Any
@@ -12,7 +13,7 @@ from tfbilevel._workarounds.swap import Replacement
 
 
 class _Differentiable:
-    """Keras's operations, of which none stops a gradient."""
+    """Keras's operations with a `stop_gradient` that does nothing."""
 
     def __init__(self, operations: Any):
         self._operations = operations

@@ -1,4 +1,4 @@
-"""Putting something of one's own in the place of TensorFlow's or Keras's."""
+"""Temporary replacements of objects in TensorFlow and Keras."""
 
 import contextlib
 import threading
@@ -11,12 +11,12 @@ _ABSENT: Any = object()
 
 
 class Replacement(NamedTuple):
-    """What stands under a name while the swap is in use.
+    """The value of a name while the swap is in use.
 
     Attributes:
         owner: a module, a class or a dictionary.
-        name: an attribute of it, or a key.
-        value: what replaces it.
+        name: the name of an attribute, or a key.
+        value: the replacement.
     """
 
     owner: Any
@@ -27,18 +27,18 @@ class Replacement(NamedTuple):
 def gradient(operation: str, function: Any) -> Replacement:
     """Another gradient of an operation: (operation, *upstream) -> one per input.
 
-    Eager tapes look it up when their gradient is asked for, graphs when the gradient
-    is built, loops and functions in graphs when they are differentiated.
+    Eager tapes look it up when the gradient is computed, graphs when the gradient is
+    built, and loops and functions in graphs when they are differentiated.
     """
     entry = {"type": function, "location": None}
     return Replacement(ops.gradient_registry._registry, operation, entry)
 
 
 class Swap:
-    """Replacements that are in place while at least one user is within.
+    """Replacements that are in place while at least one user is in the context.
 
-    Threads may enter together and again from within: the last one to leave puts back
-    what was there before.
+    Several threads may enter at the same time, and enter again from within. The last
+    one to leave restores the original values.
     """
 
     def __init__(self, replacements: Sequence[Replacement]):

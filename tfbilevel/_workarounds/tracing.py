@@ -1,4 +1,4 @@
-"""Making variables while TensorFlow traces a function."""
+"""Creating variables while TensorFlow traces a function."""
 
 import concurrent.futures
 from collections.abc import Callable
@@ -8,10 +8,11 @@ T = TypeVar("T")
 
 
 def outside_traces(make: Callable[[], T]) -> T:
-    """What `make()` returns, called where nothing is being traced.
+    """The result of `make()`, called outside of any trace.
 
-    A `tf.function` that sees variables being made is traced a second time.
-    `tf.init_scope` makes them eagerly but does not hide them; another thread does.
+    A `tf.function` that sees a variable being created is traced a second time.
+    `tf.init_scope` creates variables eagerly but does not hide them from the trace;
+    another thread does.
     """
     with concurrent.futures.ThreadPoolExecutor(1) as thread:
         return thread.submit(make).result()

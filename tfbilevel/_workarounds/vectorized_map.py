@@ -17,10 +17,10 @@ def vectorized_map(function: Callable, elements: Any) -> Any:
 def _outside_xla() -> Iterator[None]:
     """Hides from TensorFlow that XLA will compile what is traced within.
 
-    Under XLA `tf.vectorized_map` puts its operations into a function of their own, and
-    the gradient of that function takes the axes of its reductions, which XLA has to
-    know beforehand, from its results: XLA would take every argument for a constant and
-    compile again at every call.
+    Under XLA, `tf.vectorized_map` puts its operations into a separate function. XLA
+    must know the axes of reductions at compile time, but the gradient of that function
+    takes them from the function's results. XLA would then treat every argument as a
+    constant and compile again at every call.
     """
     with contextlib.ExitStack() as stack:
         graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
