@@ -303,8 +303,9 @@ def test_accelerated_state_is_carried() -> None:
     x, y = tf.constant(0.3, tf.float64), tf.constant([2.0, -1.0], tf.float64)
     whole = tb.InnerSolver(SGD(0.3), 10, accelerated=True)
     half = tb.InnerSolver(SGD(0.3), 5, accelerated=True, optimizer_state="carry")
-    at_once, _, _ = whole.solve(problem, x, y, NONE, whole.init(problem, x, y))
+    here = problem.prepared(x, NONE)
+    at_once, _, _ = whole.solve(here, y, whole.init(problem, x, y))
     state = half.init(problem, x, y)
     for _ in range(2):
-        y, state, _ = half.solve(problem, x, y, NONE, state)
+        y, state, _ = half.solve(here, y, state)
     np.testing.assert_allclose(y, at_once, rtol=1e-12)
