@@ -35,7 +35,7 @@ class NonFiniteError(FloatingPointError):
         if point is not None:
             kept = "The error's `point` has the variables"
         if in_fit:
-            skip = ', or let fit pass over such steps with compile(on_nonfinite="skip")'
+            skip = ', or let fit skip such steps with compile(on_nonfinite="skip")'
         super().__init__(
             f"{self.quantity} became NaN or infinite at outer step {step}. {kept} from "
             "before that step. Usual causes: (a) a learning rate too large for the "
