@@ -12,10 +12,10 @@ s_i = (tanh(a_i) + 1) / 2. Lower variables: a classifier's weights.
 
 A share of the training labels is replaced by wrong ones. The classifier is first
 trained on the validation data. The initial a_i depends on whether it agrees with the
-given label. Then every training batch, with a validation batch sampled for it, makes one
-update of the method. After each epoch the importances are scaled to a mean of 1/2. The
-Adam optimizer of a has moments and a step count per example (in the published script, all
-examples that ever had the same position in a batch share them).
+given label. Then every training batch, with a validation batch sampled for it, makes
+one update of the method. After each epoch the importances are scaled to a mean of 1/2.
+The Adam optimizer of a has moments and a step count per example (in the published
+script, all examples that ever had the same position in a batch share them).
 
 | method     | one update                                                            |
 |------------|-----------------------------------------------------------------------|
