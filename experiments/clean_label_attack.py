@@ -170,11 +170,8 @@ def choose_images(args: argparse.Namespace) -> dict[str, images.Part]:
 def train_feature_model(
     args: argparse.Namespace, file: images.Part, path: pathlib.Path
 ) -> None:
-    """Train a convolutional network on all other classes; save its last hidden layer.
-
-    Like ImageNet's features for dogs and fish, it has not been trained on the two
-    classes.
-    """
+    """Train a convolutional network on all other classes (ImageNet's features do not
+    distinguish dogs and fish much either); save its last hidden layer."""
     others = ~np.isin(file.labels, args.classes)
     pixels, labels = file.images[others], file.labels[others]
     keras.utils.set_random_seed(args.seed)

@@ -590,7 +590,7 @@ def test_flags_that_the_published_script_ignores_are_warnings(capsys: Any):
     args = news.parse_args(["--out", "x", "--method", "aid-fp", *flags])
     warnings = capsys.readouterr().err.splitlines()
     assert len(warnings) == 3
-    assert all("has no effect to --method aid-fp" in line for line in warnings)
+    assert all("has no effect with --method aid-fp" in line for line in warnings)
     plan = news.with_defaults(args, "aid-fp")
     assert plan.batch_size is plan.validation_batch_size is plan.eta is None
     news.parse_args(["--out", "x", "--method", "all", *flags])  # one of them uses them
