@@ -7,7 +7,6 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from suites import fast_where
 
 import tfbilevel as tb
 
@@ -145,7 +144,9 @@ def test_check_hypergradient():
     assert report.error < 1e-7
 
 
-@pytest.mark.parametrize("jit_compile", fast_where(bool, [False, "auto"]))
+@pytest.mark.parametrize(
+    "jit_compile", [False, pytest.param("auto", marks=pytest.mark.slow)]
+)
 def test_fit(jit_compile: Any):
     """XLA has no sparse product: "auto" then keeps the graph, and says so."""
 

@@ -139,6 +139,11 @@ RELATIVES = {
     "rank-one-pessimistic",
     "tolerance",
     "bsa",
+    "neumann",
+    "unroll-bda",
+    "unroll-last",
+    "rank-one",
+    "implicit-pessimistic",
 }
 
 
