@@ -262,7 +262,8 @@ def test_methods_write_their_files(method, tmp_path):
         assert (tmp_path / picture).stat().st_size > 5_000
 
 
-@pytest.mark.parametrize("method", fast_where("oracle".__eq__, denoising.BASELINES))
+@pytest.mark.slow
+@pytest.mark.parametrize("method", denoising.BASELINES)
 def test_baselines_see_what_they_may(method, tmp_path, monkeypatch):
     seen = []
     fit = denoising.fit_plainly

@@ -355,6 +355,7 @@ def test_the_upper_rate_decays_under_every_optimizer_in_fit():
     np.testing.assert_allclose(np.abs(last_move(0.5)), 0.1 / 8, rtol=0.1)
 
 
+@pytest.mark.slow
 def test_the_schedule_survives_saving(tmp_path):
     def build():
         keras.utils.set_random_seed(0)  # a model has a seed of its own
