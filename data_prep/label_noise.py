@@ -20,6 +20,7 @@ def pollute(
     """Corrupt the labels of floor(rate * n) examples chosen at random.
 
     Args:
+        labels: one per example, [n]: integers in [0, classes), or names of at most
             `classes` classes, each of which must occur.
         rate: share of examples chosen, in [0, 1).
         generator: source of randomness.

@@ -46,17 +46,10 @@ from data_prep.dogfish_features import Pictures
 
 METHODS = ("penalty", "feature-collision")
 PARTS = dogfish_features.PARTS
-
-
 DATASETS = ("digits", "mnist", "fashion_mnist")
 # Defaults of flags that only apply to some runs.
-PENALTY = {
-    "inner_steps": 10,
-    "lower_lr": 1e-3,
-    "weight": 1.0,
-    "lower_weight": 1.0,
-    "tolerance": 1.0,
-}
+PENALTY = {"inner_steps": 10, "lower_lr": 1e-3}
+PENALTY |= {"weight": 1.0, "lower_weight": 1.0, "tolerance": 1.0}
 OWN_IMAGES = {
     "dataset": "digits",
     "data_dir": None,

@@ -11,11 +11,11 @@ s_i = (tanh(a_i) + 1) / 2. Lower variables: a classifier's weights.
     g(a, y) = sum of s_i * cross-entropy_i / sum of s_i    on a noisy training batch
 
 A share of the training labels is replaced by wrong ones. The classifier is first
-trained on the validation data, and a starts according to whether it agrees with each
-label. Then every training batch, with a validation batch sampled for it, makes one
-update of the method. After each epoch the importances are scaled to a mean of 1/2. The
-Adam of a has moments and a step count per example (in the published script, all
-examples that ever had the same position in a batch share them).
+trained on the validation data. The initial a_i depends on whether it agrees with the
+given label. Then every training batch, with a validation batch sampled for it, makes
+one update of the method. After each epoch the importances are scaled to a mean of 1/2.
+The Adam optimizer of a has moments and a step count per example (in the published
+script, all examples that ever had the same position in a batch share them).
 
 | method     | one update                                                            |
 |------------|-----------------------------------------------------------------------|
@@ -23,7 +23,7 @@ examples that ever had the same position in a batch share them).
 | approxgrad | T Adam steps of y on g, T of Adam on the linear system, one of a      |
 | oracle     | trained on clean training examples and validation data                |
 | val-only   | trained on validation data                                            |
-| train+val  | trained on all training examples, right and wrong, and validation data|
+| train+val  | trained on all training labels, right and wrong, and validation data  |
 
 Reproduces the denoising experiments of Mehra and Hamm (2021), arXiv:1911.03432: MNIST
 small (logistic regression, finally retrained on the trusted examples) and large,

@@ -37,7 +37,7 @@ class Point(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What `tb.minimize` returns.
+    """The result of `tb.minimize`.
 
     Attributes:
         upper: the final upper variables.
@@ -97,11 +97,9 @@ def minimize(
         method: the method.
         upper: x at the start, a nest of floating-point tensors.
         lower: y at the start, likewise.
-        upper_optimizer: a Keras optimizer that `tb.differentiable` supports; it is
-            never changed.
-        batches: the same `tb.Batches` for every step, a dataset of them, or a
-            function of the step number (int32 scalar, from 0; a continued run continues
-            the count).
+        upper_optimizer: a Keras optimizer that `tb.differentiable` supports.
+        batches: the same `tb.Batches` for every step, a dataset of them, or a function
+            of the step number (int32 scalar, from 0, counting earlier runs too).
         steps: maximal number of outer steps, at least 1.
         stop: (point before, point after) -> bool, scalar or one per start.
         trace: point after -> nest of tensors to record at every step.
@@ -184,9 +182,9 @@ class _Loop(NamedTuple):
     """A compiled loop.
 
     Attributes:
-        parts: what it was made of.
+        parts: the objects it was compiled from.
         rule: the update of the upper variables.
-        run: (x, y, state, batches) -> what the loop ends with.
+        run: (x, y, state, batches) -> the final values of the loop.
     """
 
     parts: tuple

@@ -329,7 +329,7 @@ def test_hypergradients_are_those_of_the_methods_they_are_called_by(method):
         [v.shape for v in y], args.seed, tf.constant(0, tf.int64)
     )
     stacked = [
-        np.vstack([np.float64(kernel), np.float64(bias)[None]])
+        np.vstack([np.asarray(v, "float64") for v in (kernel, bias[None])])
         for kernel, bias in (y, fresh)
     ]
     want = expected_upper_gradient(method, Regression(*parts), logits, *stacked)

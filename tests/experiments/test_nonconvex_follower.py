@@ -383,7 +383,7 @@ def test_a_run_is_resumed_to_the_same_rows_and_never_overwritten(tmp_path, capsy
         (["--alpha", "2"], "--alpha: must be above 0 and at most 1"),
         (["--example", "counter", "--method", "ls"], "--method ls has no effect"),
         (["--example", "sine", "convex", "--method", "rhg"], "--example convex has no"),
-        (["--method", "ns", "--example", "sine", "--alpha", "1"], "--alpha means"),
+        (["--method", "ns", "--example", "sine", "--alpha", "1"], "--alpha has"),
         (["--example", "convex", "--project-inner"], "--project-inner needs"),
         (["--start", "0.5", "2"], "needs X in [1, 10] with --example sine, got 0.5"),
         (["--start", "1", "-3"], "needs Y in [-2, 2] with --example sine, got -3"),

@@ -27,7 +27,7 @@ QUIET = {8: 1e-8, 4: 1e-3}
 
 @dataclasses.dataclass(frozen=True)
 class HypergradientReport:
-    """What `tb.check_hypergradient` found.
+    """The result of `tb.check_hypergradient`.
 
     Attributes:
         claimed: the method's derivative along each probe.

@@ -44,7 +44,7 @@ class Probe(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class SecondDerivativesReport:
-    """What `tb.check_second_derivatives` found; printed, it is two tables.
+    """The result of `tb.check_second_derivatives`; printed, it is two tables.
 
     Attributes:
         operations: the operations to report between a variable and the gradient of the

@@ -1,4 +1,4 @@
-"""Aggregating both losses in the inner direction."""
+"""Aggregating both losses in the direction of the inner steps."""
 
 import dataclasses
 import functools
@@ -20,16 +20,16 @@ class Aggregation:
 
         d_t(x, y) = (1 - a_t) g(x, y) + a_t f(x, y),      a_t = alpha * decay^t
 
-    For lower problems with many solutions: the upper loss chooses among them. Each
-    inner step costs one gradient of f besides that of g. Give it to `tb.Unroll`,
-    `tb.Implicit`, `tb.RankOne` or `tb.FiniteDifference`; to `tb.BAMM`, which makes one
-    lower step per outer step, and t is the outer step.
+    For lower problems with many solutions: the upper loss selects one of them. Each
+    inner step costs one gradient of f besides that of g. Pass it to `tb.Unroll`,
+    `tb.Implicit`, `tb.RankOne` or `tb.FiniteDifference`, or to `tb.BAMM`, which makes
+    one lower step per outer step, so that t is the outer step.
 
     Args:
         alpha: a_0, in (0, 1]; or a schedule of the inner step t with values in
-            [0, 1], such as one of alpha / (t + 1).
-        decay: in (0, 1]; 1 keeps alpha constant. Only with a number for `alpha`.
-        constant_lower: weigh g by 1 - a_0 at every step, as the authors' own code
+            [0, 1], such as alpha / (t + 1).
+        decay: in (0, 1]; 1 keeps alpha constant. Only if `alpha` is a number.
+        constant_lower: weight g by 1 - a_0 at every step, as the authors' own code
             does, instead of by 1 - a_t.
 
     Raises:
@@ -61,7 +61,7 @@ class Aggregation:
         require_number(self.decay, "decay", share, "above 0 and at most 1", remedy)
         if is_schedule(self.alpha) and self.decay != 1:
             raise ValueError(
-                "`decay` means nothing to a schedule, which decays by itself. Leave "
+                "`decay` has no effect with a schedule, which decays by itself. Leave "
                 f"it out. Received: alpha={self.alpha!r}, decay={self.decay}"
             )
 
@@ -76,11 +76,11 @@ class Aggregation:
         return self.schedule(t) * tf.pow(decay, tf.cast(t, tf.float64))
 
     def applied(self, here: Prepared, at: Any = None) -> Prepared:
-        """The problem whose lower loss is the mixture.
+        """The problem with the mixture as its lower loss.
 
         Args:
-            at: the inner step whose weights are taken at every draw, of each task its
-                own; `None`: draw t is step t's.
+            at: the inner step whose weights are used for every lower batch, one per
+                task if tasks differ; `None`: lower batch t has the weights of step t.
         """
         upper_loss, lower_loss = here.problem.upper_loss, here.problem.lower_loss
 
@@ -102,7 +102,7 @@ class Aggregation:
 def aggregated(
     aggregate: Aggregation | None, here: Prepared, at: Any = None
 ) -> Prepared:
-    """The problem with its mixture for a lower loss, or as it is."""
+    """The problem with the mixture as its lower loss; unchanged without `aggregate`."""
     return here if aggregate is None else aggregate.applied(here, at)
 
 
@@ -116,14 +116,14 @@ def require_aggregation(aggregate: Any) -> None:
 
 
 class _Drawn(NamedTuple):
-    """A lower batch and the inner step that draws it."""
+    """A lower batch with the number of the inner step that uses it."""
 
     t: Any
     batch: Nest
 
 
 class _NumberedBatches(Batches):
-    """Batches whose lower draws know their number; `lower` holds the real ones."""
+    """Batches that return each lower batch with its number; `lower` has the rest."""
 
     __slots__ = ()
 

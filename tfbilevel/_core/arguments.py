@@ -1,4 +1,4 @@
-"""What constructors require of their arguments."""
+"""Checks of constructor arguments."""
 
 import inspect
 import math
@@ -37,14 +37,14 @@ def require_callable(value: Any, name: str) -> None:
 def require_number(
     value: Any, name: str, holds: Callable[[Any], bool], rule: str, remedy: str = ""
 ) -> None:
-    """Raise unless `value` is a finite number for which `holds`.
+    """Raise unless `value` is a finite number for which `holds` is true.
 
     Args:
         value: the argument.
         name: its name.
         holds: number -> bool.
-        rule: what `holds` says, such as "above 0".
-        remedy: a sentence on what to do.
+        rule: the condition in words, such as "above 0".
+        remedy: a sentence that says what to do.
     """
     number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not (number and math.isfinite(value) and holds(value)):
@@ -56,7 +56,7 @@ def require_number(
 
 
 def takes_two(function: Callable) -> bool:
-    """Whether a function has two parameters or more that must be given by position."""
+    """Whether a function has at least two required positional parameters."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):

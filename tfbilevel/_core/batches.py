@@ -8,28 +8,28 @@ from tfbilevel._calculus.aliases import Nest
 
 
 class Batches(NamedTuple):
-    """The data of one outer step, named so that the levels cannot be swapped.
+    """The data of one outer step, with names so that the levels cannot be swapped.
 
     Attributes:
-        upper: what `upper_loss` receives as its batch (validation data).
-        lower: what `lower_loss` receives as its batch (training data).
+        upper: the batch that `upper_loss` receives (validation data).
+        lower: the batch that `lower_loss` receives (training data).
     """
 
     upper: Nest
     lower: Nest
 
     def lower_at(self, draw: Any) -> Any:
-        """The lower batch of one draw (inner step): here always the same."""
+        """The lower batch with number `draw` (the inner step); here always the same."""
         del draw
         return self.lower
 
 
 class StackedBatches(Batches):
-    """Batches whose lower part has a leading axis: one slice per draw.
+    """Batches whose lower part has a leading axis, with one slice per lower batch.
 
-    Inner step t takes slice t; a stochastic linear solve goes on after the last
-    inner step; draws beyond the last slice start again at the first. Leaves may be
-    sparse, with their entries in order, as datasets give them.
+    Inner step t takes slice t, and a stochastic linear solve continues after the last
+    inner step. Numbers beyond the last slice start again at the first. Leaves may be
+    sparse if their entries are sorted, as in datasets.
     """
 
     __slots__ = ()
@@ -44,12 +44,12 @@ class StackedBatches(Batches):
 
 
 def _slice(leaf: Any, index: tf.Tensor) -> Any:
-    """leaf[index] along the first axis of a tensor, dense, ragged or sparse."""
+    """leaf[index] along the first axis of a dense, ragged or sparse tensor."""
     if leaf is None:
         return None
     if not isinstance(leaf, tf.SparseTensor):
         return tf.gather(leaf, index)
-    # Its entries lie side by side; `tf.sparse.slice` would read those of all slices.
+    # The slice's entries are contiguous; `tf.sparse.slice` would read all entries.
     index = tf.cast(index, tf.int64)
     begin, end = (_first_entry(leaf.indices, number) for number in (index, index + 1))
     made = tf.SparseTensor(
@@ -60,8 +60,8 @@ def _slice(leaf: Any, index: tf.Tensor) -> Any:
 
 
 def _first_entry(indices: tf.Tensor, number: tf.Tensor) -> tf.Tensor:
-    """Where slice `number` begins among the entries: on a coarse grid, then between
-    two of its points, so that finding it copies no long column."""
+    """The position of the first entry of slice `number`, searched on a coarse grid and
+    then between two grid points, so that no long column is copied."""
     stride = 1024
     before = tf.searchsorted(indices[::stride, 0], number[None], out_type=tf.int64)[0]
     first = tf.maximum(before - 1, 0) * stride
@@ -80,7 +80,7 @@ def require_batches(batches: Any, name: str = "`batches`") -> None:
 
 
 def count_tasks(batches: Batches) -> Any:
-    """How many tasks the batches carry: a number, or a tensor where it may vary."""
+    """The number of tasks in the batches, a tensor if it is not static."""
     require_dense(batches)
     axis = int(isinstance(batches, StackedBatches))
     for part, where in ((batches.upper, 0), (batches.lower, axis)):
@@ -105,13 +105,13 @@ def apart(batches: Batches) -> tuple[Any, Any]:
 
 
 def together(upper: Nest, lower: Nest, like: Batches) -> Batches:
-    """The batches from what `apart` made of them."""
+    """The inverse of `apart`."""
     stacked = isinstance(like, StackedBatches)
     return type(like)(upper, _swapped(lower) if stacked else lower)
 
 
 def first_task(batches: Batches) -> Batches:
-    """The batches of the first task alone."""
+    """The batches of the first task only."""
 
     def first(leaf: Any) -> Any:
         return None if leaf is None else leaf[0]
@@ -120,17 +120,17 @@ def first_task(batches: Batches) -> Batches:
 
 
 def require_dense(tasks: Any) -> None:
-    """Raise if a leaf is sparse: it cannot be taken apart."""
+    """Raise if a leaf is sparse, because it cannot be split into tasks."""
     if any(isinstance(leaf, tf.SparseTensor) for leaf in tf.nest.flatten(tasks)):
         raise ValueError(
-            "The batches of `tb.over_tasks` must be dense: tasks are taken apart along "
-            "the leading axis. Convert them with tf.sparse.to_dense. "
+            "The batches of `tb.over_tasks` must be dense: tasks are split along the "
+            "leading axis. Convert them with tf.sparse.to_dense. "
             f"Received: {tasks!r}"
         )
 
 
 def _swapped(batch: Nest) -> Any:
-    """Draws and tasks, the two leading axes, exchanged."""
+    """The batch with its two leading axes (lower batches and tasks) exchanged."""
 
     def swap(leaf: Any) -> Any:
         if leaf is None:

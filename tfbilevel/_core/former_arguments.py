@@ -1,4 +1,4 @@
-"""Arguments of the release before, which work for one more with a warning."""
+"""Arguments of the previous release, which work for one more with a warning."""
 
 import dataclasses
 import functools
@@ -19,14 +19,14 @@ def renamed(
     gathered: Mapping[str, type] | None = None,
     positional: tuple[str, ...] = (),
 ) -> Callable[[_Class], _Class]:
-    """A dataclass that knows its keywords of the release before.
+    """A decorator for dataclasses that accepts the keywords of the previous release.
 
     Args:
         names: former keyword -> keyword.
-        split: keyword -> the keyword that some of its former values belong to now, and
-            whether a value does.
-        gathered: keyword -> the dataclass whose fields were keywords themselves.
-        positional: what former positional arguments were beyond those of today.
+        split: keyword -> the keyword that now takes some of its former values, and a
+            function that says whether it takes a value.
+        gathered: keyword -> the dataclass whose fields were keywords before.
+        positional: names of former positional arguments beyond today's.
     """
     split, gathered = split or {}, gathered or {}
 
@@ -40,7 +40,7 @@ def renamed(
         def __init__(self: Any, *args: Any, **options: Any) -> None:
             given = dict(zip(places, args, strict=False))
             if len(args) > len(places) or given.keys() & options.keys():
-                init(self, *args, **options)  # Python's own error
+                init(self, *args, **options)  # raises Python's own error
             options = given | options
             for former, name in names.items():
                 if former in options:
@@ -83,7 +83,7 @@ def _require_single(title: str, former: str, name: str, given: Mapping) -> None:
 
 
 def warn_renamed(title: str, former: str, now: str) -> None:
-    """Warn the caller's caller of a former name."""
+    """Warn the caller's caller about a former name."""
     warnings.warn(
         f"`{former}` of {title} is {now} now; the former name works for one release",
         DeprecationWarning,
@@ -92,7 +92,7 @@ def warn_renamed(title: str, former: str, now: str) -> None:
 
 
 def _read(title: str, former: str, path: tuple[str, ...]) -> property:
-    """The attribute under its former name."""
+    """A property that returns the attribute for its former name."""
 
     def read(self: Any) -> Any:
         warn_renamed(title, former, f"`{'.'.join(path)}`")
@@ -104,14 +104,14 @@ def _read(title: str, former: str, path: tuple[str, ...]) -> property:
 def of_former(
     problem: Any, upper: Any, lower: Any, batches: Any, state: dict
 ) -> tuple[Prepared, Any, dict]:
-    """The arguments of `InnerSolver.solve` from those of the release before."""
+    """The arguments of `InnerSolver.solve`, from those of the previous release."""
     warnings.warn(
         "solve(problem, upper, lower, batches, state) of tb.InnerSolver will go: call "
         "solve(problem.prepared(upper, batches), lower, state)",
         DeprecationWarning,
         stacklevel=3,
     )
-    # Not prepared here: it may be the problem of a `Prepared`, with its batches.
+    # Not prepared again: it may be the problem of a `Prepared`, with its batches.
     return Prepared(problem, upper, batches, _total), lower, state
 
 

@@ -1,4 +1,4 @@
-"""What the rates of an inner solver may be."""
+"""Checks of an inner solver's learning rates."""
 
 from typing import Any
 
@@ -6,12 +6,12 @@ from tfbilevel._core.schedules import is_schedule
 
 
 def is_function(rate: Any) -> bool:
-    """Whether it is a function that is no schedule: of the upper variables."""
+    """Whether the rate is a function of the upper variables, not a schedule."""
     return callable(rate) and not is_schedule(rate)
 
 
 def require_rates(inner: Any) -> None:
-    """Raise unless one of three at most says what the rate is."""
+    """Raise unless the rate is set in at most one of the three possible ways."""
     rate, learned = inner.learning_rate, inner.learned_rate
     if rate is not None and not is_schedule(rate):
         raise ValueError(

@@ -45,46 +45,46 @@ class InnerSolver:
 
     P is `problem.project_lower`. One step costs one gradient of the lower loss.
 
-    `accelerated` is Nesterov's sequence for convex lower losses (FISTA): the gradient
-    is taken, and the update made, at a point u_t ahead of y_t,
+    `accelerated` uses Nesterov's sequence for convex lower losses (FISTA). The gradient
+    is taken at a point u_t ahead of y_t, and the update starts there,
 
         y_{t+1} = P( u_t - update( g_y(x, u_t) ) ),    u_0 = y_0,    s_0 = 1
         s_{t+1} = (1 + sqrt(1 + 4 s_t^2)) / 2
         u_{t+1} = y_{t+1} + (s_t - 1) / s_{t+1} * (y_{t+1} - y_t)
 
-    at an error O(1/T^2) instead of O(1/T). Momentum with a constant factor is an
+    with an error of O(1/T^2) instead of O(1/T). Momentum with a constant factor is an
     option of the optimizer: keras.optimizers.SGD(rate, momentum=0.9, nesterov=True).
 
     Args:
         optimizer: a Keras optimizer that `tb.differentiable` supports, or its name.
         steps: number of steps, at least 1.
-        start: where each outer step starts. "warm": at the current lower variables.
-            "cold": at `problem.lower_start(x)` or, without one, at the lower
+        start: the start of each outer step's solve. "warm": the current lower
+            variables. "cold": `problem.lower_start(x)` or, without one, the lower
             variables that the method was initialised with. A function of the outer
-            step (int64 scalar) -> lower variables, over tasks those of all of them: at
-            what it returns, say a sample of `tf.random.stateless_uniform`. A
-            problem with a `lower_start` always starts there (but for `tb.ValueGap`,
-            whose `auxiliary` decides).
+            step (int64 scalar) -> lower variables (over tasks, those of all tasks),
+            such as a sample of `tf.random.stateless_uniform`. A problem with a
+            `lower_start` always uses that instead (except in `tb.ValueGap`, whose
+            `auxiliary` sets the start).
         learning_rate: a schedule of the outer step, such as tb.CosineDecay(0.1, 0.01,
-            1000). `None`: the optimizer's own, of which a schedule of Keras counts
-            inner steps.
+            1000). `None`: the optimizer's own rate; if that is a Keras schedule, it
+            counts inner steps.
         optimizer_state: "reset": momentum and moments start at zero at every outer
-            step. "carry": they go on from the last one.
-        accelerated: Nesterov's sequence of extrapolations.
+            step. "carry": they continue from the last outer step.
+        accelerated: whether to use Nesterov's extrapolations.
         atol: stop before `steps` once |g_y| (Euclidean, absolute) is at most
             this; a number, or a schedule of the outer step such as
             tb.Geometric(0.1, 0.9). Only for methods that do not unroll the steps.
         learned_rate: x -> scalar, the rate as a function of the upper variables; or
-            x -> rates like the lower variables, or that broadcast to them: one per
-            entry (Meta-SGD), or one per layer. `None`: the rate is not learned.
+            x -> rates shaped like the lower variables, or that broadcast to them: one
+            per entry (Meta-SGD), or one per layer. `None`: the rate is not learned.
 
     Raises:
         ValueError: for an unsupported optimizer, `steps` below 1, an unknown `start`
-            or `optimizer_state`, a `learning_rate` that is no schedule, a
-            `learned_rate` that is no function, more than one of these two and a
+            or `optimizer_state`, a `learning_rate` that is not a schedule, a
+            `learned_rate` that is not a function, more than one of these two and a
             schedule on the optimizer, or a negative `atol`; at the first step for
-            learned rates that do not fit the lower variables, or of single entries
-            with Ftrl.
+            learned rates that do not fit the lower variables, or rates of single
+            entries with Ftrl.
 
     Example:
         >>> inner = tb.InnerSolver(keras.optimizers.SGD(0.5), steps=20)
@@ -109,7 +109,7 @@ class InnerSolver:
     learned_rate: Callable[[Nest], Nest] | None = None
 
     def __post_init__(self) -> None:
-        # Given by name, it is the rule's.
+        # If it was given by name, the rule has created it.
         object.__setattr__(self, "optimizer", self.rule.optimizer)
         require_count(self.steps, "steps")
         if not callable(self.start):
@@ -121,20 +121,20 @@ class InnerSolver:
 
     @functools.cached_property
     def rule(self) -> UpdateRule:
-        """The update of `optimizer`, of which it reads the rate once."""
+        """The update of `optimizer`, whose rate is read only once."""
         return differentiable(self.optimizer)
 
     @property
     def has_constant_rate(self) -> bool:
-        """Whether all steps of all outer steps have the optimizer's rate, a number."""
+        """Whether all steps of all outer steps use one number, the optimizer's rate."""
         changed = self.learning_rate is not None or self.learned_rate is not None
         return not (changed or self.rule.scheduled)
 
     def init(self, problem: Problem, upper: Nest, lower: Nest) -> dict[str, Any]:
-        """What the solver carries over outer steps."""
+        """The state that the solver carries between outer steps."""
         state: dict[str, Any] = {}
-        # The rule makes its templates here: made while a function is traced, they
-        # would have TensorFlow trace it a second time.
+        # The rule creates its templates now: creating them while a function is traced
+        # would make TensorFlow trace it a second time.
         fresh = self.fresh(problem, lower)
         followed = (self.atol, self.learning_rate)
         if callable(self.start) or any(map(is_schedule, followed)):
@@ -146,7 +146,7 @@ class InnerSolver:
         return state
 
     def begin(self, here: Prepared, lower: Nest, state: dict) -> Iterate:
-        """The iterate that this outer step starts from."""
+        """The iterate at which this outer step starts."""
         problem = here.problem
         if problem.lower_start is not None:
             start = problem._started(here.upper, structure.to_tensors(lower))
@@ -167,7 +167,7 @@ class InnerSolver:
     def begin_pullback(
         self, here: Prepared, lower: Nest, state: dict
     ) -> tuple[Iterate, derivatives.Pullback | None]:
-        """`begin`, and the pullback of y_0 to x where the problem has a start."""
+        """`begin`, and the pullback of y_0 to x if the problem has a `lower_start`."""
         if here.problem.lower_start is None:
             return self.begin(here, lower, state), None
 
@@ -181,7 +181,7 @@ class InnerSolver:
     def fresh(self, problem: Problem, lower: Nest) -> OptimizerState:
         """The optimizer's state before the first step."""
         state = self.rule.init(lower)
-        # Where tasks stop at different steps, each has its own count of them.
+        # If tasks stop at different steps, each has its own step count.
         tasks = tf.TensorShape([])
         if self.atol is not None:
             tasks = problem.inner_product.shape(structure.to_tensors(lower))
@@ -190,7 +190,7 @@ class InnerSolver:
         return nesterov.begun(state, lower, tasks) if self.accelerated else state
 
     def point(self, iterate: Iterate) -> Nest:
-        """Where the next gradient is taken: y_t, or u_t of the accelerated steps."""
+        """The point of the next gradient: y_t, or u_t with acceleration."""
         if not self.accelerated:
             return iterate.lower
         ahead = nesterov.split(iterate.optimizer, iterate.lower).ahead
@@ -199,7 +199,7 @@ class InnerSolver:
     def gradient(
         self, here: Prepared, iterate: Iterate, t: Any
     ) -> tuple[tf.Tensor, Nest]:
-        """The lower loss and its gradient that step t is made of."""
+        """The lower loss and its gradient in step t."""
         return here.lower_gradient(self.point(iterate), t)
 
     def move(self, here: Prepared, iterate: Iterate, gradient: Nest) -> Iterate:
@@ -224,9 +224,9 @@ class InnerSolver:
     def advance(
         self, here: Prepared, iterate: Iterate, t: Any, first_order: bool = False
     ) -> tuple[Iterate, tf.Tensor]:
-        """One inner step, and the lower loss it started from.
+        """One inner step; returns also the lower loss before it.
 
-        With `first_order` the gradient counts as a constant.
+        With `first_order` the gradient is treated as a constant.
         """
         value, gradient = self.gradient(here, iterate, t)
         if first_order:
@@ -242,16 +242,16 @@ class InnerSolver:
         most: int,
         first_order: bool = False,
     ) -> tuple[Iterate, tf.Tensor]:
-        """Steps first, ..., last - 1 (at most `most` of them, a Python integer).
+        """Makes the steps first, ..., last - 1, at most `most` (a Python integer).
 
-        With one `last` per task, each task stops at its own.
+        `last` may have one entry per task, at which that task stops.
         """
         dtype = tf.nest.flatten(iterate.lower)[0].dtype
         value = tf.zeros([], dtype)
         if most == 0:
             return iterate, value
         if most == 1 and isinstance(last, int) and (first, last) == (0, 1):
-            # A loop of one step would keep what comes after it waiting.
+            # A loop with one step would delay the operations that follow it.
             iterate, value = self.advance(here, iterate, 0, first_order)
             return iterate, tf.cast(value, dtype)
 
@@ -272,17 +272,17 @@ class InnerSolver:
     def solve(
         self, here: Prepared, lower: Nest, state: dict, *former: Any
     ) -> tuple[Any, dict, tf.Tensor]:
-        """All steps, not differentiated.
+        """All inner steps, without derivatives.
 
         Args:
             here: the problem of this outer step, `problem.prepared(upper, batches)`.
-            lower: the lower variables before it.
-            state: what the solver carries, at first `init(problem, upper, lower)`.
-            *former: of `solve(problem, upper, lower, batches, state)`, which will go.
+            lower: the lower variables before the solve.
+            state: the solver's state, initially `init(problem, upper, lower)`.
+            *former: for `solve(problem, upper, lower, batches, state)`, deprecated.
 
         Returns:
             The lower variables, the solver's state, and the lower loss before the
-            last step (over tasks the mean).
+            last step (over tasks, the mean).
         """
         if former:
             here, lower, state = of_former(here, lower, state, *former)
@@ -292,7 +292,7 @@ class InnerSolver:
     def settle(
         self, here: Prepared, lower: Nest, state: dict
     ) -> tuple[Iterate, tf.Tensor]:
-        """`steps` steps, or fewer where the tolerance is met, not differentiated."""
+        """`steps` steps, fewer if the tolerance is met, without derivatives."""
         iterate = self.begin(here, lower, state)
         if self.atol is None:
             return self.run(here, iterate, 0, self.steps, self.steps)
@@ -306,11 +306,11 @@ class InnerSolver:
             del value
             value, gradient = self.gradient(here, now, t)
             after = self.move(here, now, gradient), here.norm(gradient)
-            # Where a task has ended, the step it does not make may be large.
+            # Tasks that have ended ignore this step, which may even diverge.
             after, size = structure.stepped(size > goal, (now, size), after)
             return t + 1, after, tf.cast(value, dtype), size
 
-        # The first gradient is not known yet: infinitely far from done.
+        # The first gradient is not known yet, so its norm starts at infinity.
         unknown = here.problem.inner_product.shape(iterate.lower)
         _, iterate, value, _ = serial_loop(
             lambda t, now, value, size: tf.reduce_any(size > goal),
@@ -326,7 +326,7 @@ class InnerSolver:
         return iterate, value
 
     def carried(self, iterate: Iterate, state: dict) -> dict:
-        """The state for the next outer step after a loop that ended at `iterate`."""
+        """The state for the next outer step, after a loop that ended at `iterate`."""
         after = dict(state)
         if "optimizer" in state:
             after["optimizer"] = iterate.optimizer
@@ -341,23 +341,23 @@ class InnerSolver:
         state: dict,
         of: Callable[[Nest], Nest] | None = None,
     ) -> Any:
-        """The iterates y_1, ..., y_T that `solve` goes through, T = `steps`.
+        """The iterates y_1, ..., y_T of `solve`, T = `steps`.
 
-        For looking at them: how the loss or an accuracy develops over the inner steps,
-        which step is best, where they diverge. Methods need none of this. Costs T
-        gradients, as `solve`, and memory for T copies of what is kept.
+        For inspection: how the loss or an accuracy develops over the inner steps, which
+        step is best, where the steps diverge. Methods do not need it. Cost: T
+        gradients, as for `solve`, and memory for T copies of what is recorded.
 
         Args:
             here: the problem of this outer step, `problem.prepared(upper, batches)`.
-            lower: the lower variables before it.
-            state: what the solver carries, at first `init(problem, upper, lower)`. It
-                is not moved on.
-            of: lower variables -> what to keep of every iterate, such as an accuracy;
-                `None`: the variables.
+            lower: the lower variables before the solve.
+            state: the solver's state, initially `init(problem, upper, lower)`. It is
+                not changed.
+            of: lower variables -> what to record for every iterate, such as an
+                accuracy; `None`: the variables.
 
         Returns:
-            What is kept, with a leading axis of T entries; the last one belongs to
-            what `solve` returns.
+            What was recorded, with a leading axis of T entries; the last one belongs
+            to the result of `solve`.
 
         Raises:
             ValueError: if the solver has an `atol`, whose steps may be fewer.
@@ -388,7 +388,7 @@ def require_inner(inner: Any) -> None:
 
 
 def require_fixed_length(inner: InnerSolver, method: str) -> None:
-    """Raise if the inner solver may stop early, which no unroll can differentiate."""
+    """Raise if the inner solver may stop early; unrolling needs a fixed length."""
     if inner.atol is not None:
         raise ValueError(
             f"`inner.atol` must be None for tb.{method}: the steps it "

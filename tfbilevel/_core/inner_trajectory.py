@@ -1,4 +1,4 @@
-"""Every iterate of an inner solver, for those who want to look at them."""
+"""All iterates of an inner solver, for inspection."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +17,7 @@ def trajectory(
     state: dict,
     of: Callable[[Nest], Nest] | None = None,
 ) -> Any:
-    """`InnerSolver.trajectory`, of the solver `inner`."""
+    """`InnerSolver.trajectory`, for the solver `inner`."""
     if inner.atol is not None:
         raise ValueError(
             "`inner.atol` must be None for `trajectory`, which makes all steps. "

@@ -1,4 +1,4 @@
-"""Losses of one problem or of many tasks: one value of each, and their sum or mean."""
+"""Losses of one problem or of many tasks: one value per task, and their sum or mean."""
 
 import dataclasses
 from collections.abc import Callable
@@ -13,12 +13,12 @@ from tfbilevel._calculus.aliases import Loss, Nest
 class TaskLoss:
     """A loss over tasks, as a function of their stacked variables and batches.
 
-    Methods differentiate the sum over tasks, of which each task's variables see their
-    own term alone; what a user sees is the mean.
+    Methods differentiate the sum over tasks, so that each task's variables only affect
+    its own term. Metrics are averaged over tasks.
 
     Attributes:
         each: (x, y, batch) -> one value per task.
-        mean: whether calling it gives the mean or the sum.
+        mean: whether a call returns the mean instead of the sum.
     """
 
     each: Loss
@@ -30,12 +30,12 @@ class TaskLoss:
 
 
 def losses(loss: Loss) -> Loss:
-    """One value per task, or the scalar of a loss that knows no tasks."""
+    """One value per task, or the scalar of a loss without tasks."""
     return loss.each if isinstance(loss, TaskLoss) else loss
 
 
 def rewired(loss: Loss, arguments: Callable[[Any, Any, Any], tuple]) -> Loss:
-    """The loss of other arguments, over tasks still if it was."""
+    """The loss with other arguments; a loss over tasks stays one."""
 
     def at(x: Nest, y: Nest, batch: Nest) -> tf.Tensor:
         return losses(loss)(*arguments(x, y, batch))

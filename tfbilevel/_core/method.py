@@ -14,18 +14,18 @@ from tfbilevel._core.problem import Problem
 
 
 class Step(NamedTuple):
-    """What one outer step of a method computes.
+    """The result of a method's outer step.
 
     Attributes:
-        upper_gradient: like the upper variables: what the upper optimizer receives.
+        upper_gradient: the gradient for the upper optimizer, like the upper variables.
         lower: the lower variables after the step.
-        state: what the method carries to the next outer step.
-        metrics: name -> scalar tensor, for logs and diagnosis; over tasks some have
+        state: the method's state for the next outer step.
+        metrics: name -> scalar tensor, for logs and diagnosis; over tasks, some have
             one value per task.
-        upper_scale: factor on the step that the upper optimizer makes, a scalar or
-            one value per entry of a leading axis; `()` counts as 1. For methods whose
-            schedule slows the upper level too: with most optimizers a scaled gradient
-            would not.
+        upper_scale: factor on the upper optimizer's step, a scalar or one value per
+            entry of a leading axis; `()` counts as 1. For methods whose schedule also
+            slows down the upper level. Scaling the gradient would not do that, because
+            most optimizers normalise it.
     """
 
     upper_gradient: Nest
@@ -35,14 +35,14 @@ class Step(NamedTuple):
     upper_scale: Any = ()
 
     def scaled(self, before: Nest, after: Nest) -> Nest:
-        """The upper variables, which the upper optimizer moved from before to after."""
+        """The upper variables after the optimizer's step, scaled by `upper_scale`."""
         if isinstance(self.upper_scale, tuple):
             return after
         move = structure.subtract(after, before)
         return structure.add_scaled(before, self.upper_scale, move)
 
     def damped(self, before: Nest, after: Nest) -> Nest:
-        # Its name in the release before.
+        # The former name of `scaled`.
         warn_renamed("tb.Step", "damped", "`scaled`")
         return self.scaled(before, after)
 
@@ -66,35 +66,35 @@ class Method(abc.ABC):
     """
 
     def init(self, problem: Problem, upper: Nest, lower: Nest) -> State:
-        """The state before the first step: a nest of tensors, `()` if none."""
+        """The state before the first step: a nest of tensors, `()` if there is none."""
         del problem, upper, lower
         return ()
 
     @property
     def moves_lower(self) -> bool:
-        """Whether a step moves y on from where it is, and does not solve again."""
+        """Whether a step continues from the current y instead of solving again."""
         return False
 
     @property
     def couples_tasks(self) -> bool:
-        """Whether what a step does to one task depends on the others.
+        """Whether a step for one task depends on the other tasks.
 
-        Over sequential tasks (`tb.over_tasks`) the whole step is made for one task
-        before the next, which keeps one task's memory. With `True` it is made once for
-        all, and only the losses are sequential.
+        If False, sequential tasks (`tb.over_tasks`) make the whole step for one task
+        before the next, with the memory of one task. If True, the step is made once for
+        all tasks, and only the losses are sequential.
         """
         return False
 
     @property
     def mean_metrics(self) -> tuple[str, ...]:
-        """The metrics that are means over tasks; others have a value for each where
-        tasks are sequential."""
+        """The metrics that are means over tasks; for sequential tasks, all others have
+        one value per task."""
         return ("upper_loss", "lower_loss")
 
     @property
     def lower_steps(self) -> int:
-        """How many steps the lower variables make in one outer step: moving statistics
-        of a Keras model advance as often."""
+        """The number of steps of the lower variables in one outer step, by which a
+        Keras model's moving statistics are updated."""
         inner = None if self.moves_lower else getattr(self, "inner", None)
         return getattr(inner, "steps", 1)
 
@@ -102,9 +102,9 @@ class Method(abc.ABC):
     def takes_second_derivatives(self) -> bool:
         """Whether a step differentiates the gradient of the lower loss.
 
-        `BilevelModel.fit`, `tb.minimize` and `tb.check_hypergradient` then look first
-        whether TensorFlow has these derivatives. A method of first derivatives only
-        says False.
+        If so, `BilevelModel.fit`, `tb.minimize` and `tb.check_hypergradient` first
+        check that TensorFlow has these derivatives. Methods that use only first
+        derivatives return False.
         """
         return True
 
@@ -114,19 +114,19 @@ class Method(abc.ABC):
     ) -> Step:
         """One outer step: the upper gradient and the new lower variables.
 
-        Make it by `problem.step(method, ...)`, which knows about tasks. The caller
-        applies the upper gradient, scaled as the step says, then
+        Call it through `problem.step(method, ...)`, which handles tasks. The caller
+        applies the upper gradient, scaled by `upper_scale`, and then
         `problem.project_upper`.
         """
 
     def objective(
         self, problem: Problem, upper: Nest, lower: Nest, batches: Batches, state: State
     ) -> Callable[[Nest], tf.Tensor]:
-        """The scalar function of x whose derivative at `upper` `step` estimates.
+        """The function of x whose derivative at `upper` is estimated by `step`.
 
-        Whatever the method holds constant is computed at `upper` once. By default
+        Whatever the method holds constant is computed once, at `upper`. The default is
         f(x, y(x)), where y(x) are the lower variables after a step from x.
-        `tb.check_hypergradient` takes central differences of it.
+        `tb.check_hypergradient` takes central differences of this function.
         """
 
         def value(x: Nest) -> tf.Tensor:

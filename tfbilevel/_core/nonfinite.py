@@ -1,4 +1,4 @@
-"""NaN and infinity: found in the step, named, never replaced."""
+"""NaN and infinity: detected within the step and reported by name, never replaced."""
 
 import warnings
 from typing import Any
@@ -23,10 +23,10 @@ class NonFiniteError(FloatingPointError):
     """A quantity of an outer step was NaN or infinite.
 
     Attributes:
-        quantity: what it was.
-        step: at which outer step, from 0.
-        point: of `tb.minimize`: step, upper and lower variables before it; else
-            `None`, and the models keep their variables from before it.
+        quantity: the name of the quantity.
+        step: the number of the outer step, from 0.
+        point: in `tb.minimize`, the step, upper and lower variables before it;
+            otherwise `None`, and the models keep their variables from before it.
     """
 
     def __init__(self, code: int, step: int, point: Any = None, in_fit: bool = False):
@@ -35,7 +35,7 @@ class NonFiniteError(FloatingPointError):
         if point is not None:
             kept = "The error's `point` has the variables"
         if in_fit:
-            skip = ', or let fit pass over such steps with compile(on_nonfinite="skip")'
+            skip = ', or let fit skip such steps with compile(on_nonfinite="skip")'
         super().__init__(
             f"{self.quantity} became NaN or infinite at outer step {step}. {kept} from "
             "before that step. Usual causes: (a) a learning rate too large for the "
@@ -47,11 +47,11 @@ class NonFiniteError(FloatingPointError):
 
 
 class DivergenceWarning(UserWarning):
-    """A linear solve ended further from the solution than it began."""
+    """A linear solve ended further from the solution than it started."""
 
 
 def warn_diverged(method: object, step: int | None = None) -> None:
-    """Say that a method's linear solve diverged, at which outer step if known."""
+    """Warn that a method's linear solve diverged, with the outer step if known."""
     when = "" if step is None else f" at outer step {step}"
     warnings.warn(
         f"The linear solve of {type(method).__name__} diverged{when}: its "
@@ -65,11 +65,11 @@ def warn_diverged(method: object, step: int | None = None) -> None:
 
 
 def first_nonfinite(step: Step, moved: Nest = ()) -> tf.Tensor:
-    """The index into QUANTITIES of the first one that is not finite, else -1.
+    """The index into QUANTITIES of the first that is not finite; -1 if all are.
 
     Args:
         step: the step.
-        moved: the upper variables after it, where they are known.
+        moved: the upper variables after it, if known.
     """
     quantities: list[Any] = [
         [step.metrics[name]] if name in step.metrics else []

@@ -1,4 +1,4 @@
-"""One outer step's problem, with everything that a method differentiates."""
+"""The problem of one outer step, with all derivatives that methods need."""
 
 import dataclasses
 from collections.abc import Callable
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Prepared:
-    r"""One outer step's problem: what a method of your own is written with.
+    r"""The problem of one outer step, for writing your own methods.
 
         here = problem.prepared(upper, batches)
         f, f_x, f_y = here.upper_partials(y)
@@ -26,32 +26,33 @@ class Prepared:
         g_xy v, g_yy v = product(v)
         upper_gradient = here.gradient(f_x, response)
 
-    `prepare` and the randomness of this step are a part of its losses. A method that
-    calls this object alone opens no gradient tape, and the same lines are right for
-    one problem and over tasks:
+    Its losses include `prepare` and the randomness of this step. A method that only
+    calls this object needs no gradient tape, and the same code is right for one problem
+    and over tasks:
 
-    - Every loss that is returned here is over tasks the mean.
-    - Every derivative is that of the sum over tasks: the lower variables of a task see
-      its own loss alone.
+    - Every loss returned here is the mean over tasks.
+    - Every derivative is that of the sum over tasks, so the lower variables of a task
+      only see that task's loss.
     - `gradient` turns derivatives in `here.upper` into the gradient in the problem's
-      x, over tasks the gradient of the mean.
-    - `dot` and `norm` give one number, over tasks one of each task; `where`, `scale`
-      and `add_scaled` take such numbers.
+      x; over tasks, the gradient of the mean.
+    - `dot` and `norm` return one number, over tasks one per task; `where`, `scale` and
+      `add_scaled` accept such numbers.
 
-    Cost: `lower_gradient` is one gradient of g, a product of its pullback about two.
-    Memory: the pullback keeps what g and its gradient computed, as long as it lives.
-    Prefer `tb.InnerSolver` for whole inner solves: `inner.solve(here, y, state)`.
+    Cost: `lower_gradient` takes one gradient of g, a product of its pullback about two.
+    Memory: the pullback keeps the intermediate values of g and its gradient as long as
+    it exists. For whole inner solves use `tb.InnerSolver`:
+    `inner.solve(here, y, state)`.
 
     Attributes:
-        problem: its losses, over tasks sums.
-        upper: its upper variables: x, and what `prepare` makes of it.
+        problem: the problem with its losses; over tasks, they are sums.
+        upper: its upper variables: x, and the results of `prepare`.
         batches: its batches, `batches.upper` and `batches.lower_at(t)`.
-        tasks: how many tasks the losses are sums over; `None`: it has none.
-        total: (f_x, response) -> their sum in the problem's own x, over tasks the
-            sum. Call `gradient`.
+        tasks: the number of tasks that the losses sum over; `None`: no tasks.
+        total: (f_x, response) -> their sum in the problem's own x, summed over tasks.
+            Call `gradient` instead.
 
     Raises:
-        tb.UnconnectedGradientError: where a derivative that must be there is not.
+        tb.UnconnectedGradientError: if a required derivative is not connected.
 
     Example:
         >>> problem = tb.Problem(
@@ -77,7 +78,7 @@ class Prepared:
     tasks: Any = None
 
     def at(self, upper: Nest) -> "Prepared":
-        """The same at other upper variables, like `here.upper`."""
+        """The same problem at other upper variables, like `here.upper`."""
         return dataclasses.replace(self, upper=upper)
 
     def gradient(self, partial: Nest, response: Nest = ()) -> Any:
@@ -85,9 +86,9 @@ class Prepared:
 
         Args:
             partial: f_x, like `here.upper`; entries that are `None` count as zero.
-            response: all that reaches f through y, likewise; an entry that is `None`
-                is an error, which names the variable. Left out: nothing reaches f
-                through y.
+            response: the part of the gradient through y, likewise; an entry that is
+                `None` raises an error that names the variable. If left out, f does not
+                depend on x through y.
         """
         if isinstance(response, tuple) and not response:
             response = structure.zeros_like(self.upper)
@@ -97,47 +98,47 @@ class Prepared:
         return tf.nest.map_structure(lambda g: g / tf.cast(self.tasks, g.dtype), total)
 
     def mean(self, value: tf.Tensor) -> tf.Tensor:
-        """A sum over tasks as their mean; without tasks as it is."""
+        """Converts a sum over tasks to the mean; without tasks, returns the value."""
         return value if self.tasks is None else value / tf.cast(self.tasks, value.dtype)
 
     def dot(self, a: Nest, b: Nest) -> tf.Tensor:
-        """The inner product of nests like y, over tasks one of each task."""
+        """The inner product of nests like y; over tasks, one per task."""
         return self.problem.inner_product.dot(a, b)
 
     def norm(self, a: Nest) -> tf.Tensor:
-        """The Euclidean norm of a nest like y, over tasks one of each task."""
+        """The Euclidean norm of a nest like y; over tasks, one per task."""
         return self.problem.inner_product.norm(a)
 
     def where(self, condition: tf.Tensor, a: Nest, b: Nest) -> Nest:
-        """a where the condition holds, else b: nests like y.
+        """a where the condition holds, otherwise b, for nests like y.
 
         Args:
-            condition: a bool, or over tasks one of each task.
+            condition: a bool; over tasks, one per task.
         """
         return structure.where(condition, a, b)
 
     def scale(self, factor: Any, a: Nest) -> Nest:
-        """factor * a, a nest like y.
+        """factor * a, for a nest like y.
 
         Args:
-            factor: a number, or over tasks one of each task.
+            factor: a number; over tasks, one per task.
         """
         return structure.scale(factor, a)
 
     def add_scaled(self, a: Nest, factor: Any, b: Nest) -> Nest:
-        """a + factor * b, nests like y.
+        """a + factor * b, for nests like y.
 
         Args:
-            factor: a number, or over tasks one of each task.
+            factor: a number; over tasks, one per task.
         """
         return structure.add_scaled(a, factor, b)
 
     def upper_loss(self, lower: Nest) -> tf.Tensor:
-        """f, over tasks the mean."""
+        """f; over tasks, the mean."""
         return self.mean(self.problem.upper_loss(self.upper, lower, self.batches.upper))
 
     def upper_losses(self, lower: Nest) -> tf.Tensor:
-        """f, over tasks one of each task."""
+        """f; over tasks, one value per task."""
         values = losses(self.problem.upper_loss)(self.upper, lower, self.batches.upper)
         return self._value(values)
 
@@ -154,19 +155,19 @@ class Prepared:
         return self.mean(value), partial, response
 
     def lower_loss(self, lower: Nest, draw: Any = 0) -> tf.Tensor:
-        """g, over tasks the mean.
+        """g; over tasks, the mean.
 
         Args:
-            draw: the number of its lower batch, the inner step say.
+            draw: the number of the lower batch, such as the inner step.
         """
         batch = self.batches.lower_at(draw)
         return self.mean(self.problem.lower_loss(self.upper, lower, batch))
 
     def lower_gradient(self, lower: Nest, draw: Any = 0) -> tuple[tf.Tensor, Nest]:
-        """g and g_y, every entry connected.
+        """g and g_y, with every entry connected.
 
         Args:
-            draw: the number of its lower batch.
+            draw: the number of the lower batch.
         """
         value, gradient = derivatives.lower_gradient(
             self.problem.lower_loss, self.upper, lower, self.batches.lower_at(draw)
@@ -176,12 +177,12 @@ class Prepared:
     def lower_gradient_pullback(
         self, lower: Nest, draw: Any = 0
     ) -> tuple[tf.Tensor, Any, derivatives.Pullback]:
-        """g, g_y and v -> (g_xy v, g_yy v), one reverse sweep for both products.
+        """g, g_y and v -> (g_xy v, g_yy v), which takes one reverse sweep.
 
         Entries of g_xy v are `None` where not connected.
 
         Args:
-            draw: the number of its lower batch.
+            draw: the number of the lower batch.
         """
         value, gradient, pullback = derivatives.lower_gradient_pullback(
             self.problem.lower_loss, self.upper, lower, self.batches.lower_at(draw)
@@ -191,13 +192,13 @@ class Prepared:
     def lower_pullback(
         self, lower: Nest, draw: Any = 0
     ) -> tuple[tf.Tensor, derivatives.Pullback]:
-        """g, and weight -> (weight * g_x, weight * g_y): first derivatives alone.
+        """g, and weight -> (weight * g_x, weight * g_y); only first derivatives.
 
-        The weight is a number, or over tasks one of each task (g_x is then the sum).
-        Entries are `None` where not connected.
+        The weight is a number; over tasks, one per task (g_x is then summed). Entries
+        are `None` where not connected.
 
         Args:
-            draw: the number of its lower batch.
+            draw: the number of the lower batch.
         """
         batch = self.batches.lower_at(draw)
 
@@ -210,14 +211,14 @@ class Prepared:
         return value, lambda weights: pullback(tf.cast(weights, values.dtype))
 
     def _value(self, values: tf.Tensor) -> tf.Tensor:
-        """One loss of each task, or the loss, which must be a scalar."""
+        """One loss per task, or a single loss, which must be a scalar."""
         if self.problem.has_tasks:
             return values
         return derivatives.require_scalar(values)
 
 
 class SeededBatches(Batches):
-    """Batches and what a loss samples with each; `lower` holds those not seeded."""
+    """Batches with a seed for each; `lower` holds the batches without seeds."""
 
     __slots__ = ()
 
@@ -226,8 +227,8 @@ class SeededBatches(Batches):
 
 
 class NumberedBatches(Batches):
-    """Stands for prepared batches: a lower batch is its number alone, and the seed
-    that all have."""
+    """Placeholders for prepared batches: a lower batch is only its number, with the
+    common seed."""
 
     __slots__ = ()
 
@@ -236,7 +237,7 @@ class NumberedBatches(Batches):
 
 
 def seeded_batch(batches: Batches, seed: Any, draw: Any) -> Noisy:
-    """A lower batch, with a seed of its own where the numbers differ in their batch."""
+    """A lower batch with its seed; different batches have different seeds."""
     if isinstance(batches, StackedBatches):
         seed = folded(seed, DRAW, draw)
     return Noisy(batches.lower_at(draw), seed)

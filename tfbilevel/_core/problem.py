@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Problem:
-    r"""Choose upper variables x so that the lower problem's solution does well.
+    r"""Choose upper variables x so that the lower solution minimises the upper loss.
 
         min_x  f(x, y*(x))      with      y*(x) in argmin_y g(x, y)
 
@@ -56,26 +56,27 @@ class Problem:
     Args:
         upper_loss: f, called as `upper_loss(x, y, batch) -> scalar tensor`.
         lower_loss: g, called as `lower_loss(x, y, batch) -> scalar tensor`.
-        lower_start: x -> y, where every inner solve starts; differentiated through
-            by the methods that unroll. `None`: where the inner solver's `start`
-            says.
+        lower_start: x -> y, the start of every inner solve; methods that unroll
+            differentiate through it. `None`: the start is set by the inner solver's
+            `start`.
         project_upper: x -> x, applied after every upper step (boxes, simplices).
-        project_lower: y -> y, applied after every lower step; part of the inner map
-            that unrolling differentiates. A function of two required parameters is
-            (x, y) -> y: a proximal step whose strength is learned. Methods that do not
-            differentiate projections refuse one that depends on x.
+        project_lower: y -> y, applied after every lower step; unrolling differentiates
+            it as a part of the inner map. A function with two required parameters is
+            (x, y) -> y, such as a proximal step with learned strength. Methods that
+            do not differentiate projections reject one that depends on x.
         prepare: (x, batches) -> batches, computed once per outer step and
-            differentiated through: features of a shared encoder that no inner
+            differentiated through, such as features of a shared encoder that no inner
             step changes.
-        reads: (function, x) -> what the function gives: how `learned_rate` of an
-            inner solver is called. `None`: with x. `tb.BilevelModel` calls it with
+        reads: (function, x) -> the function's result; how an inner solver's
+            `learned_rate` is called. `None`: with x. `tb.BilevelModel` calls it with
             the upper model.
-        seed: an integer, of all that the functions sample. Within an outer step they
-            are fixed functions, whatever they sample by (`tf.random`, `keras.random`,
-            random layers); `seeded` gives each outer step other numbers.
+        seed: an integer, the seed of everything that the functions sample. Within an
+            outer step they are fixed functions, with any way of sampling (`tf.random`,
+            `keras.random`, random layers); `seeded` gives each outer step other
+            samples.
 
     Raises:
-        ValueError: if a loss or an option is not callable, or the seed no integer.
+        ValueError: if a loss or option is not callable, or the seed is not an integer.
 
     Example:
         >>> import tensorflow as tf
@@ -111,12 +112,12 @@ class Problem:
 
     @property
     def has_tasks(self) -> bool:
-        """Whether it is the problem of many tasks, as `tb.over_tasks` makes it."""
+        """Whether it is a problem over tasks, as made by `tb.over_tasks`."""
         return isinstance(self.upper_loss, TaskLoss)
 
     @property
     def inner_product(self) -> structure.InnerProduct:
-        """The `dot` and `norm` of lower variables, over tasks one of each task."""
+        """The `dot` and `norm` of lower variables; over tasks, one value per task."""
         return structure.InnerProduct(leading=int(self.has_tasks))
 
     def step(
@@ -127,30 +128,30 @@ class Problem:
         batches: Batches,
         state: State,
     ) -> "Step":
-        """One outer step: what `method.step` returns for this problem.
+        """One outer step: the result of `method.step` for this problem.
 
-        `fit`, `tb.minimize` and `tb.check_hypergradient` call this, and so does a loop
-        of your own: over tasks it takes one after the other where that is better.
+        `fit`, `tb.minimize` and `tb.check_hypergradient` call this, and so should your
+        own loop: over tasks, it makes the steps one task after the other if needed.
         """
         return method.step(self, upper, lower, batches, state)
 
     def seeded(self, number: Any) -> "Problem":
-        """The same problem, sampling other numbers: those of an outer step, say.
+        """The same problem with other samples, such as those of an outer step.
 
-        `BilevelModel` and `tb.minimize` do this at every outer step. A loop of your own
-        does it too, or every step has the same noise.
+        `BilevelModel` and `tb.minimize` call this at every outer step. Your own loop
+        should too; otherwise every step has the same noise.
 
         Args:
-            number: an integer, or a scalar tensor.
+            number: an integer or a scalar tensor.
         """
         return dataclasses.replace(self, seed=of_step(as_seed(self.seed), number))
 
     def _one_lower(self, lower: Nest) -> Nest:
-        """The lower variables, over tasks those of the first one."""
+        """The lower variables; over tasks, those of the first task."""
         return lower
 
     def _started(self, upper: Nest, lower: Nest) -> Nest:
-        """Lower variables like `lower` at the problem's own start."""
+        """Lower variables like `lower`, at the problem's own start."""
         assert self.lower_start is not None
         begun = with_seed(as_seed(self.seed), START, self.lower_start)
         start = structure.to_tensors(begun(upper))
@@ -160,18 +161,18 @@ class Problem:
         return start
 
     def _sampled(self, start: Callable, step: tf.Tensor, lower: Nest) -> Nest:
-        """Lower variables like `lower` from a function of the outer step."""
+        """Lower variables like `lower`, from a function of the outer step."""
         made = structure.to_tensors(start(step))
         _require_like_lower(made, structure.to_tensors(lower), "start")
         return made
 
     def projected_upper(self, upper: Nest) -> Nest:
-        """`project_upper` applied, or the upper variables as they are."""
+        """`project_upper` applied; without it, the upper variables unchanged."""
         project = self._fixed(self.project_upper, PROJECT_UPPER)
         return _projected(project, upper, "project_upper")
 
     def projected_lower(self, upper: Nest, lower: Nest) -> Nest:
-        """`project_lower` applied, or the lower variables as they are."""
+        """`project_lower` applied; without it, the lower variables unchanged."""
         project = self.project_lower
         if project is not None and takes_two(project):
             own, of_both = self._own_upper(upper), project
@@ -179,7 +180,7 @@ class Problem:
         return _projected(self._fixed(project, PROJECT_LOWER), lower, "project_lower")
 
     def _reading(self, function: Callable, upper: Nest) -> Nest:
-        """What a function of the upper variables gives, the learned rate say."""
+        """The value of a function of the upper variables, such as the learned rate."""
         own = self._own_upper(upper)
         return function(own) if self.reads is None else self.reads(function, own)
 
@@ -187,15 +188,15 @@ class Problem:
         return function and with_seed(as_seed(self.seed), role, function)
 
     def _own_upper(self, upper: Nest) -> Nest:
-        """The user's upper variables, to which `prepared` may have added."""
+        """The user's upper variables, without those added by `prepared`."""
         return upper
 
     def prepared(self, upper: Nest, batches: Batches) -> Prepared:
-        """This problem for one outer step, with `prepare` done: the first line of a
+        """This problem for one outer step, with `prepare` applied: the first line of a
         method's `step`.
 
-        The prepared batches' floating-point leaves join the upper variables, so a
-        method differentiates with respect to both without knowing it.
+        The floating-point leaves of the prepared batches are added to the upper
+        variables, so a method differentiates in both automatically.
         """
         require_batches(batches)
         seed = as_seed(self.seed)
@@ -216,7 +217,7 @@ class Problem:
         return dataclasses.replace(here, tasks=tasks)
 
     def _prepared(self, upper: Nest, batches: Batches, seed: Any) -> Prepared:
-        """`prepared`, with the seed of this step, over tasks of every task."""
+        """`prepared`, with the seed of this step; over tasks, one seed per task."""
         upper_seed, lower_seed = (
             folded(seed, ROLE, role) for role in (UPPER_LOSS, LOWER_LOSS)
         )
@@ -231,7 +232,7 @@ class Problem:
             made = prepare(x, batches)
             if type(made) is not type(batches):
                 raise ValueError(
-                    "`prepare` must return batches of the kind it is given (stacked "
+                    "`prepare` must return batches of the kind it receives (stacked "
                     "lower batches stay stacked). Return batches._replace(upper=..., "
                     f"lower=...). Received: {type(made)} for {type(batches)}"
                 )
@@ -281,7 +282,7 @@ class Problem:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Joined(Problem):
-    """A prepared problem: its upper variables hold the prepared batches too."""
+    """A prepared problem: its upper variables include the prepared batches."""
 
     of: Problem = dataclasses.field(kw_only=True)
 
@@ -302,7 +303,7 @@ def _total_gradient(upper: Nest) -> Callable[[Nest, Nest], Nest]:
 
 
 def _leaves(batches: Any) -> list:
-    """All leaves; of a sparse tensor its indices, values and shape."""
+    """All leaves; for a sparse tensor, its indices, values and shape."""
     return tf.nest.flatten(batches, expand_composites=True)
 
 
@@ -335,7 +336,7 @@ def _require_like_lower(made: Any, lower: Nest, name: str) -> None:
 
 
 def _repeated(made: Any, stacked: Nest, name: str) -> Any:
-    """One task's variables repeated for every task, or an error naming their source."""
+    """One task's variables repeated for every task; raises an error with their name."""
     first = tf.nest.map_structure(
         lambda leaf: tf.TensorSpec(leaf.shape[1:], leaf.dtype), stacked
     )

@@ -13,8 +13,8 @@ def fixed_projection(problem: Problem, upper: Nest, lower: Nest, method: str) ->
     """`problem.projected_lower`, for methods that do not differentiate it.
 
     Raises:
-        ValueError: if the projection depends on the upper variables: its part of the
-            derivative would be lost.
+        ValueError: if the projection depends on the upper variables, because that part
+            of the derivative would be lost.
     """
     if problem.project_lower is None:
         return lower
@@ -29,7 +29,7 @@ def fixed_projection(problem: Problem, upper: Nest, lower: Nest, method: str) ->
             "`project_lower` must not depend on the upper variables with "
             f"tb.{method}, which does not differentiate projections. Use tb.Unroll, "
             "tb.ForwardUnroll, or tb.Implicit(through='optimizer') with a solver such "
-            "as tb.NormalConjugateGradient; or wrap what is to count as a constant "
-            "in tf.stop_gradient. Received: a projection that reads upper variables"
+            "as tb.NormalConjugateGradient; or apply tf.stop_gradient to what should "
+            "be constant. Received: a projection that reads upper variables"
         )
     return projected

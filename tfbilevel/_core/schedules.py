@@ -1,4 +1,4 @@
-"""Schedules: what a method's weight is at each outer step."""
+"""Schedules: values, such as a method's weight, at each outer step."""
 
 import abc
 import dataclasses
@@ -20,8 +20,8 @@ from tfbilevel._core.arguments import (
 class Schedule(abc.ABC):
     """A value for every step, computed inside the compiled step.
 
-    Wherever one goes, a `keras.optimizers.schedules.LearningRateSchedule` goes too: it
-    is called with the same step, and computes in float32.
+    A `keras.optimizers.schedules.LearningRateSchedule` is accepted everywhere instead:
+    it is called with the same step, and computes in float32.
     """
 
     @abc.abstractmethod
@@ -53,7 +53,7 @@ class Constant(Schedule):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Passage(Schedule):
-    """From one value to another in a number of steps."""
+    """A change from one value to another in a number of steps."""
 
     start: float
     stop: float
@@ -64,7 +64,7 @@ class _Passage(Schedule):
         require_count(self.steps, "steps")
 
     def _progress(self, step: tf.Tensor) -> tf.Tensor:
-        """The share of the way made, from 0 to 1."""
+        """The completed share of the passage, from 0 to 1."""
         return tf.minimum(tf.cast(step, tf.float64) / self.steps, 1.0)
 
 
@@ -150,7 +150,7 @@ class InversePower(Schedule):
 
     Args:
         start: value at step 0.
-        power: how fast it decays; not negative.
+        power: the exponent of the decay; not negative.
 
     Raises:
         ValueError: if `start` is not finite or `power` is negative.
@@ -174,7 +174,7 @@ class InversePower(Schedule):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _OfKeras(Schedule):
-    """A schedule of Keras, called with the outer step."""
+    """A Keras schedule, called with the outer step."""
 
     schedule: keras.optimizers.schedules.LearningRateSchedule
 
@@ -183,13 +183,13 @@ class _OfKeras(Schedule):
 
 
 def is_schedule(value: Any) -> bool:
-    """Whether it is a schedule, ours or of Keras."""
+    """Whether the value is a schedule of this library or of Keras."""
     kinds = (Schedule, keras.optimizers.schedules.LearningRateSchedule)
     return isinstance(value, kinds)
 
 
 def as_schedule(value: Any, name: str) -> Schedule:
-    """The schedule itself, one of Keras as ours, or a number as a constant one."""
+    """The schedule itself, a Keras schedule wrapped, or a number as a constant."""
     if isinstance(value, Schedule):
         return value
     if is_schedule(value):
@@ -203,7 +203,7 @@ def as_schedule(value: Any, name: str) -> Schedule:
 
 
 def at_ends(schedule: Schedule) -> tuple[float, float]:
-    """A schedule's value at its start and long after it."""
+    """A schedule's value at its start and long after that."""
     with tf.init_scope():
         start, end = (
             float(schedule(tf.constant(step, tf.int64))) for step in (0, 2**62)
@@ -212,13 +212,13 @@ def at_ends(schedule: Schedule) -> tuple[float, float]:
 
 
 def as_weight(value: Any, name: str) -> Schedule:
-    """A schedule of a penalty's weight."""
+    """The schedule of a penalty's weight."""
     why = "a penalty weight pulls towards the lower solution"
     return _not_negative(as_schedule(value, name), name, why)
 
 
 def _not_negative(schedule: Schedule, name: str, why: str) -> Schedule:
-    """The schedule, if its values are not negative at its start and its end."""
+    """The schedule, after a check that it is not negative at its start and end."""
     ends = at_ends(schedule)
     if min(ends) < 0:
         raise ValueError(
@@ -229,7 +229,7 @@ def _not_negative(schedule: Schedule, name: str, why: str) -> Schedule:
 
 
 def require_tolerance(tolerance: Any, name: str) -> None:
-    """Raise unless it is a finite number, not negative, or such a schedule."""
+    """Raise unless it is a finite number or a schedule, and not negative."""
     if is_schedule(tolerance):
         _not_negative(as_schedule(tolerance, name), name, "it is compared with a norm")
     else:
@@ -238,7 +238,7 @@ def require_tolerance(tolerance: Any, name: str) -> None:
             name,
             not_negative,
             "not negative",
-            "A schedule such as tb.Geometric(0.1, 0.9) will do too.",
+            "A schedule such as tb.Geometric(0.1, 0.9) is accepted too.",
         )
 
 

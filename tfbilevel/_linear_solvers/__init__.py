@@ -1,4 +1,4 @@
-"""Linear solvers for g_yy v = f_y, from Hessian-vector products alone."""
+"""Linear solvers for g_yy v = f_y that use only Hessian-vector products."""
 
 from tfbilevel._linear_solvers.base import IterativeSolver as IterativeSolver
 from tfbilevel._linear_solvers.base import LinearSolution as LinearSolution

@@ -26,24 +26,24 @@ from tfbilevel._core.schedules import (
 )
 
 UNROLLED = 10  # steps of a solver without a tolerance
-TOLERANCE = {"tolerance": "rtol"}  # its name in the release before
+TOLERANCE = {"tolerance": "rtol"}  # its name in the previous release
 
 Product = Callable[[Nest], Nest]
 
 
 class LinearSystem(NamedTuple):
-    """A, as far as the solvers need it.
+    """The matrix A, represented by its products.
 
-    Made by `tb.Implicit` for its solver; by hand only to try a solver out.
+    `tb.Implicit` makes it for its solver; make one yourself only to test a solver.
 
     Attributes:
         product: v -> A v.
         transposed: v -> A'v; `None`: A is symmetric.
         rate: the inner solver's learning rate, for solvers that step with it.
-        point: (upper, lower) variables at which A was taken, for preconditioners.
+        point: (upper, lower) variables at which A is evaluated, for preconditioners.
         outer_step: number of the outer step, for tolerances that follow a schedule.
-        leading: 1 if A is block-diagonal, one block for each entry of the leading
-            axis of all leaves (tasks): every block is solved as if it were alone.
+        leading: 1 if A is block-diagonal, with one block for each entry of the leading
+            axis of all leaves (tasks): every block is solved separately.
 
     Example:
         >>> twice = tb.LinearSystem(product=lambda v: 2.0 * v)
@@ -69,30 +69,30 @@ class LinearSystem(NamedTuple):
         return self._replace(leading=product.leading)
 
     def dot(self, a: Nest, b: Nest) -> tf.Tensor:
-        """The inner product, of every block its own."""
+        """The inner product, one value per block."""
         return self.inner_product.dot(a, b)
 
     def norm(self, a: Nest) -> tf.Tensor:
-        """The Euclidean norm, of every block its own."""
+        """The Euclidean norm, one value per block."""
         return self.inner_product.norm(a)
 
     def stepped(self, going: tf.Tensor, before: Nest, after: Nest) -> Nest:
-        """`after`, but `before` for blocks whose steps are over."""
+        """`after`, except for blocks that have finished, which keep `before`."""
         return structure.stepped(going, before, after)
 
 
 class LinearSolution(NamedTuple):
-    """What a linear solver found.
+    """The result of a linear solver.
 
     Attributes:
         value: v, like the right-hand side.
-        residual: relative residual ||b - A v|| / ||b||, scalar; 0 for b = 0. The
-            iterations that update v last report it from before that last update.
-        iterations: how many steps the loop made, int32 scalar.
-        state: what the solver carries to the next outer step.
+        residual: relative residual ||b - A v|| / ||b||, scalar; 0 for b = 0. Methods
+            whose last operation updates v report the residual before that update.
+        iterations: number of steps that the loop made, int32 scalar.
+        state: the solver's state for the next outer step.
         diverged: whether the steps led away from the solution, bool scalar.
 
-    Of a block-diagonal system `residual` and `diverged` have one entry per block.
+    For a block-diagonal system `residual` and `diverged` have one entry per block.
     """
 
     value: Any
@@ -118,11 +118,11 @@ class LinearSolver(abc.ABC):
     def __post_init__(self) -> None:
         require_number(self.damping, "damping", not_negative, "not negative")
 
-    # What `tb.Implicit` asks before it gives the solver a system.
+    # Traits that `tb.Implicit` reads before it passes a system to the solver.
 
     @property
     def transposes(self) -> bool:
-        """Whether it takes products with the transpose of A."""
+        """Whether it uses products with the transpose of A."""
         return False
 
     @property
@@ -132,27 +132,27 @@ class LinearSolver(abc.ABC):
 
     @property
     def needs_rate(self) -> bool:
-        """Whether it steps with `system.rate`, the inner learning rate, which then
-        must be a constant."""
+        """Whether it uses `system.rate`, the inner learning rate, which must then be
+        constant."""
         return False
 
     @property
     def needs_point(self) -> bool:
-        """Whether it takes the vectors of A for lower variables, at `system.point`."""
+        """Whether it uses lower variables as vectors of A, at `system.point`."""
         return False
 
     @property
     def scheduled(self) -> bool:
-        """Whether it follows `system.outer_step`."""
+        """Whether it depends on `system.outer_step`."""
         return False
 
     def init(self, like: Nest) -> State:
-        """What is carried before the first outer step, for right-hand sides `like`."""
+        """The state before the first outer step, for right-hand sides like `like`."""
         del like
         return ()
 
     def init_blocks(self, like: Nest) -> State:
-        """`init` for a block-diagonal system, its blocks along the leading axis."""
+        """`init` for a block-diagonal system with its blocks along the leading axis."""
         return self.init(like)
 
     @abc.abstractmethod
@@ -164,7 +164,7 @@ class LinearSolver(abc.ABC):
         Args:
             system: A.
             rhs: b, any nest of tensors.
-            state: what the solver carried here; `()`: nothing, begin at zero.
+            state: the solver's state; `()`: none, start at zero.
         """
 
     def damped(self, system: LinearSystem) -> tuple[Product, Product]:
@@ -189,11 +189,12 @@ class IterativeSolver(LinearSolver):
     """A linear solver that makes steps until the residual is small.
 
     Subclasses have a field `max_steps`; one with a field `warm_start` that is true
-    carries the solution of one outer step to the next.
+    Subclasses have a field `max_steps`. One with a true field `warm_start` carries the
+    solution from one outer step to the next.
 
     Args:
-        rtol: stop when ||b - A v|| <= rtol * ||b||; not negative. A
-            schedule of the outer step lowers it as the outer loop converges.
+        rtol: stop when ||b - A v|| <= rtol * ||b||; not negative. A schedule of the
+            outer step can lower it as the outer loop converges.
 
     Example:
         >>> schedule = tb.Geometric(0.1, 0.5)
@@ -240,10 +241,10 @@ class IterativeSolver(LinearSolver):
     def repeated(
         self, unfinished: Callable, body: Callable, begin: tuple, most: int
     ) -> tuple:
-        """Steps from `begin` on while `unfinished`, at most so many.
+        """Repeat steps from `begin` while `unfinished`, at most `most` times.
 
-        Without a tolerance nearly always all of them: a few are unrolled, since in a
-        loop TensorFlow computes again for every product what all have in common.
+        Without a tolerance nearly always all steps are made. A few steps are unrolled
+        then, because in a loop TensorFlow recomputes for every product what they share.
         """
         if self.ends_early or most > UNROLLED:
             return serial_loop(unfinished, body, begin, most)
@@ -254,7 +255,7 @@ class IterativeSolver(LinearSolver):
         return now
 
     def start(self, system: LinearSystem, rhs: Nest, state: State) -> Nest:
-        """Where the steps begin: zero for b = 0, whose solution it is."""
+        """The start of the steps: zero for b = 0, whose solution is zero."""
         zeros = structure.zeros_like(rhs)
         if is_cold(state):
             return zeros
@@ -263,7 +264,7 @@ class IterativeSolver(LinearSolver):
     def start_and_residual(
         self, system: LinearSystem, product: Product, rhs: Nest, state: State
     ) -> tuple[Any, Any]:
-        """Where the steps begin, and b - A v there; zero costs no product."""
+        """The start of the steps, and b - A v there; zero costs no product."""
         start = self.start(system, rhs, state)
         if is_cold(state):
             return start, rhs
@@ -281,8 +282,8 @@ class IterativeSolver(LinearSolver):
     ) -> LinearSolution:
         """The solution, with the state of a solver that carries v or nothing.
 
-        Unless said otherwise it diverged if v = 0 has a smaller residual, and, where
-        `first_norm` is given, the start had one too: a warm one may have begun far off.
+        By default it counts as diverged if v = 0 has a smaller residual and, if
+        `first_norm` is given, the start had one too (a warm start may be far off).
         """
         rhs_norm = system.norm(rhs)
         residual = structure.ratio(residual_norm, rhs_norm)
@@ -307,5 +308,5 @@ def require_rate(rate: float | None) -> None:
 
 
 def is_cold(state: State) -> bool:
-    """Whether a solver carried nothing here and begins at zero."""
+    """Whether a solver has no state from before, and starts at zero."""
     return isinstance(state, tuple) and not state

@@ -29,17 +29,17 @@ class ConjugateGradient(IterativeSolver):
         alpha = <r, z> / <p, A p>,   v <- v + alpha p,   r' <- r - alpha A p,
         z' = M^{-1} r',   p <- z' + (<r', z'> / <r, z>) p
 
-    with z = r unless there is a preconditioner M. One Hessian-vector product a step
-    and four vectors of memory; exact after as many steps as M^{-1} A has distinct
-    eigenvalues, error ratio (sqrt(k) - 1)/(sqrt(k) + 1) a step for its condition
-    number k. Needs A positive definite: a step along which the
-    curvature is not positive ends the solve at the iterate reached. Add `damping`
-    for singular or noisy Hessians; prefer `Neumann` or `FixedPoint` where A is
-    indefinite or changes between products.
+    with z = r unless there is a preconditioner M. One Hessian-vector product per step
+    and four vectors of memory. Exact after as many steps as M^{-1} A has distinct
+    eigenvalues; error ratio (sqrt(k) - 1)/(sqrt(k) + 1) per step for the condition
+    number k of M^{-1} A. Needs A positive definite: a direction whose curvature is not
+    positive ends the solve at the current iterate. Add `damping` for singular or noisy
+    Hessians; prefer `Neumann` or `FixedPoint` where A is indefinite or changes between
+    products.
 
     Args:
-        max_steps: most products with A.
-        warm_start: begin at the previous outer step's solution.
+        max_steps: maximal number of products with A.
+        warm_start: start at the previous outer step's solution.
         preconditioner: (upper, lower, v) -> M^{-1} v at those variables, for a
             symmetric positive definite M that resembles A, such as its diagonal.
         rtol: stop at this relative residual.
@@ -104,8 +104,8 @@ class ConjugateGradient(IterativeSolver):
             curvature = system.dot(p, curved)
             ok = curvature > 0
             length = tf.where(ok, structure.ratio(rz, curvature), 0)
-            # The new iterate is kept also when it is the one that converges: the
-            # published copies of this loop return the one before it.
+            # The new iterate is kept even if it is the one that converges. Published
+            # versions of this loop return the previous one.
             v = structure.add_scaled(v, length, p)
             r = structure.add_scaled(r, -length, curved)
             z = preconditioned(r)
@@ -127,7 +127,7 @@ class ConjugateGradient(IterativeSolver):
         steps, value, _, _, _, square, ok = self.repeated(
             unfinished, body, begin, self.max_steps
         )
-        # The residual may rise on the way to the solution; what ends the solve short
-        # of it is a direction of curvature that is not positive.
+        # The residual may rise on the way to the solution. Only a direction whose
+        # curvature is not positive ends the solve early.
         broken = tf.logical_not(ok) & (square > goal)
         return self.solution(system, value, tf.sqrt(square), rhs, steps, broken)

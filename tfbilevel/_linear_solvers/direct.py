@@ -13,15 +13,15 @@ LIMIT = 5000
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Direct(LinearSolver):
-    r"""The dense matrix, built column by column and factored; for small problems.
+    r"""LU factorisation of the dense matrix, for small problems.
 
         A_ij = <e_i, A e_j>,      v = A^{-1} b   by LU
 
-    n products, n^2 numbers of memory and n^3 operations for n lower variables in
-    all (over tasks: of one task); at most 5,000 of them. The only error is rounding,
-    whatever the eigenvalues are, so long as none is zero: what the other solvers are
-    checked against. Prefer `ConjugateGradient` beyond a few hundred variables, and
-    `NormalConjugateGradient` or `damping` where A is singular.
+    n products, n^2 numbers of memory and n^3 operations for n lower variables in total
+    (over tasks: per task); at most 5,000 of them. The only error is rounding, for all
+    eigenvalues except zero, so it serves as the reference for the other solvers. Prefer
+    `ConjugateGradient` beyond a few hundred variables, and `NormalConjugateGradient` or
+    `damping` where A is singular.
 
     Args:
         damping: solve (A + damping I) v = b.
@@ -29,7 +29,7 @@ class Direct(LinearSolver):
     Raises:
         ValueError: if `damping` is negative, or at the first step if there are more
             than 5,000 lower variables.
-        tf.errors.InvalidArgumentError: of TensorFlow, if A + damping I is singular.
+        tf.errors.InvalidArgumentError: from TensorFlow, if A + damping I is singular.
 
     Example:
         >>> b = tf.constant([2.0, 4.0])
@@ -53,7 +53,7 @@ class Direct(LinearSolver):
             )
 
         def column(unit: tf.Tensor) -> tf.Tensor:
-            # Of every block the same column at once.
+            # The same column of every block at once.
             units = tf.broadcast_to(unit, vector.shape)
             return space.to_vector(product(space.from_vector(units, rhs)))
 

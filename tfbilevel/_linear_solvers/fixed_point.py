@@ -26,15 +26,15 @@ class FixedPoint(IterativeSolver):
 
         v <- v + rate (b - A v)
 
-    One Hessian-vector product a step (none in the first, from v = 0), two vectors of
-    memory, error ratio max |1 - rate lambda| a step. Needs
+    One Hessian-vector product per step (none in the first, from v = 0), two vectors of
+    memory, error ratio max |1 - rate lambda| per step. Needs
     0 < rate < 2 / (largest eigenvalue of A). Slower than `ConjugateGradient` on a
     fixed convex system, but it needs no exact symmetry and gains from a warm start.
 
     Args:
-        max_steps: most steps.
+        max_steps: maximal number of steps.
         rate: step size; `None`: the inner solver's learning rate.
-        warm_start: begin at the previous outer step's solution.
+        warm_start: start at the previous outer step's solution.
         rtol: stop at this relative residual.
         damping: solve (A + damping I) v = b.
 
@@ -86,11 +86,11 @@ class FixedPoint(IterativeSolver):
             return step + 1, *system.stepped(going, before, after), first
 
         if is_cold(state):
-            # From zero the first step goes to rate b, without a product.
+            # From zero the first step gives rate * b, without a product.
             made = tf.cast(tf.reduce_any(rhs_norm > 0), tf.int32)
             begin = (made, structure.scale(rate, rhs), rhs_norm, rhs_norm)
         else:
-            # Not known before the first product; anything above the goal.
+            # Unknown before the first product, so it starts above the goal.
             size = tf.where(rhs_norm > 0, structure.scalar(np.inf, rhs_norm.dtype), 0)
             begin = (tf.constant(0), self.start(system, rhs, state), size, rhs_norm)
         most = self.max_steps - is_cold(state)

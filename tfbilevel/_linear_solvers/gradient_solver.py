@@ -1,4 +1,4 @@
-"""Any Keras optimizer on the linear system."""
+"""Any Keras optimizer, applied to the linear system."""
 
 import dataclasses
 import functools
@@ -26,21 +26,21 @@ from tfbilevel._optimizers.update_rule import UpdateRule, differentiable
 class GradientSolver(IterativeSolver):
     r"""Steps of a Keras optimizer on the linear system (ApproxGrad, stochastic AID).
 
-        "quadratic":   v <- v - update( A v - b )            one product a step
-        "residual":    v <- v - update( 2 A'(A v - b) )      two products a step
+        "quadratic":   v <- v - update( A v - b )            one product per step
+        "residual":    v <- v - update( 2 A'(A v - b) )      two products per step
 
-    the gradients of v'Av/2 - b'v, which needs A positive definite, and of
-    |A v - b|^2, which needs it only invertible but squares the condition number.
-    Memory: three vectors and the optimizer's slots. By default both v and the slots
-    go on from one outer step to the next, so few steps each time suffice while the
-    problem moves slowly. Prefer `ConjugateGradient` for convex lower problems
-    without noise: it has no rate to choose, and is faster.
+    the gradients of v'Av/2 - b'v, which needs a positive definite A, and of |A v -
+    b|^2, which only needs an invertible A but squares the condition number. Memory:
+    three vectors and the optimizer's slots. By default v and the slots are carried from
+    one outer step to the next, so few steps are sufficient while the problem changes
+    slowly. Prefer `ConjugateGradient` for convex lower problems without noise: it has
+    no rate to choose, and is faster.
 
     Args:
         optimizer: a Keras optimizer that `tb.differentiable` supports.
-        max_steps: most steps per outer step.
+        max_steps: maximal number of steps per outer step.
         objective: "quadratic" or "residual".
-        warm_start: go on from the previous outer step; else from zero.
+        warm_start: continue from the previous outer step; otherwise start at zero.
         rtol: stop at this relative residual.
         damping: solve (A + damping I) v = b.
 
@@ -67,7 +67,7 @@ class GradientSolver(IterativeSolver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _ = self.rule  # or an error
+        _ = self.rule  # raises if the optimizer is not supported
         require_choice(self.objective, "objective", ("quadratic", "residual"))
 
     @functools.cached_property
@@ -84,7 +84,7 @@ class GradientSolver(IterativeSolver):
         state = self.init(like)
         if not self.warm_start or not self.ends_early:
             return state
-        # The blocks stop at different steps, and go on from them.
+        # The blocks stop at different steps and continue from there.
         blocks = tf.nest.flatten(state["solution"])[0].shape[0]
         return {**state, "optimizer": self.rule.counted(state["optimizer"], blocks)}
 
@@ -128,7 +128,7 @@ class GradientSolver(IterativeSolver):
                 tf.constant(0),
                 start,
                 optimizer,
-                # Not known before the first product; anything above the goal.
+                # Unknown before the first product, so it starts above the goal.
                 tf.where(rhs_norm > 0, tf.constant(float("inf"), rhs_norm.dtype), 0),
                 rhs_norm,
             ),

@@ -20,15 +20,15 @@ from tfbilevel._linear_solvers.base import (
 @renamed(TOLERANCE)
 @dataclasses.dataclass(frozen=True, eq=False)
 class Neumann(IterativeSolver):
-    r"""The Neumann series of the inverse, cut after K products.
+    r"""The Neumann series of the inverse, truncated after K products.
 
         v = rate * sum_{j=0}^{K} (I - rate A)^j b
 
-    One Hessian-vector product a term, three vectors of memory, error ratio
-    max |1 - rate lambda| a term. Needs 0 < rate < 2 / (largest eigenvalue of A).
-    `Neumann(K)` equals `FixedPoint(K + 1)` from zero, and is what backpropagation
-    through K + 1 gradient steps at the lower solution computes. Prefer
-    `ConjugateGradient` for well-behaved convex lower problems.
+    One Hessian-vector product per term, three vectors of memory, error ratio
+    max |1 - rate lambda| per term. Needs 0 < rate < 2 / (largest eigenvalue of A).
+    `Neumann(K)` equals `FixedPoint(K + 1)` from zero, and equals backpropagation
+    through K + 1 gradient steps at the lower solution. Prefer `ConjugateGradient` for
+    well-behaved convex lower problems.
 
     Args:
         max_steps: K, products with A.
@@ -81,7 +81,7 @@ class Neumann(IterativeSolver):
             after = (term, structure.add(total, term), system.norm(term))
             return step + 1, *system.stepped(going, before, after)
 
-        # The j-th term is also the residual of the sum before it.
+        # The j-th term is also the residual of the previous partial sum.
         begin = (tf.constant(0), rhs, rhs, rhs_norm)
         steps, _, total, size = self.repeated(unfinished, body, begin, self.max_steps)
         return self.solution(system, structure.scale(rate, total), size, rhs, steps)

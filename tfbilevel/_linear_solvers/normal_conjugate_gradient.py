@@ -25,14 +25,14 @@ class NormalConjugateGradient(IterativeSolver):
         s = A'r,   alpha = <s, s> / <A p, A p>,   v <- v + alpha p,
         r <- r - alpha A p,   p <- s' + (<s', s'> / <s, s>) p
 
-    Two products a step (one with A, one with its transpose) and five vectors of
-    memory. The residual never grows, for indefinite and unsymmetric A too; for a
-    singular one v is the least-squares solution of least norm. The condition number
-    is squared: prefer `ConjugateGradient` where A is positive definite.
+    Two products per step (one with A, one with its transpose) and five vectors of
+    memory. The residual never grows, even for indefinite and unsymmetric A; for a
+    singular A, v is the least-squares solution of least norm. The condition number is
+    squared: prefer `ConjugateGradient` where A is positive definite.
 
     Args:
-        max_steps: most steps.
-        warm_start: begin at the previous outer step's solution.
+        max_steps: maximal number of steps.
+        warm_start: start at the previous outer step's solution.
         rtol: stop at this relative residual.
         damping: solve (A + damping I) v = b.
 
@@ -69,8 +69,8 @@ class NormalConjugateGradient(IterativeSolver):
         goal = tf.square(self.goal(system, rhs_square.dtype)) * rhs_square
 
         def going(r: Any, square: Any) -> tf.Tensor:
-            # A NaN, which is no zero, goes on: it must reach v. (TensorFlow's graphs
-            # take `~(square <= 0)` for `square > 0`.)
+            # Continue for NaN, which is not zero: it must reach v. (TensorFlow's graphs
+            # simplify `~(square <= 0)` to `square > 0`.)
             return (system.dot(r, r) > goal) & tf.not_equal(square, 0)
 
         def body(step: Any, v: Any, r: Any, p: Any, square: Any) -> tuple:

@@ -1,1 +1,1 @@
-"""Every bilevel method, one in a file."""
+"""All bilevel methods, one per file."""

@@ -1,1 +1,1 @@
-"""Keras optimizers as pure update rules, and what inner steps add to them."""
+"""Keras optimizers as pure update rules, and extensions for inner steps."""

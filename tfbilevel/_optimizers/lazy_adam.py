@@ -1,4 +1,4 @@
-"""Adam for upper variables of which a batch touches a few."""
+"""Adam for upper variables of which a batch affects only a few entries."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ import tensorflow as tf
 
 @keras.saving.register_keras_serializable("tfbilevel")
 class LazyAdam(keras.optimizers.Optimizer):
-    r"""Adam that leaves an entry alone, moments and all, while its gradient is 0.
+    r"""Adam that leaves an entry and its moments unchanged while its gradient is 0.
 
         n_i <- n_i + 1
         m_i <- b1 m_i + (1 - b1) d_i
@@ -16,18 +16,18 @@ class LazyAdam(keras.optimizers.Optimizer):
         x_i <- x_i - rate sqrt(1 - b2^n_i) / (1 - b1^n_i) m_i / (sqrt(s_i) + epsilon)
 
     for every entry i with d_i != 0. With one weight per training example and
-    minibatches, Adam itself would go on moving every example that is not in the batch
-    along its last gradients, and forget those. Here each has moments and a step count
-    of its own.
+    minibatches, Adam itself would keep moving the weights of all examples outside the
+    batch along their last gradients, while these decay. Here each entry has its own
+    moments and step count.
 
-    Cost: one pass over the variables. Memory: three slots like them. Prefer Adam where
-    every step touches every entry: it is the same then, with a slot less.
+    Cost: one pass over the variables. Memory: three slots like them. Prefer Adam if
+    every step affects every entry: the result is then the same, with one slot less.
 
     Args:
         learning_rate: a number or a Keras schedule.
         beta_1, beta_2, epsilon: as for `keras.optimizers.Adam`.
-        **keywords: of `keras.optimizers.Optimizer`; its `weight_decay` moves every
-            entry at every step, as it does elsewhere.
+        **keywords: arguments of `keras.optimizers.Optimizer`; its `weight_decay` still
+            applies to every entry at every step.
 
     Example:
         >>> optimizer = tb.LazyAdam(0.1)
@@ -75,7 +75,7 @@ class LazyAdam(keras.optimizers.Optimizer):
         m, s = tf.convert_to_tensor(first), tf.convert_to_tensor(second)
         m = tf.where(touched, m + (gradient - m) * (1 - b1), m)
         s = tf.where(touched, s + (gradient * gradient - s) * (1 - b2), s)
-        steps = tf.maximum(n, 1)  # 1 - b^0 would be 0 in entries that do not move
+        steps = tf.maximum(n, 1)  # 1 - b^0 would be 0 in entries that never moved
         rate = tf.cast(learning_rate, gradient.dtype)
         rate *= tf.sqrt(1 - tf.pow(b2, steps)) / (1 - tf.pow(b1, steps))
         move = tf.where(touched, rate * m / (tf.sqrt(s) + self.epsilon), 0)

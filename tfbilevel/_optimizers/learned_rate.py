@@ -9,8 +9,8 @@ from tfbilevel._optimizers.update_rule import OptimizerState
 
 
 def rated(state: OptimizerState, made: Any, lower: Any) -> tuple[OptimizerState, Any]:
-    """The optimizer's state at a learned rate, and the rates of single entries, `None`
-    if one rate is for all."""
+    """The optimizer's state at a learned rate, and the rates of single entries (`None`
+    if all entries have one rate)."""
     rate = state.learning_rate
     if not tf.nest.is_nested(made) and tf.convert_to_tensor(made).shape.rank == 0:
         return state._replace(learning_rate=tf.cast(made, rate.dtype)), None
@@ -32,11 +32,11 @@ def rated(state: OptimizerState, made: Any, lower: Any) -> tuple[OptimizerState,
 def stretched(
     optimizer: keras.optimizers.Optimizer, rates: Any, before: Any, after: Any
 ) -> Any:
-    """A step of rate 1, entry by entry as long as its own rate says."""
+    """A step of rate 1, with each entry scaled by its own rate."""
     if isinstance(optimizer, keras.optimizers.Ftrl):
         raise ValueError(
             "`learned_rate` must return a scalar with Ftrl, whose shrinkage depends "
-            "on the rate: its step is no multiple of one of rate 1. Use another "
+            "on the rate: its step is not a multiple of a step of rate 1. Use another "
             f"optimizer for rates of single entries. Received: {rates!r}"
         )
     return tf.nest.map_structure(

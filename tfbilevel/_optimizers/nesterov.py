@@ -1,4 +1,4 @@
-"""Nesterov's accelerated sequence, kept behind an optimizer's own slots.
+"""Nesterov's accelerated sequence, stored after an optimizer's own slots.
 
 u_{t+1} = y_{t+1} + (s_t - 1) / s_{t+1} * (y_{t+1} - y_t)
 s_{t+1} = (1 + sqrt(1 + 4 s_t^2)) / 2,      s_0 = 1,   u_0 = y_0
@@ -13,10 +13,10 @@ from tfbilevel._optimizers.update_rule import OptimizerState
 
 
 class Accelerated(NamedTuple):
-    """An optimizer's state, taken apart.
+    """The parts of an accelerated optimizer's state.
 
     Attributes:
-        own: what the optimizer itself carries.
+        own: the optimizer's own state.
         ahead: u_t - y_t.
         sequence: s_t.
     """
@@ -27,7 +27,7 @@ class Accelerated(NamedTuple):
 
 
 def begun(own: OptimizerState, lower: Any, shape: Any) -> OptimizerState:
-    """The state at step 0; s_0 of this shape."""
+    """The state at step 0, with s_0 of the given shape."""
     ahead = tf.nest.flatten(structure.zeros_like(structure.to_tensors(lower)))
     sequence = tf.ones(shape, ahead[0].dtype)
     return own._replace(slots=[*own.slots, *ahead, sequence])

@@ -24,10 +24,10 @@ SUPPORTED = (
     keras.optimizers.Ftrl,
 )
 
-# Keras's base optimizer writes every change as an assignment to a Keras variable,
-# which a StatelessScope turns into a tensor. The TensorFlow mixin overrides these
-# methods with assignments to tf.Variable, which no gradient flows through; the
-# pure class takes the base versions back.
+# Keras's base optimizer writes every change as an assignment to a Keras variable, which
+# a StatelessScope turns into a tensor. The TensorFlow mixin overrides these methods
+# with assignments to tf.Variable, through which no gradient flows. The pure class
+# restores the base versions.
 _PURE_METHODS = (
     "assign",
     "assign_add",
@@ -42,11 +42,11 @@ _PURE_METHODS = (
 
 
 class OptimizerState(NamedTuple):
-    """What an update rule carries from one step to the next.
+    """The state of an update rule between steps.
 
     Attributes:
-        iteration: how many updates were made, an integer scalar.
-        learning_rate: the rate, a scalar of the variables' dtype; `()` where a
+        iteration: the number of updates made, an integer scalar.
+        learning_rate: the rate, a scalar of the variables' dtype; `()` if a
             `LearningRateSchedule` computes it from `iteration`.
         slots: momentum, second moments and the like, a list of tensors.
     """
@@ -60,30 +60,30 @@ class OptimizerState(NamedTuple):
 class UpdateRule:
     """A Keras optimizer's update as a pure function of tensors.
 
-    See `tb.differentiable`, which makes it.
+    Made by `tb.differentiable`.
     """
 
     optimizer: keras.optimizers.Optimizer
-    argument: dataclasses.InitVar[str] = "optimizer"  # what the user knows it by
+    argument: dataclasses.InitVar[str] = "optimizer"  # the user's name for it
 
     def __post_init__(self, argument: str) -> None:
         object.__setattr__(self, "optimizer", optimizer_of(self.optimizer, argument))
         _require_supported(self.optimizer, argument)
-        _ = self.learning_rate  # read now: one that is assigned later changes nothing
+        _ = self.learning_rate  # read now: later assignments to it have no effect
 
     @functools.cached_property
     def scheduled(self) -> bool:
-        """Whether a `LearningRateSchedule` holds the rate."""
+        """Whether the rate is a `LearningRateSchedule`."""
         return not isinstance(self.optimizer._learning_rate, keras.Variable)
 
     @functools.cached_property
     def learning_rate(self) -> Any:
-        """The constant rate as the user wrote it, `None` where a schedule holds it."""
+        """The constant rate as the user wrote it; `None` for a schedule."""
         if self.scheduled:
             return None
-        # Keras rounds the rate to float32. The shortest decimal that rounds to the
-        # same float32 gives back what was written, so that float64 variables move at
-        # 0.1 and not at 0.10000000149; float32 ones see no difference.
+        # Keras rounds the rate to float32. The shortest decimal that rounds to the same
+        # float32 is the number that the user wrote, so that float64 variables use 0.1
+        # instead of 0.10000000149. For float32 variables there is no difference.
         with tf.init_scope():
             return float(str(self.optimizer._learning_rate.numpy()))
 
@@ -107,7 +107,7 @@ class UpdateRule:
     ) -> tuple[Any, OptimizerState]:
         """One update: (variables, state) after the step along `gradients`.
 
-        With one iteration per task (`counted`) they all have a leading axis of tasks.
+        With one iteration per task (`counted`), all arguments have a leading task axis.
         """
         if state.iteration.shape.rank:
             return self._update_each(gradients, state, variables)
@@ -126,8 +126,8 @@ class UpdateRule:
         )
 
     def counted(self, state: OptimizerState, tasks: int) -> OptimizerState:
-        """The state with an iteration per task, for tasks that stop at different ones,
-        if an update depends on it."""
+        """The state with one iteration per task, for tasks that stop at different
+        steps, if an update depends on the iteration."""
         corrected = (keras.optimizers.Adam, keras.optimizers.Adamax)
         if not self.scheduled and not isinstance(self.optimizer, corrected):
             return state
@@ -155,7 +155,7 @@ class UpdateRule:
 
 
 def optimizer_of(value: Any, argument: str) -> Any:
-    """The optimizer that a string names, such as "adam"; anything else as it is."""
+    """The optimizer named by a string, such as "adam"; other values unchanged."""
     if not isinstance(value, str):
         return value
     try:
@@ -173,27 +173,27 @@ def differentiable(optimizer: keras.optimizers.Optimizer) -> UpdateRule:
         state = rule.init(variables)
         variables, state = rule.update(gradients, state, variables)
 
-    Nothing is assigned, so gradients flow through every update: into the
-    variables, the gradients, the slots and the learning rate, which is part of the
-    state. The trajectory is Keras's own. One update costs what Keras's does.
+    Nothing is assigned, so gradients flow through every update: into the variables, the
+    gradients, the slots and the learning rate, which is part of the state. The
+    trajectory is Keras's own. One update costs as much as Keras's.
 
     Supported: SGD (plain, momentum, Nesterov), Adam (also amsgrad), AdamW, RMSprop,
     Adagrad, Adadelta, Adamax, Lion and Ftrl, with a constant rate or a
     `LearningRateSchedule`. The derivative of Lion's sign is zero, as it is almost
     everywhere.
 
-    Keras rounds its other constants (momentum, betas, decay) to float32 on the way to
-    float64 variables, which moves an update by 1e-8 of itself, and Adam's first ones,
-    which divide by 1 - beta_2, by 1e-5.
+    For float64 variables Keras rounds its other constants (momentum, betas, decay) to
+    float32. This changes an update by a relative 1e-8, and Adam's first updates, which
+    divide by 1 - beta_2, by 1e-5.
 
-    Adam divides by the root of a mean square, whose derivative is infinite at zero:
-    a coordinate that never had a gradient (a pixel that is always black) would turn
-    every derivative into NaN. Its gradient is nudged to 1e-17 in magnitude (a little
-    more where beta_2 is above 0.999), which leaves derivatives finite and moves a
-    weight by 1e-17 / epsilon of a step: 1e-10 with Keras's epsilon.
+    Adam divides by the root of a mean square, whose derivative is infinite at zero. A
+    coordinate that never had a gradient (such as a pixel that is always black) would
+    turn every derivative into NaN. Therefore its gradient is set to a magnitude of
+    1e-17 (a little more if beta_2 is above 0.999). Derivatives then stay finite, and
+    the weight moves by 1e-17 / epsilon of a step: 1e-10 with Keras's epsilon.
 
     Args:
-        optimizer: a Keras optimizer; it is read, never changed.
+        optimizer: a Keras optimizer; it is never changed.
 
     Returns:
         An object with `init(variables) -> state` and `update(gradients, state,
@@ -236,14 +236,14 @@ class _Pure:
         optimizer = pure.from_config(configuration(original))
         rate = optimizer._learning_rate
         if isinstance(rate, keras.Variable):
-            # Keras stores the rate in float32; the state holds it in the
-            # variables' own precision.
+            # Keras stores the rate in float32; the state has the variables' own
+            # precision.
             wide = keras.Variable(
                 rate.numpy(), dtype=widest(leaves).name, trainable=False
             )
             optimizer._variables[1] = wide
-            # Past Keras's tracker, which would list it a second time, after the
-            # slots: the copy there, never updated, would win in stateless_apply.
+            # Not through Keras's tracker, which would list it again after the slots:
+            # that copy is never updated, but stateless_apply would use it.
             object.__setattr__(optimizer, "_learning_rate", wide)
         templates = [
             keras.Variable(np.zeros(leaf.shape), dtype=leaf.dtype.name)
@@ -259,7 +259,7 @@ class _Pure:
             self._memory = 1 - float(original.beta_2)
 
     def apply(self, state: list, gradients: list, leaves: list) -> tuple[list, list]:
-        """Keras's own stateless update: (leaves, state) after it."""
+        """Keras's own stateless update: the leaves and the state after it."""
         if self._nudge:
             gradients = [
                 _away_from_zero(gradient, self._memory) for gradient in gradients
@@ -268,10 +268,10 @@ class _Pure:
 
 
 def configuration(optimizer: keras.optimizers.Optimizer) -> dict:
-    """The optimizer's configuration, with its schedule as it is.
+    """The optimizer's configuration, with its schedule as an object.
 
-    Keras would serialise a schedule and build another from that, which the user's own
-    schedules seldom support.
+    Keras would serialise a schedule and rebuild it, which users' own schedules rarely
+    support.
     """
     schedule = optimizer._learning_rate
     if isinstance(schedule, keras.Variable):
@@ -284,14 +284,14 @@ def configuration(optimizer: keras.optimizers.Optimizer) -> dict:
 
 def _maker(value: np.ndarray) -> Callable[[], tf.Tensor]:
     if value.size and (value == value.flat[0]).all():
-        # A fill, not a constant as large as the weights in every graph.
+        # A fill, because a constant as large as the weights would be in every graph.
         return lambda: tf.fill(value.shape, tf.constant(value.flat[0], value.dtype))
     return lambda: tf.constant(value)
 
 
 def _away_from_zero(gradient: tf.Tensor, memory: float) -> tf.Tensor:
     # The square times `memory`, 1 - beta_2, must be a normal number of the dtype. The
-    # correction is a constant: the derivative with respect to the gradient stays one.
+    # correction is constant, so the derivative in the gradient stays one.
     least = 1e-150 if gradient.dtype == tf.float64 else 1e-17
     smallest = tf.constant(least * max(1.0, (1e-3 / memory) ** 0.5), gradient.dtype)
     correction = tf.where(
@@ -301,7 +301,7 @@ def _away_from_zero(gradient: tf.Tensor, memory: float) -> tf.Tensor:
 
 
 def widest(leaves: list) -> tf.DType:
-    """The dtype of the most bits among tensors."""
+    """The widest dtype among the tensors."""
     return max((leaf.dtype for leaf in leaves), key=lambda dtype: dtype.size)
 
 

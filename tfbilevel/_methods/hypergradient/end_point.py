@@ -1,4 +1,4 @@
-"""Where an inner solve ends, for the methods that look at its end alone."""
+"""The end of an inner solve, for methods that do not differentiate its steps."""
 
 import dataclasses
 from collections.abc import Callable
@@ -17,13 +17,13 @@ from tfbilevel._methods.hypergradient.trajectory import ENDS, Span, search
 
 
 class Reached(NamedTuple):
-    """What an inner solve led to.
+    """The result of an inner solve.
 
     Attributes:
-        here: the problem; its lower loss is the one that the last steps descended.
-        point: where the hypergradient is taken.
+        here: the problem; its lower loss is the one that the last steps minimised.
+        point: the iterate at which the hypergradient is computed.
         after: the last iterate.
-        metrics: what there is to say of the end.
+        metrics: metrics of the end point.
     """
 
     here: Prepared
@@ -34,13 +34,14 @@ class Reached(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EndPoint:
-    """An inner solve that is not differentiated, and which of its iterates counts.
+    """An inner solve without derivatives, with the choice of the iterate that counts.
 
     Attributes:
         inner: makes the steps.
-        end: "final": the last iterate. "pessimistic": the one of largest upper loss.
-        aggregate: mixes the upper loss into the steps, and into the lower loss that
-            counts at the end, with the weight that the step from there would have.
+        end: "final": the last iterate. "pessimistic": the one with the largest upper
+            loss.
+        aggregate: mixes the upper loss into the steps, and into the lower loss at the
+            end, with the weight of the next step.
     """
 
     inner: InnerSolver
@@ -62,7 +63,7 @@ class EndPoint:
             )
 
     def reach(self, here: Prepared, lower: Nest, state: dict) -> Reached:
-        """All inner steps from where this outer step starts."""
+        """Make all inner steps from the start of this outer step."""
         along = aggregated(self.aggregate, here)
         steps: Any = self.inner.steps
         metrics = {}
@@ -73,8 +74,8 @@ class EndPoint:
             begun = self.inner.begin(along, lower, state)
             made = search(Span(self.inner, 0, False, True), along, begun)
             after, steps = made.end, made.worst.steps
-            # The optimizer's state is the last iterate's: of this one nothing but the
-            # lower variables is wanted.
+            # The optimizer's state is that of the last iterate; of this one only the
+            # lower variables are used.
             point = after._replace(lower=made.worst.lower)
             metrics["truncation"] = steps
         there = aggregated(self.aggregate, here, at=steps)
@@ -83,7 +84,7 @@ class EndPoint:
     def objective(
         self, problem: Problem, upper: Nest, lower: Nest, batches: Batches, state: dict
     ) -> Callable[[Nest], tf.Tensor]:
-        """x -> f at the iterate that counts; which one that is does not change."""
+        """x -> f at the iterate that counts, whose number is held constant."""
         met = self.reach(problem.prepared(upper, batches), lower, state).metrics
 
         def value(x: Nest) -> tf.Tensor:

@@ -30,18 +30,18 @@ class FiniteDifference(Method):
         y' = y - r g_y(x, y),      v = f_y(x, y'),      e = radius / |v|
         dF/dx = f_x(x, y') - r ( g_x(x, y + e v) - g_x(x, y - e v) ) / 2e
 
-    the same number as `Unroll(inner, last=1)` up to O(e^2): y is the iterate before
-    the last inner step. Two gradients of the lower loss instead of a
-    Hessian-vector product: for losses whose second derivatives TensorFlow lacks or
-    computes slowly. In float32 the difference of nearly equal gradients costs digits;
-    prefer `Unroll` where it works. There is no pessimistic end: of the one step that
-    the published method makes, it would be the final one. Optimizers other than plain
-    SGD: v is first pulled back through the optimizer's own update.
+    the same number as `Unroll(inner, last=1)` up to O(e^2), where y is the iterate
+    before the last inner step. It takes two gradients of the lower loss instead of a
+    Hessian-vector product, for losses whose second derivatives TensorFlow lacks or
+    computes slowly. In float32 the difference of nearly equal gradients loses digits;
+    prefer `Unroll` where it works. There is no pessimistic end, because the published
+    method makes only one step. With optimizers other than plain SGD, v is first pulled
+    back through the optimizer's own update.
 
     Args:
         inner: the inner solver; the published method makes one step.
         radius: length of the perturbation of all lower variables together, positive.
-        aggregate: a `tb.Aggregation`, whose mixture takes the place of g; or `None`.
+        aggregate: a `tb.Aggregation`, whose mixture replaces g; or `None`.
 
     Raises:
         ValueError: if `inner` is not a `tb.InnerSolver`, `radius` not positive or
@@ -125,8 +125,8 @@ class FiniteDifference(Method):
     def _products(
         self, here: Prepared, iterate: Iterate, direction: Nest, t: int
     ) -> tuple:
-        """g_xy w and g_yy w along `direction`, by central differences; of each task
-        with a width of its own."""
+        """g_xy w and g_yy w along `direction`, by central differences; each task has
+        its own width."""
         size = here.norm(direction)
         width = structure.ratio(tf.cast(self.radius, size.dtype), size)
         factor = structure.ratio(tf.constant(0.5, width.dtype), width)

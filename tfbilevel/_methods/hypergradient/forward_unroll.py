@@ -25,11 +25,11 @@ class ForwardUnroll(Method):
 
         Z_0 = d start / dx,      Z_{t+1} = Phi_y Z_t + Phi_x,   dF/dx = f_x + Z_T' f_y
 
-    the number `Unroll` computes, exact for every T, with memory that does not grow
-    with T: one tangent of y (and of the optimizer's slots) for each of the n entries
-    of x. A step costs about n Hessian-vector products: for few upper variables (one
-    learning rate, a handful of coefficients) and long loops. Prefer `Unroll` for
-    more than about ten, and with `prepare`: all entries that it makes count too.
+    This is the number that `Unroll` computes, exact for every T, with memory that does
+    not grow with T: one tangent of y (and of the optimizer's slots) for each of the n
+    entries of x. A step costs about n Hessian-vector products. For few upper variables
+    (one learning rate, a handful of coefficients) and long loops. Prefer `Unroll` for
+    more than about ten; with `prepare`, all entries that it returns count too.
 
     Args:
         inner: the inner solver whose steps are differentiated.

@@ -26,51 +26,51 @@ from tfbilevel._methods.hypergradient.end_point import EndPoint
 class Implicit(Method):
     r"""Hypergradient by the implicit function theorem (AID, iMAML, AID-CG, AID-FP).
 
-    At y close to y*(x):
+    At a y close to y*(x):
 
         dF/dx = f_x - g_xy v,      where      g_yy v = f_y
 
     Cost: the inner solve plus one Hessian-vector product per linear-solver step
     (each about two gradients of g). Memory does not grow with the inner steps.
-    Assumes g_yy positive definite at y and y near stationary: the bias is
-    proportional to the distance from y to y*(x), which the metric
-    `stationarity` (the norm of g_y) watches. Projections of the lower variables are
-    taken for inactive at y. Prefer `Unroll` for a handful of inner steps or a lower
-    problem that is never solved well.
+    Assumes g_yy positive definite at y and y nearly stationary: the bias is
+    proportional to the distance from y to y*(x), which the metric `stationarity` (the
+    norm of g_y) indicates. Projections of the lower variables are assumed to be
+    inactive at y. Prefer `Unroll` for a handful of inner steps or a lower problem that
+    is never solved well.
 
     `through="optimizer"` differentiates the fixed point of the inner optimizer's own
-    step instead, slots (momentum, moments) included: with s = (y, slots) and
+    step instead, including its slots (momentum, moments): with s = (y, slots) and
     s = Phi(x, s),
 
         dF/dx = f_x + Phi_x' v,    where    (I - Phi_s') v = (f_y, 0)
 
-    The same hypergradient at the solution; the linear iteration then contracts where
-    the inner optimizer does, and `FixedPoint` and `Neumann` need no rate. The system is
-    not symmetric: `ConjugateGradient` is refused except for plain gradient steps.
+    The hypergradient at the solution is the same. The linear iteration then contracts
+    if the inner optimizer does, and `FixedPoint` and `Neumann` need no rate. The system
+    is not symmetric: `ConjugateGradient` is rejected except for plain gradient steps.
 
-    `end="pessimistic"` takes all of this at the iterate of largest f instead of the
-    last one, and `aggregate` mixes f into the inner steps; the mixture at the end then
-    takes the place of g in the system, with the weight that one more step would have.
-    The lower variables after the step are y_T always.
+    `end="pessimistic"` evaluates all of this at the iterate with the largest f instead
+    of the last one. `aggregate` mixes f into the inner steps; the mixture at the end
+    then replaces g in the system, with the weight of the next step. The lower variables
+    after the step are always y_T.
 
     The metrics hold `residual` (relative) and `iterations` of the linear solve, and
-    `diverged`: 1 where the solver's steps led away from the solution (conjugate
-    gradients: met curvature that is not positive), of which `fit` and `tb.minimize`
-    also warn.
+    `diverged`: 1 if the solver's steps led away from the solution (for conjugate
+    gradients: met a curvature that is not positive), for which `fit` and `tb.minimize`
+    also issue a warning.
 
     Args:
         inner: approximates y*(x); the closer, the smaller the bias.
-        solver: solves g_yy v = f_y from Hessian-vector products.
-        through: "gradient": a plain gradient step, whatever the inner optimizer is.
+        solver: solves g_yy v = f_y with Hessian-vector products.
+        through: "gradient": a plain gradient step, for any inner optimizer.
             "optimizer": the inner optimizer's own step.
         end: "final" or "pessimistic" (PTT), as in `tb.Unroll`.
         aggregate: a `tb.Aggregation` (BDA), or `None`.
 
     Raises:
-        ValueError: if a solver that steps with the inner learning rate meets a
-            schedule (give it a `rate`), for an unknown `through`, or for conjugate
-            gradients through an optimizer other than plain SGD or a projection; for
-            a pessimistic end with `through="optimizer"`, and with an inner tolerance.
+        ValueError: if a solver that uses the inner learning rate is combined with a
+            schedule (give it a `rate`), for an unknown `through`, for conjugate
+            gradients through an optimizer other than plain SGD or a projection, or for
+            a pessimistic end with `through="optimizer"` or an inner tolerance.
 
     Example:
         >>> problem = tb.Problem(
@@ -97,7 +97,7 @@ class Implicit(Method):
     aggregate: Aggregation | None = None
 
     def __post_init__(self) -> None:
-        _ = self._end_point  # or an error
+        _ = self._end_point  # raises for invalid arguments
         require_choice(self.through, "through", ("gradient", "optimizer"))
         if not isinstance(self.solver, LinearSolver):
             raise ValueError(
@@ -128,7 +128,7 @@ class Implicit(Method):
 
     @property
     def _end_point(self) -> EndPoint:
-        """Where the inner solve ends."""
+        """The inner solve, with the choice of its end point."""
         return EndPoint(self.inner, self.end, self.aggregate)
 
     def init(self, problem: Problem, upper: Nest, lower: Nest) -> State:
@@ -175,7 +175,7 @@ class Implicit(Method):
             outer_step=state.get("step", 0),
         )
         solution = self.solver.solve(system, equation.rhs, state["solver"])
-        # No solver steps towards what it cannot measure, and would end where it began.
+        # Solvers ignore nonfinite values, and would return their start.
         fine = tf.math.is_finite(system.norm(equation.rhs))
         fine &= tf.math.is_finite(solution.residual)
         kept = structure.scale(tf.where(fine, 1.0, np.nan), solution.value)
@@ -258,11 +258,11 @@ class Implicit(Method):
 
 
 class _Equation(NamedTuple):
-    """The linear system of an implicit gradient, and what its solution is for.
+    """The linear system of an implicit gradient, and the use of its solution.
 
     Attributes:
         system, rhs: A and b.
-        response: v -> what reaches f through y, `None` where not connected.
+        response: v -> the gradient of f through y, `None` where not connected.
         lower_loss, gradient: g and g_y.
     """
 
@@ -274,7 +274,7 @@ class _Equation(NamedTuple):
 
 
 def _is_plain(inner: InnerSolver) -> bool:
-    """Whether the inner steps are gradient steps of one rate for all entries."""
+    """Whether the inner steps are gradient steps with one rate for all entries."""
     optimizer = inner.rule.optimizer
     return (
         isinstance(optimizer, keras.optimizers.SGD)

@@ -25,23 +25,21 @@ class RankOne(Method):
         (or the one that `end` says)
 
     which is the implicit gradient if g_yy is g_y g_y' and g_xy is g_x g_y' (a
-    Gauss-Newton model of the lower loss). First derivatives only: one gradient of
-    each loss after the inner solve. The model holds for lower losses near zero at
-    their minimum; for others the result is a heuristic, exact neither at the
-    solution nor away from it. Prefer `Implicit` where second derivatives are
-    affordable.
+    Gauss-Newton model of the lower loss). It uses first derivatives only: one gradient
+    of each loss after the inner solve. The model is valid for lower losses near zero at
+    their minimum; for others the result is a heuristic, which is not exact even at the
+    solution. Prefer `Implicit` where second derivatives are affordable.
 
     Args:
         inner: the inner solver. Its last iterate must not be stationary: at g_y = 0
-            the coefficient counts as 0.
-        end: "final", or "pessimistic": at the iterate of largest f, as in `tb.Unroll`;
-            the lower variables after the step are still y_T.
-        aggregate: a `tb.Aggregation`, whose mixture at the end takes the place of g;
-            or `None`.
+            the coefficient is set to 0.
+        end: "final", or "pessimistic": at the iterate with the largest f, as in
+            `tb.Unroll`; the lower variables after the step are still y_T.
+        aggregate: a `tb.Aggregation`, whose mixture at the end replaces g; or `None`.
 
     Raises:
         ValueError: if `inner` is not a `tb.InnerSolver`, for an unknown `end`, or if
-            `inner` has a tolerance besides a pessimistic end or an aggregation.
+            `inner` has a tolerance together with a pessimistic end or an aggregation.
 
     Example:
         >>> problem = tb.Problem(
@@ -65,11 +63,11 @@ class RankOne(Method):
     aggregate: Aggregation | None = None
 
     def __post_init__(self) -> None:
-        _ = self._end_point  # or an error
+        _ = self._end_point  # raises for invalid arguments
 
     @property
     def _end_point(self) -> EndPoint:
-        """Where the inner solve ends."""
+        """The inner solve, with the choice of its end point."""
         return EndPoint(self.inner, self.end, self.aggregate)
 
     @property
@@ -94,7 +92,7 @@ class RankOne(Method):
         coefficient = structure.ratio(
             here.dot(gradient, adjoint), here.dot(gradient, gradient)
         )
-        # NaN is passed on where the coefficient is 0.
+        # Propagate NaN where the coefficient is 0.
         fine = tf.math.is_finite(here.norm(adjoint))
         coefficient = tf.where(fine, coefficient, np.nan)
         response = pullback(-coefficient)[0]

@@ -1,4 +1,4 @@
-"""Stretches of an inner loop that can be swept backwards: what each keeps, and how."""
+"""Parts of an inner loop with a reverse sweep, and three ways to store them."""
 
 import math
 from collections.abc import Callable
@@ -14,19 +14,19 @@ from tfbilevel._core.prepared import Prepared
 
 ENDS = ("final", "pessimistic")
 
-# In the reverse sweep each step is linearised again at a stored iterate, which the next
-# step's can begin before this one's adjoint is there.
+# In the reverse sweep each step is linearised again at a stored iterate. This can begin
+# before the adjoint of the previous step is available.
 OVERLAPPED = 2
 
 
 class Span(NamedTuple):
-    """Which inner steps are differentiated, and how.
+    """The inner steps that are differentiated, and how.
 
     Attributes:
-        inner: whose steps they are.
-        first: the first one.
-        first_order: whether the inner gradients count as constants.
-        pessimistic: whether they end at the iterate of largest upper loss.
+        inner: the solver that makes the steps.
+        first: the number of the first step.
+        first_order: whether the inner gradients are treated as constants.
+        pessimistic: whether they end at the iterate with the largest upper loss.
     """
 
     inner: InnerSolver
@@ -41,11 +41,11 @@ class Span(NamedTuple):
 
     @property
     def most(self) -> int:
-        """How many steps there are."""
+        """The number of steps."""
         return self.last - self.first
 
     def stop(self, made: "Run") -> Any:
-        """How many steps lead to the end point; of each task its own."""
+        """The number of steps up to the end point; one per task if tasks differ."""
         return made.worst.steps if self.pessimistic else self.last
 
     def run(self, here: Prepared, iterate: Iterate, stop: Any) -> tuple[Iterate, Any]:
@@ -56,8 +56,8 @@ class Span(NamedTuple):
 
 
 class Worst(NamedTuple):
-    """The iterate of largest upper loss so far, the first one on ties; of each task
-    its own."""
+    """The iterate with the largest upper loss so far, the first one on ties; one per
+    task."""
 
     upper_loss: tf.Tensor
     steps: tf.Tensor
@@ -65,7 +65,7 @@ class Worst(NamedTuple):
 
     def against(self, here: Prepared, steps: tf.Tensor, lower: Nest) -> "Worst":
         loss = here.upper_losses(lower)
-        # NaN wins and stays, so that it is seen.
+        # NaN wins and stays, so that it is reported.
         worse = tf.logical_not(
             (loss <= self.upper_loss) | tf.math.is_nan(self.upper_loss)
         )
@@ -77,7 +77,7 @@ class Worst(NamedTuple):
 
 
 class Run(NamedTuple):
-    """Where some inner steps led.
+    """The result of some inner steps.
 
     Attributes:
         end: the last iterate.
@@ -94,7 +94,7 @@ class Loop(NamedTuple):
     """The differentiated part of an inner loop.
 
     Attributes:
-        made: where the steps led.
+        made: the result of the steps.
         pullback: adjoint of the end point's y -> (adjoint of c, `None` where not
             connected; adjoint of the first y).
     """
@@ -107,7 +107,7 @@ def tape(span: Span, here: Prepared, iterate: Iterate) -> Loop:
     stop: Any = span.last
     searched = None
     if span.pessimistic:
-        # Once to find the worst iterate, once more to record the way there.
+        # One pass finds the worst iterate, and a second one records the steps to it.
         searched = search(span, here, iterate)
         stop = searched.worst.steps
 
@@ -187,14 +187,14 @@ def checkpoint(span: Span, here: Prepared, iterate: Iterate) -> Loop:
 
 
 def search(span: Span, here: Prepared, iterate: Iterate) -> Run:
-    """All differentiated steps; nothing is stored but the worst iterate."""
+    """All differentiated steps; only the worst iterate is stored."""
     first, last = span.first, span.last
     begun = _begun(span, here, iterate)
     return _make(span, here, begun, [], first, last, last - first)[0]
 
 
 def _latest(stop: Any) -> Any:
-    """The step after the last one of all tasks."""
+    """The largest stop over all tasks."""
     return tf.reduce_max(stop) if tf.is_tensor(stop) else stop
 
 
@@ -217,15 +217,15 @@ def _make(
     last: Any,
     most: int,
 ) -> tuple[Run, list]:
-    """Steps first, ..., last - 1; the iterate before each is stored in `kept`, if any
-    arrays are given."""
+    """Steps first, ..., last - 1; the iterate before each is stored in `kept` if arrays
+    are given."""
 
     def body(t: tf.Tensor, now: Run, kept: list) -> tuple:
         after, value = span.inner.advance(here, now.end, t)
         worst = now.worst
         if isinstance(worst, Worst):
             worst = worst.against(here, t + 1, after.lower)
-        if kept:  # last: TensorFlow complains of a write that an error left unused
+        if kept:  # at the end: after an error TensorFlow complains of unused writes
             kept = _write(kept, t - first, now.end)
         return t + 1, Run(after, tf.cast(value, now.lower_loss.dtype), worst), kept
 
@@ -239,7 +239,7 @@ def _make(
 
 
 class _Adjoint(NamedTuple):
-    """What the reverse sweep carries: adjoints of y, of the slots and of c."""
+    """The state of the reverse sweep: adjoints of y, of the slots and of c."""
 
     lower: Nest
     slots: list
@@ -247,25 +247,25 @@ class _Adjoint(NamedTuple):
 
 
 class _Sweep:
-    """The reverse sweep over stored iterates, each step linearised again."""
+    """The reverse sweep over stored iterates, with each step linearised again."""
 
     def __init__(self, span: Span, here: Prepared, iterate: Iterate, stop: Any):
         self.span, self.here, self.start, self.stop = span, here, iterate, stop
         self._each = tf.is_tensor(stop) and stop.shape.rank == 1
-        # Which leaves of c the inner map reaches: known once its step was traced.
+        # The leaves of c that affect the inner map, known once a step is traced.
         self._connected: set[int] = set()
 
     def begin(self, adjoint: Nest) -> _Adjoint:
         self._given = adjoint
         return _Adjoint(
-            # With an end of its own each task's adjoint enters there.
+            # If tasks have separate ends, each task's adjoint enters at its own end.
             structure.zeros_like(adjoint) if self._each else adjoint,
             structure.zeros_like(self.start.optimizer.slots),
             structure.zeros_like(self.here.upper),
         )
 
     def run(self, trajectory: list, first: Any, last: Any, start: _Adjoint) -> _Adjoint:
-        """Steps last - 1, ..., first; the trajectory begins at step `first`."""
+        """Steps last - 1, ..., first; the trajectory starts at step `first`."""
 
         def body(t: tf.Tensor, after: _Adjoint) -> tuple:
             passed = t - self.span.first
@@ -318,7 +318,7 @@ class _Sweep:
 
 
 def _stored(iterate: Iterate) -> list[tf.Tensor]:
-    """What a trajectory keeps of an iterate: the rest follows from the step number."""
+    """The stored part of an iterate; the rest follows from the step number."""
     return tf.nest.flatten((iterate.lower, iterate.optimizer.slots))
 
 

@@ -37,45 +37,44 @@ class Unroll(Method):
 
         y_{t+1} = Phi(x, y_t),  t < T;        dF/dx = d/dx f(x, y_T(x))
 
-    computed by the adjoint recursion a_T = f_y, a_t = Phi_y' a_{t+1}, adding
+    computed by the adjoint recursion a_T = f_y, a_t = Phi_y' a_{t+1}, which adds
     Phi_x' a_{t+1} to f_x at each of the last `last` steps. It is the exact gradient
-    of f(x, y_T(x)) for every T; with `last = K` it takes y_{T-K} for constant, an
-    error that decays like (1 - rate * curvature)^K.
+    of f(x, y_T(x)) for every T. With `last = K`, y_{T-K} is treated as constant, which
+    causes an error that decays like (1 - rate * curvature)^K.
 
-    Where the lower problem has many solutions, or is not convex, the end point
-    matters. `end="pessimistic"` (PTT) evaluates f after every step and differentiates
-    through the first k* only,
+    If the lower problem has many solutions, or is not convex, the end point matters.
+    `end="pessimistic"` (PTT) evaluates f after every step and differentiates only
+    through the first k*,
 
         k* = argmax_{1 <= k <= T} f(x, y_k),      dF/dx = d/dx f(x, y_{k*}(x))
 
     the first one on ties; the lower variables after the step are still y_T. With
     `problem.lower_start` reading the start from the upper variables this is IAPTT-GM
-    (IA-GM with `end="final"`), over tasks MAML and ANIL. `aggregate` (BDA) mixes f into
-    the direction of the inner steps, see `tb.Aggregation`; the metric `lower_loss` is
-    then the mixture's.
+    (IA-GM with `end="final"`), and over tasks MAML and ANIL. `aggregate` (BDA) mixes f
+    into the direction of the inner steps, see `tb.Aggregation`; the metric `lower_loss`
+    is then that of the mixture.
 
-    `first_order` (FOMAML, FO-ITD-BiO) takes the inner gradients for constants: only
-    f_x and what passes through the start and the learning rate remain. No second
-    derivatives, and no adjoint of x through the steps: not the gradient of anything.
+    `first_order` (FOMAML, FO-ITD-BiO) treats the inner gradients as constants: only
+    f_x and the parts through the start and the learning rate remain. It needs no second
+    derivatives, but the result is not the gradient of any function.
 
     Cost: T inner steps and, for each differentiated one, a vector-Jacobian product
-    of about two more gradients. Memory besides one step's: "replay" the K iterates,
-    "checkpoint" 2 sqrt(K) iterates for one more inner step per step, "tape"
-    everything that every step computed. No assumption on the lower loss but that it
-    is twice differentiable. Prefer `Implicit` when the inner solve is long and
-    converges.
+    of about two more gradients. Memory besides that of one step: "replay" K iterates,
+    "checkpoint" 2 sqrt(K) iterates at the cost of one more inner step per step, "tape"
+    everything that every step computed. The lower loss only needs to be twice
+    differentiable. Prefer `Implicit` if the inner solve is long and converges.
 
     Args:
         inner: the inner solver whose steps are differentiated.
-        last: K, how many last steps to differentiate; `None`: all.
-        end: "final": f at y_T. "pessimistic": f at the iterate of largest f; costs
-            one evaluation of f a step, and the reverse sweep has k* steps.
+        last: K, number of last steps to differentiate; `None`: all.
+        end: "final": f at y_T. "pessimistic": f at the iterate with the largest f;
+            costs one evaluation of f per step, and the reverse sweep has k* steps.
         aggregate: a `tb.Aggregation`, or `None`.
         memory: "replay", "checkpoint" or "tape". All give the same gradient.
-        first_order: take the inner gradients for constants.
+        first_order: treat the inner gradients as constants.
         skipped: what the steps before the last K pass on to a learned start: "stop":
-            nothing. "identity": the adjoint at y_{T-K} as it is, as the published
-            T-RHG with a learned start does.
+            nothing. "identity": the adjoint at y_{T-K} unchanged, as in the published
+            T-RHG with a learned start.
 
     Raises:
         ValueError: if `last` is not between 1 and `inner.steps`, for an unknown
@@ -138,7 +137,7 @@ class Unroll(Method):
 
     @property
     def differentiated(self) -> int:
-        """K, how many inner steps are differentiated at most."""
+        """K, the largest number of inner steps that are differentiated."""
         return self.inner.steps if self.last is None else self.last
 
     @property
@@ -216,12 +215,12 @@ class Unroll(Method):
         return aggregated(self.aggregate, problem.prepared(upper, batches))
 
     def _skip(self, here: Prepared, iterate: Iterate) -> Iterate:
-        """The steps that are not differentiated."""
+        """Make the steps that are not differentiated."""
         return self.inner.run(here, iterate, 0, self._first, self._first)[0]
 
     def _total(self, here: Prepared, partial: Nest, response: Nest) -> Any:
         if self.first_order:
-            # Nothing through y is what the method says, where f depends on x itself.
+            # Where f depends on x itself, a gradient through y of zero is intended.
             nothing = derivatives.scale_partial(0.0, partial)
             response = derivatives.add_partials(response, nothing)
             differentiated = "A first-order unroll (upper loss, start and rate)"
@@ -240,7 +239,7 @@ class Unroll(Method):
     def _with_constant_gradients(
         self, at: Prepared, fixed: Iterate, here: Prepared, start: Iterate, stop: Any
     ) -> Iterate:
-        """The differentiated steps along the gradients met at another x."""
+        """The differentiated steps, with the gradients evaluated at another x."""
 
         def body(t: tf.Tensor, other: Iterate, now: Iterate) -> tuple:
             _, gradient = self.inner.gradient(at, other, t)

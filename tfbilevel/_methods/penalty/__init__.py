@@ -1,1 +1,1 @@
-"""Methods that penalise a lower problem that is not solved."""
+"""Methods that penalise the lower problem instead of solving it."""

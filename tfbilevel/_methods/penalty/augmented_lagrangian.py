@@ -47,58 +47,64 @@ FOLLOWING = ("weight", "lower_weight", "tolerance", "rate_scale")
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class AugmentedLagrangian(Method):
-    r"""Multipliers and a penalty on g_y = 0; inverts nothing (Penalty, Mehra & Hamm).
+    r"""Augmented Lagrangian for g_y = 0, without inversion (Penalty, Mehra & Hamm).
 
         h(x, y) = f(x, y) + <nu, g_y(x, y)> + (rho / 2) ||g_y(x, y)||^2
 
-    One outer step makes T steps of y along d_y, and then the upper optimizer's of x
-    along d_x, all with w = nu + rho g_y:
+    One outer step makes T steps of y along d_y, and then the upper optimizer's step of
+    x along d_x, all with w = nu + rho g_y:
 
         d_y = f_y + g_yy w + lambda g_y,        d_x = f_x + g_xy w
 
-    These are exact derivatives of h + lambda g in y, and of h in x. The term lambda g,
-    which keeps y from maxima and saddles of g, stays out of h: where d_y vanishes, w
-    is -g_yy^{-1} (f_y + lambda g_y), and d_x is the hypergradient as lambda g_y -> 0.
+    These are exact derivatives of h + lambda g in y, and of h in x. The term lambda g
+    keeps y away from maxima and saddle points of g and is not part of h. Where d_y
+    vanishes, w is -g_yy^{-1} (f_y + lambda g_y), and d_x approaches the hypergradient
+    as lambda g_y -> 0.
 
-    Whenever the pair is nearly stationary at the present penalty,
+    Whenever the pair is nearly stationary for the current penalty,
 
         ||d_x||^2 + ||d_y||^2 < epsilon^2       (d_x, d_y at y after its T steps),
 
     the schedule is updated: nu <- nu + rho g_y, rho <- growth rho,
-    lambda <- decay lambda, epsilon <- tolerance_decay epsilon, and every later step of
-    x and y is rate_decay times as long (`tb.PenaltySchedule`). Under projections each
-    of d_x and d_y is the projected gradient z - P(z - d), which vanishes at an active
-    bound too. Over tasks (`tb.over_tasks`) ||d_y||^2 is the mean over the tasks.
+    lambda <- decay lambda, epsilon <- tolerance_decay epsilon, and all later steps of
+    x and y are shortened by rate_decay (`tb.PenaltySchedule`). With projections, d_x
+    and d_y are the projected gradients z - P(z - d), which also vanish at an active
+    bound. Over tasks (`tb.over_tasks`) ||d_y||^2 is the mean over the tasks.
 
     Cost per inner step: one gradient of f, one of g and one second-order product
     (about two gradients of g); the step of x costs one more. Memory: nu, w and the
-    slots of one optimizer, whatever T is.
-    Assumes f_y and g_y smooth; g_yy may be singular. Prefer `Implicit` with conjugate
-    gradients where g is convex and solved well, `Unroll` where the inner loop itself
-    matters, `GradientNorm` where one number gamma is enough of a schedule.
+    slots of one optimizer, for any T. Assumes f_y and g_y smooth; g_yy may be singular.
+    Prefer `Implicit` with conjugate gradients if g is convex and solved well, `Unroll`
+    if the inner loop itself matters, `GradientNorm` if a single penalty weight gamma is
+    sufficient.
 
     The metrics hold `stationarity` (norm of g_y), `penalty` and `multiplier_term` (the
-    two terms of h beside f), `kkt_residual` (what is compared with epsilon) and the
+    two terms of h besides f), `kkt_residual` (which is compared with epsilon) and the
     schedule: `weight` (rho), `lower_weight` (lambda), `tolerance` (epsilon) and
-    `rate_scale`, all as this step used them.
+    `rate_scale`, all with their values in this step.
 
     Args:
         lower_optimizer: a Keras optimizer for y that `tb.differentiable` supports; its
-            slots go on from one outer step to the next.
-        steps: T, at least 1. With several lower batches inner step t takes slice t,
+            slots are carried from one outer step to the next.
+        steps: T, at least 1. With several lower batches inner step t uses slice t, and
             the step of x slice T.
-        weight: rho at the start, positive.
-        lower_weight: lambda at the start, not negative.
+        weight: initial rho, positive.
+        lower_weight: initial lambda, not negative.
+        atol: initial epsilon, positive.
+        initial_multiplier: initial value of all entries of nu.
+        smoothing: compare a running mean with epsilon^2, in which the past has this
+            share, in [0, 1); otherwise one lucky minibatch updates the schedule.
+        start: the start of y in every outer step, as in `tb.InnerSolver`.
         atol: epsilon at the start, positive.
         initial_multiplier: nu at the start, in every entry.
         smoothing: compare a running mean with epsilon^2, in which the past has this
             share, in [0, 1): otherwise one lucky minibatch updates the schedule.
         start: where every outer step's y starts, as in `tb.InnerSolver`.
-        independent_starts: `None`, or how many independent problems share a leading
-            axis of all variables: each has a schedule of its own, and metrics are
+        independent_starts: `None`, or the number of independent problems along a
+            leading axis of all variables: each has its own schedule, and metrics are
             means.
-        optimizer_state: "carry": the slots of `lower_optimizer` go on from one outer
-            step to the next. "reset": they start at zero, as befits new tasks.
+        optimizer_state: "carry": the slots of `lower_optimizer` are carried from one
+            outer step to the next. "reset": they start at zero, for changing tasks.
         multiplier_state: "carry", or "reset": nu is `initial_multiplier` at every
             outer step, for tasks that change with it.
         schedule: the factors of a schedule update.
@@ -138,8 +144,8 @@ class AugmentedLagrangian(Method):
     schedule: PenaltySchedule = PenaltySchedule()
 
     def __post_init__(self) -> None:
-        UpdateRule(self.lower_optimizer, "lower_optimizer")  # or an error
-        _ = self.inner  # or an error
+        UpdateRule(self.lower_optimizer, "lower_optimizer")  # raises if unsupported
+        _ = self.inner  # raises for invalid arguments
         require_choice(self.multiplier_state, "multiplier_state", ("carry", "reset"))
         if not isinstance(self.schedule, PenaltySchedule):
             raise ValueError(
@@ -160,7 +166,7 @@ class AugmentedLagrangian(Method):
 
     @functools.cached_property
     def inner(self) -> InnerSolver:
-        """Where y starts, and what its steps carry."""
+        """The solver that provides the start of y and the state of its steps."""
         return InnerSolver(
             self.lower_optimizer,
             self.steps,
@@ -170,7 +176,7 @@ class AugmentedLagrangian(Method):
 
     @property
     def couples_tasks(self) -> bool:
-        # One schedule for all, which looks at the mean of their sizes.
+        # All tasks share one schedule, which uses the mean over the tasks.
         return True
 
     def init(self, problem: Problem, upper: Nest, lower: Nest) -> State:
@@ -209,7 +215,7 @@ class AugmentedLagrangian(Method):
             "lower_weight": begun(self.lower_weight),
             "tolerance": begun(self.atol),
             "rate_scale": begun(1.0),
-            # No mean yet: nothing is small enough.
+            # There is no mean yet; infinity is never below the tolerance.
             "mean": begun(math.inf),
         }
 
@@ -287,7 +293,7 @@ class AugmentedLagrangian(Method):
     def _schedule(
         self, state: dict, gradient: Nest, size: tf.Tensor
     ) -> tuple[dict, tf.Tensor]:
-        """The state after a step, and the size that the tolerance was compared with."""
+        """The state after a step, and the value compared with the tolerance."""
         dtype = state["weight"].dtype
         smoothing = structure.scalar(self.smoothing, dtype)
         past = tf.where(
@@ -304,17 +310,17 @@ class AugmentedLagrangian(Method):
         if self.multiplier_state == "reset":
             raised = state["multiplier"]
         after["multiplier"] = structure.where(near, raised, state["multiplier"])
-        # A new penalty is a new problem: its mean starts afresh.
+        # A new penalty defines a new problem, so the mean starts again.
         after["mean"] = tf.where(near, tf.constant(math.inf, dtype), mean)
         return after, mean
 
     @property
     def _starts(self) -> structure.InnerProduct:
-        """The inner product of variables: one per start."""
+        """The inner product of variables, one value per start."""
         return structure.InnerProduct(0 if self.independent_starts is None else 1)
 
     def _dot(self, here: Prepared, a: Nest, b: Nest) -> tf.Tensor:
-        """Of lower variables: one per start, and over tasks their mean."""
+        """The inner product of lower variables, one per start; over tasks, the mean."""
         if not here.problem.has_tasks:
             return self._starts.dot(a, b)
         return tf.reduce_mean(here.dot(a, b))

@@ -24,8 +24,8 @@ class GradientNorm(Method):
 
         min_{x, y}  f(x, y) + (gamma / 2) ||g_y(x, y)||^2
 
-    With w = gamma g_y held constant the exact gradients need one second-order
-    product and no inner loop:
+    With w = gamma g_y held constant, the exact gradients need one second-order product
+    and no inner loop:
 
         d_x = c ( f_x + g_xy w ),   d_y = c ( f_y + g_yy w ),   c = min(1 / gamma, 1)
 
@@ -62,7 +62,7 @@ class GradientNorm(Method):
     weight: float | Schedule
 
     def __post_init__(self) -> None:
-        _ = self.rule, self.schedule  # or an error
+        _ = self.rule, self.schedule  # raises for invalid arguments
 
     @functools.cached_property
     def rule(self) -> UpdateRule:

@@ -1,4 +1,4 @@
-"""How the penalty of the augmented Lagrangian changes."""
+"""The factors by which the augmented Lagrangian's penalty changes."""
 
 import dataclasses
 
@@ -9,13 +9,14 @@ from tfbilevel._core.arguments import require_number, share
 class PenaltySchedule:
     """The factors of a schedule update of `tb.AugmentedLagrangian`.
 
-    A pair (x, y) that is nearly stationary at the present penalty updates the schedule:
+    When a pair (x, y) is nearly stationary for the current penalty, the schedule is
+    updated:
 
         rho <- growth rho,                         lambda <- decay lambda,
         epsilon <- tolerance_decay epsilon,        steps <- rate_decay steps
 
-    with rho the penalty weight, lambda the weight of the lower loss, epsilon what
-    counts as nearly stationary, and the steps those of both levels.
+    where rho is the penalty weight, lambda the weight of the lower loss, epsilon the
+    tolerance for nearly stationary, and the steps are those of both levels.
 
     Args:
         growth: factor of rho, at least 1.

@@ -27,27 +27,27 @@ class ValueGap(Method):
 
         min_{x, y}  f(x, y) + gamma ( g(x, y) - v(x) ),       v(x) = min_z g(x, z)
 
-    A second copy z of the lower variables follows argmin g(x, .) by inner steps;
-    v_x is taken as g_x(x, z) with z held constant (Danskin). Both levels step at the
-    same point:
+    A second copy z of the lower variables follows argmin g(x, .) by inner steps.
+    v_x is approximated by g_x(x, z) with z held constant (Danskin). Both levels make
+    their steps at the same point:
 
         d_x = c ( f_x + gamma (g_x(x, y) - g_x(x, z)) ),   d_y = c ( f_y + gamma g_y )
         c = min(1 / gamma, 1)
 
-    so that a growing weight does not need a shrinking rate. Cost: the inner steps,
-    two gradients and one more evaluation of g; no second derivatives. Memory: one
-    more copy of y. Assumes z close to a minimiser of g(x, .); the gap in the metrics
-    goes negative while z lags. The solution is that of the penalised problem, off by
+    so that a growing weight does not require a smaller rate. Cost: the inner steps, two
+    gradients and one more evaluation of g; no second derivatives. Memory: one more copy
+    of y. Assumes z close to a minimiser of g(x, .); if z lags behind, the metric `gap`
+    becomes negative. The solution is that of the penalised problem, with an error of
     O(1 / gamma). Prefer it where second derivatives are expensive or unavailable;
     prefer `Implicit` or `Unroll` where the exact hypergradient matters.
 
     Args:
-        inner: the solver of z; its `start` must be "warm". `None`: v(x) is known
-            not to depend on x, and no z is kept.
+        inner: the solver of z; its `start` must be "warm". `None`: v(x) is known not to
+            depend on x, and there is no z.
         lower_optimizer: a Keras optimizer for y.
         weight: gamma, a number or a schedule, not negative.
-        auxiliary: where z starts at each outer step. "persistent": where it was.
-            "copy": at y.
+        auxiliary: the start of z in each outer step. "persistent": its last value.
+            "copy": y.
 
     Raises:
         ValueError: for an unsupported optimizer or choice, a negative weight, or an
@@ -76,14 +76,14 @@ class ValueGap(Method):
     auxiliary: str = "persistent"
 
     def __post_init__(self) -> None:
-        _ = self.rule, self.schedule  # or an error
+        _ = self.rule, self.schedule  # raises for invalid arguments
         require_choice(self.auxiliary, "auxiliary", ("persistent", "copy"))
         if self.inner is not None:
             require_inner(self.inner)
         if self.inner is not None and self.inner.start != "warm":
             raise ValueError(
-                "`inner.start` must be 'warm' here: `auxiliary` says where the second "
-                "copy starts. Use tb.InnerSolver(..., start='warm'). "
+                "`inner.start` must be 'warm' here: `auxiliary` sets the start of the "
+                "second copy. Use tb.InnerSolver(..., start='warm'). "
                 f"Received: start={self.inner.start!r}"
             )
 
@@ -190,7 +190,7 @@ class ValueGap(Method):
 
     def _solve(self, here: Prepared, lower: Nest, state: State) -> tuple[Any, Any]:
         start = lower if self.auxiliary == "copy" else state["auxiliary"]
-        # `auxiliary` says where z starts, not the problem's `lower_start`.
+        # `auxiliary` sets the start of z, not the problem's `lower_start`.
         problem = dataclasses.replace(here.problem, lower_start=None)
         here = dataclasses.replace(here, problem=problem)
         auxiliary, inner_state, _ = self.inner.solve(here, start, state["inner"])

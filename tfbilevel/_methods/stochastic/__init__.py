@@ -1,4 +1,4 @@
-"""Stochastic methods: noisy lower batches, no exact inner solve."""
+"""Stochastic methods, for noisy lower batches and inexact inner solves."""
 
 from tfbilevel._methods.stochastic.bamm import BAMM as BAMM
 from tfbilevel._methods.stochastic.bsa import BSA as BSA

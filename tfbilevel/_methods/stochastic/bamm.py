@@ -25,7 +25,7 @@ from tfbilevel._core.projection import fixed_projection
 from tfbilevel._optimizers.update_rule import UpdateRule
 
 STEPS = ("scheduled", "exact")
-# |phi_yy v| stays within the largest |f_y| met as long as v follows its system.
+# |phi_yy v| stays below the largest |f_y| so far as long as v follows its system.
 TOO_FAR = 10.0
 
 
@@ -33,34 +33,35 @@ TOO_FAR = 10.0
 class BAMM(Method):
     r"""One step of y, of a multiplier v and of x per outer step (BAMM, DM).
 
-    All three at the same (x_k, y_k, v_k), s the rate of the lower optimizer:
+    All three updates use the same (x_k, y_k, v_k); s is the lower optimizer's rate:
 
         y_{k+1} = y_k - update( phi_y ),     v_{k+1} = v_k - eta_k ( phi_yy v_k - f_y )
         x_{k+1} = x_k - beta_k update( f_x - phi_xy v_k ),      phi = g
 
     with eta_k = s * multiplier_rate * (k + 1)^{-tau/2} and beta_k = s (k + 1)^{-tau}.
-    v is carried and follows the solution of the linear system that `Implicit` solves
-    again, so a step costs two gradients and one Hessian-vector product, and nothing
-    is ever solved. With `aggregate`, for lower problems with many solutions,
+    v is carried between steps and follows the solution of the linear system that
+    `Implicit` solves at every step. A step therefore costs two gradients and one
+    Hessian-vector product, and nothing is solved to convergence. With `aggregate`, for
+    lower problems with many solutions,
 
         phi = (1 - mu_k) g + mu_k f,           mu_k the weight at the outer step k
         eta_k = s * multiplier_rate * (k + 1)^{-tau/2} mu_k^{3 - strategy}
         beta_k = s (k + 1)^{-3 tau/2} mu_k^{9 - 2 strategy},    strategy 1, 2 or 3
 
     (published: mu_k = 0.9 (k + 1)^{-1/100} and, with it, a `multiplier_rate` of 1).
-    `multiplier_step="exact"` takes the step along r = phi_yy v - f_y that minimises
-    the quadratic, eta_k = |r|^2 / <r, phi_yy r>, for one product more; none where the
-    curvature along r is not positive.
+    `multiplier_step="exact"` makes the step along r = phi_yy v - f_y that minimises the
+    quadratic, eta_k = |r|^2 / <r, phi_yy r>, for one more product; no step is made if
+    the curvature along r is not positive.
 
-    Assumes phi_yy positive definite along the way and s * multiplier_rate below 2 /
-    (largest eigenvalue of phi_yy). Memory: v, whatever the number of steps. Prefer
-    `Implicit` where some inner steps per outer step are affordable: x here moves while
+    Assumes phi_yy positive definite on the path and s * multiplier_rate below 2 /
+    (largest eigenvalue of phi_yy). Memory: v, for any number of steps. Prefer
+    `Implicit` if several inner steps per outer step are affordable: here x moves while
     y and v are still far off, so its steps must be small.
 
     The metrics hold `stationarity` (norm of phi_y), `residual` (|r| / |f_y|),
-    `multiplier_rate` (eta_k) and `diverged`: 1 where an exact step met curvature that
-    is not positive, or |r| is beyond ten times the largest |f_y| so far: v grows, and
-    `multiplier_rate` is too large for the curvature.
+    `multiplier_rate` (eta_k) and `diverged`. The latter is 1 if an exact step met a
+    curvature that is not positive, or if |r| exceeds ten times the largest |f_y| so
+    far: v then grows, and `multiplier_rate` is too large for the curvature.
 
     Args:
         lower_optimizer: a Keras optimizer of constant rate that `tb.differentiable`
@@ -69,7 +70,7 @@ class BAMM(Method):
         decay: tau, not negative.
         aggregate: a `tb.Aggregation`, such as
             tb.Aggregation(tb.InversePower(0.9, 0.01)), or `None`.
-        strategy: 1, 2 or 3: which powers of mu_k slow v and x down.
+        strategy: 1, 2 or 3: by which powers of mu_k v and x are slowed down.
         multiplier_step: "scheduled" or "exact".
 
     Raises:
@@ -100,7 +101,7 @@ class BAMM(Method):
     multiplier_step: str = "scheduled"
 
     def __post_init__(self) -> None:
-        _ = self.rule  # or an error
+        _ = self.rule  # raises if the optimizer is not supported
         require_number(self.multiplier_rate, "multiplier_rate", positive, "above 0")
         require_number(self.decay, "decay", not_negative, "not negative")
         require_aggregation(self.aggregate)
@@ -130,7 +131,7 @@ class BAMM(Method):
 
     @property
     def couples_tasks(self) -> bool:
-        # A residual of one task that is not finite is seen in all of x.
+        # A nonfinite residual of one task affects all of x.
         return True
 
     def init(self, problem: Problem, upper: Nest, lower: Nest) -> State:
@@ -140,7 +141,7 @@ class BAMM(Method):
             "step": tf.constant(0, tf.int64),
             "optimizer": self.rule.init(lower),
             "multiplier": multiplier,
-            # The largest |f_y| so far, of each task its own.
+            # The largest |f_y| so far, one per task.
             "largest": problem.inner_product.norm(multiplier),
         }
 
@@ -155,13 +156,13 @@ class BAMM(Method):
         mixed, curved = pullback(structure.scale(-1, multiplier))
         against = structure.subtract(structure.scale(-1, curved), adjoint)
         square = here.dot(against, against)
-        # An f_y or g_yy v that is not finite would be seen one step later, v lost: now.
+        # A nonfinite f_y or g_yy v would be noticed one step later, after v is lost.
         seen = tf.where(structure.all_finite(against), 1.0, np.nan)
         rate, upper_scale = self._steps(state["step"], square.dtype)
         broken = tf.zeros_like(square, tf.bool)
         if self.multiplier_step == "exact":
-            # One norm over all tensors: a published version adds up the norms of each
-            # before it squares them, and steps too far.
+            # One norm over all tensors. A published version adds up the norms of the
+            # tensors before it squares them, which makes the step too long.
             curvature = here.dot(against, pullback(against)[1])
             broken = (curvature <= 0) & (square > 0)
             rate = tf.where(curvature > 0, structure.ratio(square, curvature), 0)

@@ -1,4 +1,4 @@
-"""The bilevel stochastic approximation with a random number of factors."""
+"""Bilevel stochastic approximation with a random number of factors."""
 
 import dataclasses
 from typing import Any
@@ -29,17 +29,17 @@ class BSA(Method):
         v = Q eta prod_{j < p} (I - eta g_yy(x, y; B_j)) f_y,   p ~ uniform{0, ..., Q-1}
         dF/dx ~ f_x - g_xy(x, y; D) v
 
-    whose expectation over p is the Neumann series with Q terms, at the cost of
-    (Q - 1) / 2 products on average, two vectors like y and a large variance. After
-    the inner steps of `inner`, each on its own slice of a stacked lower batch
-    (`tb.pair(..., lower_batches=draws)`), come the slices of the factors and of D.
-    Prefer `StocBiO`, which adds all terms up.
+    whose expectation over p is the Neumann series with Q terms. Cost: (Q - 1) / 2
+    products on average and two vectors like y, but a large variance. The inner steps of
+    `inner` each use their own slice of a stacked lower batch
+    (`tb.pair(..., lower_batches=draws)`); the slices of the factors and of D follow.
+    Prefer `StocBiO`, which adds up all terms.
 
     Args:
         inner: the inner solver; warm-started in the paper.
         max_steps: Q.
         rate: eta; needs eta * (largest eigenvalue of g_yy) < 1.
-        seed: of p.
+        seed: the seed of p.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -74,12 +74,12 @@ class BSA(Method):
 
     @property
     def draws(self) -> int:
-        """How many lower batches one step may draw."""
+        """The largest number of lower batches that one step uses."""
         return self.inner.steps + self.max_steps
 
     @property
     def couples_tasks(self) -> bool:
-        # All have a series of one random length.
+        # All tasks have series of the same random length.
         return True
 
     def init(self, problem: Problem, upper: Nest, lower: Nest) -> State:
@@ -118,7 +118,8 @@ def random_product(
     first: int,
     key: tuple[int, tf.Tensor],
 ) -> tuple[Any, Metrics]:
-    """The hypergradient estimate at y from draws first, first + 1, ...; metrics."""
+    """The hypergradient estimate at y from lower batches first, first + 1, ...; and
+    its metrics."""
     seed = tf.stack([tf.cast(part, tf.int64) for part in key])
     count = tf.random.stateless_uniform([], seed, 0, most, tf.int32)
     upper_loss, partial, adjoint = here.upper_partials(lower)

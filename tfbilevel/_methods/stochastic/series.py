@@ -12,7 +12,7 @@ from tfbilevel._core.prepared import Prepared
 
 
 def require_series(count: int, rate: float, name: str = "max_steps") -> None:
-    """Raise unless the series has a length and its factors a step size."""
+    """Raise unless the series has a valid length and step size."""
     require_count(count, name)
     remedy = "Stay below 1 / (largest eigenvalue of the lower Hessian)."
     require_number(rate, "rate", positive, "above 0 (eta)", remedy)
@@ -31,7 +31,7 @@ def factors(
 ) -> tuple[Any, Any]:
     """prod_j (I - rate H_j) v over j < count, and the sum of all partial products.
 
-    H_j is the lower Hessian on the lower batch of draw first + j * stride.
+    H_j is the lower Hessian on the lower batch with number first + j * stride.
     """
 
     def body(j: tf.Tensor, term: Any, total: Nest) -> tuple:
@@ -46,13 +46,13 @@ def factors(
 
 
 def mixed_product(here: Prepared, lower: Nest, vector: Nest, draw: Any) -> tuple:
-    """g_xy v and the lower loss on one draw; `None` where not connected."""
+    """g_xy v and the lower loss on one lower batch; `None` where not connected."""
     value, _, pullback = here.lower_gradient_pullback(lower, draw)
     return pullback(vector)[0], value
 
 
 def growth_metrics(here: Prepared, term: Any, vector: Nest) -> Metrics:
-    """How much the products grew, of each task its own; above 1 the series does not
+    """The growth of the products, one value per task; above 1 the series does not
     converge."""
     growth = structure.ratio(here.norm(term), here.norm(vector))
     return {"growth": growth, "diverged": tf.cast(growth > 1.001, growth.dtype)}

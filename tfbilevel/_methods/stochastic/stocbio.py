@@ -1,4 +1,4 @@
-"""The stochastic bilevel optimizer with a Neumann series over fresh batches."""
+"""The stochastic bilevel optimizer with a Neumann series over different batches."""
 
 import dataclasses
 
@@ -29,22 +29,22 @@ class StocBiO(Method):
         dF/dx ~ f_x - g_xy(x, y_T; D) v
 
     S_t, B_j and D are successive slices of a stacked lower batch, from
-    `tb.pair(..., lower_batches=draws)`; with fewer slices they repeat, with a plain
-    batch all are the same. Cost: T gradients, Q + 1 Hessian-vector products, all on
-    minibatches; memory: one step's graph and three vectors like y beside the stacked
+    `tb.pair(..., lower_batches=draws)`; with fewer slices they repeat, and with a plain
+    batch all are equal. Cost: T gradients and Q + 1 Hessian-vector products, all on
+    minibatches. Memory: one step's graph and three vectors like y, besides the stacked
     batch. The bias falls like (1 - eta * curvature)^(Q + 1); needs
     eta * (largest eigenvalue of g_yy) < 1. Prefer `Implicit` for full batches.
 
-    The metric `growth` is |r_Q| / |r_0|: above 1, eta is too large, and `diverged`
-    is 1.
+    The metric `growth` is |r_Q| / |r_0|. If it is above 1, eta is too large, and
+    `diverged` is 1.
 
     Args:
         inner: the inner solver; warm-started in the paper.
-        terms: Q, the terms of the series that follow r_0, one Hessian-vector product
-            each.
+        terms: Q, number of terms of the series after r_0, with one Hessian-vector
+            product each.
         rate: eta.
-        factors: "fresh": every factor of the series draws its own lower batch;
-            "shared": one draw for all of them.
+        factors: "fresh": every factor of the series uses a separate lower batch;
+            "shared": all factors use the same one.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -79,7 +79,7 @@ class StocBiO(Method):
 
     @property
     def draws(self) -> int:
-        """How many lower batches one step draws."""
+        """The number of lower batches that one step uses."""
         series = self.terms if self.factors == "fresh" else 1
         return self.inner.steps + series + 1
 

@@ -25,21 +25,21 @@ class TTSA(Method):
         y_{k+1} = y_k - (k + 1)^{-b} update( g_y(x_k, y_k; S) )
         x_{k+1} = x_k - (k + 1)^{-a} update( h(x_k, y_{k+1}) ),      1 > a > b > 0
 
-    with h the random-length estimate of `BSA` at the new y, and the updates those of
-    the two optimizers (SGD in the paper). The powers make y move faster than x, so
-    that y follows the solution; the published ones are a = 3/5,
-    b = 2/5 for a strongly convex lower loss. A step costs one lower gradient, at most
-    Q products and two vectors like y. Draws: S, then the factors, then D. Slow by
-    design; prefer `StocBiO` where several lower steps are affordable.
+    where h is the random-length estimate of `BSA` at the new y, and the updates are
+    those of the two optimizers (SGD in the paper). The powers make y move faster than
+    x, so that y follows the solution; the published ones are a = 3/5 and b = 2/5 for a
+    strongly convex lower loss. A step costs one lower gradient, at most Q products and
+    two vectors like y. Lower batches: S, then the factors, then D. Slow by design;
+    prefer `StocBiO` if several lower steps are affordable.
 
     Args:
         lower_optimizer: a Keras optimizer that `tb.differentiable` supports; its
             steps are scaled by (k + 1)^{-b}. SGD in the paper.
-        max_steps: Q, most factors.
+        max_steps: Q, maximal number of factors.
         rate: eta; needs eta * (largest eigenvalue of g_yy) < 1.
         upper_power: a, the decay of the upper step (`Step.upper_scale`).
         lower_power: b.
-        seed: of the random length.
+        seed: the seed of the random length.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -69,7 +69,7 @@ class TTSA(Method):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _ = self.rule  # or an error
+        _ = self.rule  # raises if the optimizer is not supported
         require_series(self.max_steps, self.rate)
         require_count(self.seed, "seed", least=0)
         for name in ("lower_power", "upper_power"):
@@ -89,7 +89,7 @@ class TTSA(Method):
 
     @property
     def draws(self) -> int:
-        """How many lower batches one step may draw."""
+        """The largest number of lower batches that one step uses."""
         return 1 + self.max_steps
 
     @property
@@ -98,7 +98,7 @@ class TTSA(Method):
 
     @property
     def couples_tasks(self) -> bool:
-        # All have a series of one random length.
+        # All tasks have series of the same random length.
         return True
 
     def init(self, problem: Problem, upper: Nest, lower: Nest) -> State:
@@ -113,8 +113,8 @@ class TTSA(Method):
         _, gradient = here.lower_gradient(lower, 0)
         lower = structure.to_tensors(lower)
         moved, optimizer = self.rule.update(gradient, state["optimizer"], lower)
-        # Steps are scaled, not gradients: most optimizers would make the same step of
-        # a smaller gradient.
+        # Steps are scaled instead of gradients, because most optimizers normalise the
+        # gradient.
         lower = structure.add_scaled(
             lower, tf.pow(count, -self.lower_power), structure.subtract(moved, lower)
         )
