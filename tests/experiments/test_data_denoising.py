@@ -180,7 +180,7 @@ def test_importances_round_trip_and_have_a_mean_of_a_half():
     assert np.isfinite(everything_off).all()
 
 
-@pytest.mark.parametrize("rate", [0.25, 0.5, 0.75])
+@pytest.mark.parametrize("rate", fast_where((0.5).__eq__, [0.25, 0.5, 0.75]))
 def test_noise_is_always_wrong_and_over_all_other_classes(rate):
     sizes = "--train-size", "2500", "--validation-size", "500"
     args = parse("--noise", str(rate), *sizes)

@@ -314,6 +314,7 @@ def test_starts_are_problems_of_their_own():
         )
 
 
+@pytest.mark.slow
 def test_the_upper_rate_decays_under_every_optimizer_in_fit():
     """A scaled gradient would leave Adam's step as it is."""
 
