@@ -89,7 +89,11 @@ def test_pair_stacks_sparse_lower_batches():
 
 
 @pytest.mark.parametrize(
-    "name, source", [*((name, "dataset") for name in METHODS), ("stocbio", "fixed")]
+    "name, source",
+    fast_where(
+        lambda name, source: "stocbio" in name,
+        [*((name, "dataset") for name in METHODS), ("stocbio", "fixed")],
+    ),
 )
 def test_minimize(name: str, source: str):
     method, lower_batches = METHODS[name]
@@ -145,7 +149,9 @@ def test_check_hypergradient():
     assert report.error < 1e-7
 
 
-@pytest.mark.parametrize("jit_compile", fast_where(bool, [False, "auto"]))
+@pytest.mark.parametrize(
+    "jit_compile", [False, pytest.param("auto", marks=pytest.mark.slow)]
+)
 def test_fit(jit_compile: Any):
     """XLA has no sparse product: "auto" then keeps the graph, and says so."""
 

@@ -119,6 +119,7 @@ def test_a_damaged_dataset_says_so(cifar10, tmp_path):
         images.load_training_file("cifar10", tmp_path / "copy")
 
 
+@pytest.mark.slow
 def test_cifar10_runs_end_to_end(cifar10, tmp_path):
     cleaning = load_experiment("data_hyper_cleaning")
     summary = cleaning.main(

@@ -322,6 +322,7 @@ def test_an_unprepared_omniglot_is_one_line(tmp_path):
 # Glyphs.
 
 
+@pytest.mark.slow
 def test_glyphs_are_hundreds_of_classes_that_can_be_told_apart():
     made = glyphs.load(images_per_class=6)
     assert {s: len(c.names) for s, c in made.items()} == glyphs.COUNTS

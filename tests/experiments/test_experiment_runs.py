@@ -205,6 +205,7 @@ def test_rows_of_another_run_as_numbers_and_the_best_of_them(tmp_path):
     assert run.files() == f"Files in {run.out}: config.json"
 
 
+@pytest.mark.slow
 def test_a_sweep_goes_past_what_fails_and_does_nothing_again(tmp_path, capsys):
     run, made, told = common.Run(tmp_path, {}, False), [], []
 

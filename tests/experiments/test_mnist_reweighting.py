@@ -407,6 +407,7 @@ def test_bad_flags_are_one_line_and_leave_nothing(flags, message, tmp_path, caps
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_flags_that_the_published_script_ignores_are_warnings(tmp_path, capsys):
     """`mnist_exp.py --alg AID-FP --batch_size 50` works as it is, on full batches."""
     flags = [*SMALL, "--method", "aid-fp", "--outer-steps", "1"]

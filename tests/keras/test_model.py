@@ -209,6 +209,7 @@ def test_automatic_compilation_takes_what_was_faster(xla, monkeypatch):
     assert model.jit_compile is xla
 
 
+@pytest.mark.slow
 def test_automatic_compilation_decides_without_touching_variables():
     auto, plain = make(jit_compile="auto"), make()
     auto._ensure_carried()
@@ -395,6 +396,7 @@ def test_saved_weights_continue_to_the_last_bit(name, tmp_path):
     assert_same(weights(through), weights(second))
 
 
+@pytest.mark.slow
 def test_keras_backup_and_restore_resumes_to_the_last_bit(tmp_path):
     class Interrupt(keras.callbacks.Callback):
         def on_epoch_begin(self, epoch, logs=None):
@@ -607,6 +609,7 @@ def test_what_validation_needs_is_said_before_any_step():
     assert model.outer_step == 0
 
 
+@pytest.mark.slow
 def test_strategies_are_refused_but_for_that_of_one_device():
     model = tb.BilevelModel(tb.ExampleWeights(TRAIN), network(), upper_loss, lower_loss)
     rule = "trains on one device.*MirroredStrategy, 1 replica"

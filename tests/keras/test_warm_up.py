@@ -73,6 +73,7 @@ def test_training_after_it_is_training_without_it(by_batch: bool) -> None:
     assert_same(everything(warm), everything(cold))
 
 
+@pytest.mark.slow
 def test_nothing_moves_between_two_fits() -> None:
     model = build([])
     model.fit(full_batch(repeat=2), verbose=0)
@@ -90,6 +91,7 @@ def test_nothing_moves_between_two_fits() -> None:
     assert not any(np.any(value) for value in after[len(before) :])  # means of nothing
 
 
+@pytest.mark.slow
 def test_the_state_is_of_the_variables_that_training_begins_at() -> None:
     def start(warm: bool) -> tb.BilevelModel:
         model = build([])
@@ -103,6 +105,7 @@ def test_the_state_is_of_the_variables_that_training_begins_at() -> None:
     assert_same(everything(start(True)), everything(start(False)))
 
 
+@pytest.mark.slow
 def test_weights_loaded_after_it_keep_their_state(tmp_path: Any) -> None:
     trained = build([])
     trained.fit(full_batch(repeat=2), verbose=0)

@@ -314,6 +314,7 @@ def test_starts_are_problems_of_their_own():
         )
 
 
+@pytest.mark.slow
 def test_the_upper_rate_decays_under_every_optimizer_in_fit():
     """A scaled gradient would leave Adam's step as it is."""
 
@@ -355,6 +356,7 @@ def test_the_upper_rate_decays_under_every_optimizer_in_fit():
     np.testing.assert_allclose(np.abs(last_move(0.5)), 0.1 / 8, rtol=0.1)
 
 
+@pytest.mark.slow
 def test_the_schedule_survives_saving(tmp_path):
     def build():
         keras.utils.set_random_seed(0)  # a model has a seed of its own

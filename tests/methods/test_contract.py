@@ -40,14 +40,41 @@ def whole(row: Row, oracle: Oracle) -> bool:
     return oracle.name == ("scalar" if "scalar" in row.oracles else row.oracles[0])
 
 
-@pytest.mark.parametrize("dtype", ["float64", "float32"])
-@pytest.mark.parametrize(("row", "oracle"), fast_where(whole, CASES))
+def relative(row: Row) -> bool:
+    """Whether it keeps its steps in another memory than a row of the same numbers."""
+    return row.name.endswith(("-checkpoint", "-tape", "-checkpoint-last", "-tape-last"))
+
+
+def fast(row: Row, oracle: Oracle, dtype: str) -> bool:
+    return whole(row, oracle) and (dtype == "float64" or not relative(row))
+
+
+@pytest.mark.parametrize(
+    ("row", "oracle", "dtype"),
+    [
+        pytest.param(
+            *case.values,
+            dtype,
+            id=f"{case.id}-{dtype}",
+            marks=()
+            if whole(*case.values)
+            and (dtype == "float64" or not relative(case.values[0]))
+            else pytest.mark.slow,
+        )
+        for case in CASES
+        for dtype in ("float64", "float32")
+    ],
+)
 def test_contract(row: Row, oracle: Oracle, dtype: str) -> None:
     contract(row, oracle, dtype)
 
 
 @pytest.mark.parametrize(
-    ("row", "oracle"), [case for case in CASES if not whole(*case.values)]
+    ("row", "oracle"),
+    fast_where(
+        lambda row, oracle: not relative(row),
+        [case for case in CASES if not whole(*case.values)],
+    ),
 )
 def test_contract_of_graphs(row: Row, oracle: Oracle) -> None:
     """What structures, ranks and sizes can break, without the other programs."""

@@ -96,6 +96,7 @@ def test_validation_losses() -> None:
     )
 
 
+@pytest.mark.slow
 def test_full_reverse_is_not_the_truncated_one() -> None:
     """The reference values belong to K = 10; so this problem tells K apart."""
     x = tf.ones([20])

@@ -203,6 +203,7 @@ def test_too_large_an_eta_is_reported(build) -> None:
         assert float(found.metrics["diverged"]) == diverged
 
 
+@pytest.mark.slow
 def test_minimize_and_fit_warn_of_a_diverging_solve(recwarn) -> None:
     bad = tb.StocBiO(tb.InnerSolver(SGD(0.3), 2), 30, 1.5, "shared")
     good = tb.StocBiO(tb.InnerSolver(SGD(0.3), 2), 30, 0.4, "shared")

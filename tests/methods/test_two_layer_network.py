@@ -140,7 +140,11 @@ COMBINATIONS = [
 ]
 
 
-@pytest.mark.parametrize(("alpha", "options", "learned"), COMBINATIONS)
+# The others, on an oracle, are in tests/keras/test_dynamic.py.
+@pytest.mark.parametrize(
+    ("alpha", "options", "learned"),
+    fast_where(lambda alpha, options, learned: learned and alpha > 0, COMBINATIONS),
+)
 def test_all_twelve_dynamics_equal_central_differences(alpha, options, learned) -> None:
     # From here the upper loss is largest after the second step of six.
     upper, lower = Coefficients(), network(seed=7)

@@ -186,7 +186,7 @@ def test_projection_holds_after_every_step() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    fast_where({"implicit", "gap"}.__contains__, ["unroll", "implicit", "gap", "norm"]),
+    fast_where("gap".__eq__, ["unroll", "implicit", "gap", "norm"]),
 )
 def test_going_on_with_the_state_equals_one_run(name: str) -> None:
     """Momenta, warm solutions, second copies and step counts included."""

@@ -526,6 +526,7 @@ def test_layers_in_a_problem() -> None:
 # A learned rate of dropout.
 
 
+@pytest.mark.slow
 def test_a_learned_dropout_rate_is_the_same_by_tf_and_by_keras() -> None:
     """Ridge regression in the mean: the rate that the validation data want."""
     rng = np.random.default_rng(0)

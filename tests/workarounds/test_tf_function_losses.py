@@ -212,6 +212,7 @@ CASES = {
 UNDER_XLA = ["ran-before", "control-flow", "compiled"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", fast_where("graph".__eq__, MODES))
 def test_steps_are_those_without_tf_function(mode):
     want = step(network(), upper_loss, lower_loss, mode)
