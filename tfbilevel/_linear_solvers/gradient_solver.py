@@ -34,10 +34,10 @@ class GradientSolver(IterativeSolver):
     "quadratic" follows the gradient of v'Av/2 - b'v, and A must be positive definite.
     "residual" follows the gradient of |A v - b|^2. There A need only be invertible, but
     the condition number is squared, which can take more steps. Memory: three vectors
-    and the optimizer's slots. By default v and the slots are carried from one outer step to
-    the next, so a few steps are enough while the problem changes slowly. For convex
-    lower problems without noise prefer `ConjugateGradient`: it is faster, and there is
-    no rate to choose.
+    and the optimizer's slots. By default v and the slots are carried from one outer
+    step to the next, so a few steps are enough while the problem changes slowly. For
+    convex lower problems without noise prefer `ConjugateGradient`: it is faster, and
+    there is no rate to choose.
 
     Args:
         optimizer: a Keras optimizer that `tb.differentiable` supports.
