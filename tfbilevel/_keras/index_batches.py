@@ -1,4 +1,4 @@
-"""Batches of example indices that can be resumed."""
+"""Shuffled batches of example indices, which can start at any batch."""
 
 import numbers
 from typing import Any
@@ -17,21 +17,21 @@ def index_batches(
         batch n = entries n' * size, ..., (n' + 1) * size - 1 of permutation p,
         p, n' = divmod(n, count // size)
 
-    The last entries of a permutation that do not fill a batch are left out; the next
-    permutation is shuffled again. Batch n depends only on the arguments and on n, so a
+    The last entries of a permutation that do not fill a batch are left out. The next
+    permutation is shuffled anew. Batch n depends only on the arguments and on n, so a
     run that starts at batch `first` gets the same batches as an uninterrupted one.
-    `Dataset.shuffle` cannot start at a given batch. Memory: one permutation, 4 bytes
+    (`Dataset.shuffle` cannot start at a given batch.) Memory: one permutation, 4 bytes
     per example.
 
-    Gather the examples in `map`; `tb.ExampleWeights` is called with the indices
-    themselves.
+    The batches hold indices and no data: look up the examples in `map`, as below, and
+    call `tb.ExampleWeights` with the indices.
 
     Args:
         count: number of examples, at least 1.
         size: number of examples in a batch, from 1 to `count`.
         seed: an integer; different seeds give different permutations.
-        first: number of the first batch, such as `model.outer_step`, times the batches
-            per outer step.
+        first: number of the first batch. To resume, pass `model.outer_step` times the
+            number of lower batches per outer step.
 
     Returns:
         A `tf.data.Dataset` of int32 tensors [size]. It has no end: pass

@@ -1,4 +1,4 @@
-"""Any Keras optimizer, applied to the linear system."""
+"""A linear solver that makes steps of a Keras optimizer."""
 
 import dataclasses
 import functools
@@ -29,12 +29,15 @@ class GradientSolver(IterativeSolver):
         "quadratic":   v <- v - update( A v - b )            one product per step
         "residual":    v <- v - update( 2 A'(A v - b) )      two products per step
 
-    the gradients of v'Av/2 - b'v, which needs a positive definite A, and of |A v -
-    b|^2, which only needs an invertible A but squares the condition number. Memory:
-    three vectors and the optimizer's slots. By default v and the slots are carried from
-    one outer step to the next, so few steps are sufficient while the problem changes
-    slowly. Prefer `ConjugateGradient` for convex lower problems without noise: it has
-    no rate to choose, and is faster.
+    `tb.Implicit` makes the system A v = b: by default A is the Hessian of the lower
+    loss, and b the gradient of the upper loss in y. `objective` chooses the step.
+    "quadratic" follows the gradient of v'Av/2 - b'v, and A must be positive definite.
+    "residual" follows the gradient of |A v - b|^2. There A need only be invertible, but
+    the condition number is squared, which can take more steps. Memory: three vectors
+    and the optimizer's slots. By default v and the slots are carried from one outer
+    step to the next, so a few steps are enough while the problem changes slowly. For
+    convex lower problems without noise prefer `ConjugateGradient`: it is faster, and
+    there is no rate to choose.
 
     Args:
         optimizer: a Keras optimizer that `tb.differentiable` supports.
@@ -84,7 +87,7 @@ class GradientSolver(IterativeSolver):
         state = self.init(like)
         if not self.warm_start or not self.ends_early:
             return state
-        # The blocks stop at different steps and continue from there.
+        # Blocks (tasks) stop at different steps, so each counts its own.
         blocks = tf.nest.flatten(state["solution"])[0].shape[0]
         return {**state, "optimizer": self.rule.counted(state["optimizer"], blocks)}
 

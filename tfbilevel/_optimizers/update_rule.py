@@ -24,10 +24,10 @@ SUPPORTED = (
     keras.optimizers.Ftrl,
 )
 
-# Keras's base optimizer writes every change as an assignment to a Keras variable, which
-# a StatelessScope turns into a tensor. The TensorFlow mixin overrides these methods
-# with assignments to tf.Variable, through which no gradient flows. The pure class
-# restores the base versions.
+# Methods of Keras's base optimizer assign every change to a Keras variable, and a
+# StatelessScope turns the assignment into a tensor. The TensorFlow backend overrides
+# these methods with assignments to tf.Variable, through which no gradient flows. The
+# class that `_Pure` makes has those of the base class again.
 _PURE_METHODS = (
     "assign",
     "assign_add",
@@ -58,7 +58,7 @@ class OptimizerState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class UpdateRule:
-    """A Keras optimizer's update as a pure function of tensors.
+    """A Keras optimizer's update as a pure function: it takes and returns tensors.
 
     Made by `tb.differentiable`.
     """
@@ -107,7 +107,8 @@ class UpdateRule:
     ) -> tuple[Any, OptimizerState]:
         """One update: (variables, state) after the step along `gradients`.
 
-        With one iteration per task (`counted`), all arguments have a leading task axis.
+        If `state` has one iteration per task (`counted`), all arguments have a leading
+        axis for the tasks.
         """
         if state.iteration.shape.rank:
             return self._update_each(gradients, state, variables)
@@ -173,9 +174,9 @@ def differentiable(optimizer: keras.optimizers.Optimizer) -> UpdateRule:
         state = rule.init(variables)
         variables, state = rule.update(gradients, state, variables)
 
-    Nothing is assigned, so gradients flow through every update: into the variables, the
-    gradients, the slots and the learning rate, which is part of the state. The
-    trajectory is Keras's own. One update costs as much as Keras's.
+    No variable is assigned, so gradients flow through every update: to the variables,
+    the gradients, the slots (such as momentum) and the learning rate, which is part of
+    the state. The updates are those of Keras and cost the same.
 
     Supported: SGD (plain, momentum, Nesterov), Adam (also amsgrad), AdamW, RMSprop,
     Adagrad, Adadelta, Adamax, Lion and Ftrl, with a constant rate or a
@@ -197,8 +198,8 @@ def differentiable(optimizer: keras.optimizers.Optimizer) -> UpdateRule:
 
     Returns:
         An object with `init(variables) -> state` and `update(gradients, state,
-        variables) -> (variables, state)`; `variables` is any nest of tensors with
-        static shapes.
+        variables) -> (variables, state)`. `variables` is any nest (as in `tf.nest`) of
+        tensors with static shapes.
 
     Raises:
         ValueError: for an optimizer or option that is not known to be

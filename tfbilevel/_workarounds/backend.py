@@ -1,4 +1,4 @@
-"""Keras must run on TensorFlow."""
+"""An error at import, unless Keras runs on TensorFlow."""
 
 import keras
 

@@ -10,9 +10,9 @@ T = TypeVar("T")
 def outside_traces(make: Callable[[], T]) -> T:
     """The result of `make()`, called outside of any trace.
 
-    A `tf.function` that sees a variable being created is traced a second time.
-    `tf.init_scope` creates variables eagerly but does not hide them from the trace;
-    another thread does.
+    TensorFlow traces a `tf.function` a second time if a variable was created during the
+    first trace. `tf.init_scope` does not prevent that, although it creates variables
+    eagerly. A new thread does, because no trace is active in it.
     """
     with concurrent.futures.ThreadPoolExecutor(1) as thread:
         return thread.submit(make).result()
