@@ -337,6 +337,7 @@ class Attack:
         self.problem = tb.Problem(
             upper_loss, lower_loss, project_upper=box, prepare=prepare
         )
+        self.last: Any = None  # the state after the last target
         self.method = tb.AugmentedLagrangian(
             common.adam(args.lower_lr),
             args.inner_steps,
@@ -379,7 +380,6 @@ class Attack:
             "poison_labels": tf.constant(self.clean.labels[base]),
         }
         heads = draw_heads(1, len(target), [self.args.seed, 1, number])
-        # With an explicit initial state `tb.minimize` does not trace again.
         state = (
             self.method.init(self.problem, upper["base"], heads),
             tb.differentiable(self.optimizer).init(upper["base"]),
@@ -392,8 +392,9 @@ class Attack:
             self.optimizer,
             tb.Batches(upper, lower),
             self.args.outer_steps,
-            state=state,
+            state=state if self.last is None else self.last.at(state),
         )
+        self.last = result.state  # with the compiled loop, which serves all targets
         return result.upper.numpy()
 
 

@@ -44,6 +44,7 @@ class Result(NamedTuple):
         lower: the final lower variables.
         state: the state of the method and the upper optimizer, to continue the run. It
             contains the compiled loop; a copy, or a saved one, is compiled again.
+            `state.at(other)` is another state with the same compiled loop.
         steps: outer steps made; one number per start if `stop` returns a vector.
         stopped: whether `stop` ended the run; likewise per start.
         metrics: the last step's metrics.
@@ -147,8 +148,8 @@ def minimize(
             "or a function of the step number, or leave it False. "
             f"Received: jit_compile=True, batches={batches!r}"
         )
-    leaves = tf.nest.flatten((upper, lower))
-    source, data = _batch_source(batches, steps, widest(leaves))
+    dtype = widest(tf.nest.flatten((upper, lower)))
+    source, data = _batch_source(batches, steps, dtype)
     options = repr(configuration(upper_optimizer))
     parts = (problem, method, upper_optimizer, options, source, steps)
     loop = _loop_of((*parts, stop, trace, jit_compile), state)
@@ -169,13 +170,10 @@ def minimize(
         raise NonFiniteError(int(bad), int(point.step), point)
     if int(diverged) >= 0:
         warn_diverged(method, int(diverged))
-    state = _Carried(state)
-    state.loop = loop
-    made = int(k)
+    state, made = _Carried().at(state, loop), int(k)
     record = tf.nest.map_structure(lambda leaf: leaf[:made], record)
-    return Result(
-        upper, lower, state, taken, stopped, metrics, None if trace is None else record
-    )
+    rows = None if trace is None else record
+    return Result(upper, lower, state, taken, stopped, metrics, rows)
 
 
 class _Loop(NamedTuple):
@@ -319,14 +317,19 @@ def _compile(
 class _Carried(tuple):
     """A state as `Result` holds it, with the compiled loop that computed it.
 
-    A copy, a result of `tf.nest` functions, or a state loaded from a file has no loop:
-    a run that continues from it is compiled again.
+    A copy, or one from a file, has no loop: its run is compiled again.
     """
 
     loop: _Loop | None = None
 
     def __reduce__(self) -> tuple:
         return tuple, (tuple(self),)
+
+    def at(self, state: State, loop: _Loop | None = None) -> "_Carried":
+        """Another state, of a new run, with the same compiled loop."""
+        made = _Carried(state)
+        made.loop = loop or self.loop
+        return made
 
 
 def _loop_of(parts: tuple, state: State) -> _Loop:
@@ -378,8 +381,6 @@ def _batch_source(batches: Any, steps: int, dtype: tf.DType) -> tuple[Any, Any]:
 
 
 def _to_tensors(batches: Batches, dtype: tf.DType) -> Batches:
-    """Batches of tensors; Python floats get the variables' dtype."""
-
     def convert(leaf: Any) -> Any:
         if leaf is None or isinstance(leaf, (tf.SparseTensor, tf.RaggedTensor)):
             return leaf
@@ -389,10 +390,10 @@ def _to_tensors(batches: Batches, dtype: tf.DType) -> Batches:
 
 
 def _specs(values: Any) -> Any:
-    return tf.nest.map_structure(
-        lambda leaf: tf.type_spec_from_value(leaf) if tf.is_tensor(leaf) else leaf,
-        values,
-    )
+    def spec(leaf: Any) -> Any:
+        return tf.type_spec_from_value(leaf) if tf.is_tensor(leaf) else leaf
+
+    return tf.nest.map_structure(spec, values)
 
 
 def _zeros(like: Nest) -> Any:
