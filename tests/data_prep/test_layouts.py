@@ -19,7 +19,9 @@ from data_prep import (
     tiered_imagenet,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*will not be comparable with published")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*will not be comparable with published"
+)
 SHORT = {"train": "train", "validation": "val", "test": "test"}
 LABELS = [1, 0, 1, 0]
 
