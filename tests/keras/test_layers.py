@@ -142,13 +142,13 @@ FINE = [0, 1, 2, 3]
     ("rows", "options"),
     [
         (([0, 1, 2, 4],), {}),
-        pytest.param(([0, 1, -1, 3],), {"jit": False}, marks=pytest.mark.slow),
-        pytest.param((FINE, FINE, [0, 1, 2, 9]), {}, marks=pytest.mark.slow),
         pytest.param(
             (FINE, [3, 3, 3, -7]), {"on_nonfinite": "skip"}, marks=pytest.mark.slow
         ),
         ((FINE, FINE, [0, 4, 0, 0]), {"steps_per_execution": 3, "jit": False}),
-        pytest.param((FINE, [0, 1, 2, 4]), {"stacked": 2}, marks=pytest.mark.slow),
+        pytest.param(
+            (FINE, [0, 1, 2, 4]), {"stacked": 2, "jit": False}, marks=pytest.mark.slow
+        ),
         pytest.param(
             (FINE, [0, 1, 2, 4]),
             {"run_eagerly": True, "jit": False},

@@ -16,6 +16,8 @@ from suites import fast_where
 
 import tfbilevel as tb
 
+pytestmark = pytest.mark.usefixtures("no_dense_gradient")
+
 CASES = {
     "batch": (lambda: keras.layers.BatchNormalization(dtype="float64"), (8,)),
     "batch-images": (lambda: keras.layers.BatchNormalization(dtype="float64"), (5, 5)),
