@@ -221,11 +221,16 @@ def on(oracle: Oracle, options: dict, learned: bool) -> tuple:
 
 
 @pytest.mark.parametrize(
-    "oracle",
-    fast_where(lambda oracle: oracle.name == "scalar", [scalar(), nested()]),
-    ids=lambda oracle: oracle.name,
+    ("options", "learned", "oracle"),
+    fast_where(
+        lambda options, learned, oracle: oracle.name == "scalar",
+        [
+            pytest.param(*case.values, oracle, id=f"{case.id}-{oracle.name}")
+            for case in TWELVE
+            for oracle in (scalar(), *([nested()] if case.values[1] else []))
+        ],
+    ),
 )
-@pytest.mark.parametrize(("options", "learned"), TWELVE)
 def test_the_twelve_on_the_oracles(options, learned, oracle) -> None:
     problem, method, inputs = on(oracle, options, learned)
     report = tb.check_hypergradient(problem, method, *inputs, probes=2)

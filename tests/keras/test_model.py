@@ -110,9 +110,7 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", fast_where({"value_gap", "implicit"}.__contains__, METHODS)
-)
+@pytest.mark.parametrize("name", fast_where("value_gap".__eq__, METHODS))
 def test_fit_does_what_minimize_does_on_plain_tensors(name):
     """The same losses written over tensors, through the other loop."""
     model = make(METHODS[name](), optimizer=keras.optimizers.SGD(2.0))
@@ -387,11 +385,10 @@ def test_callbacks_work(tmp_path):
     "name", fast_where("value_gap".__eq__, ["value_gap", "implicit"])
 )
 def test_saved_weights_continue_to_the_last_bit(name, tmp_path):
-    through, first = make(METHODS[name]()), make(METHODS[name]())
-    through.fit(full_batch(5), epochs=2, verbose=0)
-    first.fit(full_batch(5), epochs=1, verbose=0)
-    first.save_weights(str(tmp_path / "half.weights.h5"))
-    second = make(METHODS[name]())
+    through, second = make(METHODS[name]()), make(METHODS[name]())
+    through.fit(full_batch(5), epochs=1, verbose=0)
+    through.save_weights(str(tmp_path / "half.weights.h5"))
+    through.fit(full_batch(5), epochs=1, verbose=0)
     second.load_weights(str(tmp_path / "half.weights.h5"))
     second.fit(full_batch(5), epochs=1, verbose=0)
     assert_same(weights(through), weights(second))
@@ -499,6 +496,7 @@ def test_batch_normalization_statistics_move_once_per_inner_step():
     )
 
 
+@pytest.mark.usefixtures("no_dense_gradient")
 def test_dropout_masks_are_fixed_within_a_step_and_new_in_the_next():
     dropout = keras.layers.Dropout(0.5, seed=3)
     model = make(unroll(), dropout)

@@ -135,6 +135,7 @@ def test_a_saved_model_keeps_a_learned_start_and_its_projection(tmp_path: Any) -
         assert float(tf.reduce_max(b)) <= np.float32(0.01)
 
 
+@pytest.mark.slow
 def test_a_model_saved_before_its_first_step_loads(tmp_path: Any) -> None:
     """The method's state is in the file then, too."""
     model, path = build_whole(), tmp_path / "model.keras"
