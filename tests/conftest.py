@@ -21,3 +21,10 @@ def seed():
     import keras  # the process that hands tests to others needs no TensorFlow
 
     keras.utils.set_random_seed(0)
+
+
+@pytest.fixture
+def no_dense_gradient(monkeypatch: pytest.MonkeyPatch):
+    """`check_hypergradient` without its dense implicit gradient, which takes most of
+    the time where there are many lower variables: one product for each."""
+    monkeypatch.setattr("tfbilevel._check.hypergradient.DENSE_LIMIT", 0)

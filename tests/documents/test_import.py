@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 SCRIPT = """
 import sys
 import tensorflow, keras
@@ -12,6 +14,7 @@ print(*sorted({name.split(".")[0] for name in set(sys.modules) - before}))
 """
 
 
+@pytest.mark.slow
 def test_import_brings_no_other_package_than_tensorflow_s_and_keras_s() -> None:
     """Of scipy, matplotlib, scikit-learn and the like none: in a process of its own."""
     done = subprocess.run(

@@ -184,6 +184,7 @@ def test_a_regulariser_that_reads_the_upper_model_is_differentiated():
     assert float(step.upper_gradient[0][0]) == pytest.approx(exact, rel=1e-4)
 
 
+@pytest.mark.usefixtures("no_dense_gradient")
 def test_the_upper_model_s_own_penalty_is_part_of_the_upper_loss():
     keras.utils.set_random_seed(0)
     upper = keras.layers.Dense(1, kernel_regularizer=L2(0.5), use_bias=False)

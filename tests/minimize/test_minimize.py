@@ -405,6 +405,25 @@ def test_going_on_is_not_traced_again(fixed: bool) -> None:
     assert abs(float(run(5).upper)) < 0.2 * abs(float(slow.upper))
 
 
+@pytest.fixture(scope="module")
+def in_two() -> tuple:
+    """A run, and what a run of 10 steps and one of 5 end at.
+
+    Adam and an inner schedule carry something.
+    """
+    problem = tb.Problem(
+        lambda x, y, b: 0.5 * (y - 1.0) ** 2, lambda x, y, b: 0.5 * (y - x) ** 2
+    )
+    decay = tb.CosineDecay(0.5, 0.1, 8)
+    method = tb.Unroll(tb.InnerSolver(SGD(0.1), 2, learning_rate=decay))
+    rate = keras.optimizers.Adam(0.1)
+
+    def run(x: Any, y: Any, steps: int, **options: Any) -> tb.Result:
+        return tb.minimize(problem, method, x, y, rate, NO_DATA, steps, **options)
+
+    return run, run(0.0, 0.0, 10), run(0.0, 0.0, 5)
+
+
 @pytest.mark.parametrize(
     "restored",
     [
@@ -415,21 +434,12 @@ def test_going_on_is_not_traced_again(fixed: bool) -> None:
     ],
     ids=["pickle", "copy", "numpy", "tuple"],
 )
-def test_going_on_from_a_saved_state(restored: Any) -> None:
-    """Adam and an inner schedule carry something: two runs of 5 are one of 10."""
-    problem = tb.Problem(
-        lambda x, y, b: 0.5 * (y - 1.0) ** 2, lambda x, y, b: 0.5 * (y - x) ** 2
-    )
-    decay = tb.CosineDecay(0.5, 0.1, 8)
-    method = tb.Unroll(tb.InnerSolver(SGD(0.1), 2, learning_rate=decay))
-    rate = keras.optimizers.Adam(0.1)
-    whole = tb.minimize(problem, method, 0.0, 0.0, rate, NO_DATA, 10)
-    half = tb.minimize(problem, method, 0.0, 0.0, rate, NO_DATA, 5)
+def test_going_on_from_a_saved_state(restored: Any, in_two: tuple) -> None:
+    """Two runs of 5 are one of 10."""
+    run, whole, half = in_two
     state = restored(half.state)
     assert not hasattr(state, "loop") or state.loop is None
-    end = tb.minimize(
-        problem, method, half.upper, half.lower, rate, NO_DATA, 5, state=state
-    )
+    end = run(half.upper, half.lower, 5, state=state)
     np.testing.assert_allclose(end.upper, whole.upper, rtol=1e-6)
 
 
@@ -438,13 +448,19 @@ def test_what_is_compiled_goes_with_the_result() -> None:
         lambda x, y, b: 0.5 * (y - 1.0) ** 2, lambda x, y, b: 0.5 * (y - x) ** 2
     )
     kept = weakref.ref(problem)
-    result = tb.minimize(problem, tb.Unroll(inner(2)), 0.0, 0.0, SGD(0.1), NO_DATA, 2)
-    del problem
-    gc.collect()
-    assert kept() is not None
-    del result
-    gc.collect()
-    assert kept() is None
+    gc.freeze()  # all that there is already: looking through it takes a second
+    try:
+        result = tb.minimize(
+            problem, tb.Unroll(inner(2)), 0.0, 0.0, SGD(0.1), NO_DATA, 2
+        )
+        del problem
+        gc.collect()
+        assert kept() is not None
+        del result
+        gc.collect()
+        assert kept() is None
+    finally:
+        gc.unfreeze()
 
 
 def test_upper_optimizer_is_not_changed() -> None:
@@ -508,17 +524,16 @@ def test_nonfinite_names_the_quantity_and_the_step(what: str) -> None:
     assert (point.step, point.upper) == (3, result.upper)
     assert point.lower == result.lower
     # Steps are counted on where a run goes on.
-    first = tb.minimize(problem, method, one, one, rate, batches, steps=2)
     with pytest.raises(tb.NonFiniteError, match="outer step 3"):
         tb.minimize(
             problem,
             method,
-            first.upper,
-            first.lower,
+            result.upper,
+            result.lower,
             rate,
             batches,
             2,
-            state=first.state,
+            state=result.state,
         )
 
 

@@ -12,7 +12,7 @@ import tfbilevel as tb
 from tfbilevel._keras.compilation import faster_with_xla
 from tfbilevel._workarounds.memory_optimizer import without_memory_rewrites
 
-SIZE = 8_000_000
+SIZE = 4_000_000
 SGD = keras.optimizers.SGD
 
 

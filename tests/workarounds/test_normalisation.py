@@ -16,6 +16,8 @@ from suites import fast_where
 
 import tfbilevel as tb
 
+pytestmark = pytest.mark.usefixtures("no_dense_gradient")
+
 CASES = {
     "batch": (lambda: keras.layers.BatchNormalization(dtype="float64"), (8,)),
     "batch-images": (lambda: keras.layers.BatchNormalization(dtype="float64"), (5, 5)),
@@ -77,7 +79,7 @@ def problem_of(case: str) -> tuple[tb.Problem, Any, Any, tb.Batches]:
 def test_second_derivatives_are_central_differences(case):
     problem, x, y, batches = problem_of(case)
     method = tb.Unroll(tb.InnerSolver(keras.optimizers.SGD(0.3), 2))
-    report = tb.check_hypergradient(problem, method, x, y, batches, probes=3)
+    report = tb.check_hypergradient(problem, method, x, y, batches, probes=1)
     assert report.error < 1e-6, report
 
 
@@ -86,7 +88,7 @@ def test_penalties_see_them_too(case):
     """The other file's way to a second derivative: a tape within a tape."""
     problem, x, y, batches = problem_of(case)
     method = tb.GradientNorm(keras.optimizers.SGD(0.1), 1.7)
-    report = tb.check_hypergradient(problem, method, x, y, batches, probes=3)
+    report = tb.check_hypergradient(problem, method, x, y, batches, probes=1)
     assert report.error < 1e-6, report
 
 
@@ -94,7 +96,7 @@ def test_penalties_see_them_too(case):
 def test_forward_mode_sees_them_too():
     problem, x, y, batches = problem_of("batch")
     method = tb.ForwardUnroll(tb.InnerSolver(keras.optimizers.SGD(0.3), 2))
-    report = tb.check_hypergradient(problem, method, x, y, batches, probes=3)
+    report = tb.check_hypergradient(problem, method, x, y, batches, probes=1)
     assert report.error < 1e-6, report
 
 

@@ -209,7 +209,7 @@ CASES = {
     "vectorized_map": mapped(tf.vectorized_map),
     "concrete": concrete_without_weights,
 }
-UNDER_XLA = ["ran-before", "control-flow", "compiled"]
+UNDER_XLA = ["control-flow", "compiled"]
 
 
 @pytest.mark.slow
