@@ -98,7 +98,7 @@ def test_inception_itself(tmp_path):
     attack = load_experiment("clean_label_attack")
     flags = ["--data", str(data), "--features", str(out), "--weights", "none"]
     flags += ["--max-targets", "1", "--outer-steps", "1", "--inner-steps", "1"]
-    flags += ["--head-steps", "20", "--retrain-seeds", "1"]
+    flags += ["--head-steps", "20", "--retrain-seeds", "1", "--jit", "off"]
     summary = attack.main([*flags, "--out", str(tmp_path / "attack")])
     assert summary["targets"] == 1 and summary["distortion"] > 0
 

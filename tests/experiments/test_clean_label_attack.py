@@ -16,6 +16,17 @@ import tfbilevel as tb
 attack = load_experiment("clean_label_attack")
 SMALL = ["--train-size", "30", "--test-size", "10", "--feature-epochs", "1"]
 SMALL += ["--max-targets", "2", "--outer-steps", "6", "--head-steps", "150"]
+SMALL += ["--jit", "off"]
+
+
+@pytest.fixture
+def _few_images(monkeypatch):
+    """The feature network is trained on all images of the other classes."""
+    files = [
+        attack.images.Part(*(array[:700] for array in part))
+        for part in attack.load_files(attack.parse_args(["--out", "x"]))
+    ]
+    monkeypatch.setattr(attack, "load_files", lambda args: files)
 
 
 def tiny(method="penalty", poisons=1):
@@ -192,6 +203,7 @@ def test_published_settings_are_the_defaults():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("_few_images")
 @pytest.mark.parametrize("method", attack.METHODS)
 def test_the_whole_pipeline(method, tmp_path):
     summary = attack.main([*SMALL, "--method", method, "--out", str(tmp_path)])
@@ -236,6 +248,7 @@ def test_the_files_share_no_image(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("_few_images")
 def test_a_killed_run_resumes(tmp_path, monkeypatch):
     broken = [*SMALL, "--out", str(tmp_path / "broken")]
     one = attack.attack_one
