@@ -121,6 +121,8 @@ def test_nothing_but_test_scores_depends_on_test_labels(tmp_path, monkeypatch):
         ]
         return kept, summary["best_validation_step"], summary["test_accuracy"]
 
+    for picture in ("draw_curves", "draw_distrusted"):
+        monkeypatch.setattr(cleaning, picture, lambda *_: None)
     load = cleaning.load_data
 
     def with_other_test_labels(args):
@@ -664,7 +666,7 @@ def test_bad_flags_are_one_line_and_leave_nothing(flags, message, tmp_path, caps
 
 
 def test_a_folder_in_use_or_other_settings_are_refused(tmp_path, capsys):
-    flags = [*SMALL, "--outer-steps", "2", "--out", str(tmp_path)]
+    flags = [*SIZES, "--method", "val-only", "--out", str(tmp_path)]
     cleaning.main(flags)
     for wrong in ([], ["--resume", "--seed", "7"]):
         with pytest.raises(SystemExit) as stop:
