@@ -207,7 +207,7 @@ def test_rows_of_another_run_as_numbers_and_the_best_of_them(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_sweep_goes_past_what_fails_and_does_nothing_again(tmp_path, capsys):
+def test_a_sweep_goes_past_what_fails_and_does_nothing_again(tmp_path, capsys, cleared):
     run, made, told = common.Run(tmp_path, {}, False), [], []
 
     def one(args, own):
@@ -222,6 +222,7 @@ def test_a_sweep_goes_past_what_fails_and_does_nothing_again(tmp_path, capsys):
         assert done == {"run-1": {"loss": 1}, "run-2": {"loss": 2}}
         assert failed == ["run-3"]
     assert made == ["run-1", "run-3", "run-2", "run-3"]
+    assert cleared.call_count == 6
     assert told == 2 * [{"loss": 1}, {"loss": 2}]
     with pytest.raises(SystemExit) as stop:
         common.concluded(run, {"runs": 2}, failed)
