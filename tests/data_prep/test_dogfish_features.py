@@ -89,16 +89,12 @@ def test_inception_itself(tmp_path):
     assert dogfish_features.main(flags) == {"train": (2, 2048), "test": (2, 2048)}
     features = dogfish_features.load(out)["train"].features
     assert np.ptp(features, axis=0).max() > 0  # of two different images
-    # Random, and the same network again: a poison's features are compared with these.
-    again = dogfish_features.build_extractor("none", None)
-    with np.load(data) as bundle:
-        made = again(bundle["X_train"].astype(np.float32), training=False)
-    np.testing.assert_allclose(made, features, rtol=1e-3, atol=1e-6)
-    # The attack differentiates through it.
+    # Random, and the same network again, or the attack would refuse these features; it
+    # differentiates through it.
     attack = load_experiment("clean_label_attack")
     flags = ["--data", str(data), "--features", str(out), "--weights", "none"]
     flags += ["--max-targets", "1", "--outer-steps", "1", "--inner-steps", "1"]
-    flags += ["--head-steps", "20", "--retrain-seeds", "1"]
+    flags += ["--head-steps", "20", "--retrain-seeds", "1", "--jit", "off"]
     summary = attack.main([*flags, "--out", str(tmp_path / "attack")])
     assert summary["targets"] == 1 and summary["distortion"] > 0
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from common import callbacks
-from experiment_scripts import ROOT
+from common import run as runs
 
 import tfbilevel as tb
 
@@ -58,15 +58,16 @@ def test_a_table_that_a_kill_has_left_empty_is_begun_anew(tmp_path):
 
 
 def test_a_folder_has_one_writer(tmp_path):
+    """What `common` imports is not needed by the other process, and takes seconds."""
     code = (
-        "import pathlib, sys; import common\n"
-        f"common.Run(pathlib.Path({str(tmp_path)!r}), {{}}, False)\n"
+        "import pathlib, runpy, sys, unittest.mock\n"
+        "sys.modules['tfbilevel'] = unittest.mock.Mock(__version__='1')\n"
+        f"run = runpy.run_path({runs.__file__!r})\n"
+        f"run['Run'](pathlib.Path({str(tmp_path)!r}), {{}}, False)\n"
         "print('there', flush=True); sys.stdin.read()"
     )
     pipe = subprocess.PIPE
-    command = [sys.executable, "-c", code]
-    where = ROOT / "experiments"
-    other = subprocess.Popen(command, stdin=pipe, stdout=pipe, cwd=where)
+    other = subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe)
     assert other.stdout.readline() == b"there\n"
     with pytest.raises(ValueError, match="--out must not be in use"):
         common.Run(tmp_path, {}, resume=True)
@@ -206,7 +207,7 @@ def test_rows_of_another_run_as_numbers_and_the_best_of_them(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_sweep_goes_past_what_fails_and_does_nothing_again(tmp_path, capsys):
+def test_a_sweep_goes_past_what_fails_and_does_nothing_again(tmp_path, capsys, cleared):
     run, made, told = common.Run(tmp_path, {}, False), [], []
 
     def one(args, own):
@@ -221,6 +222,7 @@ def test_a_sweep_goes_past_what_fails_and_does_nothing_again(tmp_path, capsys):
         assert done == {"run-1": {"loss": 1}, "run-2": {"loss": 2}}
         assert failed == ["run-3"]
     assert made == ["run-1", "run-3", "run-2", "run-3"]
+    assert cleared.call_count == 6
     assert told == 2 * [{"loss": 1}, {"loss": 2}]
     with pytest.raises(SystemExit) as stop:
         common.concluded(run, {"runs": 2}, failed)

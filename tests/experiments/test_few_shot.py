@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import functools
 import itertools
 import json
 import pickle
@@ -306,9 +307,8 @@ def central_difference(model: Any, args: Any, width: float = 1e-7) -> float:
     return max(errors)
 
 
-LAST = {"t-rhg": ["--last", "2"]}
-EXACT = ["maml", "fomaml", "meta-sgd", "anil", "itd-bio", "fo-itd-bio", "rhg", "t-rhg"]
-EXACT += ["bda", "iaptt-gm", "penalty"]
+# The others differ from one of these in a setting: `methods_are_what_they_are_called`.
+EXACT = ["meta-sgd", "anil", "rhg", "bda", "iaptt-gm", "penalty"]
 
 
 # A shared encoder, and an end of each task's own.
@@ -316,7 +316,7 @@ EXACT += ["bda", "iaptt-gm", "penalty"]
 @pytest.mark.parametrize("method", fast_where({"anil", "iaptt-gm"}.__contains__, EXACT))
 def test_meta_gradients_are_central_differences(method):
     """Of the script's own models, in float64: the losses, starts and features too."""
-    args = small(method, "--filters", "3", "--inner-steps", "3", *LAST.get(method, []))
+    args = small(method, "--filters", "3", "--inner-steps", "3")
     model = few_shot.build_model(args, (28, 28, 1))
     error = central_difference(model, args)
     assert error < 1e-4
@@ -618,6 +618,7 @@ def test_a_run_and_its_files(newcomer):
 @pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_numbers(newcomer, tmp_path, monkeypatch):
     monkeypatch.undo()  # all glyphs, as the command draws them
+    monkeypatch.setattr(glyphs, "load", functools.cache(glyphs.load))
     evaluate, calls = few_shot.Judge.accuracies, []
 
     def killed(self):
@@ -693,7 +694,6 @@ def published(folder: Any, kind: str) -> None:
 @pytest.mark.parametrize(
     ("dataset", "flags"),
     [
-        ("mini-imagenet", ["--method", "anil", "--filters", "4"]),
         ("mini-imagenet", ["--method", "iaptt-gm", "--filters", "4"]),
         ("tiered-imagenet", ["--method", "rhg", "--filters", "4", "--head", "linear"]),
     ],

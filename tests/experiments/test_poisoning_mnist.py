@@ -190,9 +190,19 @@ def test_published_settings_are_the_defaults():
 
 
 @pytest.mark.filterwarnings("ignore::tfbilevel.DivergenceWarning")
-@pytest.mark.parametrize("attack", fast_where("targeted".__eq__, poisoning.ATTACKS))
-@pytest.mark.parametrize("method", fast_where("penalty".__eq__, poisoning.METHODS))
-def test_every_attack_and_method_runs(attack, method, tmp_path):
+@pytest.mark.parametrize(
+    ("method", "attack"),
+    fast_where(
+        lambda method, attack: (method, attack) == ("penalty", "targeted"),
+        [
+            ("penalty", "targeted"),
+            ("penalty", "untargeted"),
+            ("approxgrad", "untargeted"),
+            ("label-flip", "targeted"),
+        ],
+    ),
+)
+def test_every_attack_and_method_runs(method, attack, tmp_path):
     flags = [*SMALL, "--attack", attack, "--method", method, "--poisons", "4"]
     if method == "label-flip":
         flags = ["--dataset", "digits", "--train-steps", "60", *flags[-6:]]
@@ -220,7 +230,7 @@ def test_every_attack_and_method_runs(attack, method, tmp_path):
 
 @pytest.mark.slow
 def test_optimised_poisons_do_more_harm_than_flipped_labels(tmp_path):
-    flags = ["--dataset", "digits", "--poisons", "60", "--outer-steps", "120"]
+    flags = ["--dataset", "digits", "--poisons", "60", "--outer-steps", "60"]
     flags += ["--train-steps", "500", "--jit", "off", "--out", str(tmp_path)]
     summary = poisoning.main(flags)
     harm = summary["label_flip"]["test_accuracy"] - summary["test_accuracy"]
@@ -228,8 +238,14 @@ def test_optimised_poisons_do_more_harm_than_flipped_labels(tmp_path):
 
 
 @pytest.mark.slow
-def test_several_counts_and_trials_resume(tmp_path):
-    flags = ["--dataset", "digits", "--train-steps", "60", "--method", "label-flip"]
+def test_several_counts_and_trials_resume(tmp_path, monkeypatch):
+    """Of networks at random, other ones for other data: training is tested above."""
+
+    def drawn(part, seed):
+        return poisoning.build_net(part.images.shape[1], seed + len(part.labels))
+
+    monkeypatch.setattr(poisoning, "trainer", lambda args: drawn)
+    flags = ["--dataset", "digits", "--method", "label-flip"]
     flags += ["--poisons", "2", "4", "--trials", "2", "--out", str(tmp_path)]
     summary = poisoning.main(flags)
     assert set(summary["by_poisons"]) == {"2", "4"}

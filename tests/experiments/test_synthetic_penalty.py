@@ -11,7 +11,7 @@ from experiment_scripts import arrays_of, load_experiment
 import tfbilevel as tb
 
 synthetic = load_experiment("synthetic_penalty")
-SMALL = ["--trials", "3", "--outer-steps", "40", "--inner-steps", "2"]
+SMALL = ["--trials", "3", "--outer-steps", "40", "--inner-steps", "2", "--jit", "off"]
 
 
 def setting():
