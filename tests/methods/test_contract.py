@@ -3,6 +3,7 @@
 The methods, with the numbers expected of them, are those of tests/method_table.py.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -27,63 +28,111 @@ def assert_close(got: Any, want: Vector, tolerance: float) -> None:
     assert error < tolerance, f"relative error {error:.2e}: {got} is not {want}"
 
 
-CASES = [
-    pytest.param(row, oracle, id=f"{row.name}-{oracle.name}")
-    for row in METHODS
-    for oracle in ORACLES
-    if oracle.name in row.oracles
-]
+# Rows which keep their steps in another memory than a row of the same numbers.
+MEMORIES = ("-checkpoint", "-tape", "-checkpoint-last", "-tape-last")
 
 
 def whole(row: Row, oracle: Oracle) -> bool:
-    """Whether `make test` has every mode and dtype of it: one oracle per method."""
+    """Whether it has every mode: one oracle per method."""
     return oracle.name == ("scalar" if "scalar" in row.oracles else row.oracles[0])
 
 
-def relative(row: Row) -> bool:
-    """Whether it keeps its steps in another memory than a row of the same numbers."""
-    return row.name.endswith(("-checkpoint", "-tape", "-checkpoint-last", "-tape-last"))
+# Methods and linear solvers, each once: what other rows add to them (another memory,
+# end or aggregation) knows nothing of dtypes.
+FLOAT32 = {
+    "unroll-replay",
+    "unroll-first-order",
+    "unroll-pessimistic",
+    "forward-unroll",
+    "finite-difference",
+    "rank-one",
+    "implicit-cg",
+    "implicit-neumann",
+    "implicit-fixed-point",
+    "implicit-normal-cg",
+    "implicit-direct",
+    "implicit-gradient-solver",
+    "implicit-optimizer-map",
+    "stocbio",
+    "bsa",
+    "ttsa",
+    "bamm",
+    "value-gap",
+    "value-gap-constant",
+    "gradient-norm",
+    "augmented-lagrangian",
+}
+# One method of each kind.
+KINDS = {
+    "unroll-replay",
+    "forward-unroll",
+    "implicit-cg",
+    "value-gap",
+    "gradient-norm",
+    "augmented-lagrangian",
+    "bamm",
+    "ttsa",
+    "stocbio",
+}
+MODES = ("eager", "graph", "xla")
 
 
-def fast(row: Row, oracle: Oracle, dtype: str) -> bool:
-    return whole(row, oracle) and (dtype == "float64" or not relative(row))
+def in_every_mode(row: Row, oracle: Oracle, dtype: str) -> bool:
+    return whole(row, oracle) and (dtype == "float64" or row.name in FLOAT32)
 
 
+def cases(chosen: Callable[[Row, Oracle, str], bool]) -> list[Any]:
+    return [
+        pytest.param(row, oracle, dtype, id=f"{row.name}-{oracle.name}-{dtype}")
+        for row in METHODS
+        for oracle in ORACLES
+        for dtype in ("float64", "float32")
+        if oracle.name in row.oracles and chosen(row, oracle, dtype)
+    ]
+
+
+@pytest.mark.parametrize(("row", "oracle", "dtype"), cases(in_every_mode))
+def test_contract(row: Row, oracle: Oracle, dtype: str) -> None:
+    contract(row, oracle, dtype, MODES)
+
+
+# Of the other methods' ridge and quadratic, XLA's programs alone.
 @pytest.mark.parametrize(
     ("row", "oracle", "dtype"),
-    [
-        pytest.param(
-            *case.values,
-            dtype,
-            id=f"{case.id}-{dtype}",
-            marks=()
-            if whole(*case.values)
-            and (dtype == "float64" or not relative(case.values[0]))
-            else pytest.mark.slow,
+    cases(
+        lambda row, oracle, dtype: (
+            not whole(row, oracle)
+            and dtype == "float64"
+            and (oracle.name == "nested" or row.name in KINDS)
+            and not row.name.endswith(MEMORIES)
         )
-        for case in CASES
-        for dtype in ("float64", "float32")
-    ],
-)
-def test_contract(row: Row, oracle: Oracle, dtype: str) -> None:
-    contract(row, oracle, dtype)
-
-
-@pytest.mark.parametrize(
-    ("row", "oracle"),
-    fast_where(
-        lambda row, oracle: not relative(row),
-        [case for case in CASES if not whole(*case.values)],
     ),
 )
-def test_contract_of_graphs(row: Row, oracle: Oracle) -> None:
+def test_contract_of_graphs(row: Row, oracle: Oracle, dtype: str) -> None:
     """What structures, ranks and sizes can break, without the other programs."""
-    contract(row, oracle, "float64", graph_alone=True)
+    contract(row, oracle, dtype, ("graph",))
 
 
-def contract(
-    row: Row, oracle: Oracle, dtype: str, *, graph_alone: bool = False
-) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("row", "oracle", "dtype"),
+    cases(
+        lambda row, oracle, dtype: (
+            not in_every_mode(row, oracle, dtype)
+            and (dtype == "float64" or oracle.name in ("scalar", "nested"))
+            and (
+                not row.name.endswith(MEMORIES)
+                or (dtype == "float64" and oracle.name == "nested")
+            )
+        )
+    ),
+)
+def test_contract_of_xla(row: Row, oracle: Oracle, dtype: str) -> None:
+    """The whole matrix, in the mode that goes through the most programs."""
+    contract(row, oracle, dtype, ("xla",))
+
+
+def contract(row: Row, oracle: Oracle, dtype: str, modes: Sequence[str]) -> None:
     upper, lower, batches = oracle.at(dtype)
     method = row.build(oracle)
     state = method.init(oracle.problem, upper, lower)
@@ -98,8 +147,8 @@ def contract(
     xla = tf.function(
         lambda *arguments: graph(*arguments), autograph=False, jit_compile=True
     )
-    modes = [graph] if graph_alone else [step, graph, xla]
-    results = [mode(*inputs) for mode in modes]
+    programs = {"eager": step, "graph": graph, "xla": xla}
+    results = [programs[mode](*inputs) for mode in modes]
 
     # 1. An independent number, in every mode.
     gradient, after = row.expected(oracle, flat(oracle.x), flat(oracle.y))
@@ -125,7 +174,7 @@ def contract(
             assert_close(a, flat(b), (row.tolerance or MODES_AGREE)[dtype])
 
     # 3. One trace over many calls, with other values and the state handed on.
-    for compiled in [graph] if graph_alone else [graph, xla]:
+    for compiled in (programs[mode] for mode in modes if mode != "eager"):
         moved = tf.nest.map_structure(lambda leaf: leaf * 0.9, upper)
         second = compiled(moved, first.lower, batches, first.state)
         compiled(upper, second.lower, batches, second.state)
@@ -166,20 +215,7 @@ def test_the_map_of_adam(oracle: Oracle, xla: bool) -> None:
     assert_close(compiled(upper), oracle.hypergradient(flat(oracle.x)), 1e-6)
 
 
-# Where inputs are converted: one method of each kind.
-KINDS = {
-    "unroll-replay",
-    "forward-unroll",
-    "implicit-cg",
-    "value-gap",
-    "gradient-norm",
-    "augmented-lagrangian",
-    "bamm",
-    "ttsa",
-    "stocbio",
-}
-
-
+# Where inputs are converted.
 @pytest.mark.parametrize(
     "row",
     fast_where(lambda row: row.name in KINDS, METHODS),

@@ -13,6 +13,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from suites import fast_where
 
 import tfbilevel as tb
 
@@ -179,7 +180,10 @@ def test_methods_that_do_not_differentiate_projections_refuse_it(name):
     made = model(PROJECTIONS["closure"])
     with pytest.raises(ValueError, match=rf"`project_lower` must not.*tb\.{name}"):
         gradient(made.problem, WITHOUT[name], *values(made))
-    # One that does not read x is none of their business.
+
+
+@pytest.mark.parametrize("name", fast_where("Implicit".__eq__, WITHOUT))
+def test_a_projection_that_does_not_read_x_is_none_of_their_business(name):
     made = model(lambda upper: lambda ys: [tf.clip_by_value(y, -1.0, 1.0) for y in ys])
     assert np.isfinite(gradient(made.problem, WITHOUT[name], *values(made)))
 

@@ -277,20 +277,15 @@ SOLVED = {
 }
 
 
-# One of each kind of system and of map; XLA has them in the contract suite.
+# One of each kind of system and of map. XLA has them in the contract suite, and the
+# map of Adam in test_the_map_of_adam.
 FAST = {"cg", "gradient", "map-momentum-fixed-point", "map-adam-direct"}
 
 
 # On one process: the differences take seconds.
 @pytest.mark.xdist_group("differences")
-@pytest.mark.parametrize(
-    ("name", "xla"),
-    fast_where(
-        lambda name, xla: name in FAST and not xla,
-        [(name, xla) for name in SOLVED for xla in (False, True)],
-    ),
-)
-def test_solved_methods_equal_central_differences(name, xla, differences) -> None:
+@pytest.mark.parametrize("name", fast_where(FAST.__contains__, SOLVED))
+def test_solved_methods_equal_central_differences(name, differences) -> None:
     """Of the true solution, found by another algorithm."""
     made, x, y = problem()
     method = SOLVED[name]()
@@ -298,7 +293,6 @@ def test_solved_methods_equal_central_differences(name, xla, differences) -> Non
     graph = tf.function(
         lambda x, y, s: method.step(made, x, y, tb.Batches(None, None), s),
         autograph=False,
-        jit_compile=xla,
     )
     gradient = graph(x, y, state).upper_gradient
     for direction, want in zip(directions(x, 2), differences, strict=True):
