@@ -9,7 +9,8 @@ demo: .venv/experiments
 	rm -rf runs/demo
 	$(BIN)/python experiments/data_hyper_cleaning.py --out runs/demo
 
-PYTEST = $(BIN)/python -m pytest -n 3 --dist loadgroup --max-worker-restart=0
+# One process for each of two cores: more only import TensorFlow once more.
+PYTEST = $(BIN)/python -m pytest -n 2 --dist loadgroup --max-worker-restart=0
 
 test: .venv/test
 	$(PYTEST)
