@@ -70,7 +70,7 @@ class Case(NamedTuple):
     loss: Callable[[Any, Any], tf.Tensor]
 
 
-Maker = Callable[[str], Case]  # of a dtype: some kernels exist in float32 only
+Maker = partial[Case]  # of a dtype: some kernels exist in float32 only
 
 
 class Row(NamedTuple):
@@ -605,7 +605,7 @@ def _checked(case: Case) -> Row:
     return Row(*here, "right", said)
 
 
-def verdict(make: partial) -> str:
+def verdict(make: Maker) -> str:
     """That of `checked`, found with one trace where both products are right."""
     try:
         # TensorFlow cannot trace the gradient of this one a second time.
@@ -712,7 +712,7 @@ VARIANTS: dict[str, Callable[[dict], bool]] = {
 }
 
 
-def makers() -> Iterator[partial]:
+def makers() -> Iterator[Maker]:
     """Everything, without what only composes others or repeats them."""
     for name, variants in sorted(layers().items()):
         if not hasattr(keras.layers, name) or isinstance(variants, str):
