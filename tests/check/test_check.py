@@ -11,6 +11,7 @@ from method_table import METHODS, Row
 from problems import ORACLES, Oracle, flat, quadratic
 
 import tfbilevel as tb
+from tfbilevel._check.hypergradient import _dense_implicit
 
 # Whose objectives are functions of their own: the contract suite has the gradients of
 # all methods and linear solvers, against NumPy.
@@ -243,6 +244,26 @@ def test_the_dense_gradient_is_of_the_batch_that_the_system_is_of() -> None:
     x, y = tf.constant(0.5, tf.float64), tf.constant(0.4, tf.float64)
     report = tb.check_hypergradient(problem, method, x, y, batches)
     assert report.implicit_error is not None and report.implicit_error < 1e-9
+
+
+@pytest.mark.parametrize("count", [6, 60])  # product by product, and in one trace
+def test_the_dense_gradient_is_numpy_s(count: int) -> None:
+    generator = np.random.default_rng(count)
+    a, b = generator.normal(size=(count, count)), generator.normal(size=(count, 3))
+    a = a @ a.T / count + np.eye(count)
+    x, y, c = (generator.normal(size=n) for n in (3, count, count))
+    problem = tb.Problem(
+        lambda x, y, batch: 0.5 * tf.reduce_sum((y - c) ** 2) + tf.reduce_sum(x),
+        lambda x, y, batch: (
+            0.5 * tf.tensordot(y, tf.linalg.matvec(a, y), 1)
+            - tf.tensordot(y, tf.linalg.matvec(b, x), 1)
+        ),
+    )
+    gradient, stationarity = _dense_implicit(
+        problem, tf.constant(x), tf.constant(y), tb.Batches(None, None), 0
+    )
+    np.testing.assert_allclose(gradient, 1 + b.T @ np.linalg.solve(a, y - c), 1e-9)
+    assert stationarity == pytest.approx(np.linalg.norm(a @ y - b @ x), rel=1e-12)
 
 
 def logarithms(size: Any, cast: Any = lambda v: v, constant: float = 0.0) -> tb.Problem:

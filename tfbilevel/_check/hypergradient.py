@@ -18,6 +18,8 @@ from tfbilevel._core.method import Method, require_method
 from tfbilevel._core.problem import Problem, require_problem
 
 DENSE_LIMIT = 2000
+# A trace takes as long as some twenty eager products of a small network.
+TRACED_FROM = 50
 
 # Step sizes, relative to the size of the upper variables. The first whose noise is
 # small enough is used, otherwise the one with the least noise.
@@ -301,8 +303,15 @@ def _dense_implicit(
         dtype = tf.nest.flatten(lower)[0].dtype
         return structure.from_vector(tf.cast(vector, dtype), lower)
 
+    def product(row: tf.Tensor) -> tf.Tensor:
+        return wide(pullback(like_lower(row))[1])
+
     basis = tf.eye(count, dtype=tf.float64)
-    hessian = tf.stack([wide(pullback(like_lower(row))[1]) for row in basis])
+    if count > TRACED_FROM:
+        traced = tf.function(lambda: tf.map_fn(product, basis), autograph=False)
+        hessian = traced()
+    else:
+        hessian = tf.stack([product(row) for row in basis])
     condition = tf.linalg.svd(hessian, compute_uv=False)
     if float(condition[-1]) <= 1e-10 * float(condition[0]):
         return None, stationarity
