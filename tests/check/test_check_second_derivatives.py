@@ -281,6 +281,7 @@ def test_what_stands_beside_the_way_is_not_looked_at() -> None:
     model = bilevel(part(beside))
     model.compile(unroll(), SGD(0.1), jit_compile=False)
     model.fit(data(), verbose=0)
+    assert model.outer_step == 1
 
 
 def test_the_upper_loss_counts_where_it_is_mixed_in() -> None:

@@ -409,7 +409,7 @@ def test_svhn_from_its_published_files(svhn_file, tmp_path):
     flags += ["--validation-size", "30", "--method", "val-only"]
     flags += ["--baseline-epochs", "1", "--out", str(tmp_path / "run")]
     summary = denoising.main(flags)
-    assert summary["net"] == "svhn-cnn" and 0 <= summary["test_accuracy"] <= 100
+    assert summary["net"] == "svhn-cnn" and summary["method"] == "val-only"
 
 
 @pytest.mark.slow
