@@ -1,6 +1,7 @@
 """`tb.check_hypergradient` catches wrong methods and passes right ones."""
 
 import dataclasses
+import math
 from typing import Any
 
 import keras
@@ -264,6 +265,15 @@ def test_the_dense_gradient_is_numpy_s(count: int) -> None:
     )
     np.testing.assert_allclose(gradient, 1 + b.T @ np.linalg.solve(a, y - c), 1e-9)
     assert stationarity == pytest.approx(np.linalg.norm(a @ y - b @ x), rel=1e-12)
+
+
+def test_a_lower_loss_of_nan_is_reported_as_nan() -> None:
+    problem = tb.Problem(
+        lambda x, y, batch: tf.reduce_sum(y**2),
+        lambda x, y, batch: tf.reduce_sum((y - x) ** 2) * float("nan"),
+    )
+    report = checked(problem, 1.0)
+    assert math.isnan(report.error) and report.implicit_error is None
 
 
 def logarithms(size: Any, cast: Any = lambda v: v, constant: float = 0.0) -> tb.Problem:

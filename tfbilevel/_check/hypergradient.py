@@ -313,7 +313,7 @@ def _dense_implicit(
     else:
         hessian = tf.stack([product(row) for row in basis])
     condition = tf.linalg.svd(hessian, compute_uv=False)
-    if float(condition[-1]) <= 1e-10 * float(condition[0]):
+    if not float(condition[-1]) > 1e-10 * float(condition[0]):  # NaN, too
         return None, stationarity
     rhs = wide(derivatives.fill_zeros(rhs, lower))
     solution = tf.linalg.solve(hessian, rhs[:, None])[:, 0]
