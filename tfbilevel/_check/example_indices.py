@@ -172,4 +172,7 @@ def _worst(index: tf.Tensor, position: int, n: int) -> tf.Tensor:
 
 def _first(rows: tf.Tensor) -> tf.Tensor:
     """The first row that holds a layer's position."""
-    return rows[tf.argmax(tf.cast(rows[:, 0] != NONE, tf.int32))]
+    # Not rows[first]: XLA takes where a slice begins for a constant of the program, and
+    # compiles the step again whenever the indices of the batch are others.
+    first = tf.argmax(tf.cast(rows[:, 0] != NONE, tf.int32))
+    return tf.gather(rows, first)
