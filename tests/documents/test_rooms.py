@@ -27,8 +27,11 @@ ROOMS = (
     "_minimize",
     "schedules",
     "compat",
+    "_jobs",
+    "hyper",
+    "_command_line",
 )
-DOORS = ("__init__", "_version")  # the list of public names, a number
+DOORS = ("__init__", "__main__", "_version")  # what is public, the command, a number
 
 
 def files() -> Iterator[pathlib.Path]:
@@ -67,7 +70,7 @@ def arrows() -> dict[str, set[str]]:
 def test_every_file_is_in_a_room() -> None:
     top = {p.stem for p in PACKAGE.iterdir() if p.suffix == ".py" or p.is_dir()}
     assert top - {"__pycache__", "py"} == {*ROOMS, *DOORS}
-    assert len(ROOMS) <= 13
+    assert len(ROOMS) <= 16
 
 
 def test_rooms_import_only_lower_rooms() -> None:

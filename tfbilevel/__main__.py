@@ -1,0 +1,1 @@
+"""`python -m tfbilevel`, the same as the command `tfbilevel`."""

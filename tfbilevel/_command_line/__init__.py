@@ -1,0 +1,1 @@
+"""The commands `tfbilevel clean`, `tune` and `few-shot`."""

@@ -1,0 +1,1 @@
+"""Find and correct wrong labels."""

@@ -1,0 +1,1 @@
+"""Learn initial weights that adapt to new classes from few examples."""

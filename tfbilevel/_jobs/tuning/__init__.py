@@ -1,0 +1,1 @@
+"""Learn continuous hyperparameters in one training run."""

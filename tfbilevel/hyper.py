@@ -1,0 +1,1 @@
+"""The hyperparameters that `tb.HyperparameterTuner` can learn."""
