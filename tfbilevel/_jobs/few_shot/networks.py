@@ -127,7 +127,7 @@ def split(network: keras.Model) -> tuple[keras.Model, keras.Model]:
     """
     try:
         between = _last_with_weights(network).input
-        encoder = keras.Model(network.inputs, between)
+        encoder = keras.Model(network.inputs[0], between)
         head = keras.Model(between, network.outputs[0])
     except (ValueError, AttributeError, TypeError, IndexError) as error:
         raise ValueError(
