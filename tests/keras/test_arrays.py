@@ -330,10 +330,11 @@ def test_training_on_arrays_is_training_on_the_same_batches() -> None:
     data = tf.data.Dataset.from_generator(by_hand, output_signature=spec)
     want.fit(data, epochs=2, steps_per_epoch=STEPS, verbose=0)
     arrays = {"with_index": True, "validation_data": UPPER, "verbose": 0, **OPTIONS}
-    one, other = untrained(), untrained(metrics=["accuracy"])
+    one = untrained()
+    other = untrained(metrics=["accuracy"], steps_per_execution=2)
     one.fit(LOWER, epochs=2, **arrays)
     assert_same(one, want)
-    # By position, measured, and one epoch after the other.
+    # By position, measured, one epoch after the other, in calls of 2 steps and of 1.
     size = arrays.pop("batch_size")
     history = [other.fit(X, Y, size, 1, **arrays).history for _ in range(2)]
     assert_same(other, want)
