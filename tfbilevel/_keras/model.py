@@ -47,11 +47,12 @@ class BilevelModel(Trained):
     x are the trainable variables of `upper`, y those of `lower`. `evaluate` and
     `predict` use the lower model. `save_weights`, `ModelCheckpoint` and
     `BackupAndRestore` save the weights, both optimizers and the method's state: a run
-    that is resumed at an epoch equals the uninterrupted one to the last bit, provided
-    that the dataset yields the same elements in each epoch. `save` stores everything
-    except Python functions and the method. Load it with
+    that is resumed at an epoch equals the uninterrupted one to the last bit, if it
+    trains on arrays or its dataset yields the same elements in each epoch. `save`
+    stores everything except Python functions and the method. Load it with
     keras.saving.load_model(path, custom_objects={"upper_loss": ..., "lower_loss": ...,
-    "method": ...}), with all other functions that the model had.
+    "method": ...}), with all other functions that the model had. `export` writes the
+    trained lower model for serving.
 
     Non-trainable state: within one outer step both losses are fixed functions, even if
     they sample. Every inner step sees the same dropout masks, unless it has a lower
@@ -106,7 +107,7 @@ class BilevelModel(Trained):
         ...         squared(lower, batch)))
         >>> inner = tb.InnerSolver(keras.optimizers.SGD(0.1), steps=5)
         >>> model.compile(tb.Unroll(inner), keras.optimizers.Adam(0.1))
-        >>> data = tf.data.Dataset.from_tensors((tf.ones([6, 2]), tf.zeros([6])))
+        >>> data = (tf.ones([6, 2]), tf.zeros([6]))
         >>> history = model.fit(tb.pair(data, data), epochs=2, verbose=0)
         >>> sorted(history.history)
         ['lower_loss', 'upper_loss']
