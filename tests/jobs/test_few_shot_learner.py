@@ -160,6 +160,38 @@ def test_adapting_is_so_many_steps_of_gradient_descent(maml: Any) -> None:
 
 
 @pytest.mark.slow
+def test_dropout_is_for_training_only() -> None:
+    def network(ways: int) -> keras.Model:
+        layers = [keras.layers.Dropout(0.5), *normalised(ways).layers]
+        return keras.Sequential([keras.Input((4,)), *layers])
+
+    learner = fitted(network, "maml", inner_steps=1, inner_learning_rate=1e-9)
+    x, y = blobs(WAYS, seed=5)
+    model = learner.adapt(x[:12], y[:12])
+    scale, shift, kernel, bias = (v.numpy() for v in model.trainable_variables)
+    logits = (standardised(x, x[:12]) * scale + shift) @ kernel + bias
+    np.testing.assert_allclose(model(x), logits, rtol=1e-4, atol=1e-5)
+    assert model.layers[0].rate == 0.5
+    order = np.argsort(y, kind="stable")
+    data = meta_batches(
+        x[order],
+        np.bincount(y),
+        Sizes(WAYS, SHOTS, QUERIES),
+        TASKS,
+        2**41,
+        itertools.count,
+        "float32",
+    )
+    right = []
+    for (queries, answers, _), (support, _) in data.take(2):
+        for task in range(TASKS):
+            asked, known = queries[task].numpy(), support[task].numpy()
+            logits = (standardised(asked, known) * scale + shift) @ kernel + bias
+            right.append(np.mean(logits.argmax(axis=1) == answers[task].numpy()))
+    assert learner.score(x, y, episodes=4).accuracy == pytest.approx(np.mean(right))
+
+
+@pytest.mark.slow
 def test_imaml_stays_close_to_the_start() -> None:
     learner = fitted(linear, "imaml", inner_steps=2, inner_learning_rate=0.2)
     x, y = blobs(WAYS, each=5, seed=3)

@@ -225,9 +225,30 @@ def keep_statistics(network: keras.Model, examples: tf.Tensor) -> None:
     layers = normalisations(network)
     if not layers:
         return
-    before = [layer.momentum for layer in layers]
+    momenta = [layer.momentum for layer in layers]
+    rates = without_dropout(network)
     for layer in layers:
         layer.momentum = 0.0
     network(examples, training=True)
-    for layer, momentum in zip(layers, before, strict=True):
+    for layer, momentum in zip(layers, momenta, strict=True):
         layer.momentum = momentum
+    for layer, rate in rates:
+        layer.rate = rate
+
+
+def without_dropout(network: keras.Model) -> list[tuple[Any, float]]:
+    """Set the rates of dropout to 0; returns the layers and their rates before.
+
+    Batch normalisation takes the statistics of its input in training mode only, in
+    which dropout is active too.
+    """
+    kinds = (
+        keras.layers.Dropout,
+        keras.layers.AlphaDropout,
+        keras.layers.GaussianDropout,
+    )
+    layers = [layer for layer in network._flatten_layers() if isinstance(layer, kinds)]
+    rates = [(layer, layer.rate) for layer in layers]
+    for layer in layers:
+        layer.rate = 0.0
+    return rates
