@@ -36,6 +36,17 @@ def deep(ways: int) -> keras.Model:
     return keras.Sequential([keras.Input((4,)), hidden, keras.layers.Dense(ways)])
 
 
+def with_softmax(ways: int) -> keras.Model:
+    layers = [*deep(ways).layers, keras.layers.Softmax()]
+    return keras.Sequential([keras.Input((4,)), *layers])
+
+
+def branched(ways: int) -> keras.Model:
+    inputs = keras.Input((4,))
+    parts = [keras.layers.Dense(ways)(inputs) for _ in range(2)]
+    return keras.Model(inputs, keras.layers.Add()(parts))
+
+
 def normalised(ways: int) -> keras.Model:
     norm = keras.layers.BatchNormalization(epsilon=0.01, gamma_initializer="ones")
     return keras.Sequential([keras.Input((4,)), norm, keras.layers.Dense(ways)])
@@ -139,11 +150,70 @@ def test_adapting_is_so_many_steps_of_gradient_descent(maml: Any) -> None:
     for _ in range(3):
         error = (softmax(x @ kernel + bias) - np.eye(WAYS)[y]) / len(x)
         kernel, bias = kernel - 0.3 * x.T @ error, bias - 0.3 * error.sum(axis=0)
+    np.random.seed(1)
     model = maml.adapt(x, np.array(["a", "b", "c"])[y])
+    assert np.random.rand() == np.random.RandomState(1).rand()  # left alone
     np.testing.assert_allclose(
         model.predict(x, verbose=0), x @ kernel + bias, rtol=1e-5, atol=1e-5
     )
     assert model.classes_.tolist() == ["a", "b", "c"]
+
+
+@pytest.mark.slow
+def test_dropout_is_for_training_only() -> None:
+    def network(ways: int) -> keras.Model:
+        layers = [keras.layers.Dropout(0.5), *normalised(ways).layers]
+        return keras.Sequential([keras.Input((4,)), *layers])
+
+    learner = fitted(network, "maml", inner_steps=1, inner_learning_rate=1e-9)
+    x, y = blobs(WAYS, seed=5)
+    model = learner.adapt(x[:12], y[:12])
+    scale, shift, kernel, bias = (v.numpy() for v in model.trainable_variables)
+    logits = (standardised(x, x[:12]) * scale + shift) @ kernel + bias
+    np.testing.assert_allclose(model(x), logits, rtol=1e-4, atol=1e-5)
+    assert model.layers[0].rate == 0.5
+    order = np.argsort(y, kind="stable")
+    data = meta_batches(
+        x[order],
+        np.bincount(y),
+        Sizes(WAYS, SHOTS, QUERIES),
+        TASKS,
+        2**41,
+        itertools.count,
+        "float32",
+    )
+    right = []
+    for (queries, answers, _), (support, _) in data.take(2):
+        for task in range(TASKS):
+            asked, known = queries[task].numpy(), support[task].numpy()
+            logits = (standardised(asked, known) * scale + shift) @ kernel + bias
+            right.append(np.mean(logits.argmax(axis=1) == answers[task].numpy()))
+    assert learner.score(x, y, episodes=4).accuracy == pytest.approx(np.mean(right))
+
+
+@pytest.mark.slow
+def test_imaml_stays_close_to_the_start() -> None:
+    learner = fitted(linear, "imaml", inner_steps=2, inner_learning_rate=0.2)
+    x, y = blobs(WAYS, each=5, seed=3)
+    start = [v.numpy().astype(float) for v in learner.model_.upper_variables]
+    kernel, bias = start
+    for _ in range(2):
+        error = (softmax(x @ kernel + bias) - np.eye(WAYS)[y]) / len(x)
+        away = 2 * (kernel - start[0]), 2 * (bias - start[1])
+        kernel = kernel - 0.2 * (x.T @ error + away[0])
+        bias = bias - 0.2 * (error.sum(axis=0) + away[1])
+    found = learner.adapt(x, y)(x)
+    np.testing.assert_allclose(found, x @ kernel + bias, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_network_that_ends_with_a_softmax_learns_the_same() -> None:
+    x, y = blobs(WAYS, seed=10)
+    outputs = [
+        np.asarray(fitted(network, "anil", 3).adapt(x, y)(x))
+        for network in (deep, with_softmax)
+    ]
+    np.testing.assert_allclose(softmax(outputs[0]), outputs[1], rtol=1e-4, atol=1e-5)
 
 
 def test_a_head_starts_at_the_learned_one_and_its_mean_for_more_classes(
@@ -396,6 +466,7 @@ ODD = np.where(np.arange(len(Y)) == np.flatnonzero(Y == 2)[0], 9, Y)
         ),
         ((X, Y), {"network": lambda ways: ways}, "which returned 3"),
         ((X, Y), {"network": linear}, "must have trained layers before its head"),
+        ((X, Y), {"network": branched}, "functional model that ends with its head"),
         ((X, Y), {"method": "protonet"}, "`method` must be one of 'anil', 'iaptt'"),
         ((X, Y), {"method": tb.GradientNorm("sgd", 5)}, "must have an inner solver"),
         ((X, Y), {"adapts": "all"}, '`adapts` must be "head" for method="anil"'),

@@ -16,7 +16,7 @@ def fresh(
     model: Any,
     shape: tuple[int, ...],
     classes: int,
-    seed: int,
+    seed: int | None,
     argument: str = "model",
 ) -> keras.Model:
     """A new classifier with random weights.
@@ -26,14 +26,15 @@ def fresh(
             (shape, classes) -> Keras model.
         shape: the shape of one example.
         classes: number of classes.
-        seed: the seed of the initial weights.
+        seed: the seed of the initial weights; `None`: no seed is set.
         argument: what errors call `model`.
 
     Raises:
         ValueError: if it is none of these, has no weights to train, does not take
             such examples, or has another number of outputs.
     """
-    keras.utils.set_random_seed(seed)
+    if seed is not None:
+        keras.utils.set_random_seed(seed)
     if isinstance(model, keras.Model):
         try:
             network = keras.models.clone_model(model)

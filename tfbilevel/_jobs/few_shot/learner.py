@@ -341,12 +341,14 @@ class FewShotLearner:
 
     # Networks and tasks.
 
-    def _new_network(self, ways: int) -> keras.Model:
+    def _new_network(self, ways: int, seed: int | None = None) -> keras.Model:
         cosine = cosine_head(self.method, self.network)
-        return networks.new_network(self.network, self._like, ways, self.seed, cosine)
+        return networks.new_network(self.network, self._like, ways, seed, cosine)
 
     def _tasks_of(self, ways: int, training: bool) -> Tasks:
-        make = functools.partial(self._new_network, ways)
+        # Other networks get trained weights: the user's random numbers are left alone.
+        seed = self.seed if training else None
+        make = functools.partial(self._new_network, ways, seed)
         return Tasks(self._plan, self.transductive, make, training, self._like)
 
     def _solver(self, ways: int, argument: str) -> Tasks:

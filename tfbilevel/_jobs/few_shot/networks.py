@@ -16,7 +16,7 @@ SMALLEST_IMAGE = 16  # four times halved
 
 
 def new_network(
-    network: Any, like: np.ndarray, ways: int, seed: int, cosine: bool
+    network: Any, like: np.ndarray, ways: int, seed: int | None, cosine: bool
 ) -> keras.Model:
     """A new network with one output per class.
 
@@ -24,7 +24,7 @@ def new_network(
         network: the learner's argument.
         like: examples, for their shape and dtype.
         ways: number of classes.
-        seed: the seed of the initial weights.
+        seed: the seed of the initial weights; `None`: no seed is set.
         cosine: whether the published network ends with a cosine head, not a linear one.
 
     Raises:
@@ -33,7 +33,8 @@ def new_network(
     """
     shape = like.shape[1:]
     if network is None:
-        keras.utils.set_random_seed(seed)
+        if seed is not None:
+            keras.utils.set_random_seed(seed)
         return published(shape, like.dtype == np.uint8, ways, cosine)
     if isinstance(network, keras.Model):
         if network.built and network.output_shape[-1] != ways:
@@ -126,7 +127,7 @@ def split(network: keras.Model) -> tuple[keras.Model, keras.Model]:
         ValueError: if the network is no chain there, or has no weights before it.
     """
     try:
-        between = _last_with_weights(network).input
+        between = _before_head(network)
         encoder = keras.Model(network.inputs[0], between)
         head = keras.Model(between, network.outputs[0])
     except (ValueError, AttributeError, TypeError, IndexError) as error:
@@ -143,6 +144,20 @@ def split(network: keras.Model) -> tuple[keras.Model, keras.Model]:
             f"weights in one layer only, {head.layers[-1].name!r}"
         )
     return encoder, head
+
+
+def _before_head(network: keras.Model) -> Any:
+    """The input of the last layer with weights, in the network's own graph.
+
+    `layer.input` would be that in the first of the graphs that a layer is part of.
+    """
+    tensor = network.outputs[0]
+    while True:
+        layer, index, _ = tensor._keras_history
+        (before,) = layer._inbound_nodes[index].input_tensors  # ValueError: no chain
+        if layer.trainable_variables:
+            return before
+        tensor = before
 
 
 def _last_with_weights(network: keras.Model) -> keras.layers.Layer:
@@ -210,9 +225,30 @@ def keep_statistics(network: keras.Model, examples: tf.Tensor) -> None:
     layers = normalisations(network)
     if not layers:
         return
-    before = [layer.momentum for layer in layers]
+    momenta = [layer.momentum for layer in layers]
+    rates = without_dropout(network)
     for layer in layers:
         layer.momentum = 0.0
     network(examples, training=True)
-    for layer, momentum in zip(layers, before, strict=True):
+    for layer, momentum in zip(layers, momenta, strict=True):
         layer.momentum = momentum
+    for layer, rate in rates:
+        layer.rate = rate
+
+
+def without_dropout(network: keras.Model) -> list[tuple[Any, float]]:
+    """Set the rates of dropout to 0; returns the layers and their rates before.
+
+    Batch normalisation takes the statistics of its input in training mode only, in
+    which dropout is active too.
+    """
+    kinds = (
+        keras.layers.Dropout,
+        keras.layers.AlphaDropout,
+        keras.layers.GaussianDropout,
+    )
+    layers = [layer for layer in network._flatten_layers() if isinstance(layer, kinds)]
+    rates = [(layer, layer.rate) for layer in layers]
+    for layer in layers:
+        layer.rate = 0.0
+    return rates

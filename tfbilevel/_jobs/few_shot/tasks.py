@@ -68,6 +68,8 @@ class Tasks:
 
     def _new(self, make: Any) -> keras.Model:
         made = make()
+        if not self.training:
+            networks.without_dropout(made)
         if self.transductive:
             return networks.transductive(made)
         for layer in networks.normalisations(made):
