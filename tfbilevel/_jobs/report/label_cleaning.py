@@ -73,7 +73,7 @@ def write_cleaning_report(
     ]
     suspicious = np.zeros(n, bool)
     suspicious[rows] = True
-    accuracy = _accuracy(getattr(cleaner, "accuracy_", None))
+    accuracy = _accuracy(cleaner)
     write_page(
         path,
         "label_cleaning.html",
@@ -124,18 +124,30 @@ def _found(issues: int, n: int) -> str:
     return f"{issues:,} of {n:,} labels ({percent(issues / n, 1)}) {verb} wrong."
 
 
-def _accuracy(measured: Any) -> dict[str, Any] | None:
-    """Both accuracies with their intervals, and the sentence about them."""
+def measured_accuracy(measured: Any) -> dict[str, Any] | None:
+    """The accuracies `before` and `after`, each {share, low, high}, and `n`.
+
+    Args:
+        measured: the estimator's `accuracy_`, an object or a mapping; or `None`.
+    """
     if measured is None:
         return None
-    names = "before", "after", "n"
     before, after, n = (
         measured[name] if isinstance(measured, Mapping) else getattr(measured, name)
-        for name in names
+        for name in ("before", "after", "n")
     )
-    if n < 1:
+    if not n:
         return None
-    before, after = _with_interval(before, n), _with_interval(after, n)
+    both = {"before": _with_interval(before, n), "after": _with_interval(after, n)}
+    return {**both, "n": int(n)}
+
+
+def _accuracy(cleaner: Any) -> dict[str, Any] | None:
+    """Both accuracies with their intervals, and the sentence about them."""
+    parts = measured_accuracy(getattr(cleaner, "accuracy_", None))
+    if parts is None:
+        return None
+    before, after, n = parts["before"], parts["after"], parts["n"]
     first, last = (percent(a["share"], 1) for a in (before, after))
     if after["share"] > before["share"]:
         sentence = (
@@ -152,7 +164,7 @@ def _accuracy(measured: Any) -> dict[str, Any] | None:
     differ = after["share"] != before["share"]
     if differ and before["low"] <= after["high"] and after["low"] <= before["high"]:
         sentence += f" With {n:,} trusted examples such a difference can be chance."
-    return {"before": before, "after": after, "n": n, "sentence": sentence}
+    return {**parts, "sentence": sentence}
 
 
 def _with_interval(share: Any, n: int) -> dict[str, float]:
