@@ -16,7 +16,7 @@ class StandInCleaner:
     attributes are those of `tb.LabelCleaner`.
     """
 
-    def __init__(self, model=None, *, batch_size=32, seed=0):
+    def __init__(self, model, *, batch_size=32, seed=0):
         self.model, self.batch_size, self.seed = model, batch_size, seed
 
     def fit(self, x, y, trusted=None, epochs=15, verbose="auto"):

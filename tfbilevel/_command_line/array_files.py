@@ -95,4 +95,5 @@ def _preparation(kind: str, x: np.ndarray) -> Preparation:
 def _write_corrected(
     source: pathlib.Path, label: str, labels: np.ndarray, path: Any
 ) -> None:
-    np.savez_compressed(path, **{**_loaded(source), label: labels})
+    arrays: dict[str, Any] = {**_loaded(source), label: labels}
+    np.savez_compressed(path, **arrays)

@@ -55,7 +55,7 @@ def clean(options: argparse.Namespace) -> None:
         cleaner = tb.LabelCleaner(
             network, **{k: v for k, v in given.items() if v is not None}
         )
-        training = {"verbose": 0 if options.quiet else "auto"}
+        training: dict[str, Any] = {"verbose": 0 if options.quiet else "auto"}
         if trusted is not None:
             training["trusted"] = (features(preparation, trusted), trusted.labels)
         if options.epochs is not None:

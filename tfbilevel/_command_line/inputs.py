@@ -2,8 +2,6 @@
 
 import argparse
 import pathlib
-from collections.abc import Iterator
-from typing import Any
 
 import keras
 import numpy as np
@@ -101,14 +99,15 @@ def known_classes(data: Data, other: Data | None, must_be_complete: bool) -> Cla
 
 def features(preparation: Preparation, data: Data) -> np.ndarray:
     """What the network sees, [n, ...]."""
-    return np.concatenate(list(_batches(preparation.model, data.inputs, len(data))))
-
-
-def _batches(model: keras.Model, inputs: Any, n: int) -> Iterator[np.ndarray]:
-    dataset = tf.data.Dataset.from_tensor_slices(inputs).batch(BATCH)
-    function = tf.function(lambda batch: model(batch, training=False))
-    for batch in dataset:
-        yield np.asarray(function(batch))
+    parts = []
+    for start in range(0, len(data), BATCH):
+        batch = tf.nest.map_structure(
+            lambda array, start=start: tf.constant(array[start : start + BATCH]),
+            data.inputs,
+        )
+        # Eagerly: tracing takes longer than these few calls.
+        parts.append(np.asarray(preparation.model(batch, training=False)))
+    return np.concatenate(parts)
 
 
 def with_preparation(

@@ -62,7 +62,7 @@ def read_folders(
         return Preparation("image", model, note)
 
     def corrected(labels: np.ndarray) -> tuple[str, Any]:
-        return "cleaned.csv", functools.partial(_write_corrected, data.names, labels)
+        return "cleaned.csv", functools.partial(_write_corrected, data, labels)
 
     return Source(data, other, prepare, corrected)
 
@@ -124,5 +124,5 @@ def _data(folder: pathlib.Path, files: list, images: np.ndarray) -> Data:
     return Data(str(folder), images, images, labels, names)
 
 
-def _write_corrected(names: list[str], labels: np.ndarray, path: Any) -> None:
-    write_csv(path, {"file": names, "label": labels.tolist()})
+def _write_corrected(data: Data, labels: np.ndarray, path: Any) -> None:
+    write_csv(path, {"file": data.names or [], "label": labels.tolist()})
