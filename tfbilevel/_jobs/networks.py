@@ -12,7 +12,13 @@ import tensorflow as tf
 SMALLEST = 1e-7
 
 
-def fresh(model: Any, shape: tuple[int, ...], classes: int, seed: int) -> keras.Model:
+def fresh(
+    model: Any,
+    shape: tuple[int, ...],
+    classes: int,
+    seed: int,
+    argument: str = "model",
+) -> keras.Model:
     """A new classifier with random weights.
 
     Args:
@@ -21,6 +27,7 @@ def fresh(model: Any, shape: tuple[int, ...], classes: int, seed: int) -> keras.
         shape: the shape of one example.
         classes: number of classes.
         seed: the seed of the initial weights.
+        argument: what errors call `model`.
 
     Raises:
         ValueError: if it is none of these, has no weights to train, does not take
@@ -32,7 +39,7 @@ def fresh(model: Any, shape: tuple[int, ...], classes: int, seed: int) -> keras.
             network = keras.models.clone_model(model)
         except (ValueError, NotImplementedError, TypeError) as error:
             raise ValueError(
-                "`model` must be a Keras model that keras.models.clone_model can "
+                f"`{argument}` must be a Keras model that keras.models.clone_model can "
                 "clone, or a function that returns a new one. Received: "
                 f"{type(model).__name__}, {error}"
             ) from error
@@ -42,11 +49,11 @@ def fresh(model: Any, shape: tuple[int, ...], classes: int, seed: int) -> keras.
         network = None
     if not isinstance(network, keras.Model):
         raise ValueError(
-            "`model` must be a Keras model, or a function that returns a new one. "
-            f"Received: model={model!r}"
+            f"`{argument}` must be a Keras model, or a function that returns a new "
+            f"one. Received: {argument}={model!r}"
             + (f", which returned {network!r}" if callable(model) else "")
         )
-    _require_fitting(network, shape, classes)
+    _require_fitting(network, shape, classes, argument)
     return network
 
 
@@ -58,23 +65,25 @@ def _takes_both(function: Callable) -> bool:
     return sum(p.default is p.empty and p.kind <= 1 for p in parameters) == 2
 
 
-def _require_fitting(network: keras.Model, shape: tuple, classes: int) -> None:
+def _require_fitting(
+    network: keras.Model, shape: tuple, classes: int, argument: str
+) -> None:
     try:
         outputs = tf.convert_to_tensor(network(tf.zeros((2, *shape)), training=False))
     except Exception as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"`model` must take examples of shape {shape}, like `x`. Change its "
+            f"`{argument}` must take examples of shape {shape}, like `x`. Change its "
             f"keras.Input, or reshape `x`. Received: {reason}"
         ) from error
     if outputs.shape.rank != 2 or outputs.shape[1] != classes:
         raise ValueError(
-            f"`model` must have one output per class, {classes} here. End it with "
+            f"`{argument}` must have one output per class, {classes} here. End it with "
             f"keras.layers.Dense({classes}). Received: outputs of shape "
             f"{tuple(outputs.shape[1:])} per example"
         )
     if not network.trainable_variables:
-        raise ValueError("`model` must have weights to train. Received: none")
+        raise ValueError(f"`{argument}` must have weights to train. Received: none")
 
 
 def gives_probabilities(network: keras.Model, x: Any) -> bool:
