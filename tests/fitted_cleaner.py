@@ -41,6 +41,3 @@ class FittedCleaner:
             scores={"plain": 1.25, "class-dependent": 0.5, "mixed": 0.75},
         )
         self.history_ = {"start": {"loss": [2.0, 1.0]}, "cleaning": {"loss": [0.9]}}
-
-    def get_params(self, deep=True):
-        return {"seed": 0}

@@ -253,3 +253,21 @@ def test_histogram_counts():
     assert first["wrong_height"] == pytest.approx(first["right_height"], abs=0.2)
     assert made["sentence"].startswith("Of 7 given labels, 4 are right")
     assert "and 2 with one below" in made["sentence"]
+
+
+def test_the_lines_that_repeat_it_have_the_arguments_given(tmp_path):
+    def network():
+        raise AssertionError("not called")
+
+    fitted = cleaner()
+    fitted.model, fitted.seed, fitted.rate = network, 7, 0.1
+    text = page(tmp_path, _with_arguments(fitted))
+    assert "cleaner = tb.Cleaner(model=network, seed=7)" in text
+
+
+def _with_arguments(fitted: FittedCleaner) -> FittedCleaner:
+    class Cleaner(FittedCleaner):
+        def __init__(self, model, *, seed=0, rate=0.1):
+            self.__dict__.update(fitted.__dict__, model=model, seed=seed, rate=rate)
+
+    return Cleaner(fitted.model, seed=fitted.seed, rate=fitted.rate)

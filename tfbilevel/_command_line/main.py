@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from tfbilevel._command_line.bad_input import BadInput
 from tfbilevel._command_line.clean import clean
+from tfbilevel._command_line.few_shot import few_shot
 from tfbilevel._jobs.optional_packages import MissingPackageError
 
 CLEAN = """
@@ -26,6 +27,20 @@ examples:
   tfbilevel clean people.parquet --label job --columns age,city --out people/
   tfbilevel clean pictures/ --trusted checked_pictures/ --out report/
   tfbilevel clean arrays.npz --trusted trusted.npz --out report/
+"""
+FEW_SHOT = """
+Learns from many classes how to learn new ones from a few examples of each. A fifth of
+the classes, at least --ways, is kept to measure by. Writes into the folder --out:
+
+  report.html   the accuracy on new classes, to read in a browser
+  model.keras   the network, adapted to the classes of --new; load it after
+                `import tfbilevel`
+  summary.json  the numbers of the report, the order of the classes, versions
+
+examples:
+  tfbilevel few-shot characters/ --ways 5 --shots 1 --out report/
+  tfbilevel few-shot birds/ --ways 3 --shots 5 --new my_birds/ --out report/
+  tfbilevel few-shot arrays.npz --ways 5 --shots 1 --method maml --out report/
 """
 DATA = (
     "a .csv, .parquet or .npz file (arrays x and y), or a folder of pictures with one "
@@ -74,7 +89,37 @@ def _parser() -> argparse.ArgumentParser:
     )
     _describe_data(command)
     _describe_training(command)
+    command.add_argument("--batch-size", type=_count, metavar="N")
     command.set_defaults(run=clean)
+    command = _command(commands, "few-shot", "learn to learn new classes", FEW_SHOT)
+    command.add_argument("data", help=f"{DATA}; many classes")
+    command.add_argument(
+        "--new",
+        metavar="DATA",
+        help="as data: a few examples of other classes, which model.keras tells apart. "
+        "Default: some of those kept to measure by, as an example",
+    )
+    command.add_argument("--ways", type=_count, default=5, help="classes of a task: 5")
+    command.add_argument(
+        "--shots", type=_count, default=1, help="examples of each to learn from: 1"
+    )
+    command.add_argument(
+        "--method",
+        default="anil",
+        choices=("anil", "iaptt", "maml", "fomaml", "imaml"),
+        help="default: anil",
+    )
+    command.add_argument("--steps-per-epoch", type=_count, metavar="N")
+    command.add_argument(
+        "--episodes",
+        type=_count,
+        default=600,
+        metavar="N",
+        help="tasks to measure by: 600",
+    )
+    _describe_data(command)
+    _describe_training(command)
+    command.set_defaults(run=few_shot)
     return parser
 
 
@@ -112,7 +157,6 @@ def _describe_training(command: argparse.ArgumentParser) -> None:
         "--out", required=True, metavar="FOLDER", help="the folder of the results"
     )
     command.add_argument("--epochs", type=_count, metavar="N")
-    command.add_argument("--batch-size", type=_count, metavar="N")
     command.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
     command.add_argument(
         "--overwrite",

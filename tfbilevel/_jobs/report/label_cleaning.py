@@ -1,5 +1,6 @@
 """The page about cleaned labels."""
 
+import inspect
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -174,7 +175,9 @@ def _with_interval(share: Any, n: int) -> dict[str, float]:
 
 def _choice(choice: Any) -> dict[str, Any]:
     scores = sorted((choice.scores or {}).items(), key=lambda pair: pair[1])
+    trusted = getattr(choice, "trusted_scores", None) or {}
     return {
+        "trusted_scores": [(name, f"{score:.4f}") for name, score in trusted.items()],
         "name": choice.name,
         "sentence": f"Model of the noise: {choice.name}. {choice.reason}",
         "scores": [(name, f"{score:.4f}") for name, score in scores],
@@ -196,11 +199,11 @@ def _stages(history: Mapping[str, Mapping[str, Sequence[float]]]) -> list[dict]:
 
 def _lines(cleaner: Any) -> list[str]:
     """Python lines with the arguments that are not the defaults."""
-    defaults = type(cleaner)().get_params()
+    arguments = inspect.signature(type(cleaner)).parameters
     given = [
-        f"{name}={_short(value)}"
-        for name, value in cleaner.get_params().items()
-        if value is not defaults[name] and repr(value) != repr(defaults[name])
+        f"{name}={_short(getattr(cleaner, name))}"
+        for name, argument in arguments.items()
+        if repr(getattr(cleaner, name, argument.default)) != repr(argument.default)
     ]
     return [
         "import tfbilevel as tb",
