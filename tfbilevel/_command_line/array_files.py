@@ -88,8 +88,10 @@ def _preparation(kind: str, x: np.ndarray) -> Preparation:
         return Preparation(kind, keras.Model(raw, layer(raw)), f"{shape} numbers.")
     # Pixels from 0 to 1, as augmentations expect them.
     largest = float(x.max())
-    layer = keras.layers.Rescaling(1 / 255 if 2 < largest <= 255 else 1.0)
-    return Preparation(kind, keras.Model(raw, layer(raw)), f"Images of {shape}.")
+    pixels = keras.layers.Rescaling(1 / 255 if 2 < largest <= 255 else 1.0)(raw)
+    if x.ndim == 3:
+        pixels = keras.layers.Reshape((*x.shape[1:], 1))(pixels)
+    return Preparation(kind, keras.Model(raw, pixels), f"Images of {shape}.")
 
 
 def _write_corrected(

@@ -11,7 +11,7 @@ class BadInput(Exception):
 def nearest(name: str, known: Iterable[str]) -> str:
     """The end of a message: which known name may be meant, and all of them."""
     known = list(known)
-    close = difflib.get_close_matches(name, known, 1, 0.6)
+    close = difflib.get_close_matches(name, known, 1, 0.5)
     if not close:
         lower = {each.lower(): each for each in known}
         close = [lower[name.lower()]] if name.lower() in lower else []

@@ -172,8 +172,8 @@ def _report(folder: pathlib.Path, summary: dict[str, Any], history: dict) -> Non
         curves=history,
         first_epoch=1,
         done=[
-            f"Method {summary['method']}, {summary['ways']} ways, "
-            f"{summary['shots']} shots.",
+            f"Method {summary['method']}; {summary['ways']} classes in a task, "
+            f"{summary['shots']} of each to learn from.",
             f"model.keras is adapted to: {summary['adapted_to']}. Its classes: "
             f"{', '.join(map(str, summary['classes']))}.",
         ],
