@@ -46,6 +46,7 @@ NAMES = {
     "InnerSolver",
     "InversePower",
     "IterativeSolver",
+    "LabelCleaner",
     "LazyAdam",
     "LinearRamp",
     "LinearSolution",

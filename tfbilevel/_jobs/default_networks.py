@@ -1,5 +1,6 @@
 """A network for each kind of data, for those who bring none."""
 
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -86,6 +87,18 @@ def text_layer(texts: Any, vocabulary: int = VOCABULARY) -> keras.layers.Layer:
     )
     layer.adapt(texts.astype(str), batch_size=1024)
     return layer
+
+
+def text_network(texts: Any, classes: int) -> Callable[[], keras.Model]:
+    """A function that returns new classifiers of texts as they are, [n] strings."""
+    layer = text_layer(texts)
+
+    def make() -> keras.Model:
+        inputs = keras.Input((), dtype="string")
+        hidden = _text(layer(inputs), layer.vocabulary_size())
+        return keras.Model(inputs, keras.layers.Dense(classes)(hidden))
+
+    return make
 
 
 def _tabular(x: Any, examples: Any) -> Any:

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfbilevel._jobs.networks import log_probabilities
+from tfbilevel._jobs.networks import log_probabilities, predicted
 
 
 class LastLayer:
@@ -30,10 +30,10 @@ class LastLayer:
     def features(self, x: np.ndarray) -> np.ndarray:
         """Of every example, [n, d + 1]; the last one is 1."""
         if self.dense is None:
-            outputs = self.network.predict(x, batch_size=1000, verbose=0)
+            outputs = predicted(self.network, x)
             found = np.asarray(log_probabilities(outputs, self.probabilities))
         else:
-            found = self.below.predict(x, batch_size=1000, verbose=0)
+            found = predicted(self.below, x)
         return np.hstack([found, np.ones((len(found), 1))]).astype(np.float32)
 
     def weights(self) -> np.ndarray:

@@ -10,6 +10,15 @@ import tensorflow as tf
 
 # Keras's cross-entropy of probabilities cuts them off there, too.
 SMALLEST = 1e-7
+# Layers that are adapted to data, which a clone would forget.
+ADAPTED = (
+    keras.layers.Normalization,
+    keras.layers.Discretization,
+    keras.layers.TextVectorization,
+    keras.layers.StringLookup,
+    keras.layers.IntegerLookup,
+    keras.layers.Hashing,
+)
 
 
 def fresh(
@@ -37,7 +46,7 @@ def fresh(
         keras.utils.set_random_seed(seed)
     if isinstance(model, keras.Model):
         try:
-            network = keras.models.clone_model(model)
+            network = keras.models.clone_model(model, clone_function=_copied)
         except (ValueError, NotImplementedError, TypeError) as error:
             raise ValueError(
                 f"`{argument}` must be a Keras model that keras.models.clone_model can "
@@ -58,6 +67,26 @@ def fresh(
     return network
 
 
+def _copied(layer: keras.layers.Layer) -> keras.layers.Layer:
+    """A new layer; a layer with a vocabulary or moments of data stays itself."""
+    if isinstance(layer, ADAPTED):
+        return layer
+    return type(layer).from_config(layer.get_config())
+
+
+def predicted(network: keras.Model, x: np.ndarray) -> np.ndarray:
+    """The network's outputs for examples, which may be texts, [n, K]."""
+    return network.predict(as_tensor(x), batch_size=1000, verbose=0)
+
+
+def as_tensor(x: np.ndarray) -> Any:
+    """Texts as a tensor, which Keras asks for; numbers as they are."""
+    if x.dtype.kind not in "US":
+        return x
+    with tf.device("CPU:0"):
+        return tf.constant(x)
+
+
 def _takes_both(function: Callable) -> bool:
     try:
         parameters = inspect.signature(function).parameters.values()
@@ -70,7 +99,10 @@ def _require_fitting(
     network: keras.Model, shape: tuple, classes: int, argument: str
 ) -> None:
     try:
-        outputs = tf.convert_to_tensor(network(tf.zeros((2, *shape)), training=False))
+        given = network.inputs or ()
+        text = any(each.dtype == "string" for each in given)
+        nothing = tf.fill((2, *shape), "") if text else tf.zeros((2, *shape))
+        outputs = tf.convert_to_tensor(network(nothing, training=False))
     except Exception as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
@@ -89,7 +121,7 @@ def _require_fitting(
 
 def gives_probabilities(network: keras.Model, x: Any) -> bool:
     """Whether the outputs are probabilities (a softmax at the end) or logits."""
-    outputs = np.asarray(network(x, training=False), np.float64)
+    outputs = np.asarray(network(as_tensor(x), training=False), np.float64)
     return bool((outputs >= 0).all() and np.allclose(outputs.sum(axis=1), 1, atol=1e-3))
 
 

@@ -5,6 +5,9 @@ from typing import Any
 
 import numpy as np
 
+from tfbilevel._jobs.cleaning.stages import Outcome
+from tfbilevel._jobs.intervals import wilson_interval
+
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
@@ -48,24 +51,33 @@ class Accuracy:
     n: int
 
 
-def accuracy(before: np.ndarray, after: np.ndarray) -> Accuracy:
-    """From which predictions were right, [n] booleans each."""
-    return Accuracy(
-        float(before.mean()),
-        float(after.mean()),
-        wilson(int(before.sum()), len(before)),
-        wilson(int(after.sum()), len(after)),
-        len(before),
+def accuracy(before: np.ndarray, after: np.ndarray) -> Accuracy | None:
+    """From which predictions were right, [n] booleans each; `None` of nothing."""
+    n = len(before)
+    if not n:
+        return None
+    shares = float(before.mean()), float(after.mean())
+    intervals = [wilson_interval(share, n) for share in shares]
+    return Accuracy(*shares, *intervals, n)
+
+
+def choice(found: Outcome) -> Choice:
+    """What `LabelCleaner` says about its choice."""
+    names = "class-dependent", "feature-dependent"
+    name, other = names[:: -1 if found.feature_dependent else 1]
+    belief = found.belief
+    return Choice(
+        name,
+        f"Given labels that a model did not see are {name} rather than {other}: "
+        f"log-loss {found.scores[name]:.3f} against {found.scores[other]:.3f}.",
+        found.scores,
+        found.trusted_scores,
+        {
+            "trust": belief.trust,
+            "given": belief.given,
+            "opinions": belief.opinions.tolist(),
+        },
     )
-
-
-def wilson(successes: int, n: int) -> tuple[float, float]:
-    """The 95 percent Wilson interval of a share."""
-    z = 1.959964
-    share = successes / n
-    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * np.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return float(max(0.0, middle - half)), float(min(1.0, middle + half))
 
 
 def issues(

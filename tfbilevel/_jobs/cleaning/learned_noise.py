@@ -19,7 +19,7 @@ from tfbilevel._minimize import minimize
 TRUST = (0.2, 0.9)
 # Few held-out examples say little about these numbers: a priori each logit is as at the
 # start, with this standard deviation.
-DEVIATION = 1.0
+DEVIATION = 1.5
 BATCH = 256
 INNER_STEPS = 20
 OUTER_STEPS = 40
@@ -143,7 +143,7 @@ def learned_belief(
     first = {
         "trust": _logit(share),
         "given": _logit(start.given),
-        "opinions": tf.math.log(_single(start.opinions) + 0.1),
+        "opinions": tf.math.log(_single(start.opinions) + 1e-3),
     }
     strength = 1 / (2 * len(held) * DEVIATION**2)
 

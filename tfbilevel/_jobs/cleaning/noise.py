@@ -95,3 +95,23 @@ def log_likelihoods(given_probabilities: np.ndarray, given: np.ndarray) -> np.nd
     """log P(given label), [n], cut off so that no single row decides."""
     own = given_probabilities[np.arange(len(given)), given]
     return np.log(np.maximum(own, 1e-6))
+
+
+def differ(first: np.ndarray, second: np.ndarray, deviations: float = 2.0) -> bool:
+    """Whether the means of two samples are some standard deviations apart."""
+    if len(first) < 2 or len(second) < 2:
+        return True
+    error = np.sqrt(first.var(ddof=1) / len(first) + second.var(ddof=1) / len(second))
+    return bool(abs(first.mean() - second.mean()) > deviations * error)
+
+
+def harmless(transition: np.ndarray, most: float = 0.6) -> bool:
+    """Whether training on the given labels as they are finds the right classes.
+
+    It does if a given label is likeliest where it is right: T[j, j] > T[k, j] for all
+    other k. The ratio max_k T[k, j] / T[j, j], as a mean over j, must be clearly below
+    1. Then plain cross-entropy learns faster than a corrected loss.
+    """
+    own = np.diagonal(transition)
+    others = transition - np.diag(own)
+    return bool(np.mean(others.max(axis=0) / np.maximum(own, SMALLEST)) < most)

@@ -12,9 +12,20 @@ from tfbilevel._jobs.cleaning.learned_noise import Belief, HeldOut, learned_beli
 from tfbilevel._jobs.cleaning.rows import Data, Rows
 from tfbilevel._jobs.cleaning.training import Targets, Training
 
-START = Belief(trust=0.3, given=0.7, opinions=np.array([1.0, 0.0]))
+START = Belief(trust=0.3, given=0.6, opinions=np.array([0.8, 0.2]))
 # Of the trusted examples this share trains in the first stages. The others measure.
 FITTED = 2 / 3
+
+
+TITLES = {
+    "given 1": "1/7 what labels are given, first half",
+    "given 2": "2/7 what labels are given, second half",
+    "trusted": "3/7 the trusted examples alone",
+    "start": "4/7 corrected for the first estimate of the noise",
+    "corrected 1": "5/7 corrected for the likeliest noise, first half",
+    "corrected 2": "6/7 corrected for the likeliest noise, second half",
+    "final": "7/7 the final network",
+}
 
 
 class Split(NamedTuple):
@@ -136,12 +147,15 @@ def run(
     plain = Targets.labels(given, classes)
     as_given = np.zeros((n, classes))
     on_sure = np.zeros((len(sure.labels), classes))
+    surprise = np.zeros(len(sure.labels))  # of these networks at right labels
     for number, half in enumerate(split.halves):
         train(f"given {number + 1}", 0, plain, 0.0, 0.5, rows=half)
         other = split.halves[1 - number]
         as_given[other] = p(doubtful.x[other])
         if len(sure.labels):
-            on_sure += p(sure.x) / 2
+            of_sure = p(sure.x)
+            on_sure += of_sure / 2
+            surprise -= noise.log_likelihoods(of_sure, sure.labels) / 2
     if len(sure.labels):
         transition = noise.gold_transition(on_sure[: split.fitted], fitted, classes)
         # What the trusted examples alone say.
@@ -171,18 +185,25 @@ def run(
     transition = noise.likeliest_transition(unseen, given, transition)
 
     # Which model explains given labels that it did not see?
-    by_class = noise.log_likelihoods(unseen @ transition, given)
-    by_features = noise.log_likelihoods(as_given, given)
+    by_class = -noise.log_likelihoods(unseen @ transition, given)
+    by_features = -noise.log_likelihoods(as_given, given)
     scores = {
-        "class-dependent": -float(by_class.mean()),
-        "feature-dependent": -float(by_features.mean()),
+        "class-dependent": float(by_class.mean()),
+        "feature-dependent": float(by_features.mean()),
     }
+    # If right labels surprise as much as given ones, there is no noise to speak of.
     feature_dependent = scores["feature-dependent"] < scores["class-dependent"]
-    if feature_dependent:
-        likelihoods, opinion = np.eye(classes)[given], both
+    if len(sure.labels):
+        feature_dependent &= noise.differ(surprise, by_features)
+    opinion = (
+        both
+        if feature_dependent
+        else noise.posterior((both + unseen) / 2, transition, given)
+    )
+    if feature_dependent or noise.harmless(transition):
+        likelihoods = np.eye(classes)[given]
     else:
         likelihoods = transition[:, given].T
-        opinion = noise.posterior((both + unseen) / 2, transition, given)
     opinions = np.stack([opinion, alone], axis=1)
 
     belief, trusted_scores = START, {}
