@@ -270,8 +270,10 @@ class LabelCleaner(Estimator):
                 model = text_network(x, classes)
             else:
 
-                def model() -> keras.Model:
+                def standard() -> keras.Model:
                     return default_network(x.shape[1:], classes, kind, examples=x)
+
+                model = standard
 
         return lambda number: fresh(model, x.shape[1:], classes, self.seed + number)
 

@@ -71,12 +71,13 @@ def learned_belief(
 ) -> tuple[Belief, dict[str, list[float]]]:
     """Learn the belief with which the last layers do best on held-out trusted labels.
 
-        x = (trust, given, opinions)
+        x = (trust, given, opinions, sharpness)
         g(x, y) = (1 - trust) mean_i l_i(y; given, opinions) + trust mean cross-entropy
-        f(x, y) = mean cross-entropy on the b held-out trusted examples
-                  + |x - x_start|^2 / (2 b deviation^2)
+        f(x, y) = mean cross-entropy of softmax(sharpness z) on the b held-out trusted
+                  examples + |x - x_start|^2 / (2 b deviation^2)
 
-    y are the last layers of two networks, each on the features of examples that its
+    (Training on wrong labels makes all probabilities too flat. Without the sharpness of
+    the logits z that would count as an error of the classes.) y are the last layers of two networks, each on the features of examples that its
     network did not see. `tb.Unroll` differentiates through 20 steps of Adam. Cost: 40
     outer steps on features, a second or two; and the same steps of y with x as at the
     start, the control. The learned belief is taken only if f ends below the control's.
@@ -98,8 +99,8 @@ def learned_belief(
     classes = likelihood.shape[1]
     rows = [tf.constant(half, tf.int32) for half in seen.halves]
 
-    def log_p(features: Any, heads: Any) -> tf.Tensor:
-        return tf.nn.log_softmax(tf.matmul(features, heads))
+    def log_p(features: Any, heads: Any, sharpness: Any = 1.0) -> tf.Tensor:
+        return tf.nn.log_softmax(sharpness * tf.matmul(features, heads))
 
     def of_labels(features: np.ndarray, labels: np.ndarray) -> Any:
         inputs, wanted = tf.constant(features), tf.one_hot(labels, classes)
@@ -144,28 +145,35 @@ def learned_belief(
         "trust": _logit(share),
         "given": _logit(start.given),
         "opinions": tf.math.log(_single(start.opinions) + 1e-3),
+        "sharpness": tf.constant(0.0),
     }
     strength = 1 / (2 * len(held) * DEVIATION**2)
 
     def prior(x: dict) -> tf.Tensor:
-        moved = [tf.reduce_sum(tf.square(x[name] - first[name])) for name in first]
+        names = ("trust", "given", "opinions")
+        moved = [tf.reduce_sum(tf.square(x[name] - first[name])) for name in names]
         return strength * tf.add_n(moved)
 
-    problem = Problem(lambda x, heads, batch: unseen(heads) + prior(x), lower_loss)
+    def upper_loss(x: dict, heads: Any, batch: Any) -> tf.Tensor:
+        return unseen(heads, tf.exp(x["sharpness"])) + prior(x)
+
+    problem = Problem(upper_loss, lower_loss)
     inner = InnerSolver(
         keras.optimizers.Adam(2e-3), INNER_STEPS, optimizer_state="carry"
     )
     ends = {}
-    for name, rate in (("learned", 0.15), ("start", 0.0)):
+    for name in ("learned", "start"):
+        # The control learns the sharpness alone.
+        kept = () if name == "learned" else ("trust", "given", "opinions")
         ends[name] = minimize(
-            problem,
+            _frozen(problem, first, kept),
             Unroll(inner),
-            first,
+            {key: value for key, value in first.items() if key not in kept},
             tf.constant(seen.weights),
-            keras.optimizers.Adam(rate),
+            keras.optimizers.Adam(0.15),
             batches,
             OUTER_STEPS,
-            trace=lambda point: unseen(point.lower),
+            trace=lambda point: unseen(point.lower, tf.exp(point.upper["sharpness"])),
         )
     losses = {name: [float(v) for v in end.trace] for name, end in ends.items()}
     x = ends["learned"].upper
@@ -178,6 +186,16 @@ def learned_belief(
         tf.nn.softmax(x["opinions"]).numpy(),
     )
     return found, losses
+
+
+def _frozen(problem: Problem, first: dict, kept: tuple[str, ...]) -> Problem:
+    """The problem with some of the upper variables as at the start."""
+    fixed = {name: first[name] for name in kept}
+
+    def of(loss: Any) -> Any:
+        return lambda x, heads, batch: loss({**fixed, **x}, heads, batch)
+
+    return Problem(of(problem.upper_loss), of(problem.lower_loss))
 
 
 def _single(values: Any) -> tf.Tensor:

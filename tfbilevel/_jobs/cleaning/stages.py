@@ -13,6 +13,7 @@ from tfbilevel._jobs.cleaning.rows import Data, Rows
 from tfbilevel._jobs.cleaning.training import Targets, Training
 
 START = Belief(trust=0.3, given=0.6, opinions=np.array([0.8, 0.2]))
+LITTLE = 0.1  # a share of wrong labels
 # Of the trusted examples this share trains in the first stages. The others measure.
 FITTED = 2 / 3
 
@@ -147,15 +148,12 @@ def run(
     plain = Targets.labels(given, classes)
     as_given = np.zeros((n, classes))
     on_sure = np.zeros((len(sure.labels), classes))
-    surprise = np.zeros(len(sure.labels))  # of these networks at right labels
     for number, half in enumerate(split.halves):
         train(f"given {number + 1}", 0, plain, 0.0, 0.5, rows=half)
         other = split.halves[1 - number]
         as_given[other] = p(doubtful.x[other])
         if len(sure.labels):
-            of_sure = p(sure.x)
-            on_sure += of_sure / 2
-            surprise -= noise.log_likelihoods(of_sure, sure.labels) / 2
+            on_sure += p(sure.x) / 2
     if len(sure.labels):
         transition = noise.gold_transition(on_sure[: split.fitted], fitted, classes)
         # What the trusted examples alone say.
@@ -191,10 +189,11 @@ def run(
         "class-dependent": float(by_class.mean()),
         "feature-dependent": float(by_features.mean()),
     }
-    # If right labels surprise as much as given ones, there is no noise to speak of.
-    feature_dependent = scores["feature-dependent"] < scores["class-dependent"]
-    if len(sure.labels):
-        feature_dependent &= noise.differ(surprise, by_features)
+    # With little noise both are the same, and T says which labels are wrong.
+    feature_dependent = (
+        scores["feature-dependent"] < scores["class-dependent"]
+        and noise.share(transition, given) > LITTLE
+    )
     opinion = (
         both
         if feature_dependent
