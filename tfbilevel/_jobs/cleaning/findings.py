@@ -56,9 +56,9 @@ def accuracy(before: np.ndarray, after: np.ndarray) -> Accuracy | None:
     n = len(before)
     if not n:
         return None
-    shares = float(before.mean()), float(after.mean())
-    intervals = [wilson_interval(share, n) for share in shares]
-    return Accuracy(*shares, *intervals, n)
+    first, second = float(before.mean()), float(after.mean())
+    intervals = wilson_interval(first, n), wilson_interval(second, n)
+    return Accuracy(first, second, *intervals, n)
 
 
 def choice(found: Outcome) -> Choice:

@@ -76,11 +76,12 @@ def learned_belief(
         f(x, y) = mean cross-entropy of softmax(sharpness z) on the b held-out trusted
                   examples + |x - x_start|^2 / (2 b deviation^2)
 
-    (Training on wrong labels makes all probabilities too flat. Without the sharpness of
-    the logits z that would count as an error of the classes.) y are the last layers of two networks, each on the features of examples that its
-    network did not see. `tb.Unroll` differentiates through 20 steps of Adam. Cost: 40
-    outer steps on features, a second or two; and the same steps of y with x as at the
-    start, the control. The learned belief is taken only if f ends below the control's.
+    y are the last layers of two networks, each on the features of examples that its
+    network did not see. (Training on wrong labels makes all probabilities too flat.
+    Without the sharpness of the logits z that would count as an error.) `tb.Unroll`
+    differentiates through 20 steps of Adam. Cost: 40 outer steps on features, a second
+    or two; and the same steps of y with x as at the start but the sharpness, the
+    control. The learned belief is taken only if f ends below the control's.
 
     Args:
         seen: the features.
@@ -104,9 +105,12 @@ def learned_belief(
 
     def of_labels(features: np.ndarray, labels: np.ndarray) -> Any:
         inputs, wanted = tf.constant(features), tf.one_hot(labels, classes)
-        return lambda heads: (
-            -tf.reduce_mean(tf.reduce_sum(wanted * log_p(inputs, heads), axis=-1))
-        )
+
+        def mean(heads: Any, sharpness: Any = 1.0) -> tf.Tensor:
+            own = wanted * log_p(inputs, heads, sharpness)
+            return -tf.reduce_mean(tf.reduce_sum(own, axis=-1))
+
+        return mean
 
     sure, unseen = of_labels(seen.trusted, trusted), of_labels(seen.held, held)
 

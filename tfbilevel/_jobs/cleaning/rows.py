@@ -61,6 +61,11 @@ def data_of(x: Any, y: Any, trusted: Any) -> Data:
     classes = classes_of(y, trusted_y, arguments=("y", "trusted[1]"))
     labels = classes.indices(y, "y")
     right = classes.indices(trusted_y, "trusted[1]")
+    if len(np.unique(labels)) < 2:
+        raise ValueError(
+            "`y` must hold at least two classes. Received: only one class, "
+            f"{classes.values[labels[0]]!r}"
+        )
     _require_as_many(inputs, labels, "x", "y")
     _require_as_many(sure, right, "trusted[0]", "trusted[1]")
     if sure.shape[1:] != inputs.shape[1:] or _is_text(sure) != _is_text(inputs):

@@ -150,6 +150,7 @@ class Training:
             data,
             epochs=max(1, round(steps / per_epoch)),
             steps_per_epoch=per_epoch,
+            shuffle=False,  # the batches are shuffled already
             callbacks=callbacks,
             verbose=verbose,
         )

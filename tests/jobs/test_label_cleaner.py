@@ -1,0 +1,259 @@
+"""Label cleaning: models of the noise, trainings, and the estimator."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import tfbilevel as tb
+from tfbilevel._jobs.cleaning import noise
+from tfbilevel._jobs.cleaning.training import Targets, target_loss
+from tfbilevel._jobs.last_layer import LastLayer, log_probabilities_of
+
+CONFUSED = np.array([[0.5, 0.4, 0.1], [0.0, 0.7, 0.3], [0.2, 0.2, 0.6]])
+
+
+def blobs(n: int, seed: int, wrong: float = 0.4) -> tuple:
+    """Three clusters; of a share the label is that of the next class."""
+    random = np.random.default_rng(seed)
+    right = random.integers(0, 3, n)
+    centers = np.array([[0.0, 2.0], [2.0, -1.0], [-2.0, -1.0]])
+    x = (centers[right] + 0.6 * random.normal(size=(n, 2))).astype(np.float32)
+    flipped = random.random(n) < wrong
+    return x, right, np.where(flipped, (right + 1) % 3, right)
+
+
+def linear() -> keras.Model:
+    return keras.Sequential([keras.Input((2,)), keras.layers.Dense(3)])
+
+
+def fitted(**arguments) -> tuple:
+    x, right, given = blobs(600, 0)
+    sure, sure_labels, _ = blobs(60, 1)
+    cleaner = tb.LabelCleaner(linear, batch_size=64, learning_rate=0.05, **arguments)
+    cleaner.fit(x, given, trusted=(sure, sure_labels), epochs=4, verbose=0)
+    return cleaner, x, right, given
+
+
+def test_gold_transition_is_the_mean_of_the_predictions_by_class() -> None:
+    predicted = np.array([[0.8, 0.2, 0.0], [0.6, 0.4, 0.0], [0.1, 0.1, 0.8]])
+    found = noise.gold_transition(predicted, np.array([0, 0, 2]), 3)
+    # The sums, plus 0.1 pseudo-examples spread over the classes.
+    third = 0.1 / 3
+    first = np.array([1.4 + third, 0.6 + third, third]) / 2.1
+    np.testing.assert_allclose(found[0], first, rtol=1e-12)
+    assert found[1].argmax() == 1  # a class without a trusted example keeps its label
+    np.testing.assert_allclose(found.sum(axis=1), 1)
+
+
+def test_em_finds_the_transition_where_classes_are_known() -> None:
+    """With p one-hot the likeliest T is the table of counts."""
+    random = np.random.default_rng(0)
+    right = random.integers(0, 3, 500)
+    given = np.array([random.choice(3, p=CONFUSED[k]) for k in right])
+    counts = np.zeros((3, 3))
+    np.add.at(counts, (right, given), 1)
+    expected = counts / counts.sum(axis=1, keepdims=True)
+    start = np.full((3, 3), 1 / 3)
+    found = noise.likeliest_transition(np.eye(3)[right], given, start)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_em_reaches_a_stationary_point_of_the_likelihood() -> None:
+    """At the maximum over the simplex each row's gradient is equal where T > 0."""
+    random = np.random.default_rng(1)
+    p = random.dirichlet([0.3, 0.3, 0.3], 2000)
+    right = np.array([random.choice(3, p=row) for row in p])
+    given = np.array([random.choice(3, p=CONFUSED[k]) for k in right])
+    found = noise.likeliest_transition(p, given, np.full((3, 3), 1 / 3), 5000)
+    explained = np.take_along_axis(p @ found, given[:, None], axis=1)
+    gradient = np.zeros((3, 3))
+    for label in range(3):
+        gradient[:, label] = (p / explained)[given == label].sum(axis=0)
+    inside = found > 1e-3
+    for row, used in zip(gradient, inside, strict=True):
+        np.testing.assert_allclose(row[used], row[used].mean(), rtol=0.02)
+    np.testing.assert_allclose(found, CONFUSED, atol=0.06)
+
+
+def test_posterior_is_bayes_rule() -> None:
+    p = np.array([[0.5, 0.3, 0.2]])
+    found = noise.posterior(p, CONFUSED, np.array([1]))
+    joint = np.array([0.5 * 0.4, 0.3 * 0.7, 0.2 * 0.2])
+    np.testing.assert_allclose(found[0], joint / joint.sum())
+
+
+def test_noise_is_harmless_if_a_label_is_likeliest_where_it_is_right() -> None:
+    symmetric = np.full((10, 10), 0.08 / 0.9 * 0.5)
+    np.fill_diagonal(symmetric, 0.6)
+    assert noise.harmless(symmetric)
+    to_next = 0.45 * np.eye(10) + 0.55 * np.roll(np.eye(10), 1, axis=1)
+    assert not noise.harmless(to_next)
+    assert noise.share(symmetric, np.arange(10)) == pytest.approx(0.4)
+
+
+def test_target_loss_by_hand() -> None:
+    p = np.array([[0.7, 0.2, 0.1]])
+    targets = Targets.of(CONFUSED[:, [1]].T, np.array([[0.0, 1.0, 0.0]]), 0.25)
+    found = target_loss(tf.constant(targets.values), tf.math.log(tf.constant(p)))
+    forward = -np.log(0.7 * 0.4 + 0.2 * 0.7 + 0.1 * 0.2)
+    np.testing.assert_allclose(found, [0.75 * forward - 0.25 * np.log(0.2)], rtol=1e-6)
+
+
+def test_last_layer_gives_the_networks_probabilities() -> None:
+    x = np.random.default_rng(0).normal(size=(7, 4)).astype(np.float32)
+    layers = keras.layers
+    heads = [
+        [layers.Dense(3)],
+        [layers.Dense(3, "softmax")],
+        [layers.Dense(3), layers.Softmax()],
+        [layers.Dense(3), layers.BatchNormalization()],  # the last one is not linear
+    ]
+    for head in heads:
+        body = [keras.Input((4,)), layers.Dense(5, "relu")]
+        network = keras.Sequential([*body, *head])
+        outputs = np.asarray(network(x))
+        gives = bool(np.allclose(outputs.sum(axis=1), 1))
+        expected = outputs if gives else tf.nn.softmax(outputs).numpy()
+        last = LastLayer(network, gives)
+        assert (last.dense is None) == (len(head) == 2 and "normal" in head[1].name)
+        found = np.exp(log_probabilities_of(last.features(x), last.weights()))
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_wrong_labels_are_found_and_corrected() -> None:
+    cleaner, x, right, given = fitted()
+    assert np.mean(given == right) < 0.65
+    assert np.mean(cleaner.corrected_labels_ == right) > 0.97
+    fresh_x, fresh_right, _ = blobs(300, 2)
+    assert cleaner.score(fresh_x, fresh_right) > 0.97
+    # T is the flipping that was done: 0.6 kept, 0.4 to the next class.
+    expected = 0.6 * np.eye(3) + 0.4 * np.roll(np.eye(3), 1, axis=1)
+    np.testing.assert_allclose(cleaner.transition_, expected, atol=0.08)
+    wrong = given != right
+    assert np.median(cleaner.weights_[wrong]) < 0.1
+    assert np.median(cleaner.weights_[~wrong]) > 0.9
+    issues = {
+        name: np.asarray(cleaner.label_issues_[name])
+        for name in (
+            "row",
+            "given_label",
+            "suggested_label",
+            "probability_right",
+            "rank",
+        )
+    }
+    rows = issues["row"]
+    np.testing.assert_array_equal(issues["given_label"], given[rows])
+    np.testing.assert_array_equal(
+        issues["suggested_label"], cleaner.corrected_labels_[rows]
+    )
+    np.testing.assert_array_equal(
+        np.sort(rows), np.flatnonzero(cleaner.corrected_labels_ != given)
+    )
+    assert (np.diff(issues["probability_right"]) >= 0).all()
+    assert cleaner.choice_.name == "class-dependent"
+    assert cleaner.accuracy_.n == 20
+    assert cleaner.accuracy_.after > cleaner.accuracy_.before
+
+
+def test_the_control_believes_what_it_did_at_the_start() -> None:
+    cleaner, *_ = fitted(learn=False)
+    assert cleaner.choice_.belief["trust"] == 0.3
+    assert cleaner.choice_.trusted_scores == {}
+    assert "belief" not in cleaner.history_
+
+
+def test_labels_of_any_kind_give_the_same_result() -> None:
+    x, right, given = blobs(200, 0)
+    sure, sure_labels, _ = blobs(30, 1)
+    names = np.array(["ape", "bee", "cow"])
+    found = []
+    for code in (lambda v: v, lambda v: names[v], lambda v: np.eye(3)[v]):
+        cleaner = tb.LabelCleaner(linear, batch_size=50)
+        cleaner.fit(
+            x, code(given), trusted=(sure, code(sure_labels)), epochs=1, verbose=0
+        )
+        found.append((cleaner.corrected_labels_, cleaner.predict(x)))
+    for integers, text, one_hot in zip(*found, strict=True):
+        np.testing.assert_array_equal(names[integers], text)
+        np.testing.assert_array_equal(integers, one_hot.argmax(axis=1))
+
+
+def test_datasets_softmax_outputs_and_compiled_models() -> None:
+    """A dataset of batches is the same as its arrays; a softmax is noticed."""
+    x, right, given = blobs(200, 0)
+    sure, sure_labels, _ = blobs(30, 1)
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(3, "softmax")])
+    model.compile("sgd", "sparse_categorical_crossentropy")
+    before = model.get_weights()
+
+    def of(*arrays):
+        return tf.data.Dataset.from_tensor_slices(arrays).batch(64)
+
+    one = tb.LabelCleaner(model).fit(
+        x, given, trusted=(sure, sure_labels), epochs=1, verbose=0
+    )
+    two = tb.LabelCleaner(model).fit(
+        of(x, given), trusted=of(sure, sure_labels), epochs=1, verbose=0
+    )
+    np.testing.assert_array_equal(one.predict_proba(x), two.predict_proba(x))
+    np.testing.assert_allclose(one.predict_proba(x).sum(axis=1), 1, atol=1e-6)
+    np.testing.assert_allclose(
+        one.predict_proba(x), one.model_.predict(x, verbose=0), atol=1e-6
+    )
+    for kept, now in zip(before, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(kept, now)
+
+
+GOOD_X, _, GOOD_Y = blobs(40, 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"y": GOOD_Y[:30]}, "`x` and `y` must have as many rows"),
+        ({"y": np.zeros(40, int)}, "hold at least two classes|every class"),
+        ({"y": GOOD_Y + 0.5}, "`y` must be classes"),
+        ({"x": np.where(GOOD_X > 3, np.nan, GOOD_X) * np.nan}, "`x` must not hold NaN"),
+        ({"trusted": (GOOD_X[:5], np.zeros(5, int))}, r"no trusted example of 1, 2"),
+        ({"trusted": (GOOD_X[:, :1], GOOD_Y)}, "examples like those in `x`"),
+        ({"trusted": GOOD_X}, r"`trusted` must be \(x, y\)"),
+        ({"trusted": (GOOD_X, GOOD_Y.astype(str))}, "labels of one kind"),
+        ({"x": GOOD_X[:, :1], "trusted": None}, "must take examples of shape"),
+        ({"y": None}, "`y` must be the labels of `x`"),
+        ({"y": np.arange(40) % 4, "trusted": None}, "one output per class, 4 here"),
+    ],
+)
+def test_bad_input_is_refused_before_training(change: dict, message: str) -> None:
+    def untrained():
+        network = linear()
+        network.fit = lambda *a, **k: pytest.fail("training began")
+        return network
+
+    data = {"x": GOOD_X, "y": GOOD_Y, "trusted": (GOOD_X, GOOD_Y)} | change
+    with pytest.raises(ValueError, match=message):
+        tb.LabelCleaner(untrained).fit(
+            data["x"], data["y"], trusted=data["trusted"], verbose=0
+        )
+
+
+def test_predict_before_fit_and_other_shapes_are_refused() -> None:
+    with pytest.raises(ValueError, match="`fit` must be called"):
+        tb.LabelCleaner(linear).predict(GOOD_X)
+
+
+@pytest.mark.slow
+def test_scikit_learns_checks_pass() -> None:
+    """On arrays, with networks for tables."""
+    from sklearn.utils.estimator_checks import check_estimator
+
+    done = check_estimator(
+        tb.LabelCleaner(epochs=2, learning_rate=0.01), on_skip=None, on_fail=None
+    )
+    failed = {
+        c["check_name"]: str(c["exception"])[:300]
+        for c in done
+        if c["status"] == "failed"
+    }
+    assert failed == {}
