@@ -26,6 +26,22 @@ def fresh(model: Any, shape: tuple[int, ...], classes: int, seed: int) -> keras.
         ValueError: if it is none of these, has no weights to train, does not take
             such examples, or has another number of outputs.
     """
+    network = new_network(model, shape, classes, seed)
+    _require_fitting(network, shape, classes)
+    return network
+
+
+def new_network(
+    model: Any, shape: tuple[int, ...], outputs: int | None, seed: int
+) -> keras.Model:
+    """A new network with random weights, as in `fresh`, for any number of outputs.
+
+    Args:
+        model: as for `fresh`.
+        shape: the shape of one example.
+        outputs: what a function with two parameters receives as the second one.
+        seed: the seed of the initial weights.
+    """
     keras.utils.set_random_seed(seed)
     if isinstance(model, keras.Model):
         try:
@@ -37,7 +53,7 @@ def fresh(model: Any, shape: tuple[int, ...], classes: int, seed: int) -> keras.
                 f"{type(model).__name__}, {error}"
             ) from error
     elif callable(model):
-        network = model(shape, classes) if _takes_both(model) else model()
+        network = model(shape, outputs) if _takes_both(model) else model()
     else:
         network = None
     if not isinstance(network, keras.Model):
@@ -46,8 +62,28 @@ def fresh(model: Any, shape: tuple[int, ...], classes: int, seed: int) -> keras.
             f"Received: model={model!r}"
             + (f", which returned {network!r}" if callable(model) else "")
         )
-    _require_fitting(network, shape, classes)
     return network
+
+
+def outputs_of(network: keras.Model, shape: tuple[int, ...]) -> list[tuple]:
+    """The shape of each output for one example, without the axis of the examples.
+
+    Raises:
+        ValueError: if the network does not take such examples, or has no weights to
+            train.
+    """
+    try:
+        outputs = network(tf.zeros((2, *shape)), training=False)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"`model` must take examples of shape {shape}, like `x`. Change its "
+            f"keras.Input, or reshape `x`. Received: {reason}"
+        ) from error
+    if not network.trainable_variables:
+        raise ValueError("`model` must have weights to train. Received: none")
+    flat = tf.nest.flatten(outputs)
+    return [tuple(tf.convert_to_tensor(one).shape[1:]) for one in flat]
 
 
 def _takes_both(function: Callable) -> bool:
@@ -59,22 +95,13 @@ def _takes_both(function: Callable) -> bool:
 
 
 def _require_fitting(network: keras.Model, shape: tuple, classes: int) -> None:
-    try:
-        outputs = tf.convert_to_tensor(network(tf.zeros((2, *shape)), training=False))
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"`model` must take examples of shape {shape}, like `x`. Change its "
-            f"keras.Input, or reshape `x`. Received: {reason}"
-        ) from error
-    if outputs.shape.rank != 2 or outputs.shape[1] != classes:
+    found = outputs_of(network, shape)
+    if found != [(classes,)]:
         raise ValueError(
             f"`model` must have one output per class, {classes} here. End it with "
             f"keras.layers.Dense({classes}). Received: outputs of shape "
-            f"{tuple(outputs.shape[1:])} per example"
+            f"{', '.join(map(str, found))} per example"
         )
-    if not network.trainable_variables:
-        raise ValueError("`model` must have weights to train. Received: none")
 
 
 def gives_probabilities(network: keras.Model, x: Any) -> bool:
