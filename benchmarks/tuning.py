@@ -136,7 +136,7 @@ def tuned(trainer: Trainer) -> list[dict]:
     """One run of the tuner: the network of the search, and that of the refit."""
     args, ((x, y), held, _) = trainer.args, trainer.parts
     rows = []
-    for refit in (False, True):
+    for refit in (False, True):  # the second run repeats the search of the first
         tuner = tb.HyperparameterTuner(
             network, search(), optimizer=trainer.optimizer(), refit=refit, seed=args.seed
         )

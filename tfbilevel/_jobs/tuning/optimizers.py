@@ -10,6 +10,7 @@ from tfbilevel._jobs.tuning.optimizer_options import OptimizerOption
 from tfbilevel._optimizers.update_rule import UpdateRule, configuration, optimizer_of
 
 RATE = 1e-3
+UPPER_RATE = 0.1
 
 
 def optimizer_for(
@@ -42,6 +43,22 @@ def optimizer_for(
             f"{type(optimizer).__name__} with a LearningRateSchedule"
         )
     return optimizer
+
+
+def upper_optimizer(warmup: float, steps: int) -> keras.optimizers.Optimizer:
+    """The default for the hyperparameters.
+
+    Args:
+        warmup: the share of the steps without a change.
+        steps: number of all steps.
+    """
+    rate: Any = UPPER_RATE
+    if round(warmup * steps):
+        rate = keras.optimizers.schedules.PiecewiseConstantDecay(
+            [round(warmup * steps) - 1], [0.0, UPPER_RATE]
+        )
+    # A short memory: hypergradients of the beginning are much larger than later ones.
+    return keras.optimizers.Adam(rate, beta_2=0.9)
 
 
 def with_found(

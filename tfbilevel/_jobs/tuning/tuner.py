@@ -6,13 +6,17 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfbilevel._core.arguments import require_choice, require_count
+from tfbilevel._core.arguments import require_choice, require_count, require_number
 from tfbilevel._core.inner_solver import InnerSolver
 from tfbilevel._jobs.estimator import Estimator
 from tfbilevel._jobs.tuning.hyperparameter import Hyperparameter, Setting
 from tfbilevel._jobs.tuning.job import Job, of_arrays, of_datasets
 from tfbilevel._jobs.tuning.losses import FixedTraining, Losses
-from tfbilevel._jobs.tuning.optimizers import optimizer_for, with_found
+from tfbilevel._jobs.tuning.optimizers import (
+    optimizer_for,
+    upper_optimizer,
+    with_found,
+)
 from tfbilevel._jobs.tuning.record import Recorder, columns, picture, table
 from tfbilevel._jobs.tuning.streams import inputs
 from tfbilevel._jobs.tuning.values import Values
@@ -60,8 +64,11 @@ class HyperparameterTuner(Estimator):
         inner_steps: training steps for each step of the hyperparameters.
         horizon: how many of them are differentiated; more than `inner_steps` raises
             that number.
+        warmup: the share of the epochs, from 0 to below 1, in which the hyperparameters
+            stay at their starts: early on, everything that slows the training down
+            looks harmful. Only for the default `upper_optimizer`.
         upper_optimizer: a Keras optimizer for the hyperparameters' variables without
-            bounds. `None`: Adam(0.1).
+            bounds. `None`: Adam(0.1, beta_2=0.9), after the warm-up.
         refit: True: train a new network with the values found. False: keep the network
             that was trained while they changed. "all": train a new one on the
             validation data too; nothing is then left to measure it by.
@@ -112,6 +119,7 @@ class HyperparameterTuner(Estimator):
         loss: Any = None,
         inner_steps: int = 5,
         horizon: int = 1,
+        warmup: float = 0.25,
         upper_optimizer: Any = None,
         refit: bool | str = True,
         jit_compile: bool | str = False,
@@ -123,6 +131,7 @@ class HyperparameterTuner(Estimator):
         self.loss = loss
         self.inner_steps = inner_steps
         self.horizon = horizon
+        self.warmup = warmup
         self.upper_optimizer = upper_optimizer
         self.refit = refit
         self.jit_compile = jit_compile
@@ -209,6 +218,8 @@ class HyperparameterTuner(Estimator):
         require_count(self.inner_steps, "inner_steps")
         require_count(self.horizon, "horizon")
         require_choice(self.refit, "refit", REFIT)
+        rule = "from 0 to below 1"
+        require_number(self.warmup, "warmup", lambda v: 0 <= v < 1, rule)
 
     def _tuned(
         self, job: Job, epochs: int, batch_size: int, callbacks: Any, verbose: Any
@@ -238,7 +249,7 @@ class HyperparameterTuner(Estimator):
         memory = "tape" if self.horizon < 3 else "replay"
         model.compile(
             Unroll(inner, last=self.horizon, memory=memory),
-            self.upper_optimizer or keras.optimizers.Adam(0.1),
+            self.upper_optimizer or upper_optimizer(self.warmup, epochs * per_epoch),
             jit_compile=self.jit_compile,
         )
         recorder = Recorder(values, lambda: _measured(losses, values.numbers(), job))
