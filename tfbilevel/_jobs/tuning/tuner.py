@@ -246,9 +246,8 @@ class HyperparameterTuner(Estimator):
             lambda upper, lower, batch: losses.validation(upper.values(), *batch),
             lambda upper, lower, batch: losses.training(upper.values(), *batch),
         )
-        memory = "tape" if self.horizon < 3 else "replay"
         model.compile(
-            Unroll(inner, last=self.horizon, memory=memory),
+            Unroll(inner, last=self.horizon),
             self.upper_optimizer or upper_optimizer(self.warmup, epochs * per_epoch),
             jit_compile=self.jit_compile,
         )
