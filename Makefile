@@ -15,7 +15,10 @@ PYTEST = $(BIN)/python -m pytest -n 2 --dist loadgroup --max-worker-restart=0
 test: .venv/test
 	$(PYTEST)
 
+# The report is looked at in a browser, where there is one or Debian can install it.
 test-slow: .venv/test
+	command -v chromium >/dev/null || (apt-get update && apt-get install -y \
+		--no-install-recommends chromium) >/dev/null 2>&1 || true
 	$(PYTEST) -m slow
 
 lint: .venv/test

@@ -73,9 +73,10 @@ def data(args: argparse.Namespace) -> tuple:
     import tensorflow_datasets as tfds
 
     parts = tfds.as_numpy(tfds.load("fashion_mnist", batch_size=-1))
-    x, y = ((parts[k]["image"] / 255.0).astype("float32") for k in ("train", "test")), [
-        parts[k]["label"].astype(int) for k in ("train", "test")
-    ]
+    x, y = (
+        ((parts[k]["image"] / 255.0).astype("float32") for k in ("train", "test")),
+        [parts[k]["label"].astype(int) for k in ("train", "test")],
+    )
     (x, xt), (y, yt) = x, y
     rows = np.random.default_rng(args.seed).permutation(len(x))
     train, held = rows[: args.images], rows[args.images :][: args.validation]
@@ -138,7 +139,11 @@ def tuned(trainer: Trainer) -> list[dict]:
     rows = []
     for refit in (False, True):  # the second run repeats the search of the first
         tuner = tb.HyperparameterTuner(
-            network, search(), optimizer=trainer.optimizer(), refit=refit, seed=args.seed
+            network,
+            search(),
+            optimizer=trainer.optimizer(),
+            refit=refit,
+            seed=args.seed,
         )
         begun = time.perf_counter()
         tuner.fit(

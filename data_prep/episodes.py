@@ -5,6 +5,7 @@ import tensorflow as tf
 
 import tfbilevel as tb
 from data_prep.classes import Classes
+from tfbilevel._jobs.few_shot.episodes import labels, sampler
 
 
 def episodes(
@@ -18,12 +19,9 @@ def episodes(
 ) -> tf.data.Dataset:
     """An endless dataset of meta-batches, starting with the `first` one.
 
-    A task consists of `ways` classes, labelled 0, ..., ways - 1 in the order sampled.
-    Each class has `shots` images for the lower level (support) and `queries` other
-    images for the upper level (query). Tasks of a meta-batch have no class in common
-    until the classes are used up; then all classes are used again. Meta-batch n depends
-    only on the arguments and n, so a resumed run gets the same ones as an uninterrupted
-    run.
+    The tasks are those of the library's `sampler`, which `tb.FewShotLearner` uses:
+    `shots` images of each class are for the lower level (support), `queries` others for
+    the upper level (query).
 
     Args:
         classes: the classes to sample from; images stay uint8 in memory.
@@ -57,37 +55,15 @@ def episodes(
             f"{sizes[smallest]} images"
         )
     images = tf.constant(classes.images)
-    starts = tf.constant(classes.starts[:-1], tf.int32)
-    counts = tf.constant(sizes, tf.int32)
-    # The number of tasks without a common class; then the classes are shuffled again.
-    per_shuffle = len(sizes) // ways
-    shuffles = -(-tasks // per_shuffle)
-    labels = tf.repeat(tf.range(ways), [shots]), tf.repeat(tf.range(ways), [queries])
+    sample = sampler(sizes, ways, shots, queries, tasks, seed)
 
-    def draw(number: tf.Tensor) -> tb.Batches:
-        keys = tf.random.experimental.stateless_split(
-            tf.stack([tf.constant(seed, tf.int64), number]), shuffles + 1
-        )
-        chosen = [
-            tf.random.experimental.stateless_shuffle(tf.range(len(sizes)), keys[i])
-            for i in range(shuffles)
-        ]
-        chosen = [some[: per_shuffle * ways] for some in chosen]
-        drawn = tf.concat(chosen, axis=0)[: tasks * ways]
-        # The images with the largest of random numbers, one per image of the classes.
-        noise = tf.random.stateless_uniform([tasks * ways, int(sizes.max())], keys[-1])
-        own = tf.range(int(sizes.max())) < tf.gather(counts, drawn)[:, None]
-        _, places = tf.math.top_k(tf.where(own, noise, -1.0), shots + queries)
-        numbers = tf.gather(starts, drawn)[:, None] + places
+    def batches(number: tf.Tensor) -> tb.Batches:
+        def part(places: tf.Tensor, each: int) -> tuple[tf.Tensor, tf.Tensor]:
+            pixels = tf.cast(tf.gather(images, places), tf.float32) / 255
+            return pixels, labels(ways, each, tasks)
 
-        def part(these: tf.Tensor, label: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-            flat = tf.reshape(these, [tasks, -1])
-            pixels = tf.cast(tf.gather(images, flat), tf.float32) / 255
-            return pixels, tf.tile(label[None], [tasks, 1])
-
-        support = part(numbers[:, :shots], labels[0])
-        query = part(numbers[:, shots:], labels[1])
-        return tb.Batches(upper=query, lower=support)
+        support, query = sample(number)
+        return tb.Batches(upper=part(query, queries), lower=part(support, shots))
 
     numbers = tf.data.Dataset.counter(first)
-    return numbers.map(draw, tf.data.AUTOTUNE).prefetch(tf.data.AUTOTUNE)
+    return numbers.map(batches, tf.data.AUTOTUNE).prefetch(tf.data.AUTOTUNE)

@@ -33,6 +33,9 @@ from tfbilevel._core.schedules import Geometric as Geometric
 from tfbilevel._core.schedules import InversePower as InversePower
 from tfbilevel._core.schedules import LinearRamp as LinearRamp
 from tfbilevel._core.schedules import Schedule as Schedule
+from tfbilevel._jobs.cleaning.label_cleaner import LabelCleaner as LabelCleaner
+from tfbilevel._jobs.few_shot.accuracy import FewShotScore as FewShotScore
+from tfbilevel._jobs.few_shot.learner import FewShotLearner as FewShotLearner
 from tfbilevel._jobs.tuning.tuner import HyperparameterTuner as HyperparameterTuner
 from tfbilevel._keras.backup import Backup as Backup
 from tfbilevel._keras.dynamic import Dynamic as Dynamic

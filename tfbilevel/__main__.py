@@ -1,1 +1,7 @@
 """`python -m tfbilevel`, the same as the command `tfbilevel`."""
+
+import sys
+
+from tfbilevel._command_line.main import main
+
+sys.exit(main())

@@ -166,10 +166,6 @@ BAD: dict[str, tuple[Callable[[], Any], list[str]]] = {
     "start of words": (lambda: tb.LinearRamp("0", 1.0, 5), ["`start`", "'0'"]),
     "decay of words": (lambda: tb.Aggregation(0.5, "slow"), ["`decay`", "'slow'"]),
     "geometric start": (lambda: tb.Geometric(float("inf"), 0.5), ["`start`"]),
-    "pair of arrays": (
-        lambda: tb.pair(np.ones(3), RANGE),
-        ["`upper_dataset`", "tf.data.Dataset"],
-    ),
     "pair of nothing": (
         lambda: tb.pair(RANGE, RANGE.take(0)),
         ["`lower_dataset`", "empty"],

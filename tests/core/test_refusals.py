@@ -209,12 +209,6 @@ def test_batches_of_unknown_sizes_are_refused_in_the_step(
             gradient(tb.Batches(tf.ones([upper]), tf.ones([lower])))
 
 
-def test_export_says_what_to_export(tmp_path) -> None:
-    with pytest.raises(ValueError, match=r"model\.lower\.export"):
-        make().export(tmp_path / "served")
-    assert not list(tmp_path.iterdir())
-
-
 @pytest.mark.parametrize("rates", [[0.1, 0.05], np.full(3, 0.1), tf.fill([3], 0.1)])
 def test_a_vector_of_rates_one_per_inner_step_gets_one_line(rates) -> None:
     with pytest.raises(ValueError, match="one rate per inner step.*PiecewiseConstant"):

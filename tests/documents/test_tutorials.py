@@ -4,6 +4,7 @@ import pathlib
 import re
 
 import matplotlib
+import numpy as np
 import pytest
 from test_docs import ROOT, run
 
@@ -18,7 +19,8 @@ def table(page: pathlib.Path) -> dict[str, float]:
 
 
 @pytest.mark.parametrize(
-    "name", ["noisy_labels", "regularisation", "maml", "own_method"]
+    "name",
+    ["noisy_labels", "regularisation", "few_shot_learner", "maml", "own_method"],
 )
 def test_a_tutorial_is_short_and_shows_a_small_picture(name: str) -> None:
     text = (TUTORIALS / f"{name}.md").read_text()
@@ -68,6 +70,16 @@ def test_learned_strengths_beat_the_best_single_one(made: dict) -> None:
 def test_maml_adapts_better_than_pretraining(made: dict) -> None:
     pretraining, maml = made["results"].values()
     assert maml < pretraining / 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("made", [("few_shot_learner", 0.03)], indirect=True)
+def test_new_classes_are_told_apart_better_than_by_the_nearest_image(
+    made: dict,
+) -> None:
+    nearest, one, three = made["results"].values()
+    assert nearest + 0.03 < one and one + 0.01 < three < 1
+    assert np.mean(made["guessed"] == made["names"]) >= 0.8
 
 
 @pytest.mark.slow

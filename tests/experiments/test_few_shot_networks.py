@@ -8,6 +8,8 @@ import pytest
 import tensorflow as tf
 from common import networks
 
+from tfbilevel._jobs.few_shot import layers
+
 
 def standardised(inputs: np.ndarray, epsilon: float) -> np.ndarray:
     axes = tuple(range(inputs.ndim - 1))
@@ -51,9 +53,9 @@ def products(dtype: str, way: str) -> list[np.ndarray]:
     def one(task: tuple) -> tf.Tensor:
         layer_scale, layer_shift = task[1], task[2]
         if dtype == "float32":
-            made = networks._fused(task[0], layer_scale, layer_shift, 1e-3)
+            made = layers._fused(task[0], layer_scale, layer_shift, 1e-3)
         else:
-            plain, _ = networks._standardised(task[0], 1e-3)
+            plain, _ = layers._standardised(task[0], 1e-3)
             made = plain * layer_scale + layer_shift
         return tf.reduce_sum(tf.sin(made))
 

@@ -646,7 +646,7 @@ def test_unconnected_variable_is_named_by_its_path():
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: make().fit(np.zeros([3, 2])), "Dataset of tb.Batches"),
+        (lambda: make().fit(np.zeros([3, 2])), "`validation_data` must hold"),
         (
             lambda: make().fit(tf.data.Dataset.from_tensors((1.0, 2.0))),
             "Dataset of tb.Batches",

@@ -10,9 +10,24 @@ import tensorflow as tf
 
 # Keras's cross-entropy of probabilities cuts them off there, too.
 SMALLEST = 1e-7
+# Layers that are adapted to data, which a clone would forget.
+ADAPTED = (
+    keras.layers.Normalization,
+    keras.layers.Discretization,
+    keras.layers.TextVectorization,
+    keras.layers.StringLookup,
+    keras.layers.IntegerLookup,
+    keras.layers.Hashing,
+)
 
 
-def fresh(model: Any, shape: tuple[int, ...], classes: int, seed: int) -> keras.Model:
+def fresh(
+    model: Any,
+    shape: tuple[int, ...],
+    classes: int,
+    seed: int | None,
+    argument: str = "model",
+) -> keras.Model:
     """A new classifier with random weights.
 
     Args:
@@ -20,35 +35,45 @@ def fresh(model: Any, shape: tuple[int, ...], classes: int, seed: int) -> keras.
             (shape, classes) -> Keras model.
         shape: the shape of one example.
         classes: number of classes.
-        seed: the seed of the initial weights.
+        seed: the seed of the initial weights; `None`: no seed is set.
+        argument: what errors call `model`.
 
     Raises:
         ValueError: if it is none of these, has no weights to train, does not take
             such examples, or has another number of outputs.
     """
-    network = new_network(model, shape, classes, seed)
-    _require_fitting(network, shape, classes)
+    network = new_network(model, shape, classes, seed, argument)
+    found = output_shapes(network, shape, argument)
+    if found != [(classes,)]:
+        raise ValueError(
+            f"`{argument}` must have one output per class, {classes} here. End it with "
+            f"keras.layers.Dense({classes}). Received: outputs of shape "
+            f"{', '.join(map(str, found))} per example"
+        )
     return network
 
 
 def new_network(
-    model: Any, shape: tuple[int, ...], outputs: int | None, seed: int
+    model: Any,
+    shape: tuple[int, ...],
+    outputs: int | None,
+    seed: int | None,
+    argument: str = "model",
 ) -> keras.Model:
     """A new network with random weights, as in `fresh`, for any number of outputs.
 
     Args:
-        model: as for `fresh`.
-        shape: the shape of one example.
+        model, shape, seed, argument: as for `fresh`.
         outputs: what a function with two parameters receives as the second one.
-        seed: the seed of the initial weights.
     """
-    keras.utils.set_random_seed(seed)
+    if seed is not None:
+        keras.utils.set_random_seed(seed)
     if isinstance(model, keras.Model):
         try:
-            network = keras.models.clone_model(model)
+            network = keras.models.clone_model(model, clone_function=_copied)
         except (ValueError, NotImplementedError, TypeError) as error:
             raise ValueError(
-                "`model` must be a Keras model that keras.models.clone_model can "
+                f"`{argument}` must be a Keras model that keras.models.clone_model can "
                 "clone, or a function that returns a new one. Received: "
                 f"{type(model).__name__}, {error}"
             ) from error
@@ -58,32 +83,31 @@ def new_network(
         network = None
     if not isinstance(network, keras.Model):
         raise ValueError(
-            "`model` must be a Keras model, or a function that returns a new one. "
-            f"Received: model={model!r}"
+            f"`{argument}` must be a Keras model, or a function that returns a new "
+            f"one. Received: {argument}={model!r}"
             + (f", which returned {network!r}" if callable(model) else "")
         )
     return network
 
 
-def outputs_of(network: keras.Model, shape: tuple[int, ...]) -> list[tuple]:
-    """The shape of each output for one example, without the axis of the examples.
+def _copied(layer: keras.layers.Layer) -> keras.layers.Layer:
+    """A new layer; a layer with a vocabulary or moments of data stays itself."""
+    if isinstance(layer, ADAPTED):
+        return layer
+    return type(layer).from_config(layer.get_config())
 
-    Raises:
-        ValueError: if the network does not take such examples, or has no weights to
-            train.
-    """
-    try:
-        outputs = network(tf.zeros((2, *shape)), training=False)
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"`model` must take examples of shape {shape}, like `x`. Change its "
-            f"keras.Input, or reshape `x`. Received: {reason}"
-        ) from error
-    if not network.trainable_variables:
-        raise ValueError("`model` must have weights to train. Received: none")
-    flat = tf.nest.flatten(outputs)
-    return [tuple(tf.convert_to_tensor(one).shape[1:]) for one in flat]
+
+def predicted(network: keras.Model, x: np.ndarray) -> np.ndarray:
+    """The network's outputs for examples, which may be texts, [n, K]."""
+    return network.predict(as_tensor(x), batch_size=1000, verbose=0)
+
+
+def as_tensor(x: np.ndarray) -> Any:
+    """Texts as a tensor, which Keras asks for; numbers as they are."""
+    if x.dtype.kind not in "US":
+        return x
+    with tf.device("CPU:0"):
+        return tf.constant(x)
 
 
 def _takes_both(function: Callable) -> bool:
@@ -94,19 +118,35 @@ def _takes_both(function: Callable) -> bool:
     return sum(p.default is p.empty and p.kind <= 1 for p in parameters) == 2
 
 
-def _require_fitting(network: keras.Model, shape: tuple, classes: int) -> None:
-    found = outputs_of(network, shape)
-    if found != [(classes,)]:
+def output_shapes(
+    network: keras.Model, shape: tuple[int, ...], argument: str = "model"
+) -> list[tuple]:
+    """The shape of each output for one example.
+
+    Raises:
+        ValueError: if the network does not take such examples, or has no weights to
+            train.
+    """
+    try:
+        given = network.inputs or ()
+        text = any(each.dtype == "string" for each in given)
+        nothing = tf.fill((2, *shape), "") if text else tf.zeros((2, *shape))
+        outputs = tf.nest.flatten(network(nothing, training=False))
+        shapes = [tuple(tf.convert_to_tensor(each).shape[1:]) for each in outputs]
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"`model` must have one output per class, {classes} here. End it with "
-            f"keras.layers.Dense({classes}). Received: outputs of shape "
-            f"{', '.join(map(str, found))} per example"
-        )
+            f"`{argument}` must take examples of shape {shape}, like `x`. Change its "
+            f"keras.Input, or reshape `x`. Received: {reason}"
+        ) from error
+    if not network.trainable_variables:
+        raise ValueError(f"`{argument}` must have weights to train. Received: none")
+    return shapes
 
 
 def gives_probabilities(network: keras.Model, x: Any) -> bool:
     """Whether the outputs are probabilities (a softmax at the end) or logits."""
-    outputs = np.asarray(network(x, training=False), np.float64)
+    outputs = np.asarray(network(as_tensor(x), training=False), np.float64)
     return bool((outputs >= 0).all() and np.allclose(outputs.sum(axis=1), 1, atol=1e-3))
 
 

@@ -163,12 +163,30 @@ def require_nothing_else(arguments: tuple, keywords: dict[str, Any]) -> None:
         )
 
 
-def no_export(filepath: Any) -> ValueError:
-    return ValueError(
-        "A tb.BilevelModel cannot be exported: its losses and method are Python code. "
-        "Export the network it trained: model.lower.export(filepath) or "
-        f"model.upper.export(filepath). Received: filepath={filepath!r}"
-    )
+def require_servable(lower: Any, tasks: int | None, filepath: Any) -> None:
+    """Raise unless the lower model can be exported as the trained network."""
+    if tasks is not None:
+        raise ValueError(
+            "`export` needs one trained network, but the lower model of a "
+            "tb.BilevelModel(tasks=...) holds no task's solution. Set its weights to "
+            "what model.adapt returns, then model.lower.export(filepath). "
+            f"Received: tasks={tasks}, filepath={filepath!r}"
+        )
+    if not isinstance(lower, keras.Model):
+        raise ValueError(
+            "`export` needs a keras.Model as `lower`, because a layer does not know "
+            "the shape of its input. Build with keras.Sequential([keras.Input(shape), "
+            f"layer]). Received: lower={lower!r}, filepath={filepath!r}"
+        )
+
+
+def require_labels(labels: Any) -> None:
+    """Raise if `evaluate` has nothing to compare predictions with."""
+    if labels is None:
+        raise ValueError(
+            "`evaluate` needs labels to measure metrics. Pass them by themselves, "
+            "evaluate(x, y), or in a dataset of (x, y). Received: y=None"
+        )
 
 
 def require_measurable(data: Any, metrics: Any, tasks: int | None) -> None:

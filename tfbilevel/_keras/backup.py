@@ -19,8 +19,8 @@ class Backup(keras.callbacks.BackupAndRestore):
     between the two repeats an epoch. This callback replaces the old weights by the new
     ones in one atomic step, and derives the epoch from them. A kill at any moment costs
     at most the current epoch, and the resumed fit ends with the same numbers as an
-    uninterrupted one if its batches depend only on the outer step (see
-    `tb.index_batches`).
+    uninterrupted one if its batches depend only on the outer step. Those of arrays do
+    (in `fit` and in `tb.pair`); so do `tb.index_batches`.
 
     Cost: one `save_weights` per epoch (both models, the states of the method and the
     optimizers). During a save the disk holds them twice.
@@ -32,15 +32,13 @@ class Backup(keras.callbacks.BackupAndRestore):
     Args:
         folder: the folder of the backup. It is created if needed, and kept when
             training ends. Only one training may write to it at a time.
-
-    Args:
-        folder: where the backup lives. It is made if it is not there, and stays there
-            when training ends. One training may write to it at a time.
-        steps_per_epoch: outer steps of one epoch, at least 1.
+        steps_per_epoch: outer steps of one epoch, at least 1. `None`: as many as `fit`
+            makes of the data, if it knows before the first epoch.
 
     Raises:
         ValueError: if `steps_per_epoch` is not an integer of at least 1; when `fit`
-            starts, for weights of another model (raised by Keras).
+            starts, if it is needed and missing, or for weights of another model (raised
+            by Keras).
 
     Example:
         >>> def model():
@@ -58,7 +56,7 @@ class Backup(keras.callbacks.BackupAndRestore):
         >>> batches = tb.pair(data, data)
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     backup = tb.Backup(folder, steps_per_epoch=1)
+        ...     backup = tb.Backup(folder)
         ...     _ = model().fit(batches, epochs=2, callbacks=[backup], verbose=0)
         ...     resumed = model()
         ...     _ = resumed.fit(batches, epochs=3, callbacks=[backup], verbose=0)
@@ -66,8 +64,9 @@ class Backup(keras.callbacks.BackupAndRestore):
         (3, 1)
     """
 
-    def __init__(self, folder: str | os.PathLike, steps_per_epoch: int):
-        require_count(steps_per_epoch, "steps_per_epoch")
+    def __init__(self, folder: str | os.PathLike, steps_per_epoch: int | None = None):
+        if steps_per_epoch is not None:
+            require_count(steps_per_epoch, "steps_per_epoch")
         super().__init__(str(folder), save_freq="epoch", delete_checkpoint=False)
         self.folder, self.steps_per_epoch = pathlib.Path(folder), steps_per_epoch
 
@@ -81,6 +80,16 @@ class Backup(keras.callbacks.BackupAndRestore):
         self.model.save_weights(str(partial))
         os.replace(partial, self._file)
 
+    def on_train_begin(self, logs: Any = None) -> None:
+        if self._steps is None:
+            raise ValueError(
+                "`steps_per_epoch` must be given to tb.Backup if the length of the "
+                "dataset is unknown, because epochs are counted in outer steps. Pass "
+                "tb.Backup(folder, steps_per_epoch=...). "
+                "Received: steps_per_epoch=None"
+            )
+        super().on_train_begin(logs)
+
     def on_train_end(self, logs: Any = None) -> None:
         super().on_train_end(logs)
         self.model._initial_epoch = None  # applies to this fit, not to the next one
@@ -89,7 +98,13 @@ class Backup(keras.callbacks.BackupAndRestore):
         """Load the weights into the model if there are any."""
         self._load_model()
 
+    @property
+    def _steps(self) -> int | None:
+        """The outer steps of one epoch; `None` if unknown."""
+        return self.steps_per_epoch or (self.params or {}).get("steps")
+
     def _load_model(self) -> None:
         if self._file.exists():
             self.model.load_weights(str(self._file))
-            self.model._initial_epoch = self.model.outer_step // self.steps_per_epoch
+            if self._steps is not None:
+                self.model._initial_epoch = self.model.outer_step // self._steps

@@ -15,7 +15,8 @@ def require_dataset_of_batches(x: Any) -> None:
         spec = getattr(x, "element_spec", type(x))
         raise ValueError(
             "`x` must be a tf.data.Dataset of tb.Batches, so that the levels cannot be "
-            "swapped. Make it with tb.pair(upper_dataset, lower_dataset). "
+            "swapped. Make it with tb.pair(upper_dataset, lower_dataset), or pass "
+            "arrays to fit: fit((x, y), validation_data=(x_val, y_val)). "
             f"Received: x={spec}"
         )
     if int(x.cardinality()) == 0:

@@ -56,8 +56,7 @@ def index_batches(
     require_count(count, "count")
     require_count(size, "size")
     require_count(first, "first", 0)
-    if not isinstance(seed, numbers.Integral) or isinstance(seed, bool):
-        raise ValueError(f"`seed` must be an integer. Received: seed={seed!r}")
+    require_seed(seed)
     if size > count:
         raise ValueError(
             "`size` must be from 1 to `count`. Use smaller batches or more examples. "
@@ -67,9 +66,19 @@ def index_batches(
     permutations, rest = divmod(first, per_permutation)
 
     def batches(number: tf.Tensor) -> Any:
-        key = tf.stack([tf.constant(seed, tf.int64), number])
-        order = tf.random.experimental.stateless_shuffle(tf.range(count), key)
-        order = order[: per_permutation * size]
+        order = permutation(count, seed, number)[: per_permutation * size]
         return tf.data.Dataset.from_tensor_slices(tf.reshape(order, [-1, size]))
 
     return tf.data.Dataset.counter(permutations).flat_map(batches).skip(rest)
+
+
+def permutation(count: int, seed: int, number: tf.Tensor) -> tf.Tensor:
+    """Permutation `number` of 0, ..., count - 1; the number is an int64 scalar."""
+    key = tf.stack([tf.constant(seed, tf.int64), number])
+    return tf.random.experimental.stateless_shuffle(tf.range(count), key)
+
+
+def require_seed(seed: Any) -> None:
+    """Raise unless the seed is an integer."""
+    if not isinstance(seed, numbers.Integral) or isinstance(seed, bool):
+        raise ValueError(f"`seed` must be an integer. Received: seed={seed!r}")

@@ -6,16 +6,13 @@ from typing import Any
 
 import keras
 
-from tfbilevel._calculus import structure
 from tfbilevel._check.example_indices import IndexWatch
 from tfbilevel._core.arguments import require_choice
-from tfbilevel._core.batches import Batches, count_tasks, require_batches
-from tfbilevel._core.inner_solver import InnerSolver
+from tfbilevel._core.batches import Batches, require_batches
 from tfbilevel._core.method import Method
-from tfbilevel._keras import elements
+from tfbilevel._keras import elements, fit_arguments
 from tfbilevel._keras.arguments import (
     losses_are_minimised,
-    no_export,
     require_jit,
     require_measurable,
     require_method_for,
@@ -34,15 +31,15 @@ from tfbilevel._keras.saving import (
     require_saved_as,
     require_serialisable,
 )
+from tfbilevel._keras.trained import Trained
 from tfbilevel._keras.training_state import Carried, Progress, Trackers
 from tfbilevel._optimizers.update_rule import optimizer_of
-from tfbilevel._tasks.adapt import adapted, require_adaptable
 
 ON_NONFINITE = ("raise", "skip")
 
 
 @keras.saving.register_keras_serializable("tfbilevel")
-class BilevelModel(keras.Model):
+class BilevelModel(Trained):
     """Two Keras models trained on two levels, with Keras's `compile` and `fit`.
 
         min_x  f(x, y*(x))      with      y*(x) in argmin_y g(x, y)
@@ -50,11 +47,12 @@ class BilevelModel(keras.Model):
     x are the trainable variables of `upper`, y those of `lower`. `evaluate` and
     `predict` use the lower model. `save_weights`, `ModelCheckpoint` and
     `BackupAndRestore` save the weights, both optimizers and the method's state: a run
-    that is resumed at an epoch equals the uninterrupted one to the last bit, provided
-    that the dataset yields the same elements in each epoch. `save` stores everything
-    except Python functions and the method. Load it with
+    that is resumed at an epoch equals the uninterrupted one to the last bit, if it
+    trains on arrays or its dataset yields the same elements in each epoch. `save`
+    stores everything except Python functions and the method. Load it with
     keras.saving.load_model(path, custom_objects={"upper_loss": ..., "lower_loss": ...,
-    "method": ...}), with all other functions that the model had.
+    "method": ...}), with all other functions that the model had. `export` writes the
+    trained lower model for serving.
 
     Non-trainable state: within one outer step both losses are fixed functions, even if
     they sample. Every inner step sees the same dropout masks, unless it has a lower
@@ -109,7 +107,7 @@ class BilevelModel(keras.Model):
         ...         squared(lower, batch)))
         >>> inner = tb.InnerSolver(keras.optimizers.SGD(0.1), steps=5)
         >>> model.compile(tb.Unroll(inner), keras.optimizers.Adam(0.1))
-        >>> data = tf.data.Dataset.from_tensors((tf.ones([6, 2]), tf.zeros([6])))
+        >>> data = (tf.ones([6, 2]), tf.zeros([6]))
         >>> history = model.fit(tb.pair(data, data), epochs=2, verbose=0)
         >>> sorted(history.history)
         ['lower_loss', 'upper_loss']
@@ -236,9 +234,6 @@ class BilevelModel(keras.Model):
         """Do nothing: the models are built already. Within a strategy, Keras would call
         the model on an outer step's batches to build it."""
 
-    def call(self, inputs: Any, training: bool | None = None) -> Any:
-        return self.lower(inputs, training=training)
-
     @property
     def metrics(self) -> list:
         compiled = [] if self._compile_metrics is None else [self._compile_metrics]
@@ -251,11 +246,6 @@ class BilevelModel(keras.Model):
         return results
 
     @property
-    def upper_variables(self) -> list:
-        """x: the upper model's trainable variables, then those of a learned start."""
-        return self._levels.upper_variables
-
-    @property
     def outer_step(self) -> int:
         """The number of outer steps so far, including skipped ones."""
         return int(self._progress.step.numpy())
@@ -263,48 +253,74 @@ class BilevelModel(keras.Model):
     def fit(
         self,
         x: Any = None,
+        y: Any = None,
         *arguments: Any,
+        with_index: bool = False,
+        lower_batches: int = 1,
+        seed: int = 0,
         on_nonfinite: str | None = None,
         **keywords: Any,
     ) -> Any:
-        """Train on a dataset of `tb.Batches`; otherwise like `keras.Model.fit`.
+        """Train on arrays or on a dataset of `tb.Batches`, like `keras.Model.fit`.
+
+            fit((x, y), validation_data=(x_val, y_val), batch_size=64)
+            = fit(tb.pair((x_val, y_val), (x, y), batch_size=64))
 
         Args:
-            x: a `tf.data.Dataset` of `tb.Batches`, one per outer step.
+            x: the lower level's arrays, (x, y); or a `tf.data.Dataset` of `tb.Batches`,
+                one per outer step (`tb.pair`).
+            y: the labels, if `x` holds the inputs alone.
             *arguments: arguments of `keras.Model.fit`.
+            with_index: for arrays: lower batches are (x, y, index), with the example
+                numbers for `tb.ExampleWeights`.
+            lower_batches, seed: for arrays: those of `tb.pair`, and so are the batches.
             on_nonfinite: as in `compile`, from now on; `None`: unchanged.
-            **keywords: arguments of `keras.Model.fit`. `validation_data` is a dataset
-                of (inputs, labels) for the lower model, measured by `metrics`, or of
-                `tb.Batches`: their losses at the current variables, without an inner
-                solve, are `val_upper_loss` and `val_lower_loss`.
+            **keywords: arguments of `keras.Model.fit`. For arrays `validation_data` is
+                the upper level's, and measured after each epoch too if `compile` got
+                metrics; `batch_size` is a number, or (upper, lower), and 32 if it is
+                not given (fewer if there are fewer examples). For a dataset,
+                `validation_data` is a dataset of (inputs, labels) for the lower model,
+                measured by `metrics`, or of `tb.Batches`: their losses at the current
+                variables, without an inner solve, are `val_upper_loss` and
+                `val_lower_loss`.
 
         Raises:
-            ValueError: if `x` is not a dataset of `tb.Batches`, or there are no
-                metrics to measure `validation_data` by.
+            ValueError: if `x` is neither arrays nor a dataset of `tb.Batches`; for
+                arrays that `tb.pair` refuses, or without `validation_data`; if there
+                are no metrics to measure `validation_data` by.
             tb.MissingSecondDerivativeError: if the method takes second derivatives of
                 the lower loss that are missing or wrong in TensorFlow; no step is made.
             tb.NonFiniteError: at the first NaN or infinity, unless they are skipped.
         """
-        elements.require_dataset_of_batches(x)
+        given = fit_arguments.named(keras.Model.fit, x, y, *arguments, **keywords)
         self._assert_compile_called("fit")
-        require_no_weights(keywords)
+        require_no_weights(given)
+        x, given = fit_arguments.batches_of(
+            given,
+            with_index,
+            lower_batches,
+            seed,
+            self.tasks,
+            self._compile_metrics is not None,
+        )
+        elements.require_dataset_of_batches(x)
         if on_nonfinite is not None and on_nonfinite != self.on_nonfinite:
             require_choice(on_nonfinite, "on_nonfinite", ON_NONFINITE)
             self.on_nonfinite = on_nonfinite
             self.make_train_function(force=True)
-        measured = keywords.get("validation_data")
+        measured = given.get("validation_data")
         if measured is not None:  # checked now, before the first epoch is computed
             measured = getattr(measured, "element_spec", measured)
             require_measurable(measured, self._compile_metrics, self.tasks)
-        callbacks = keywords.get("callbacks")
-        require_serialisable(self, callbacks)
-        losses_are_minimised(callbacks)
-        verbose = (*arguments, None, None, None, "auto")[3]
-        silent = keywords.get("verbose", verbose) in (0, "0")
+        require_serialisable(self, given.get("callbacks"))
+        losses_are_minimised(given.get("callbacks"))
+        silent = given.get("verbose") in (0, "0")
         self._ready(x.element_spec, lambda: elements.first_of(x), announce=not silent)
-        keywords.setdefault("shuffle", False)
-        run = functools.partial(super().fit, x, *arguments, **keywords)
-        return self._outer.run(run, x)
+        data, given = fit_arguments.from_the_outer_step(
+            x, given, self.steps_per_execution
+        )
+        given.setdefault("shuffle", False)
+        return self._outer.run(functools.partial(super().fit, data, **given), x)
 
     def warm_up(self, x: Any) -> None:
         """Compile the outer step without training, so that `fit` starts at full speed.
@@ -379,15 +395,6 @@ class BilevelModel(keras.Model):
         require_saved_as(filepath)
         super().save(filepath, *arguments, **keywords)
 
-    def export(self, filepath: Any, *arguments: Any, **keywords: Any) -> None:
-        """Not supported: export the trained network instead.
-
-        Raises:
-            ValueError: always, before anything is written.
-        """
-        del arguments, keywords
-        raise no_export(filepath)
-
     def get_config(self) -> dict[str, Any]:
         """The arguments that `save` stores: all except functions."""
         return {**super().get_config(), **config_of(self, self._functions)}
@@ -426,39 +433,16 @@ class BilevelModel(keras.Model):
         """Make one outer step; variables are assigned nowhere else."""
         return self._outer.make(data, self.on_nonfinite == "skip")
 
-    def adapt(self, batches: Batches, inner: InnerSolver, function: Callable) -> Any:
-        """The function's result for each task after an inner solve on its lower batch.
+    def get_weights(self) -> list:
+        """All variables' values, as `save_weights` stores them, for `set_weights`."""
+        self._ensure_carried()
+        return super().get_weights()
 
-        Args:
-            batches: any number of tasks along the leading axis.
-            inner: the inner solver; its steps and rate may differ from training's.
-            function: (upper model, lower model, prepared batches of the task) -> nest
-                of tensors, called with the lower model at the task's solution.
-
-        Returns:
-            The nest, with the tasks along a leading axis.
-
-        Raises:
-            ValueError: if the model was built without `tasks`, or an argument is of
-                the wrong kind.
-        """
-        require_adaptable(self.tasks, batches, inner, function)
-        # Variables in the results must be read while they hold the task's values.
-        at = self._levels.at_variables(
-            lambda *task: structure.to_tensors(function(*task))
-        )
-        x, y = self._levels.read(count_tasks(batches))
-        return adapted(self.problem, x, y, batches, inner, at)
-
-    def test_step(self, data: Any) -> dict[str, Any]:
-        require_measurable(data, self._compile_metrics, self.tasks)
-        if isinstance(data, Batches):
-            return self._trackers.update(self._levels.losses(data))
-        inputs, labels, weights = keras.utils.unpack_x_y_sample_weight(data)
-        predictions = self(inputs, training=False)
-        assert self._compile_metrics is not None
-        self._compile_metrics.update_state(labels, predictions, sample_weight=weights)
-        return self._compile_metrics.result()
+    def set_weights(self, weights: list) -> None:
+        """Set what `get_weights` returned, on a model built and compiled alike."""
+        self._ensure_carried()
+        super().set_weights(weights)
+        self._use_saved_compilation()
 
     def load_weights(self, filepath: Any, *arguments: Any, **keywords: Any) -> None:
         self._ensure_carried()

@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfbilevel._jobs.labels import Classes
-from tfbilevel._jobs.networks import gives_probabilities, new_network, outputs_of
+from tfbilevel._jobs.networks import gives_probabilities, new_network, output_shapes
 from tfbilevel._jobs.tuning import streams
 from tfbilevel._jobs.tuning.outputs import CROSS_ENTROPIES, Output, name_of, output_of
 from tfbilevel._jobs.tuning.streams import Examples
@@ -135,7 +135,7 @@ def of_datasets(model: Any, loss: Any, x: Any, held: Any, seed: int) -> Job:
         )
     seen, given = next(iter(x))
     labels = [part.numpy() for part in tf.nest.flatten(given)]
-    sizes = outputs_of(new_network(model, shape, None, seed), shape)
+    sizes = output_shapes(new_network(model, shape, None, seed), shape)
     losses = _each(loss, len(labels))
     outputs = [
         _streamed_output(*each) for each in zip(losses, labels, sizes, strict=True)
@@ -187,7 +187,7 @@ def _fitting(
 ) -> list[Output]:
     """The outputs, after a look at the network whether it has them."""
     network = _maker(model, x.shape[1:], outputs, seed)()
-    found = outputs_of(network, x.shape[1:])
+    found = output_shapes(network, x.shape[1:])
     if len(found) != len(outputs):
         raise ValueError(
             f"`model` must have one output for each of the {len(outputs)} arrays of "

@@ -1,0 +1,117 @@
+"""Models of label noise: how a given label depends on the true class."""
+
+import numpy as np
+
+# The fewest pseudo-examples that keep every logarithm finite.
+PSEUDO_COUNT = 0.1
+SMALLEST = 1e-8
+
+
+def gold_transition(
+    predicted: np.ndarray, trusted: np.ndarray, classes: int
+) -> np.ndarray:
+    """T[k, j] = mean over trusted examples i of class k of P(given label = j | x_i).
+
+    The start of Gold Loss Correction (Hendrycks et al. 2018). A class without a
+    trusted example keeps its label.
+
+    Args:
+        predicted: probabilities of a network trained on the given labels, for the
+            trusted examples, [m, K].
+        trusted: their true classes, [m].
+        classes: K.
+    """
+    sums = PSEUDO_COUNT / classes * np.ones((classes, classes))
+    np.add.at(sums, trusted, predicted)
+    missing = np.setdiff1d(np.arange(classes), trusted)
+    sums[missing, missing] += 1.0
+    return sums / sums.sum(axis=1, keepdims=True)
+
+
+def confident_transition(predicted: np.ndarray, given: np.ndarray) -> np.ndarray:
+    """T from the examples that a network is sure of, without trusted labels.
+
+    An example counts for class k if its probability of k is at least the mean of those
+    given k (confident learning, Northcutt et al. 2021).
+
+    Args:
+        predicted: probabilities of networks that did not see the example, [n, K].
+        given: the given labels, [n].
+    """
+    classes = predicted.shape[1]
+    own = np.ones(classes)
+    for k in range(classes):
+        if (given == k).any():
+            own[k] = predicted[given == k, k].mean()
+    sure = np.where(predicted >= own, predicted, 0.0)
+    some = sure.any(axis=1)
+    joint = np.zeros((classes, classes))
+    np.add.at(joint, (sure[some].argmax(axis=1), given[some]), 1.0)
+    joint[np.arange(classes), np.arange(classes)] += 1.0
+    return joint / joint.sum(axis=1, keepdims=True)
+
+
+def posterior(predicted: np.ndarray, transition: np.ndarray, given: np.ndarray):
+    """P(true = k | x, given) ~ p_k(x) T[k, given], [n, K]."""
+    joint = predicted * transition[:, given].T
+    return joint / np.maximum(joint.sum(axis=1, keepdims=True), SMALLEST)
+
+
+def likeliest_transition(
+    predicted: np.ndarray, given: np.ndarray, start: np.ndarray, rounds: int = 200
+) -> np.ndarray:
+    """The T with the largest likelihood of the given labels, by EM.
+
+        max_T  sum_i log sum_k p_k(x_i) T[k, given_i]
+
+    The objective is concave in T, so the start only shortens the way (and keeps the
+    zeros). It is right as far as p is: probabilities of examples that the network has
+    learned by heart make T look better than it is.
+
+    Args:
+        predicted: p, [n, K].
+        given: the given labels, [n].
+        start: T at the start, [K, K].
+        rounds: most iterations, each O(n K).
+    """
+    order = np.argsort(given, kind="stable")
+    present, firsts = np.unique(given[order], return_index=True)
+    sorted_p, sorted_given = predicted[order], given[order]
+    classes = len(start)
+    transition = np.maximum(start, SMALLEST)
+    for _ in range(rounds):
+        shares = posterior(sorted_p, transition, sorted_given)
+        sums = np.full((classes, classes), SMALLEST)
+        sums[:, present] += np.add.reduceat(shares, firsts, axis=0).T
+        after = sums / sums.sum(axis=1, keepdims=True)
+        moved = np.abs(after - transition).max()
+        transition = after
+        if moved < 1e-5:
+            break
+    return transition
+
+
+def log_likelihoods(given_probabilities: np.ndarray, given: np.ndarray) -> np.ndarray:
+    """log P(given label), [n], cut off so that no single row decides."""
+    own = given_probabilities[np.arange(len(given)), given]
+    return np.log(np.maximum(own, 1e-6))
+
+
+def differ(first: np.ndarray, second: np.ndarray, deviations: float = 2.0) -> bool:
+    """Whether the means of two samples are some standard deviations apart."""
+    if len(first) < 2 or len(second) < 2:
+        return True
+    error = np.sqrt(first.var(ddof=1) / len(first) + second.var(ddof=1) / len(second))
+    return bool(abs(first.mean() - second.mean()) > deviations * error)
+
+
+def harmless(transition: np.ndarray, most: float = 0.6) -> bool:
+    """Whether training on the given labels as they are finds the right classes.
+
+    It does if a given label is likeliest where it is right: T[j, j] > T[k, j] for all
+    other k. The ratio max_k T[k, j] / T[j, j], as a mean over j, must be clearly below
+    1. Then plain cross-entropy learns faster than a corrected loss.
+    """
+    own = np.diagonal(transition)
+    others = transition - np.diag(own)
+    return bool(np.mean(others.max(axis=0) / np.maximum(own, SMALLEST)) < most)

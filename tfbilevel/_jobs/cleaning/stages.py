@@ -1,0 +1,267 @@
+"""The trainings of `LabelCleaner`, in their order."""
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tfbilevel._jobs.cleaning import noise
+from tfbilevel._jobs.cleaning.learned_noise import Belief, HeldOut, learned_belief
+from tfbilevel._jobs.cleaning.rows import Data, Rows
+from tfbilevel._jobs.cleaning.training import Targets, Training
+
+START = Belief(trust=0.3, given=0.6, opinions=np.array([0.8, 0.2]))
+# Of the trusted examples this share trains in the first stages. The others measure.
+FITTED = 2 / 3
+
+
+TITLES = {
+    "given 1": "1/7 what labels are given, first half",
+    "given 2": "2/7 what labels are given, second half",
+    "trusted": "3/7 the trusted examples alone",
+    "start": "4/7 corrected for the first estimate of the noise",
+    "corrected 1": "5/7 corrected for the likeliest noise, first half",
+    "corrected 2": "6/7 corrected for the likeliest noise, second half",
+    "final": "7/7 the final network",
+}
+
+
+class Split(NamedTuple):
+    """Who trains what.
+
+    Attributes:
+        halves: the doubtful rows in two halves; a network for each sees one of them.
+        order: the trusted rows, those that train first.
+        fitted: their number; the remaining ones are held out.
+    """
+
+    halves: tuple[np.ndarray, np.ndarray]
+    order: np.ndarray
+    fitted: int
+
+
+class Outcome(NamedTuple):
+    """What the trainings found.
+
+    Attributes:
+        weights: of the final network.
+        suggested: class number of every doubtful example, [n].
+        right: probability that its given label is right, [n].
+        transition: T, [K, K].
+        feature_dependent: whether the noise depends on the examples.
+        scores: log-loss of given labels that were not seen, by model of the noise.
+        trusted_scores: log-loss on held-out trusted labels, "start" and "learned".
+        belief: what the final training believed.
+        before, after: which held-out trusted examples were predicted right, [b].
+        history: of each training, and its seconds.
+    """
+
+    weights: list
+    suggested: np.ndarray
+    right: np.ndarray
+    transition: np.ndarray
+    feature_dependent: bool
+    scores: dict[str, float]
+    trusted_scores: dict[str, float]
+    belief: Belief
+    before: np.ndarray
+    after: np.ndarray
+    history: dict[str, dict[str, list]]
+
+
+def split_of(data: Data, seed: int) -> Split:
+    """Random halves, and the trusted rows with those that train first.
+
+    Every class with two trusted examples or more has one that trains.
+    """
+    random = np.random.default_rng(seed)
+    rows = random.permutation(len(data.doubtful.labels))
+    half = len(rows) // 2
+    if data.trusted is None:
+        return Split((rows[:half], rows[half:]), np.arange(0), 0)
+    labels = data.trusted.labels
+    order = random.permutation(len(labels))
+    _, firsts = np.unique(labels[order], return_index=True)
+    rest = np.setdiff1d(np.arange(len(order)), firsts)
+    order = order[np.concatenate([np.sort(firsts), rest])]
+    fitted = max(len(firsts), math.ceil(FITTED * len(order)))
+    return Split((rows[:half], rows[half:]), order, min(fitted, len(order)))
+
+
+def run(
+    data: Data,
+    training: Callable[[Rows], Training],
+    initial: Callable[[int], list],
+    steps: int,
+    epochs: int,
+    seed: int,
+    learn: bool,
+    callbacks: Any,
+    report: Callable[[str], Any],
+) -> Outcome:
+    """All trainings.
+
+    Args:
+        data: the examples.
+        training: trusted examples in their order -> the `Training` of the network.
+        initial: number of a network -> its random weights.
+        steps: of one training on all doubtful examples.
+        epochs: of the same.
+        seed: of the split and the batches.
+        learn: whether the belief is learned; False: the control.
+        callbacks: for the final training.
+        report: name of a stage -> verbosity of its `fit`.
+    """
+    doubtful, classes = data.doubtful, len(data.classes)
+    given, n = doubtful.labels, len(doubtful.labels)
+    split = split_of(data, seed)
+    sure = Rows(doubtful.x[:0], given[:0])
+    if data.trusted is not None:
+        sure = Rows(data.trusted.x[split.order], data.trusted.labels[split.order])
+    fitted, held = sure.labels[: split.fitted], sure.labels[split.fitted :]
+    trainer = training(sure)
+    history: dict[str, dict[str, list]] = {}
+    trust = START.trust if len(sure.labels) else 0.0
+
+    def train(
+        stage: str, start: int, targets: Targets, trust: float, part: float, **rest: Any
+    ) -> None:
+        began = time.monotonic()
+        known = sure.labels if stage == "final" else fitted
+        history[stage] = trainer.run(
+            initial(start),
+            targets,
+            Targets.labels(known, classes),
+            trust,
+            max(1, round(part * steps)),
+            max(1, round(part * epochs)),
+            verbose=report(stage),
+            **rest,
+        )
+        history[stage]["seconds"] = [time.monotonic() - began]
+
+    p = trainer.probabilities_of
+    # What the given labels look like: two networks, each on one half.
+    plain = Targets.labels(given, classes)
+    as_given = np.zeros((n, classes))
+    on_sure = np.zeros((len(sure.labels), classes))
+    surprise = np.zeros(len(sure.labels))  # of these networks at right labels
+    for number, half in enumerate(split.halves):
+        train(f"given {number + 1}", 0, plain, 0.0, 0.5, rows=half)
+        other = split.halves[1 - number]
+        as_given[other] = p(doubtful.x[other])
+        if len(sure.labels):
+            of_sure = p(sure.x)
+            on_sure += of_sure / 2
+            surprise -= noise.log_likelihoods(of_sure, sure.labels) / 2
+    if len(sure.labels):
+        transition = noise.gold_transition(on_sure[: split.fitted], fitted, classes)
+        # What the trusted examples alone say.
+        train("trusted", 1, plain, 1.0, 0.75)
+        alone = p(doubtful.x)
+    else:
+        transition = noise.confident_transition(as_given, given)
+        transition = noise.likeliest_transition(as_given, given, transition)
+        alone = noise.posterior(as_given, transition, given)
+
+    # The likeliest transition needs good probabilities, which need a transition.
+    train("start", 2, Targets.of(transition[:, given].T), trust, 0.5)
+    first = p(doubtful.x)
+    transition = noise.likeliest_transition(first, given, transition)
+    corrected = Targets.of(transition[:, given].T)
+    unseen, both = np.zeros((n, classes)), first / 3
+    on_held, layers = np.zeros((len(held), classes)), []
+    for number, half in enumerate(split.halves):
+        train(f"corrected {number + 1}", 2, corrected, trust, 0.5, rows=half)
+        other = split.halves[1 - number]
+        now, features, weights = trainer.seen(doubtful.x)
+        unseen[other], both = now[other], both + now / 3
+        if len(sure.labels):
+            of_sure, sure_features, _ = trainer.seen(sure.x)
+            on_held += of_sure[split.fitted :] / 2
+            layers.append((features, sure_features, weights))
+    transition = noise.likeliest_transition(unseen, given, transition)
+
+    # Which model explains given labels that it did not see?
+    by_class = -noise.log_likelihoods(unseen @ transition, given)
+    by_features = -noise.log_likelihoods(as_given, given)
+    scores = {
+        "class-dependent": float(by_class.mean()),
+        "feature-dependent": float(by_features.mean()),
+    }
+    # If right labels surprise as much as given ones, there is no noise to speak of.
+    feature_dependent = scores["feature-dependent"] < scores["class-dependent"]
+    if len(sure.labels):
+        feature_dependent &= noise.differ(surprise, by_features)
+    opinion = (
+        both
+        if feature_dependent
+        else noise.posterior((both + unseen) / 2, transition, given)
+    )
+    if feature_dependent or noise.harmless(transition):
+        likelihoods = np.eye(classes)[given]
+    else:
+        likelihoods = transition[:, given].T
+    opinions = np.stack([opinion, alone], axis=1)
+
+    belief, trusted_scores = START, {}
+    if learn and len(held) and len(fitted):
+        seen = _held_out(split, layers)
+        began = time.monotonic()
+        belief, losses = learned_belief(
+            seen, START, likelihoods, opinions, fitted, held, seed
+        )
+        trusted_scores = {
+            name: float(np.mean(each[-5:])) for name, each in losses.items()
+        }
+        history["belief"] = losses | {"seconds": [time.monotonic() - began]}
+
+    second = np.einsum("nqk,q->nk", opinions, belief.opinions)
+    targets = Targets.of(likelihoods, second, 1 - belief.given)
+    final = belief.trust if len(sure.labels) else 0.0
+    train("final", 3, targets, final, 1.0, callbacks=callbacks)
+    last = p(doubtful.x)
+    if feature_dependent:
+        shares = last
+        transition = _counted(last, given, transition)
+    else:
+        transition = noise.likeliest_transition((last + unseen) / 2, given, transition)
+        shares = noise.posterior(last, transition, given)
+    return Outcome(
+        weights=trainer.network.get_weights(),
+        suggested=shares.argmax(axis=1),
+        right=shares[np.arange(n), given],
+        transition=transition,
+        feature_dependent=feature_dependent,
+        scores=scores,
+        trusted_scores=trusted_scores,
+        belief=belief,
+        before=on_sure[split.fitted :].argmax(axis=1) == held,
+        after=on_held.argmax(axis=1) == held,
+        history=history,
+    )
+
+
+def _held_out(split: Split, layers: list) -> HeldOut:
+    """Every doubtful example as the network sees it that did not train on it."""
+    features = np.zeros_like(layers[0][0])
+    for number, half in enumerate(split.halves):
+        features[half] = layers[1 - number][0][half]
+    of_sure = np.stack([layer[1] for layer in layers])
+    return HeldOut(
+        features,
+        # Head 0 belongs to the network of the first half, which did not see the second.
+        (split.halves[1], split.halves[0]),
+        of_sure[:, : split.fitted],
+        of_sure[:, split.fitted :],
+        np.stack([layer[2] for layer in layers]),
+    )
+
+
+def _counted(p: np.ndarray, given: np.ndarray, former: np.ndarray) -> np.ndarray:
+    """T[k, j]: how often examples that look like class k are called j."""
+    sums = np.full_like(former, 1e-8)
+    np.add.at(sums.T, given, p)
+    return sums / sums.sum(axis=1, keepdims=True)

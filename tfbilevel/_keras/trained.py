@@ -1,0 +1,118 @@
+"""What a BilevelModel is for others than its training: its two trained models."""
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+
+from tfbilevel._calculus import structure
+from tfbilevel._core.batches import Batches, count_tasks
+from tfbilevel._core.inner_solver import InnerSolver
+from tfbilevel._keras.arguments import (
+    require_labels,
+    require_measurable,
+    require_servable,
+)
+from tfbilevel._keras.levels import Levels
+from tfbilevel._keras.summary import print_level
+from tfbilevel._keras.training_state import Trackers
+from tfbilevel._tasks.adapt import adapted, require_adaptable
+
+
+class Trained(keras.Model):
+    """The public methods of `BilevelModel` that use the models without training them.
+
+    Attributes:
+        upper, lower: the two models.
+        start: the variables of a learned start; `None` without one.
+        tasks: the number of tasks; `None`: the problem is not over tasks.
+    """
+
+    upper: Any
+    lower: Any
+    start: Any
+    tasks: int | None
+    problem: Any
+    _levels: Levels
+    _trackers: Trackers
+
+    def call(self, inputs: Any, training: bool | None = None) -> Any:
+        return self.lower(inputs, training=training)
+
+    @property
+    def upper_variables(self) -> list:
+        """x: the upper model's trainable variables, then those of a learned start."""
+        return self._levels.upper_variables
+
+    def summary(
+        self,
+        line_length: int | None = None,
+        positions: list | None = None,
+        print_fn: Callable | None = None,
+        **keywords: Any,
+    ) -> None:
+        """Print the variables of both levels, then Keras's summary of each model.
+
+        (A picture: `keras.utils.plot_model(model.lower)`.)
+
+        Args:
+            line_length, positions, print_fn: as in Keras.
+            **keywords: other arguments of `keras.Model.summary`, for both models.
+        """
+        keywords.update(line_length=line_length, positions=positions, print_fn=print_fn)
+        print_level("Upper level (x)", self.upper, keywords)
+        if self.start is not None:
+            print_level("Upper level (x), learned start", self.start, keywords)
+        print_level("Lower level (y)", self.lower, keywords)
+
+    def export(self, filepath: Any, *arguments: Any, **keywords: Any) -> None:
+        """Write the trained lower model for serving, as `model.lower.export` does.
+
+        The artifact predicts what `predict` does. The upper model, the losses and the
+        method are only needed in training and are not in it; `save` keeps them.
+
+        Args:
+            filepath: the folder, or the file, to write.
+            *arguments, **keywords: those of `keras.Model.export`.
+
+        Raises:
+            ValueError: if `lower` is a layer and not a model; for tasks, because the
+                lower model then holds no task's solution. Nothing is written.
+        """
+        require_servable(self.lower, self.tasks, filepath)
+        self.lower.export(filepath, *arguments, **keywords)
+
+    def adapt(self, batches: Batches, inner: InnerSolver, function: Callable) -> Any:
+        """The function's result for each task after an inner solve on its lower batch.
+
+        Args:
+            batches: any number of tasks along the leading axis.
+            inner: the inner solver; its steps and rate may differ from training's.
+            function: (upper model, lower model, prepared batches of the task) -> nest
+                of tensors, called with the lower model at the task's solution.
+
+        Returns:
+            The nest, with the tasks along a leading axis.
+
+        Raises:
+            ValueError: if the model was built without `tasks`, or an argument is of
+                the wrong kind.
+        """
+        require_adaptable(self.tasks, batches, inner, function)
+        # Variables in the results must be read while they hold the task's values.
+        at = self._levels.at_variables(
+            lambda *task: structure.to_tensors(function(*task))
+        )
+        x, y = self._levels.read(count_tasks(batches))
+        return adapted(self.problem, x, y, batches, inner, at)
+
+    def test_step(self, data: Any) -> dict[str, Any]:
+        require_measurable(data, self._compile_metrics, self.tasks)
+        if isinstance(data, Batches):
+            return self._trackers.update(self._levels.losses(data))
+        inputs, labels, weights = keras.utils.unpack_x_y_sample_weight(data)
+        require_labels(labels)
+        predictions = self(inputs, training=False)
+        assert self._compile_metrics is not None
+        self._compile_metrics.update_state(labels, predictions, sample_weight=weights)
+        return self._compile_metrics.result()
