@@ -9,6 +9,8 @@ import pytest
 import tensorflow as tf
 
 import tfbilevel as tb
+from tfbilevel._jobs.tuning.job import of_arrays
+from tfbilevel._jobs.tuning.tuner import _measured
 
 hyper = tb.hyper
 layers = keras.layers
@@ -63,7 +65,9 @@ def images(generator: Any, n: int) -> tuple:
     return x.astype("float32"), np.array(["left", "middle", "right"])[y]
 
 
-def test_images_with_text_labels_from_arrays(tmp_path: pathlib.Path) -> None:
+def test_images_with_text_labels_from_arrays(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     x, y = images(np.random.default_rng(1), 120)
     network = sequential(
         (6, 6, 1),
@@ -88,10 +92,19 @@ def test_images_with_text_labels_from_arrays(tmp_path: pathlib.Path) -> None:
     watch = keras.callbacks.LambdaCallback(
         on_epoch_end=lambda epoch, logs: seen.append(logs["val_accuracy"])
     )
+    measured: list = []
+
+    def measure(*arguments: Any) -> dict:
+        measured.append(_measured(*arguments))
+        return measured[-1]
+
+    monkeypatch.setattr("tfbilevel._jobs.tuning.tuner._measured", measure)
     fitted = tuner.fit(x, y, epochs=5, batch_size=16, callbacks=[watch], verbose=0)
     assert fitted is tuner and len(seen) == 5
     assert tuner.history_["val_accuracy"] == seen
     assert tuner.score(x, y) > 0.9
+    # Of the network of the search and the new one, that with the lower loss is kept.
+    assert tuner.refitted_ == (measured[-1]["loss"] < measured[-2]["loss"])
     assert tuner.predict(x[:3]).tolist() == y[:3].tolist()
     chances = tuner.predict_proba(x)
     np.testing.assert_allclose(chances.sum(axis=1), 1.0, rtol=1e-5)
@@ -104,6 +117,7 @@ def test_images_with_text_labels_from_arrays(tmp_path: pathlib.Path) -> None:
     assert list(made.columns) == ["epoch", *own, "shift", "factor", "beta_1"]
     assert made.shape == (6, 8)
     assert made["label_smoothing"][0] == pytest.approx(0.05)
+    assert made["shift"][1] == made["shift"][0]  # the warm-up, a quarter of 5 steps
     assert made["shift"][5] != pytest.approx(made["shift"][0], rel=1e-3)
     assert tuner.best_["l2"].shape == (2,)
     assert tuner.best_["shift"] == pytest.approx(made["shift"][5], rel=1e-5)
@@ -204,7 +218,12 @@ L2 = [hyper.L2()]
         (TWO, {"search": []}, (X, Y), "`search` must be a list of hyperparameters"),
         (TWO, {"search": [hyper.L2(), hyper.L2()]}, (X, Y), "two hyper.*of one name"),
         (TWO, {"horizon": 0}, (X, Y), "`horizon` must be an integer of at least 1"),
-        (TWO, {"refit": "no"}, (X, Y), "`refit` must be one of False, True, 'all'"),
+        (
+            TWO,
+            {"refit": "no"},
+            (X, Y),
+            "`refit` must be one of 'auto', False, True, 'all'",
+        ),
         (3, {}, (X, Y), "`model` must be a Keras model, or a function"),
         (TWO, {}, (X, Y[:5]), "one entry for each example. Received: 5 for 8"),
         (TWO, {}, (X * np.nan, Y), "NaN or infinity.*8 such rows, the first is 0"),
@@ -233,6 +252,21 @@ def test_errors_come_before_training(model, options, data, words) -> None:
     tuner = tb.HyperparameterTuner(model, **{"search": L2, **options})
     with pytest.raises(ValueError, match=words):
         tuner.fit(*data, epochs=1, verbose=0)
+
+
+def test_integers_become_what_the_network_takes() -> None:
+    """Pixels become floating, so that they can be augmented; word numbers stay."""
+    words = keras.Sequential(
+        [keras.Input((4,), dtype="int32"), layers.Embedding(9, 3), layers.Flatten()]
+    )
+    words.add(layers.Dense(2))
+    pixels = sequential((4,), layers.Dense(2))
+    x = np.arange(32, dtype="uint8").reshape(8, 4) % 9
+    for model, dtype in ((pixels, "float32"), (words, "uint8")):
+        job = of_arrays(model, None, x, Y, (x, Y), 0.2, 0)
+        for stream in (job.training, job.validation, job.everything):
+            assert next(iter(stream(4, 0)))[0].dtype == dtype
+    assert job.deviation == pytest.approx(x.std())
 
 
 def test_errors_of_validation_data() -> None:

@@ -84,9 +84,13 @@ def of_arrays(
     ]
     outputs = _fitting(model, outputs, x[:8], labels, seed)
     targets = _targets(outputs, labels, "y")
+    make = _maker(model, x.shape[1:], outputs, seed)
+    x = streams.as_taken(make(), x)
     if held is not None:
         train = Examples(x, targets)
-        valid = Examples(xv, _targets(outputs, more, "validation_data[1]"))
+        valid = Examples(
+            streams.as_taken(make(), xv), _targets(outputs, more, "validation_data[1]")
+        )
     else:
         first = outputs[0]
         indices = targets[0].argmax(1) if first.classes is not None else None
@@ -98,7 +102,7 @@ def of_arrays(
     joined = [np.concatenate(parts) for parts in zip(train.y, valid.y, strict=True)]
     both = Examples(np.concatenate([train.x, valid.x]), tuple(joined))
     return Job(
-        network=_maker(model, x.shape[1:], outputs, seed),
+        network=make,
         outputs=outputs,
         shape=x.shape[1:],
         deviation=_deviation(train.x[: streams.SEEN]),

@@ -62,6 +62,14 @@ def inputs(x: Any, argument: str) -> np.ndarray:
     return array
 
 
+def as_taken(network: Any, x: np.ndarray) -> np.ndarray:
+    """Integers, such as pixels, as float32 if the network takes floating numbers."""
+    taken = getattr(network, "inputs", None) or ()
+    if all("float" in each.dtype for each in taken):
+        return x.astype(np.float32)
+    return x
+
+
 def require_same_length(x: np.ndarray, labels: Sequence, argument: str) -> None:
     """Raise unless there is one label per example."""
     for each in labels:

@@ -24,7 +24,7 @@ from tfbilevel._keras.model import BilevelModel
 from tfbilevel._keras.pair import pair
 from tfbilevel._methods.hypergradient.unroll import Unroll
 
-REFIT = (False, True, "all")
+REFIT = ("auto", False, True, "all")
 MEASURED = 1000  # examples in a batch that is only evaluated
 
 
@@ -70,7 +70,8 @@ class HyperparameterTuner(Estimator):
         upper_optimizer: a Keras optimizer for the hyperparameters' variables without
             bounds. `None`: Adam(0.1, beta_2=0.9), after the warm-up.
         refit: True: train a new network with the values found. False: keep the network
-            that was trained while they changed. "all": train a new one on the
+            that was trained while they changed. "auto": train a new one, and keep that
+            of the two with the lower validation loss. "all": train a new one on the
             validation data too; nothing is then left to measure it by.
         jit_compile: as in `tb.BilevelModel.compile`.
         seed: of the weights, the batches and the split.
@@ -79,6 +80,7 @@ class HyperparameterTuner(Estimator):
         best_: name -> number, or array for a hyperparameter with several; the mean over
             the last fifth of the epochs.
         names_: name -> the names of these numbers; `None` for one number.
+        refitted_: whether `model_` was trained with the values found from its start.
         model_: the tuned network, a Keras model; dropout rates are set, input scales
             are built in.
         history_: the losses and validation metrics of each epoch.
@@ -121,7 +123,7 @@ class HyperparameterTuner(Estimator):
         horizon: int = 1,
         warmup: float = 0.25,
         upper_optimizer: Any = None,
-        refit: bool | str = True,
+        refit: bool | str = "auto",
         jit_compile: bool | str = False,
         seed: int = 0,
     ):
@@ -179,12 +181,16 @@ class HyperparameterTuner(Estimator):
             job = of_arrays(
                 self.model, loss, x, y, validation_data, validation_split, self.seed
             )
-        trained, values, found = self._tuned(
-            job, epochs, batch_size, callbacks, verbose
-        )
-        network = trained
+        tuned, values, found = self._tuned(job, epochs, batch_size, callbacks, verbose)
+        best = tuned
         if self.refit:
-            network = self._refitted(job, values, found, epochs, batch_size, verbose)
+            best = self._refitted(job, values, found, epochs, batch_size, verbose)
+        if self.refit == "auto":
+            best = min(
+                (tuned, best), key=lambda one: _measured(one, found, job)["loss"]
+            )
+        self.refitted_ = best is not tuned
+        network = best.setting.network
         for one in self.search:
             network = one.built_in(found[one.name], network)
         self.outputs_ = job.outputs
@@ -224,7 +230,8 @@ class HyperparameterTuner(Estimator):
     def _tuned(
         self, job: Job, epochs: int, batch_size: int, callbacks: Any, verbose: Any
     ) -> tuple:
-        """The network and the hyperparameters after training on both levels."""
+        """The losses with their network, and the hyperparameters, after training on
+        both levels."""
         steps = max(self.inner_steps, self.horizon)
         per_epoch = max(1, round(job.counts(batch_size)[0] / steps))
         total = epochs * per_epoch * steps
@@ -267,7 +274,7 @@ class HyperparameterTuner(Estimator):
         self.names_ = values.entries
         last = recorder.positions[-max(1, epochs // 5) :]
         values.assign({k: np.mean([p[k] for p in last], axis=0) for k in last[0]})
-        return network, values, values.numbers()
+        return losses, values, values.numbers()
 
     def _refitted(
         self,
@@ -277,8 +284,8 @@ class HyperparameterTuner(Estimator):
         epochs: int,
         batch_size: int,
         verbose: Any,
-    ) -> keras.Model:
-        """A new network, trained with the values found."""
+    ) -> Losses:
+        """The losses with a new network, trained with the values found."""
         everything = self.refit == "all"
         counts = job.counts(batch_size)
         per_epoch = counts[2] if everything else counts[0]
@@ -301,7 +308,7 @@ class HyperparameterTuner(Estimator):
             shuffle=False,
             verbose=verbose,
         )
-        return network
+        return losses
 
     def plot(self) -> Any:
         """A matplotlib figure of the hyperparameters over training.
