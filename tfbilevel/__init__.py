@@ -1,6 +1,7 @@
 """Gradient-based bilevel optimization for TensorFlow 2 and Keras 3."""
 
 from tfbilevel import compat as compat
+from tfbilevel import hyper as hyper
 from tfbilevel import schedules as schedules
 from tfbilevel._calculus.derivatives import (
     UnconnectedGradientError as UnconnectedGradientError,
@@ -35,6 +36,7 @@ from tfbilevel._core.schedules import Schedule as Schedule
 from tfbilevel._jobs.cleaning.label_cleaner import LabelCleaner as LabelCleaner
 from tfbilevel._jobs.few_shot.accuracy import FewShotScore as FewShotScore
 from tfbilevel._jobs.few_shot.learner import FewShotLearner as FewShotLearner
+from tfbilevel._jobs.tuning.tuner import HyperparameterTuner as HyperparameterTuner
 from tfbilevel._keras.backup import Backup as Backup
 from tfbilevel._keras.dynamic import Dynamic as Dynamic
 from tfbilevel._keras.dynamic import DynamicResult as DynamicResult

@@ -1,1 +1,19 @@
 """The hyperparameters that `tb.HyperparameterTuner` can learn."""
+
+from tfbilevel._jobs.tuning.augmentation import Brightness as Brightness
+from tfbilevel._jobs.tuning.augmentation import Contrast as Contrast
+from tfbilevel._jobs.tuning.augmentation import Mixup as Mixup
+from tfbilevel._jobs.tuning.augmentation import Noise as Noise
+from tfbilevel._jobs.tuning.augmentation import Shift as Shift
+from tfbilevel._jobs.tuning.dropout import Dropout as Dropout
+from tfbilevel._jobs.tuning.hyperparameter import Hyperparameter as Hyperparameter
+from tfbilevel._jobs.tuning.hyperparameter import Setting as Setting
+from tfbilevel._jobs.tuning.inputs import InputScale as InputScale
+from tfbilevel._jobs.tuning.optimizer_options import LearningRate as LearningRate
+from tfbilevel._jobs.tuning.optimizer_options import Momentum as Momentum
+from tfbilevel._jobs.tuning.optimizer_options import OptimizerOption as OptimizerOption
+from tfbilevel._jobs.tuning.optimizer_options import WeightDecay as WeightDecay
+from tfbilevel._jobs.tuning.penalties import L2 as L2
+from tfbilevel._jobs.tuning.targets import ClassWeights as ClassWeights
+from tfbilevel._jobs.tuning.targets import LabelSmoothing as LabelSmoothing
+from tfbilevel._jobs.tuning.targets import LossWeights as LossWeights

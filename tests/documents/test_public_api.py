@@ -41,6 +41,7 @@ NAMES = {
     "Geometric",
     "GradientNorm",
     "GradientSolver",
+    "HyperparameterTuner",
     "HypergradientReport",
     "Implicit",
     "InnerSolver",
@@ -85,6 +86,25 @@ NAMES = {
     "soft_cross_entropy",
     "sparse_cross_entropy",
 }
+HYPER = {
+    "Brightness",
+    "ClassWeights",
+    "Contrast",
+    "Dropout",
+    "Hyperparameter",
+    "InputScale",
+    "L2",
+    "LabelSmoothing",
+    "LearningRate",
+    "LossWeights",
+    "Mixup",
+    "Momentum",
+    "Noise",
+    "OptimizerOption",
+    "Setting",
+    "Shift",
+    "WeightDecay",
+}
 PACKAGE = pathlib.Path(tb.__file__).parent
 
 
@@ -96,6 +116,8 @@ def test_public_names() -> None:
         if not name.startswith("_") and not inspect.ismodule(value)
     }
     assert public == NAMES
+    assert {name for name in vars(tb.hyper) if not name.startswith("_")} == HYPER
+    assert all(inspect.getdoc(getattr(tb.hyper, name)) for name in HYPER)
 
 
 def test_version() -> None:

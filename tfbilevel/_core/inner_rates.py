@@ -1,4 +1,4 @@
-"""Checks of an inner solver's learning rates."""
+"""Checks of an inner solver's learning rates and learned options."""
 
 from typing import Any
 
@@ -11,7 +11,8 @@ def is_function(rate: Any) -> bool:
 
 
 def require_rates(inner: Any) -> None:
-    """Raise unless the rate is set in at most one of the three possible ways."""
+    """Raise unless the rate is set in at most one of the three possible ways, and
+    options that are learned are a function."""
     rate, learned = inner.learning_rate, inner.learned_rate
     if rate is not None and not is_schedule(rate):
         raise ValueError(
@@ -38,4 +39,11 @@ def require_rates(inner: Any) -> None:
         raise ValueError(
             f"`{name}` and a LearningRateSchedule of the optimizer exclude each other. "
             f"Give the optimizer a number. Received: optimizer={inner.optimizer!r}"
+        )
+    options = inner.hyperparameters
+    if options is not None and not is_function(options):
+        raise ValueError(
+            "`hyperparameters` must be a function of the upper variables that returns "
+            "options of the optimizer, such as lambda x: {'momentum': tf.sigmoid(x)}. "
+            f"Set constants on the optimizer. Received: hyperparameters={options!r}"
         )

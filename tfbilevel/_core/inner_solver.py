@@ -14,6 +14,7 @@ from tfbilevel._calculus.aliases import Nest
 from tfbilevel._calculus.loops import serial_loop
 from tfbilevel._core.arguments import require_choice, require_count
 from tfbilevel._core.former_arguments import of_former, renamed
+from tfbilevel._core.inner_hyperparameters import named_options, updated
 from tfbilevel._core.inner_rates import is_function, require_rates
 from tfbilevel._core.inner_trajectory import trajectory
 from tfbilevel._core.prepared import Prepared
@@ -25,8 +26,7 @@ from tfbilevel._core.schedules import (
     require_tolerance,
 )
 from tfbilevel._optimizers import nesterov
-from tfbilevel._optimizers.learned_rate import rated, stretched
-from tfbilevel._optimizers.update_rule import OptimizerState, UpdateRule, differentiable
+from tfbilevel._optimizers.update_rule import OptimizerState, UpdateRule
 
 
 class Iterate(NamedTuple):
@@ -77,14 +77,20 @@ class InnerSolver:
         learned_rate: x -> scalar, the rate as a function of the upper variables; or
             x -> rates shaped like the lower variables, or that broadcast to them: one
             per entry (Meta-SGD), or one per layer. `None`: the rate is not learned.
+        hyperparameters: x -> {name: scalar}, options of the optimizer as functions of
+            the upper variables, such as lambda x: {"momentum": tf.sigmoid(x)}: any
+            option that is a number ("learning_rate", "momentum", "weight_decay",
+            "beta_1", ...; not Lion's betas, whose derivative is zero). The others stay
+            as the optimizer has them. A lower solution does not depend on them, so
+            `tb.Implicit` raises `tb.UnconnectedGradientError`: unroll the steps.
 
     Raises:
         ValueError: for an unsupported optimizer, `steps` below 1, an unknown `start`
             or `optimizer_state`, a `learning_rate` that is not a schedule, a
             `learned_rate` that is not a function, more than one of these two and a
             schedule on the optimizer, or a negative `atol`; at the first step for
-            learned rates that do not fit the lower variables, or rates of single
-            entries with Ftrl.
+            learned rates that do not fit the lower variables, rates of single
+            entries with Ftrl, or `hyperparameters` that the optimizer does not have.
 
     Example:
         >>> inner = tb.InnerSolver(keras.optimizers.SGD(0.5), steps=20)
@@ -107,6 +113,7 @@ class InnerSolver:
     accelerated: bool = False
     atol: float | Schedule | LearningRateSchedule | None = None
     learned_rate: Callable[[Nest], Nest] | None = None
+    hyperparameters: Callable[[Nest], dict[str, Any]] | None = None
 
     def __post_init__(self) -> None:
         # If it was given by name, the rule has created it.
@@ -122,17 +129,19 @@ class InnerSolver:
     @functools.cached_property
     def rule(self) -> UpdateRule:
         """The update of `optimizer`, whose rate is read only once."""
-        return differentiable(self.optimizer)
+        return UpdateRule(self.optimizer, learns=self.hyperparameters is not None)
 
     @property
     def has_constant_rate(self) -> bool:
         """Whether all steps of all outer steps use one number, the optimizer's rate."""
-        changed = self.learning_rate is not None or self.learned_rate is not None
-        return not (changed or self.rule.scheduled)
+        changes = (self.learning_rate, self.learned_rate, self.hyperparameters)
+        return not (self.rule.scheduled or any(one is not None for one in changes))
 
     def init(self, problem: Problem, upper: Nest, lower: Nest) -> dict[str, Any]:
         """The state that the solver carries between outer steps."""
         state: dict[str, Any] = {}
+        if self.hyperparameters is not None:
+            named_options(self, problem, upper)  # raises for wrong ones
         # The rule creates its templates now: creating them while a function is traced
         # would make TensorFlow trace it a second time.
         fresh = self.fresh(problem, lower)
@@ -207,15 +216,7 @@ class InnerSolver:
         point, own, sequence = self.point(iterate), iterate.optimizer, None
         if self.accelerated:
             own, _, sequence = nesterov.split(own, iterate.lower)
-        if self.learned_rate is None:
-            lower, state = self.rule.update(gradient, own, point)
-        else:
-            made = here.problem._reading(self.learned_rate, here.upper)
-            state, rates = rated(own, made, iterate.lower)
-            lower, state = self.rule.update(gradient, state, point)
-            state = state._replace(learning_rate=own.learning_rate)
-            if rates is not None:
-                lower = stretched(self.optimizer, rates, point, lower)
+        lower, state = updated(self, here, gradient, own, point)
         lower = here.problem.projected_lower(here.upper, lower)
         if sequence is not None:
             state = nesterov.extrapolated(state, sequence, iterate.lower, lower)

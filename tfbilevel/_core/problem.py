@@ -68,8 +68,8 @@ class Problem:
             differentiated through, such as features of a shared encoder that no inner
             step changes.
         reads: (function, x) -> the function's result; how an inner solver's
-            `learned_rate` is called. `None`: with x. `tb.BilevelModel` calls it with
-            the upper model.
+            `learned_rate` and `hyperparameters` are called. `None`: with x.
+            `tb.BilevelModel` calls them with the upper model.
         seed: an integer, the seed of everything that the functions sample. Within an
             outer step they are fixed functions, with any way of sampling (`tf.random`,
             `keras.random`, random layers); `seeded` gives each outer step other

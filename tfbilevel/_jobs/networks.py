@@ -42,6 +42,30 @@ def fresh(
         ValueError: if it is none of these, has no weights to train, does not take
             such examples, or has another number of outputs.
     """
+    network = new_network(model, shape, classes, seed, argument)
+    found = output_shapes(network, shape, argument)
+    if found != [(classes,)]:
+        raise ValueError(
+            f"`{argument}` must have one output per class, {classes} here. End it with "
+            f"keras.layers.Dense({classes}). Received: outputs of shape "
+            f"{', '.join(map(str, found))} per example"
+        )
+    return network
+
+
+def new_network(
+    model: Any,
+    shape: tuple[int, ...],
+    outputs: int | None,
+    seed: int | None,
+    argument: str = "model",
+) -> keras.Model:
+    """A new network with random weights, as in `fresh`, for any number of outputs.
+
+    Args:
+        model, shape, seed, argument: as for `fresh`.
+        outputs: what a function with two parameters receives as the second one.
+    """
     if seed is not None:
         keras.utils.set_random_seed(seed)
     if isinstance(model, keras.Model):
@@ -54,7 +78,7 @@ def fresh(
                 f"{type(model).__name__}, {error}"
             ) from error
     elif callable(model):
-        network = model(shape, classes) if _takes_both(model) else model()
+        network = model(shape, outputs) if _takes_both(model) else model()
     else:
         network = None
     if not isinstance(network, keras.Model):
@@ -63,7 +87,6 @@ def fresh(
             f"one. Received: {argument}={model!r}"
             + (f", which returned {network!r}" if callable(model) else "")
         )
-    _require_fitting(network, shape, classes, argument)
     return network
 
 
@@ -95,28 +118,30 @@ def _takes_both(function: Callable) -> bool:
     return sum(p.default is p.empty and p.kind <= 1 for p in parameters) == 2
 
 
-def _require_fitting(
-    network: keras.Model, shape: tuple, classes: int, argument: str
-) -> None:
+def output_shapes(
+    network: keras.Model, shape: tuple[int, ...], argument: str = "model"
+) -> list[tuple]:
+    """The shape of each output for one example.
+
+    Raises:
+        ValueError: if the network does not take such examples, or has no weights to
+            train.
+    """
     try:
         given = network.inputs or ()
         text = any(each.dtype == "string" for each in given)
         nothing = tf.fill((2, *shape), "") if text else tf.zeros((2, *shape))
-        outputs = tf.convert_to_tensor(network(nothing, training=False))
+        outputs = tf.nest.flatten(network(nothing, training=False))
+        shapes = [tuple(tf.convert_to_tensor(each).shape[1:]) for each in outputs]
     except Exception as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
             f"`{argument}` must take examples of shape {shape}, like `x`. Change its "
             f"keras.Input, or reshape `x`. Received: {reason}"
         ) from error
-    if outputs.shape.rank != 2 or outputs.shape[1] != classes:
-        raise ValueError(
-            f"`{argument}` must have one output per class, {classes} here. End it with "
-            f"keras.layers.Dense({classes}). Received: outputs of shape "
-            f"{tuple(outputs.shape[1:])} per example"
-        )
     if not network.trainable_variables:
         raise ValueError(f"`{argument}` must have weights to train. Received: none")
+    return shapes
 
 
 def gives_probabilities(network: keras.Model, x: Any) -> bool:

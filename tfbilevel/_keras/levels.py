@@ -301,7 +301,8 @@ class Levels:
             except (TypeError, AttributeError, LookupError, ValueError) as error:
                 raise ValueError(
                     "`learned_rate` is called with the upper model, like the losses "
-                    "of a tb.BilevelModel, and no longer with a list of tensors. Read "
-                    "its `trainable_variables`, or call it. Received: "
+                    "of a tb.BilevelModel, and no longer with a list of tensors; so "
+                    "are `hyperparameters`. Read its `trainable_variables`, or call "
+                    "it. Received: "
                     f"{type(error).__name__}: {error}"
                 ) from error

@@ -9,6 +9,11 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from tfbilevel._optimizers.options import (
+    WITH_MOMENTUM,
+    momentum_methods,
+    with_options,
+)
 from tfbilevel._workarounds.tracing import outside_traces
 from tfbilevel._workarounds.vectorized_map import vectorized_map
 
@@ -61,10 +66,16 @@ class UpdateRule:
     """A Keras optimizer's update as a pure function: it takes and returns tensors.
 
     Made by `tb.differentiable`.
+
+    Attributes:
+        optimizer: the Keras optimizer.
+        learns: whether `update` may be given options; there is a slot for momentum
+            then, even if the optimizer's own is zero.
     """
 
     optimizer: keras.optimizers.Optimizer
     argument: dataclasses.InitVar[str] = "optimizer"  # the user's name for it
+    learns: bool = dataclasses.field(default=False, kw_only=True)
 
     def __post_init__(self, argument: str) -> None:
         object.__setattr__(self, "optimizer", optimizer_of(self.optimizer, argument))
@@ -103,21 +114,33 @@ class UpdateRule:
         return OptimizerState(tf.constant(0, tf.int64), rate, slots)
 
     def update(
-        self, gradients: Any, state: OptimizerState, variables: Any
+        self,
+        gradients: Any,
+        state: OptimizerState,
+        variables: Any,
+        options: dict[str, tf.Tensor] | None = None,
     ) -> tuple[Any, OptimizerState]:
         """One update: (variables, state) after the step along `gradients`.
 
         If `state` has one iteration per task (`counted`), all arguments have a leading
         axis for the tasks.
+
+        Args:
+            gradients: like `variables`.
+            state: the optimizer's state.
+            variables: a nest of tensors.
+            options: scalars that replace options of the optimizer, such as
+                {"momentum": m}; for a rule that `learns`.
         """
         if state.iteration.shape.rank:
-            return self._update_each(gradients, state, variables)
+            return self._update_each(gradients, state, variables, options)
         built = self._pure(variables)
         rate = [] if self.scheduled else [state.learning_rate]
         flat, carried = built.apply(
             [state.iteration, *rate, *state.slots],
             tf.nest.flatten(gradients),
             tf.nest.flatten(variables),
+            options or {},
         )
         slots = carried[1 + len(rate) :]
         new_rate = carried[1] if rate else ()
@@ -135,12 +158,12 @@ class UpdateRule:
         return state._replace(iteration=tf.fill([tasks], state.iteration))
 
     def _update_each(
-        self, gradients: Any, state: OptimizerState, variables: Any
+        self, gradients: Any, state: OptimizerState, variables: Any, options: Any
     ) -> tuple[Any, OptimizerState]:
         def one(task: tuple) -> tuple:
             own, iteration, slots, gradient = task
             alone = state._replace(iteration=iteration, slots=slots)
-            moved, after = self.update(gradient, alone, own)
+            moved, after = self.update(gradient, alone, own, options)
             return moved, after.iteration, after.slots
 
         each = (variables, state.iteration, state.slots, gradients)
@@ -151,7 +174,9 @@ class UpdateRule:
         leaves = [tf.convert_to_tensor(leaf) for leaf in tf.nest.flatten(variables)]
         key = tuple((tuple(leaf.shape), leaf.dtype.name) for leaf in leaves)
         if key not in self._built:
-            self._built[key] = outside_traces(lambda: _Pure(self.optimizer, leaves))
+            self._built[key] = outside_traces(
+                lambda: _Pure(self.optimizer, leaves, self.learns)
+            )
         return self._built[key]
 
 
@@ -218,7 +243,9 @@ def differentiable(optimizer: keras.optimizers.Optimizer) -> UpdateRule:
 class _Pure:
     """A pure optimizer built for variables of given shapes and dtypes."""
 
-    def __init__(self, original: keras.optimizers.Optimizer, leaves: list):
+    def __init__(
+        self, original: keras.optimizers.Optimizer, leaves: list, learns: bool
+    ):
         for leaf in leaves:
             if not leaf.shape.is_fully_defined():
                 raise ValueError(
@@ -229,12 +256,15 @@ class _Pure:
         kind = type(original)
         base = keras.optimizers.Optimizer.__mro__
         plain = next(c for c in base if c.__name__ == "BaseOptimizer")
-        pure = type(
-            f"Pure{kind.__name__}",
-            (kind,),
-            {name: getattr(plain, name) for name in _PURE_METHODS},
-        )
-        optimizer = pure.from_config(configuration(original))
+        methods = {name: getattr(plain, name) for name in _PURE_METHODS}
+        options = configuration(original)
+        self._own: dict[str, Any] = {}
+        if learns and isinstance(original, WITH_MOMENTUM):
+            methods |= momentum_methods(kind)
+            self._own = {"momentum": original.momentum}
+            options |= {"momentum": 0.5}  # not zero, so that Keras makes its slots
+        pure = type(f"Pure{kind.__name__}", (kind,), methods)
+        optimizer = pure.from_config(options)
         rate = optimizer._learning_rate
         if isinstance(rate, keras.Variable):
             # Keras stores the rate in float32; the state has the variables' own
@@ -254,18 +284,23 @@ class _Pure:
         self.optimizer = optimizer
         slots = 2 if isinstance(rate, keras.Variable) else 1
         self.initial_slots = [_maker(v.numpy()) for v in optimizer.variables[slots:]]
-        self._memory = 1.0
         self._nudge = isinstance(original, keras.optimizers.Adam)
-        if self._nudge:
-            self._memory = 1 - float(original.beta_2)
 
-    def apply(self, state: list, gradients: list, leaves: list) -> tuple[list, list]:
+    def apply(
+        self, state: list, gradients: list, leaves: list, options: dict
+    ) -> tuple[list, list]:
         """Keras's own stateless update: the leaves and the state after it."""
+        optimizer, options = self.optimizer, self._own | options
+        if options:
+            dtype = widest(leaves)
+            options = {k: tf.cast(v, dtype) for k, v in options.items()}
+            optimizer = with_options(optimizer, options)
         if self._nudge:
             gradients = [
-                _away_from_zero(gradient, self._memory) for gradient in gradients
+                _away_from_zero(gradient, 1 - optimizer.beta_2)
+                for gradient in gradients
             ]
-        return self.optimizer.stateless_apply(state, gradients, leaves)
+        return optimizer.stateless_apply(state, gradients, leaves)
 
 
 def configuration(optimizer: keras.optimizers.Optimizer) -> dict:
@@ -290,11 +325,16 @@ def _maker(value: np.ndarray) -> Callable[[], tf.Tensor]:
     return lambda: tf.constant(value)
 
 
-def _away_from_zero(gradient: tf.Tensor, memory: float) -> tf.Tensor:
+def _away_from_zero(gradient: tf.Tensor, memory: Any) -> tf.Tensor:
     # The square times `memory`, 1 - beta_2, must be a normal number of the dtype. The
     # correction is constant, so the derivative in the gradient stays one.
     least = 1e-150 if gradient.dtype == tf.float64 else 1e-17
-    smallest = tf.constant(least * max(1.0, (1e-3 / memory) ** 0.5), gradient.dtype)
+    if tf.is_tensor(memory):
+        longest = tf.maximum(1.0, tf.sqrt(1e-3 / tf.cast(memory, tf.float32)))
+        smallest = least * tf.cast(longest, gradient.dtype)
+    else:
+        longest = max(1.0, (1e-3 / memory) ** 0.5)
+        smallest = tf.constant(least * longest, gradient.dtype)
     correction = tf.where(
         tf.abs(gradient) < smallest, smallest - gradient, tf.zeros_like(gradient)
     )

@@ -281,6 +281,7 @@ def _is_plain(inner: InnerSolver) -> bool:
         and not optimizer.momentum
         and not inner.accelerated
         and inner.learned_rate is None
+        and inner.hyperparameters is None
     )
 
 
