@@ -55,9 +55,7 @@ def test_the_exported_artifact_predicts_what_predict_does(tmp_path: Any) -> None
     want = model.predict(inputs, verbose=0)
     np.testing.assert_allclose(artifact.serve(inputs), want, rtol=1e-6)
     # By hand: batch normalisation at rest, then the last layer.
-    scale, shift, mean, variance = (
-        v.numpy() for v in model.lower.layers[0].variables
-    )
+    scale, shift, mean, variance = (v.numpy() for v in model.lower.layers[0].variables)
     kernel, bias = (v.numpy() for v in model.lower.layers[-1].variables)
     normal = (inputs - mean) / np.sqrt(variance + 1e-3) * scale + shift
     np.testing.assert_allclose(want, normal @ kernel + bias, rtol=1e-4, atol=1e-5)
