@@ -52,7 +52,7 @@ class Shuffled:
 
         def from_step(step: tf.Tensor) -> Any:
             passes = tf.data.Dataset.range(step // steps, tf.int64.max)
-            return passes.flat_map(one_pass).skip(step % steps)
+            return passes.flat_map(one_pass).skip(tf.math.floormod(step, steps))
 
         def read(nothing: tf.Tensor) -> tf.Tensor:
             return tf.cast(tf.convert_to_tensor(position), tf.int64)
@@ -89,7 +89,7 @@ class Passes(tf.data.Dataset):
         self._make, self.goes_on = make, goes_on
         self._position, self._passes = position, passes
         self._made = make(position, passes)
-        super().__init__(self._made._variant_tensor)
+        super().__init__(self._made._variant_tensor)  # pyright: ignore[reportCallIssue]
 
     def _inputs(self) -> list:
         return [self._made]
