@@ -125,10 +125,9 @@ def learned_belief(
             tf.reshape(targets, [-1, 2, classes]), tf.reshape(outputs, [-1, classes])
         )
         decay = 1e-4 * tf.reduce_sum(tf.square(heads))
-        # Two heads, each with its own mean.
-        return (
-            2 * ((1 - trust) * tf.reduce_mean(doubtful) + trust * sure(heads)) + decay
-        )
+        mean = (1 - trust) * tf.reduce_mean(doubtful) + trust * sure(heads)
+        # The sum over the heads. It does not depend on the sharpness, but must seem to.
+        return 2 * mean + decay + 0.0 * x["sharpness"]
 
     def batches(step: tf.Tensor) -> StackedBatches:
         picked = []
