@@ -5,6 +5,7 @@ The cleaner is a quick stand-in, except in the slow tests at the end.
 
 import json
 import pathlib
+import warnings
 
 import keras
 import numpy as np
@@ -117,6 +118,20 @@ def test_columns_are_chosen_by_what_they_hold(capsys):
     said = capsys.readouterr().err
     assert "Columns: age (number), a/colour (category), zero (number)." in said
     assert "Left out, because of many different values: name" in said
+
+
+def test_quiet_has_no_warnings(monkeypatch, capsys):
+    class Warner(StandInCleaner):
+        def fit(self, *arguments, **options):
+            warnings.warn("something of Keras", UserWarning, stacklevel=2)
+            return super().fit(*arguments, **options)
+
+    write_people()
+    monkeypatch.setattr(tb, "LabelCleaner", Warner)
+    with pytest.raises(UserWarning):  # the tests make errors of them
+        run(*CSV)
+    assert run(*CSV, "--quiet") == 0
+    assert capsys.readouterr().out == ""
 
 
 def test_integer_labels_and_parquet():

@@ -4,6 +4,7 @@ import argparse
 import shlex
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 
 from tfbilevel._command_line.bad_input import BadInput
@@ -72,7 +73,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     options.command_line = shlex.join(["tfbilevel", *arguments])
     try:
-        options.run(options)
+        with warnings.catch_warnings():
+            if options.quiet:
+                warnings.simplefilter("ignore")
+            options.run(options)
     except (BadInput, MissingPackageError) as error:
         return _failed(options, error, 2)
     except OSError as error:
