@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from tfbilevel._command_line.bad_input import BadInput
 from tfbilevel._command_line.clean import clean
 from tfbilevel._command_line.few_shot import few_shot
+from tfbilevel._command_line.tune import tune
 from tfbilevel._jobs.optional_packages import MissingPackageError
 
 CLEAN = """
@@ -28,6 +29,20 @@ examples:
   tfbilevel clean people.parquet --label job --columns age,city --out people/
   tfbilevel clean pictures/ --trusted checked_pictures/ --out report/
   tfbilevel clean arrays.npz --trusted trusted.npz --out report/
+"""
+TUNE = """
+Learns penalties, label smoothing and strengths of augmentation in one training run, and
+compares the tuned network with plain training. Writes into the folder --out:
+
+  report.html          the accuracy and the values found, to read in a browser
+  hyperparameters.csv  the values in every epoch
+  model.keras          the tuned network; it takes raw rows, texts or pictures
+  summary.json         the numbers of the report, the order of the classes, versions
+
+examples:
+  tfbilevel tune data.csv --label y --out report/
+  tfbilevel tune data.csv --label y --validation other.csv --out report/
+  tfbilevel tune pictures/ --search l2,shift,contrast --epochs 40 --out report/
 """
 FEW_SHOT = """
 Learns from many classes how to learn new ones from a few examples of each. A fifth of
@@ -95,6 +110,23 @@ def _parser() -> argparse.ArgumentParser:
     _describe_training(command)
     command.add_argument("--batch-size", type=_count, metavar="N")
     command.set_defaults(run=clean)
+    command = _command(commands, "tune", "learn hyperparameters", TUNE)
+    command.add_argument("data", help=DATA)
+    command.add_argument(
+        "--validation",
+        metavar="DATA",
+        help="as data: other examples to tune by. Default: a part of the data",
+    )
+    command.add_argument(
+        "--search",
+        metavar="A,B",
+        help="of l2, label-smoothing, noise, mixup, brightness, contrast, shift. "
+        "Default: what suits the kind of data",
+    )
+    _describe_data(command)
+    _describe_training(command)
+    command.add_argument("--batch-size", type=_count, metavar="N")
+    command.set_defaults(run=tune)
     command = _command(commands, "few-shot", "learn to learn new classes", FEW_SHOT)
     command.add_argument("data", help=f"{DATA}; many classes")
     command.add_argument(
