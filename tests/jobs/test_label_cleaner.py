@@ -31,7 +31,7 @@ def fitted(**arguments) -> tuple:
     x, right, given = blobs(600, 0)
     sure, sure_labels, _ = blobs(60, 1)
     cleaner = tb.LabelCleaner(linear, batch_size=64, learning_rate=0.05, **arguments)
-    cleaner.fit(x, given, trusted=(sure, sure_labels), epochs=4, verbose=0)
+    cleaner.fit(x, given, trusted=(sure, sure_labels), epochs=20, verbose=0)
     return cleaner, x, right, given
 
 
