@@ -250,7 +250,7 @@ def main(argv: list[str] | None = None) -> dict[str, list[dict]]:
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--trials", type=int, default=30)
-    parser.add_argument("--epochs", type=int, default=40)
+    parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--images", type=int, default=5000)
     parser.add_argument("--validation", type=int, default=1000)
     parser.add_argument("--batch-size", type=int, default=64)
