@@ -63,7 +63,8 @@ def arrows() -> dict[str, set[str]]:
     for path in files():
         here = path.relative_to(PACKAGE).with_suffix("").parts[0]
         if here not in DOORS:
-            found[here] |= {room(module) for module in imports(path)} - {here}
+            used = {room(module) for module in imports(path)}
+            found[here] |= used - {here, "_version"}
     return found
 
 

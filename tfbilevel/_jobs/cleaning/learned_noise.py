@@ -126,7 +126,7 @@ def learned_belief(
         )
         decay = 1e-4 * tf.reduce_sum(tf.square(heads))
         mean = (1 - trust) * tf.reduce_mean(doubtful) + trust * sure(heads)
-        # The sum over the heads. Only f depends on the sharpness, but a variable with no
+        # The sum over the heads. The sharpness is in f alone, but a variable with no
         # path through g is refused, so it has one of weight zero.
         return 2 * mean + decay * (1 + 0 * x["sharpness"])
 
