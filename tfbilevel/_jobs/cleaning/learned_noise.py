@@ -14,9 +14,10 @@ from tfbilevel._jobs.cleaning.training import target_loss
 from tfbilevel._methods.hypergradient.unroll import Unroll
 from tfbilevel._minimize import minimize
 
-# The features have seen the trusted examples already, so the last layer needs them
-# less than the network does: without this floor their weight falls to nothing.
+# The features have seen the trusted examples and the given labels already, so the last
+# layer needs both less than the network does: without these floors it would do without.
 TRUST = (0.2, 0.9)
+GIVEN = (0.4, 0.95)
 # Few held-out examples say little about these numbers: a priori each logit is as at the
 # start, with this standard deviation.
 DEVIATION = 1.5
@@ -116,7 +117,7 @@ def learned_belief(
 
     def lower_loss(x: dict, heads: Any, index: Any) -> tf.Tensor:
         of_rows = tf.reshape(index, [2, -1])
-        trust, given = _trust(x["trust"]), tf.sigmoid(x["given"])
+        trust, given = _within(TRUST, x["trust"]), _within(GIVEN, x["given"])
         weights = (1 - given) * tf.nn.softmax(x["opinions"])
         opinion = tf.einsum("frqk,q->frk", tf.gather(second, of_rows), weights)
         targets = tf.stack([tf.gather(likelihood, of_rows), opinion], axis=2)
@@ -143,11 +144,9 @@ def learned_belief(
             picked.append(tf.gather(half, at))
         return StackedBatches(upper=tf.zeros([]), lower=tf.concat(picked, axis=1))
 
-    low, high = TRUST
-    share = np.clip((start.trust - low) / (high - low), 0.01, 0.99)
     first = {
-        "trust": _logit(share),
-        "given": _logit(start.given),
+        "trust": _logit(TRUST, start.trust),
+        "given": _logit(GIVEN, start.given),
         "opinions": tf.math.log(_single(start.opinions) + 1e-3),
         "sharpness": tf.constant(0.0),
     }
@@ -185,8 +184,8 @@ def learned_belief(
     if settled["learned"] + float(prior(x)) >= settled["start"]:
         return start, losses
     found = Belief(
-        float(_trust(x["trust"])),
-        float(tf.sigmoid(x["given"])),
+        float(_within(TRUST, x["trust"])),
+        float(_within(GIVEN, x["given"])),
         tf.nn.softmax(x["opinions"]).numpy(),
     )
     return found, losses
@@ -206,10 +205,13 @@ def _single(values: Any) -> tf.Tensor:
     return tf.constant(np.asarray(values), tf.float32)
 
 
-def _logit(share: float) -> tf.Tensor:
+def _logit(range_: tuple[float, float], value: float) -> tf.Tensor:
+    """x with _within(range_, x) = value."""
+    low, high = range_
+    share = (value - low) / (high - low)
     return tf.constant(np.log(share / (1 - share)), tf.float32)
 
 
-def _trust(x: tf.Tensor) -> tf.Tensor:
-    low, high = TRUST
+def _within(range_: tuple[float, float], x: tf.Tensor) -> tf.Tensor:
+    low, high = range_
     return low + (high - low) * tf.sigmoid(x)
