@@ -243,17 +243,27 @@ def test_predict_before_fit_and_other_shapes_are_refused() -> None:
         tb.LabelCleaner(linear).predict(GOOD_X)
 
 
+# What scikit-learn asks for and this estimator does otherwise, with the reason.
+OTHERWISE = {
+    "check_supervised_y_2d": "a column of labels is taken, without a warning",
+    "check_methods_sample_order_invariance": "float32: equal to 3e-8, not to 1e-9",
+}
+
+
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Estimator LabelCleaner does not inherit")
 def test_scikit_learns_checks_pass() -> None:
     """On arrays, with networks for tables."""
     from sklearn.utils.estimator_checks import check_estimator
 
+    cleaner = tb.LabelCleaner(epochs=2, learning_rate=0.01)
     done = check_estimator(
-        tb.LabelCleaner(epochs=2, learning_rate=0.01), on_skip=None, on_fail=None
+        cleaner, expected_failed_checks=OTHERWISE, on_skip=None, on_fail=None
     )
-    failed = {
-        c["check_name"]: str(c["exception"])[:300]
-        for c in done
-        if c["status"] == "failed"
+    found = {
+        check["check_name"]: repr(check["exception"])[:300]
+        for check in done
+        if check["status"] == "failed"
     }
-    assert failed == {}
+    assert found == {}
+    assert sum(check["status"] == "passed" for check in done) > 45

@@ -224,7 +224,8 @@ class LabelCleaner(Estimator):
         inputs = inputs_of(x, "x")
         if inputs.shape[1:] != self._shape:
             raise ValueError(
-                f"`x` must hold examples of shape {self._shape}, as in `fit`. "
+                f"`x` must hold examples of shape {self._shape}, as in `fit`. Reshape "
+                "your data; one example is x[None]. "
                 f"Received: shape {inputs.shape[1:]}. X has "
                 f"{int(np.prod(inputs.shape[1:]))} features, but LabelCleaner is "
                 f"expecting {self.n_features_in_} features as input"
@@ -309,11 +310,17 @@ class LabelCleaner(Estimator):
         self.choice_ = findings.choice(found)
 
     def _require_fitted(self) -> None:
-        if not self.__sklearn_is_fitted__():
-            raise NotFittedError(
-                "`fit` must be called before this method: this LabelCleaner is not "
-                "fitted yet. Received: no results"
-            )
+        if self.__sklearn_is_fitted__():
+            return
+        message = (
+            "`fit` must be called before this method: this LabelCleaner is not fitted "
+            "yet. Received: no results"
+        )
+        try:
+            from sklearn.exceptions import NotFittedError
+        except ImportError:
+            raise ValueError(message) from None
+        raise NotFittedError(message)
 
     def __sklearn_is_fitted__(self) -> bool:
         return hasattr(self, "model_")
@@ -328,10 +335,6 @@ class LabelCleaner(Estimator):
             input_tags=InputTags(three_d_array=True, string=True),
             non_deterministic=False,
         )
-
-
-class NotFittedError(ValueError, AttributeError):
-    """A method was called that needs the results of `fit`."""
 
 
 def _say(data: Data) -> None:

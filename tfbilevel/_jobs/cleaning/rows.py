@@ -94,13 +94,21 @@ def inputs_of(x: Any, argument: str) -> np.ndarray:
     Raises:
         ValueError: for anything else, no examples, or NaN and infinity.
     """
-    array = np.asarray(x)
     if hasattr(x, "toarray"):
-        array = np.asarray(x.toarray())
+        raise ValueError(
+            f"`{argument}` must be dense. Pass .toarray() of it, if it fits in memory. "
+            f"Received: a sparse {type(x).__name__}"
+        )
+    array = np.asarray(x)
     if array.ndim == 0 or not len(array):
         raise ValueError(
             f"`{argument}` must hold at least one example, one per row. "
             f"Received: shape {array.shape}"
+        )
+    if array.size == 0:
+        raise ValueError(
+            f"`{argument}` must have at least one number per example. Received: 0 "
+            f"feature(s) (shape={array.shape}) while a minimum of 1 is required."
         )
     if array.dtype.kind == "O":
         values = array.reshape(-1).tolist()
@@ -112,7 +120,8 @@ def inputs_of(x: Any, argument: str) -> np.ndarray:
         return array
     if array.dtype.kind not in "biuf":
         raise ValueError(
-            f"`{argument}` must hold numbers or text. Received: dtype {array.dtype}"
+            f"`{argument}` must hold real numbers or text. Complex data not supported. "
+            f"Received: dtype {array.dtype}"
         )
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         rows = ~np.isfinite(array.reshape(len(array), -1)).all(axis=1)

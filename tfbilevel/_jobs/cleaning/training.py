@@ -113,7 +113,11 @@ class Training:
             return target_loss(targets, log_probabilities(outputs, probabilities))
 
         self.last = LastLayer(network, probabilities)
-        network.compile(self.optimizer, loss, jit_compile=False, steps_per_execution=8)
+        # Several steps per call cost less, but the bar of a short epoch counts them.
+        together = min(8, max(1, len(x) // batch_size // 8))
+        network.compile(
+            self.optimizer, loss, jit_compile=False, steps_per_execution=together
+        )
 
     def run(
         self,
