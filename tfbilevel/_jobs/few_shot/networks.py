@@ -56,7 +56,7 @@ def _takes_one(function: Callable) -> bool:
 def published(
     shape: tuple[int, ...], integers: bool, ways: int, cosine: bool
 ) -> keras.Model:
-    """Four blocks of 64 filters, as in MAML's paper for Omniglot, with max-pooling.
+    """Four blocks of 64 filters, as in IAPTT-GM's paper for Omniglot.
 
     Args:
         shape: of an image.
@@ -75,9 +75,9 @@ def published(
     for _ in range(4):
         blocks += [
             keras.layers.Conv2D(64, 3, padding="same"),
-            keras.layers.BatchNormalization(epsilon=1e-5),
             keras.layers.ReLU(),
             keras.layers.MaxPooling2D(2),
+            keras.layers.BatchNormalization(epsilon=1e-5),
         ]
     scaled = [keras.layers.Rescaling(1 / 255)] if integers else []
     head = CosineHead(ways) if cosine else keras.layers.Dense(ways)
