@@ -23,11 +23,10 @@ class Estimator:
             ValueError: for an unknown name.
         """
         known = self.get_params()
-        for name, value in params.items():
-            if name not in known:
-                raise ValueError(
-                    f"`{name}` must be an argument of {type(self).__name__}: "
-                    f"{', '.join(known)}. Received: {name}={value!r}"
-                )
-            setattr(self, name, value)
+        for name in params.keys() - known.keys():
+            raise ValueError(
+                f"`{name}` must be an argument of {type(self).__name__}: "
+                f"{', '.join(known)}. Received: {name}={params[name]!r}"
+            )
+        vars(self).update(params)
         return self

@@ -75,7 +75,7 @@ class Outcome(NamedTuple):
 def split_of(data: Data, seed: int) -> Split:
     """Random halves, and the trusted rows with those that train first.
 
-    Every class with two trusted examples or more has one that trains.
+    Every class has a trusted example that trains.
     """
     random = np.random.default_rng(seed)
     rows = random.permutation(len(data.doubtful.labels))

@@ -1,7 +1,6 @@
 """Few-shot learning from arrays: a network that learns new classes quickly."""
 
 import functools
-import inspect
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +11,7 @@ import tensorflow as tf
 
 from tfbilevel._core.arguments import require_count
 from tfbilevel._core.batches import Batches
+from tfbilevel._jobs.estimator import Estimator
 from tfbilevel._jobs.few_shot import networks
 from tfbilevel._jobs.few_shot.accuracy import FewShotScore, Validation, accuracies
 from tfbilevel._jobs.few_shot.arrays import (
@@ -29,7 +29,7 @@ from tfbilevel._jobs.few_shot.tasks import Tasks
 VALIDATION_SEED, SCORE_SEED = 2**40, 2**41
 
 
-class FewShotLearner:
+class FewShotLearner(Estimator):
     r"""Learns from many classes how to learn new ones from a few examples of each.
 
         min_x  mean over tasks of f(x, y_i)    with    y_i = k steps on g(x, y, S_i)
@@ -134,27 +134,6 @@ class FewShotLearner:
         self.transductive = transductive
         self.adapts = adapts
         self.seed = seed
-
-    def get_params(self, deep: bool = True) -> dict[str, Any]:
-        """The constructor's arguments, as scikit-learn asks for them."""
-        del deep
-        names = list(inspect.signature(type(self)).parameters)
-        return {name: getattr(self, name) for name in names}
-
-    def set_params(self, **params: Any) -> "FewShotLearner":
-        """Set arguments of the constructor, for the next `fit`.
-
-        Raises:
-            ValueError: for an unknown name.
-        """
-        known = self.get_params()
-        for name in params.keys() - known.keys():
-            raise ValueError(
-                f"`{name}` must be an argument of FewShotLearner: "
-                f"{', '.join(known)}. Received: {name}={params[name]!r}"
-            )
-        vars(self).update(params)
-        return self
 
     def fit(
         self,
