@@ -20,6 +20,7 @@ from tfbilevel._jobs.networks import (
     log_probabilities,
     predicted,
 )
+from tfbilevel._jobs.random_state import random_state_kept
 from tfbilevel._jobs.report.label_cleaning import write_cleaning_report
 
 LEAST_STEPS = 400  # of a training on few rows, whose epochs are short
@@ -140,6 +141,7 @@ class LabelCleaner(Estimator):
         self.learn = learn
         self.seed = seed
 
+    @random_state_kept()
     def fit(
         self,
         x: Any,
