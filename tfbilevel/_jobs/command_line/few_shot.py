@@ -19,7 +19,6 @@ from tfbilevel._jobs.command_line.inputs import (
 )
 from tfbilevel._jobs.command_line.output_folder import output_folder
 from tfbilevel._jobs.command_line.said import say, versions
-from tfbilevel._jobs.default_networks import default_network
 from tfbilevel._jobs.optional_packages import optional_package
 from tfbilevel._jobs.report.training import Table, write_training_report
 
@@ -122,13 +121,7 @@ def _network(preparation: Any, x: np.ndarray) -> Any:
         return None
 
     def network(ways: int) -> keras.Model:
-        return default_network(
-            x.shape[1:],
-            ways,
-            preparation.kind,
-            examples=x if preparation.kind == "image" else None,
-            vocabulary=preparation.vocabulary,
-        )
+        return preparation.network(x, ways)
 
     return network
 
