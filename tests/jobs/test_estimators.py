@@ -133,6 +133,70 @@ def test_an_estimator_that_is_not_fitted_is_copied(fitted: dict) -> None:
             assert made.seed == new.seed
 
 
+FOUR = np.arange(40) % 4
+ROWS = generator.normal(size=(40, 3)).astype("float32")
+NAN = np.where(np.arange(40)[:, None] == 7, np.nan, ROWS)
+SECOND = {"cleaner": "trusted", "tuner": "validation_data"}
+
+
+def with_outputs(count: int) -> Callable:
+    return lambda *_: keras.Sequential([keras.Input((3,)), keras.layers.Dense(count)])
+
+
+BAD = {
+    "lengths": ({"y": FOUR[:30]}, "`x` and `y`|`y` must have one entry"),
+    "one class": ({"y": 0 * FOUR}, "`y` must hold (at least two|every) class"),
+    "NaN": ({"x": NAN}, "`x` must not hold NaN or infinity.*the first is (row )?7"),
+    "NaN label": ({"y": np.where(FOUR == 3, np.nan, FOUR)}, "`y` must not hold NaN"),
+    "no label": ({"y": np.where(FOUR == 3, None, "a")}, "text in every row"),
+    "fractions": ({"y": FOUR + 0.5}, "`y` must be classes"),
+    "nothing": ({"x": ROWS[:0], "y": FOUR[:0]}, "`x` must"),
+    "outputs": ({"model": with_outputs(7)}, "must have one output per class"),
+    "inputs": (
+        {"x": ROWS[:, :2], "second": (ROWS[:, :2], FOUR)},
+        "must take examples of shape .2,.*incompatible",
+    ),
+    "no model": ({"model": 3}, "must be a Keras model, or a function"),
+    "second NaN": ({"second": (NAN, FOUR)}, r"\[0\]` must not hold NaN"),
+    "second lengths": ({"second": (ROWS, FOUR[:30])}, r"\[1\]`"),
+    "second kind": ({"second": (ROWS, FOUR.astype(str))}, "labels of one kind"),
+    "second shape": ({"second": (ROWS[:, :2], FOUR)}, "must hold examples like those"),
+    "second alone": ({"second": ROWS}, r"must be (a pair )?\(x, y\)"),
+    "second lacks": ({"second": (ROWS, FOUR % 2)}, "no trusted example of 2, 3"),
+    "first lacks": ({"y": FOUR % 3}, "no training example of 3"),
+}
+# A class may be missing on one side only; a learner's validation classes are others.
+NOT = {("tuner", "second lacks"), ("cleaner", "first lacks")} | {
+    ("learner", name) for name in BAD if name.startswith(("second", "first"))
+}
+
+
+@pytest.mark.parametrize(
+    "name, bad", [(n, b) for n in CASES for b in BAD if (n, b) not in NOT]
+)
+def test_bad_input_is_one_line_before_training(
+    monkeypatch: pytest.MonkeyPatch, name: str, bad: str
+) -> None:
+    for model in keras.Model, tb.BilevelModel:
+        monkeypatch.setattr(model, "fit", lambda *_, **__: pytest.fail("trained"))
+    change, message = BAD[bad]
+    data = {"x": ROWS, "y": FOUR, "second": (ROWS, FOUR), "model": with_outputs(4)}
+    data |= change
+    model = data.pop("model")
+    second = data.pop("second")
+    if name in SECOND:
+        data[SECOND[name]] = second
+    kinds = {
+        "cleaner": lambda: tb.LabelCleaner(model),
+        "tuner": lambda: tb.HyperparameterTuner(model, [tb.hyper.L2("global")]),
+        "learner": lambda: tb.FewShotLearner(model),
+    }
+    ways = {"ways": 4} if name == "learner" else {}
+    with pytest.raises(ValueError, match=message) as found:
+        kinds[name]().fit(**data, **ways, verbose=0)
+    assert "\n" not in str(found.value) and "Received: " in str(found.value)
+
+
 LOADS = """
 import json, pathlib, pickle, sys
 import joblib, numpy as np

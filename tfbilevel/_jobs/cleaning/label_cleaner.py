@@ -343,11 +343,16 @@ def _say(data: Data) -> None:
     if data.trusted is None:
         print("No trusted examples: cross-validated only, which is weaker.")
     elif len(data.trusted.labels) < 5 * len(data.classes):
+        count = len(data.trusted.labels)
+        held = count - stages.split_of(data, 0).fitted
         print(
-            f"Only {len(data.trusted.labels)} trusted examples for "
-            f"{len(data.classes)} classes: {len(data.trusted.labels) // 3} of them "
-            "measure the accuracy, so its interval is wide. More trusted labels "
-            "help most."
+            f"Only {count} trusted examples for {len(data.classes)} classes: "
+            + (
+                f"the accuracy is measured by {held} of them, so its interval is wide. "
+                if held
+                else "none is left to measure the accuracy by. "
+            )
+            + "More trusted labels help most."
         )
     if data.repeated:
         print(
