@@ -66,10 +66,18 @@ def labels_of(right: np.ndarray, trusted: int, wrong: float, seed: int) -> Label
     return Labels(right, np.concatenate([right[:trusted], noisy]), trusted)
 
 
+def sample(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Random rows; those that come first, the trusted ones, have every class."""
+    rows = np.random.default_rng(seed).permutation(len(labels))[:count]
+    _, firsts = np.unique(labels[rows], return_index=True)
+    rest = np.setdiff1d(np.arange(len(rows)), firsts)
+    return rows[np.concatenate([firsts, rest])]
+
+
 def fashion(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Some images, and the names of their classes."""
     data, names = images.load_named("fashion_mnist", "train")
-    rows = np.random.default_rng(seed).permutation(len(data["label"]))[:count]
+    rows = sample(data["label"], count, seed)
     # A folder's name must have no slash.
     names = np.array([name.replace("/", " or ") for name in names["label"]])
     return data["image"][rows][..., 0], names[data["label"][rows]]
@@ -146,7 +154,7 @@ def texts(folder: pathlib.Path, count: int, trusted: int, wrong: float, seed: in
         subset="train", data_home=os.environ["SCIKIT_LEARN_DATA"],
         download_if_missing=False,
     )  # fmt: skip
-    rows = np.random.default_rng(seed).permutation(len(data.data))[: count + trusted]
+    rows = sample(data.target, count + trusted, seed)
     names = np.array(data.target_names)[data.target[rows]]
     labels = labels_of(names, trusted, wrong, seed)
     columns = {"article": [data.data[row] for row in rows]}
@@ -163,9 +171,10 @@ INPUTS = {
 }
 
 
-def measured(folder: pathlib.Path, made: Made) -> dict[str, Any]:
+def measured(folder: pathlib.Path, made: Made, epochs: int | None) -> dict[str, Any]:
     """Runs the command in a folder that has the input and nothing else."""
     command = ["-m", "tfbilevel", "clean", *made.arguments, "--out", "report"]
+    command += [] if epochs is None else ["--epochs", str(epochs)]
     start = time.perf_counter()
     subprocess.run(
         [sys.executable, *command],
@@ -219,6 +228,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--inputs", default=",".join(INPUTS), help="A,B of them")
     parser.add_argument("--share", type=float, default=1.0, help="of all sizes")
+    parser.add_argument("--epochs", type=int, help="for a quick look; else the default")
     parser.add_argument("--wrong", type=float, default=0.4, help="share of the labels")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--screenshot", action="store_true")
@@ -232,7 +242,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         folder.mkdir(parents=True)  # a folder that is there is an error
         count, trusted = (max(20, round(args.share * size)) for size in sizes)
         made = make(folder, count, trusted, args.wrong, args.seed)
-        results[name] = found = measured(folder, made)
+        results[name] = found = measured(folder, made, args.epochs)
         print(
             f"{name:10}{found['examples']:8,} examples{found['seconds']:8.0f} s"
             f"{100 * found['right_before']:8.1f} percent of labels right before,"
