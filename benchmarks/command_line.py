@@ -252,7 +252,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         if args.screenshot:
             page = folder / "report" / "report.html"
             screenshot(page, out / f"{name}.png", args.height)
-    (out / "command_line.json").write_text(json.dumps(results, indent=2) + "\n")
+        (out / "command_line.json").write_text(json.dumps(results, indent=2) + "\n")
     return results
 
 
