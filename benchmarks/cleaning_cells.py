@@ -245,3 +245,42 @@ def _linear(dataset: str):
     x, y, _, _ = _images(dataset)
     last = x[-10_000:].reshape(10_000, -1) / 255.0
     return LogisticRegression(max_iter=300, C=0.05).fit(last, y[-10_000:])
+
+
+def published(seed: int) -> tuple[Data, np.ndarray]:
+    """The published split: MNIST, 5,000 doubtful, half of them sampled again from all
+    classes, 5,000 trusted, and the 10,000 test images; 784-300-10. And a mask of the
+    labels that were not sampled again."""
+    from data_prep import label_noise
+
+    x, y, test_x, test_y = _images("mnist")
+    random = np.random.default_rng(1000 + seed)
+    order = random.permutation(len(x))
+    rows, sure = order[:5000], order[5000:10_000]
+    given, clean = label_noise.pollute(y[rows], 0.5, random, "published")
+    data = Data(
+        _scaled(x[rows]),
+        given,
+        y[rows],
+        _scaled(x[sure]),
+        y[sure],
+        _scaled(test_x),
+        test_y,
+        functools.partial(_two_layers),
+        shifted,
+        10,
+    )
+    return data, clean
+
+
+def _two_layers(seed: int) -> keras.Model:
+    keras.utils.set_random_seed(seed)
+    layers = keras.layers
+    return keras.Sequential(
+        [
+            keras.Input((28, 28, 1)),
+            layers.Flatten(),
+            layers.Dense(300, activation="relu"),
+            layers.Dense(10),
+        ]
+    )
