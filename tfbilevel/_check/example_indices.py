@@ -1,4 +1,4 @@
-"""Errors of layers with a row per example in compiled steps, which cannot raise them."""
+"""Errors of layers with a row per example in compiled steps, which raise none."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence

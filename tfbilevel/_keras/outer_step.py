@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from tfbilevel._calculus.derivatives import UnconnectedGradientError
 from tfbilevel._calculus.lost_derivatives import MissingSecondDerivativeError
-from tfbilevel._check.example_indices import PerExampleError, IndexWatch
+from tfbilevel._check.example_indices import IndexWatch, PerExampleError
 from tfbilevel._check.look import require_second_derivatives
 from tfbilevel._core.batches import Batches
 from tfbilevel._core.method import Method

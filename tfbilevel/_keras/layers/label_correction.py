@@ -39,7 +39,7 @@ class LabelCorrection(ByIndex, UpperLayer):
         **keywords: arguments of `keras.layers.Layer`.
 
     Call it with the examples' indices (integers of any shape) for their soft labels, or
-    with `None` for all in order. In a loss prefer `losses`, which checks shapes. For
+    with `None` for all in order. In a loss prefer `loss`, which checks shapes. For
     other soft labels at the start, assign their logarithms to `logits`.
 
     Indices must be from 0 to n - 1. If their values are known, others raise an error
@@ -57,7 +57,7 @@ class LabelCorrection(ByIndex, UpperLayer):
         >>> labels = tb.LabelCorrection([1, 0, 1], classes=2, confidence=0.75)
         >>> labels(tf.constant([0, 1])).numpy().round(2).tolist()
         [[0.25, 0.75], [0.75, 0.25]]
-        >>> losses = labels.losses(tf.zeros([2, 2]), tf.constant([0, 1]))
+        >>> losses = labels.loss(tf.zeros([2, 2]), tf.constant([0, 1]))
         >>> [round(float(loss), 4) for loss in losses]
         [0.6931, 0.6931]
         >>> labels.corrected().numpy().tolist()
@@ -91,7 +91,7 @@ class LabelCorrection(ByIndex, UpperLayer):
         self.logits.assign(start)
         self.built = True
 
-    def losses(self, logits: Any, index: Any = None) -> tf.Tensor:
+    def loss(self, logits: Any, index: Any = None) -> tf.Tensor:
         """The cross-entropies with the soft labels, [batch], in the logits' precision.
 
         Args:
@@ -112,7 +112,7 @@ class LabelCorrection(ByIndex, UpperLayer):
             logits,
             labels,
             2,
-            "`logits` of tb.LabelCorrection.losses must be one row of "
+            "`logits` of tb.LabelCorrection.loss must be one row of "
             f"{self.classes} per example, [batch, classes]",
             f"like {what}. Pass the batch's `index` if it is a part of the training "
             "set.",
