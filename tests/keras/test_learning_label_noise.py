@@ -29,7 +29,7 @@ def trusted_loss(upper, lower, batch):
 
 
 def decay(lower):
-    return 0.05 * tf.add_n([tf.reduce_sum(v**2) for v in lower.trainable_variables])
+    return 0.2 * tf.add_n([tf.reduce_sum(v**2) for v in lower.trainable_variables])
 
 
 def corrected(upper, lower, batch):
@@ -55,7 +55,7 @@ METHODS = {
     "unroll": tb.Unroll(tb.InnerSolver(SGD(0.5), 4)),
     "forward": tb.ForwardUnroll(tb.InnerSolver(SGD(0.5, momentum=0.5), 3)),
     "implicit": tb.Implicit(
-        tb.InnerSolver(SGD(1.0), 150), tb.ConjugateGradient(50, rtol=1e-12)
+        tb.InnerSolver(SGD(1.0), 40), tb.ConjugateGradient(50, rtol=1e-12)
     ),
 }
 
@@ -83,8 +83,8 @@ def batches(index):
 @pytest.mark.parametrize(
     ("name", "method"),
     fast_where(
-        # The losses' own derivative is of the loss weights alone.
-        lambda name, method: method != "forward" or name == "loss weights",
+        # LossWeights alone has a derivative of its own.
+        lambda name, method: method == "unroll" or name == "loss weights",
         itertools.product(PAIRS, METHODS),
     ),
 )
