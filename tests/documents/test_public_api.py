@@ -123,6 +123,19 @@ def test_public_names() -> None:
     assert all(inspect.getdoc(getattr(tb.hyper, name)) for name in HYPER)
 
 
+@pytest.mark.parametrize("name", ["compat", "hyper", "schedules"])
+def test_public_lists_are_modules_of_the_package(name: str) -> None:
+    """Also those whose file is in a room."""
+    assert importlib.import_module(f"tfbilevel.{name}") is getattr(tb, name)
+    imported: dict[str, object] = {}
+    exec(f"from tfbilevel import {name} as first\n", imported)
+    exec(f"import tfbilevel.{name} as second\n", imported)
+    exec(f"from tfbilevel.{name} import *\n", imported)
+    assert imported["first"] is imported["second"] is getattr(tb, name)
+    member = {"compat": "Dynamic", "hyper": "L2", "schedules": "LinearRamp"}[name]
+    assert imported[member] is getattr(getattr(tb, name), member)
+
+
 def test_version() -> None:
     assert [part.isdigit() for part in tb.__version__.split(".")[:2]] == [True, True]
 

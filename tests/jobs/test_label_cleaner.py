@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 import tfbilevel as tb
-from tfbilevel._jobs.cleaning import noise
+from tfbilevel._jobs.cleaning import noise, stages
 from tfbilevel._jobs.cleaning.training import Targets, target_loss
 from tfbilevel._jobs.last_layer import LastLayer, log_probabilities_of
 
@@ -27,12 +27,37 @@ def linear() -> keras.Model:
     return keras.Sequential([keras.Input((2,)), keras.layers.Dense(3)])
 
 
-def fitted(**arguments) -> tuple:
+def fitted(epochs: int = 20, **arguments) -> tuple:
     x, right, given = blobs(600, 0)
     sure, sure_labels, _ = blobs(60, 1)
     cleaner = tb.LabelCleaner(linear, batch_size=64, learning_rate=0.05, **arguments)
-    cleaner.fit(x, given, trusted=(sure, sure_labels), epochs=20, verbose=0)
+    cleaner.fit(x, given, trusted=(sure, sure_labels), epochs=epochs, verbose=0)
     return cleaner, x, right, given
+
+
+@pytest.fixture
+def train_once(monkeypatch: pytest.MonkeyPatch) -> list:
+    """Only the first `fit` of a test trains. Later ones must ask for the same training
+    of the same data, and get its outcome. Returns how often was asked."""
+    run, first, asked = stages.run, [], []
+
+    def once(data, training, initial, *options):
+        asked.append(data)
+        if not first:
+            first.append(
+                (data, initial(0), options, run(data, training, initial, *options))
+            )
+        of, start, wanted, outcome = first[0]
+        assert wanted[:4] == options[:4]  # steps, epochs, seed, learn
+        for one, other in ((of.doubtful, data.doubtful), (of.trusted, data.trusted)):
+            np.testing.assert_array_equal(one.x, other.x)
+            np.testing.assert_array_equal(one.labels, other.labels)
+        for one, other in zip(start, initial(0), strict=True):
+            np.testing.assert_array_equal(one, other)
+        return outcome
+
+    monkeypatch.setattr(stages, "run", once)
+    return asked
 
 
 def test_gold_transition_is_the_mean_of_the_predictions_by_class() -> None:
@@ -158,29 +183,30 @@ def test_wrong_labels_are_found_and_corrected() -> None:
 
 
 def test_the_control_believes_what_it_did_at_the_start() -> None:
-    cleaner, *_ = fitted(learn=False)
+    cleaner, *_ = fitted(epochs=1, learn=False)
     assert cleaner.choice_.belief["trust"] == 0.3
     assert cleaner.choice_.trusted_scores == {}
     assert "belief" not in cleaner.history_
 
 
-def test_labels_of_any_kind_give_the_same_result() -> None:
+def test_labels_of_any_kind_give_the_same_result(train_once: list) -> None:
     x, right, given = blobs(200, 0)
     sure, sure_labels, _ = blobs(30, 1)
     names = np.array(["ape", "bee", "cow"])
     found = []
     for code in (lambda v: v, lambda v: names[v], lambda v: np.eye(3)[v]):
-        cleaner = tb.LabelCleaner(linear, batch_size=50)
+        cleaner = tb.LabelCleaner(linear, batch_size=50, learn=False)
         cleaner.fit(
             x, code(given), trusted=(sure, code(sure_labels)), epochs=1, verbose=0
         )
         found.append((cleaner.corrected_labels_, cleaner.predict(x)))
+    assert len(train_once) == 3
     for integers, text, one_hot in zip(*found, strict=True):
         np.testing.assert_array_equal(names[integers], text)
         np.testing.assert_array_equal(integers, one_hot.argmax(axis=1))
 
 
-def test_datasets_softmax_outputs_and_compiled_models() -> None:
+def test_datasets_softmax_outputs_and_compiled_models(train_once: list) -> None:
     """A dataset of batches is the same as its arrays; a softmax is noticed."""
     x, right, given = blobs(200, 0)
     sure, sure_labels, _ = blobs(30, 1)
@@ -191,12 +217,13 @@ def test_datasets_softmax_outputs_and_compiled_models() -> None:
     def of(*arrays):
         return tf.data.Dataset.from_tensor_slices(arrays).batch(64)
 
-    one = tb.LabelCleaner(model).fit(
+    one = tb.LabelCleaner(model, learn=False).fit(
         x, given, trusted=(sure, sure_labels), epochs=1, verbose=0
     )
-    two = tb.LabelCleaner(model).fit(
+    two = tb.LabelCleaner(model, learn=False).fit(
         of(x, given), trusted=of(sure, sure_labels), epochs=1, verbose=0
     )
+    assert len(train_once) == 2
     np.testing.assert_array_equal(one.predict_proba(x), two.predict_proba(x))
     np.testing.assert_allclose(one.predict_proba(x).sum(axis=1), 1, atol=1e-6)
     np.testing.assert_allclose(
