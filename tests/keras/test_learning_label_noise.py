@@ -195,7 +195,7 @@ def learned(rate):
     )
     inner = tb.InnerSolver(keras.optimizers.SGD(1.0, momentum=0.9), 10)
     model.compile(tb.Unroll(inner), keras.optimizers.Adam(rate), jit_compile=False)
-    nothing = tf.data.Dataset.from_tensors((np.zeros(1), np.zeros(1))).repeat(100)
+    nothing = tf.data.Dataset.from_tensors((np.zeros(1), np.zeros(1))).repeat(80)
     model.fit(tb.pair(nothing, nothing), verbose=0)
     last = float(model.problem.upper_loss(values(transition), values(dense), None))
     return transition.matrix().numpy(), last, -np.mean((right * np.log(right)).sum(1))
