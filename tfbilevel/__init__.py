@@ -46,8 +46,15 @@ from tfbilevel._keras.dynamic import DynamicState as DynamicState
 from tfbilevel._keras.functional import Functional as Functional
 from tfbilevel._keras.functional import functional as functional
 from tfbilevel._keras.index_batches import index_batches as index_batches
-from tfbilevel._keras.layers import ExampleWeights as ExampleWeights
-from tfbilevel._keras.layers import FeaturePenalties as FeaturePenalties
+from tfbilevel._keras.layers.example_weights import ExampleWeights as ExampleWeights
+from tfbilevel._keras.layers.feature_penalties import (
+    FeaturePenalties as FeaturePenalties,
+)
+from tfbilevel._keras.layers.label_correction import LabelCorrection as LabelCorrection
+from tfbilevel._keras.layers.loss_weights import LossWeights as LossWeights
+from tfbilevel._keras.layers.transition_matrix import (
+    TransitionMatrix as TransitionMatrix,
+)
 from tfbilevel._keras.losses import soft_cross_entropy as soft_cross_entropy
 from tfbilevel._keras.losses import sparse_cross_entropy as sparse_cross_entropy
 from tfbilevel._keras.model import BilevelModel as BilevelModel
