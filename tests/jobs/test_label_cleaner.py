@@ -7,7 +7,9 @@ import tensorflow as tf
 
 import tfbilevel as tb
 from tfbilevel._jobs.cleaning import noise, stages
+from tfbilevel._jobs.cleaning.label_cleaner import _say
 from tfbilevel._jobs.cleaning.learned_noise import opinion_of
+from tfbilevel._jobs.cleaning.rows import data_of
 from tfbilevel._jobs.cleaning.training import Targets, target_loss
 from tfbilevel._jobs.last_layer import LastLayer, log_probabilities_of
 
@@ -327,6 +329,26 @@ def test_bad_input_is_refused_before_training(change: dict, message: str) -> Non
         tb.LabelCleaner(untrained).fit(
             data["x"], data["y"], trusted=data["trusted"], verbose=0
         )
+
+
+@pytest.mark.parametrize(
+    ("count", "classes", "said"),
+    [
+        (5, 5, "Only 5 trusted examples for 5 classes: none is left to measure"),
+        (5, 3, "Only 5 trusted examples for 3 classes: the accuracy is measured by 1"),
+        (15, 3, None),
+    ],
+)
+def test_few_trusted_examples_and_known_ones_are_said(
+    capsys: pytest.CaptureFixture, count: int, classes: int, said: str | None
+) -> None:
+    """A third of them measure, but none of which the class has no other."""
+    x = np.arange(40.0)[:, None]
+    y = np.arange(40) % classes
+    _say(data_of(x, y, (x[:count] + 100 * (np.arange(count) > 1)[:, None], y[:count])))
+    printed = capsys.readouterr().out
+    assert (said or "") in printed and ("Only" in printed) == (said is not None)
+    assert "2 trusted examples stand among the doubtful ones, too" in printed
 
 
 def test_predict_before_fit_and_other_shapes_are_refused() -> None:

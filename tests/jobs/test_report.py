@@ -4,6 +4,7 @@
 import html.parser
 import io
 import pathlib
+import re
 
 import numpy as np
 import pytest
@@ -73,11 +74,25 @@ def test_what_was_found(tmp_path):
         ({"before": 0.8, "after": 0.82, "n": 100}, "such a difference can be chance"),
         ({"before": 0.8, "after": 0.8, "n": 100}, "did not change the accuracy"),
         ({"before": 0.8, "after": 0.3, "n": 100}, "did not help the network"),
+        # Of three classes a third is guessed right; 0.3 to 0.5 is the interval.
+        ({"before": 0.1, "after": 0.4, "n": 100}, "not clearly better than guessing"),
         (None, "Not measured: there were no trusted examples"),
     ],
 )
 def test_a_gain_that_is_none_is_called_none(tmp_path, accuracy, sentence):
     assert sentence in page(tmp_path, cleaner(accuracy=accuracy))
+
+
+def test_a_good_network_is_not_called_a_guess(tmp_path):
+    assert "guessing" not in page(tmp_path, cleaner())
+
+
+def test_seconds_of_a_stage_are_no_curve(tmp_path):
+    fitted = cleaner()
+    fitted.history_ = {"first": {"loss": [2.0, 1.5, 1.0], "seconds": [12.34]}}
+    text = page(tmp_path, fitted)
+    cells = re.findall(r"<td[^>]*>([^<]*)</td>", text.split("<h3>Training</h3>")[1])
+    assert cells[:4] == ["first", "3", "12.3", "loss 2 to 1"]
 
 
 def test_a_table_of_pandas_serves_for_the_issues(tmp_path):

@@ -1,6 +1,7 @@
 """Fresh classifiers from what the user gave, and their probabilities."""
 
 import inspect
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,10 @@ ADAPTED = (
     keras.layers.IntegerLookup,
     keras.layers.Hashing,
 )
+
+
+# Codes by which Keras makes parts of its messages bold.
+ANSI = re.compile(r"\x1b\[\d+m")
 
 
 def fresh(
@@ -134,7 +139,9 @@ def output_shapes(
         outputs = tf.nest.flatten(network(nothing, training=False))
         shapes = [tuple(tf.convert_to_tensor(each).shape[1:]) for each in outputs]
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
+        lines = ANSI.sub("", str(error)).splitlines() + [type(error).__name__]
+        # Keras says first in which layer it happened.
+        reason = next(s for s in lines if s.strip() and not s.startswith("Exception"))
         raise ValueError(
             f"`{argument}` must take examples of shape {shape}, like `x`. Change its "
             f"keras.Input, or reshape `x`. Received: {reason}"

@@ -103,6 +103,10 @@ class UpdateRule:
         """The pure updates made so far, by the shapes of the variables."""
         return {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without them: their classes have no name that `pickle` could find."""
+        return {name: value for name, value in vars(self).items() if name != "_built"}
+
     def init(self, variables: Any) -> OptimizerState:
         """The state before the first update of `variables`, any nest of tensors."""
         built = self._pure(variables)

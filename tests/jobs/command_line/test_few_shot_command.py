@@ -7,6 +7,7 @@ import keras
 import numpy as np
 import pytest
 
+import tfbilevel as tb
 from tfbilevel._jobs.command_line.main import main
 
 QUICK = ("--epochs", "1", "--steps-per-epoch", "2", "--episodes", "20", "--quiet")
@@ -59,15 +60,20 @@ def test_arrays():
         (8, ("--shots", "6"), "a class of data.npz has only 6 examples: there must be"),
         (8, ("--new", "no.npz"), "there is no file or folder no.npz"),
         (8, ("--ways", "1"), "`ways` must be "),
+        (8, ("--new", "one.npz"), "one.npz must hold at least two classes"),
+        (8, ("--new", "two.npz", "--method", "maml"), "two.npz has 2 classes, but"),
     ],
 )
-def test_refused(capsys, count, arguments, line):
-    write("data.npz", count, 0)
+def test_refused(capsys, monkeypatch, count, arguments, line):
+    monkeypatch.setattr(tb.BilevelModel, "fit", lambda *_, **__: pytest.fail("trained"))
+    files = {"data.npz": count, "one.npz": 1, "two.npz": 2}
+    for name, number in files.items():
+        write(name, number, 0)
     options = "data.npz", "--ways", "3", *arguments, "--out", "out", *QUICK
     assert main(["few-shot", *options]) == 2
     printed = capsys.readouterr().err
     assert line in printed and printed.count("\n") == 1
-    assert [path.name for path in pathlib.Path().iterdir()] == ["data.npz"]
+    assert sorted(path.name for path in pathlib.Path().iterdir()) == sorted(files)
 
 
 @pytest.mark.slow

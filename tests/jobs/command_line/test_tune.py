@@ -74,14 +74,21 @@ def test_parts_have_every_class_and_no_example_twice():
         (90, ("--search", "shift"), "images"),
         (2, (), "data.npz has too few examples, 2"),
         (90, ("--validation", "no.npz"), "there is no file or folder no.npz"),
+        (
+            90,
+            ("--validation", "other.npz"),
+            "data.npz has no example of class 'middle'",
+        ),
     ],
 )
 def test_refused(capsys, n, arguments, line):
-    write(n=n)
+    x, y = write(n=n)
+    np.savez("other.npz", x=x, y=np.where(np.arange(n) == 0, "middle", y))
     assert main(["tune", "data.npz", *arguments, "--out", "out", "--quiet"]) == 2
     printed = capsys.readouterr().err
     assert line in printed and printed.count("\n") == 1
-    assert [path.name for path in pathlib.Path().iterdir()] == ["data.npz"]
+    found = sorted(path.name for path in pathlib.Path().iterdir())
+    assert found == ["data.npz", "other.npz"]
 
 
 @pytest.mark.slow

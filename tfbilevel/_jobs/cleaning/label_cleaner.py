@@ -21,6 +21,7 @@ from tfbilevel._jobs.networks import (
     log_probabilities,
     predicted,
 )
+from tfbilevel._jobs.random_state import random_state_kept
 from tfbilevel._jobs.report.label_cleaning import write_cleaning_report
 
 LEAST_STEPS = 150  # of a training on few rows, whose epochs are short
@@ -146,6 +147,7 @@ class LabelCleaner(Estimator):
         self.backup = backup
         self.seed = seed
 
+    @random_state_kept()
     def fit(
         self,
         x: Any,
@@ -356,11 +358,16 @@ def _say(data: Data) -> None:
     if data.trusted is None:
         print("No trusted examples: cross-validated only, which is weaker.")
     elif len(data.trusted.labels) < 5 * len(data.classes):
+        count = len(data.trusted.labels)
+        held = count - stages.split_of(data, 0).fitted
         print(
-            f"Only {len(data.trusted.labels)} trusted examples for "
-            f"{len(data.classes)} classes: {len(data.trusted.labels) // 3} of them "
-            "measure the accuracy, so its interval is wide. More trusted labels "
-            "help most."
+            f"Only {count} trusted examples for {len(data.classes)} classes: "
+            + (
+                f"the accuracy is measured by {held} of them, so its interval is wide. "
+                if held
+                else "none is left to measure the accuracy by. "
+            )
+            + "More trusted labels help most."
         )
     if data.repeated:
         print(

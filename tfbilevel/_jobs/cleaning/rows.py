@@ -64,7 +64,7 @@ def data_of(x: Any, y: Any, trusted: Any) -> Data:
     if len(np.unique(labels)) < 2:
         raise ValueError(
             "`y` must hold at least two classes. Received: only one class, "
-            f"{classes.values[labels[0]]!r}"
+            f"{classes.values[labels].tolist()[0]!r}"
         )
     _require_as_many(inputs, labels, "x", "y")
     _require_as_many(sure, right, "trusted[0]", "trusted[1]")

@@ -20,7 +20,6 @@ from tfbilevel._jobs.command_line.inputs import (
 )
 from tfbilevel._jobs.command_line.output_folder import output_folder
 from tfbilevel._jobs.command_line.said import say, versions
-from tfbilevel._jobs.default_networks import default_network
 from tfbilevel._jobs.optional_packages import optional_package
 from tfbilevel._jobs.report.label_cleaning import (
     COLUMNS,
@@ -43,13 +42,7 @@ def clean(options: argparse.Namespace) -> None:
         x = features(preparation, data)
 
         def network() -> Any:
-            return default_network(
-                x.shape[1:],
-                len(classes),
-                preparation.kind,
-                examples=x if preparation.kind == "image" else None,
-                vocabulary=preparation.vocabulary,
-            )
+            return preparation.network(x, len(classes))
 
         given = {"batch_size": options.batch_size, "seed": options.seed}
         cleaner = tb.LabelCleaner(

@@ -7,6 +7,8 @@ from typing import Any
 import keras
 import numpy as np
 
+from tfbilevel._jobs.default_networks import default_network
+
 
 @dataclasses.dataclass(frozen=True)
 class Data:
@@ -45,6 +47,16 @@ class Preparation:
     model: keras.Model
     note: str
     vocabulary: int = 0
+
+    def network(self, x: np.ndarray, outputs: int) -> keras.Model:
+        """A new default network for prepared examples, [n, ...]."""
+        return default_network(
+            x.shape[1:],
+            outputs,
+            self.kind,
+            examples=x if self.kind == "image" else None,
+            vocabulary=self.vocabulary,
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,7 @@ import numpy as np
 
 import tfbilevel as tb
 from tfbilevel._jobs.command_line.bad_input import BadInput
+from tfbilevel._jobs.command_line.data import Data
 from tfbilevel._jobs.command_line.inputs import (
     features,
     known_classes,
@@ -19,7 +20,7 @@ from tfbilevel._jobs.command_line.inputs import (
 )
 from tfbilevel._jobs.command_line.output_folder import output_folder
 from tfbilevel._jobs.command_line.said import say, versions
-from tfbilevel._jobs.default_networks import default_network
+from tfbilevel._jobs.few_shot.presets import PRESETS
 from tfbilevel._jobs.optional_packages import optional_package
 from tfbilevel._jobs.report.training import Table, write_training_report
 
@@ -37,6 +38,8 @@ def few_shot(options: argparse.Namespace) -> None:
         data = source.data
         labels = known_classes(data, None, False).indices(data.labels, "labels")
         held = _held_out(labels, options.ways, data.source, options.seed)
+        if source.trusted is not None:
+            _require_learnable(source.trusted, options)
         preparation = source.prepare()
         x = features(preparation, data)
         say(options, f"{len(data):,} examples of {labels.max() + 1} classes are read")
@@ -116,19 +119,25 @@ def _held_out(labels: np.ndarray, ways: int, source: str, seed: int) -> np.ndarr
     return np.isin(np.arange(count), chosen)
 
 
+def _require_learnable(new: Data, options: argparse.Namespace) -> None:
+    """What `adapt` would refuse after the training."""
+    count = len(known_classes(new, None, False))
+    everything = PRESETS[options.method].adapts == "all"
+    if everything and count != options.ways:
+        raise BadInput(
+            f"{new.source} has {count} classes, but --method {options.method} learns a "
+            f"start for --ways {options.ways}. Give --ways {count}, or --method anil, "
+            "whose new classes may be any number"
+        )
+
+
 def _network(preparation: Any, x: np.ndarray) -> Any:
     """The published network for images that are large enough; else the default one."""
     if preparation.kind == "image" and min(x.shape[1:3]) >= SMALLEST_IMAGE:
         return None
 
     def network(ways: int) -> keras.Model:
-        return default_network(
-            x.shape[1:],
-            ways,
-            preparation.kind,
-            examples=x if preparation.kind == "image" else None,
-            vocabulary=preparation.vocabulary,
-        )
+        return preparation.network(x, ways)
 
     return network
 

@@ -73,7 +73,8 @@ def known_classes(data: Data, other: Data | None, must_be_complete: bool) -> Cla
     Args:
         data: the examples.
         other: trusted or validation ones.
-        must_be_complete: whether `other` must have every class.
+        must_be_complete: whether `other` must have every class of `data`; else `data`
+            every one of `other`.
 
     Raises:
         BadInput: for labels of two kinds, one class only, a class without any example.
@@ -88,12 +89,15 @@ def known_classes(data: Data, other: Data | None, must_be_complete: bool) -> Cla
         ]
     except ValueError as error:
         raise BadInput(str(error).replace("`", "")) from error
-    if other is not None and must_be_complete and not counts[1].all():
-        lacking = [repr(v) for v in classes.values[counts[1] == 0].tolist()]
-        raise BadInput(
-            f"{other.source} has no example of class {', '.join(lacking[:10])}, which "
-            f"{data.source} has. Add some, or remove the class"
-        )
+    if other is not None:
+        first, second = (1, 0) if must_be_complete else (0, 1)
+        lacking = (counts[first] == 0) & (counts[second] > 0)
+        if lacking.any():
+            names = ", ".join(map(repr, classes.values[lacking].tolist()[:10]))
+            raise BadInput(
+                f"{both[first].source} has no example of class {names}, which "
+                f"{both[second].source} has. Add some, or remove the class"
+            )
     return classes
 
 

@@ -5,7 +5,8 @@ import shlex
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from tfbilevel._jobs.command_line.bad_input import BadInput
 from tfbilevel._jobs.command_line.clean import clean
@@ -99,19 +100,14 @@ def _parser() -> argparse.ArgumentParser:
         prog="tfbilevel", description="Jobs of bilevel optimization, on your data."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    command = _command(commands, "clean", "find and correct wrong labels", CLEAN)
-    command.add_argument("data", help=DATA)
+    command = _command(commands, "clean", clean, "find and correct wrong labels", CLEAN)
     command.add_argument(
         "--trusted",
         metavar="DATA",
         help="as data: other examples whose labels are right, some of every class",
     )
-    _describe_data(command)
-    _describe_training(command)
     command.add_argument("--batch-size", type=_count, metavar="N")
-    command.set_defaults(run=clean)
-    command = _command(commands, "tune", "learn hyperparameters", TUNE)
-    command.add_argument("data", help=DATA)
+    command = _command(commands, "tune", tune, "learn hyperparameters", TUNE)
     command.add_argument(
         "--validation",
         metavar="DATA",
@@ -123,12 +119,10 @@ def _parser() -> argparse.ArgumentParser:
         help="of l2, label-smoothing, noise, mixup, brightness, contrast, shift. "
         "Default: what suits the kind of data",
     )
-    _describe_data(command)
-    _describe_training(command)
     command.add_argument("--batch-size", type=_count, metavar="N")
-    command.set_defaults(run=tune)
-    command = _command(commands, "few-shot", "learn to learn new classes", FEW_SHOT)
-    command.add_argument("data", help=f"{DATA}; many classes")
+    command = _command(
+        commands, "few-shot", few_shot, "learn to learn new classes", FEW_SHOT
+    )
     command.add_argument(
         "--new",
         metavar="DATA",
@@ -153,21 +147,26 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="tasks to measure by: 600",
     )
-    _describe_data(command)
-    _describe_training(command)
-    command.set_defaults(run=few_shot)
     return parser
 
 
-def _command(commands, name: str, short: str, long: str) -> argparse.ArgumentParser:
+def _command(
+    commands: Any, name: str, run: Callable, short: str, long: str
+) -> argparse.ArgumentParser:
+    """A command with the options that all have."""
     description, _, examples = long.partition("examples:\n")
-    return commands.add_parser(
+    command = commands.add_parser(
         name,
         help=short,
         description=description,
         epilog=f"examples:\n{examples}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    command.set_defaults(run=run)
+    command.add_argument("data", help=DATA)
+    _describe_data(command)
+    _describe_training(command)
+    return command
 
 
 def _describe_data(command: argparse.ArgumentParser) -> None:

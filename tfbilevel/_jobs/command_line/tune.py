@@ -20,7 +20,6 @@ from tfbilevel._jobs.command_line.inputs import (
 )
 from tfbilevel._jobs.command_line.output_folder import output_folder
 from tfbilevel._jobs.command_line.said import say, versions
-from tfbilevel._jobs.default_networks import default_network
 from tfbilevel._jobs.intervals import wilson_interval
 from tfbilevel._jobs.optional_packages import optional_package
 from tfbilevel._jobs.report.training import Table, write_training_report
@@ -82,13 +81,7 @@ def tune(options: argparse.Namespace) -> None:
         )
 
         def network() -> keras.Model:
-            return default_network(
-                x.shape[1:],
-                len(classes),
-                preparation.kind,
-                examples=x if preparation.kind == "image" else None,
-                vocabulary=preparation.vocabulary,
-            )
+            return preparation.network(x, len(classes))
 
         training: dict[str, Any] = {
             "epochs": options.epochs or EPOCHS,

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
+from tfbilevel._core.arguments import require_count
 from tfbilevel._core.batches import Batches
 
 
@@ -15,6 +16,14 @@ class Sizes(NamedTuple):
     ways: int
     shots: int
     queries: int
+
+
+def sizes_of(ways: int, shots: int, queries: int) -> Sizes:
+    """The numbers, checked."""
+    require_count(ways, "ways", 2)
+    require_count(shots, "shots")
+    require_count(queries, "queries")
+    return Sizes(ways, shots, queries)
 
 
 def sampler(

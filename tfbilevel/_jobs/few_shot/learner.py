@@ -21,12 +21,15 @@ from tfbilevel._jobs.few_shot.arrays import (
     require_episodes,
     validation_examples,
 )
-from tfbilevel._jobs.few_shot.episodes import Sizes, meta_batches
-from tfbilevel._jobs.few_shot.presets import cosine_head, plan
+from tfbilevel._jobs.few_shot.episodes import Sizes, meta_batches, sizes_of
+from tfbilevel._jobs.few_shot.presets import cosine_head, new_optimizer, plan
 from tfbilevel._jobs.few_shot.tasks import Tasks
+from tfbilevel._jobs.random_state import random_state_kept
 
 # Seeds of tasks to measure by are far from those of training.
 VALIDATION_SEED, SCORE_SEED = 2**40, 2**41
+# Attributes that are made from the others.
+MADE = "_trained", "_solvers", "model_"
 
 
 class FewShotLearner(Estimator):
@@ -85,7 +88,8 @@ class FewShotLearner(Estimator):
         history_: dict, what Keras's `fit` reports per epoch: `upper_loss` (queries),
             `lower_loss` (support), and `val_accuracy` with validation data.
         classes_: the classes of the training data, sorted.
-        model_: the trained `tb.BilevelModel`.
+        model_: the trained `tb.BilevelModel`; not compiled in a learner that was loaded
+            by `pickle` or `joblib`.
 
     Example:
         >>> generator = np.random.default_rng(0)
@@ -135,6 +139,7 @@ class FewShotLearner(Estimator):
         self.adapts = adapts
         self.seed = seed
 
+    @random_state_kept()
     def fit(
         self,
         x: Any,
@@ -181,7 +186,7 @@ class FewShotLearner(Estimator):
                 with fewer than shots + queries examples, or a network that does not
                 fit them.
         """
-        sizes = _sizes(ways, shots, queries)
+        sizes = sizes_of(ways, shots, queries)
         require_count(epochs, "epochs")
         require_count(steps_per_epoch, "steps_per_epoch")
         require_count(validation_episodes, "validation_episodes")
@@ -192,9 +197,9 @@ class FewShotLearner(Estimator):
             self.inner_steps,
             self.inner_learning_rate,
             self.tasks,
-            self.optimizer,
             cosine_head(self.method, self.network),
         )
+        optimizer = new_optimizer(self.optimizer, planned.outer_rate)
         examples = examples_of(x, y)
         require_episodes(examples, sizes)
         before = []
@@ -204,12 +209,11 @@ class FewShotLearner(Estimator):
             before = [Validation(measure)]
         self.__dict__.pop("history_", None)  # not fitted, should this fit fail
         self._plan, self._like, self._sizes = planned, examples.x[:1], sizes
-        self._solvers: dict[int, Tasks] = {}
         networks.require_new(lambda: self._new_network(ways))
-        trained = self._trained = self._tasks_of(ways, training=True)
+        trained = self._start()
         # Not "auto", which may choose differently in two equal fits.
-        trained.model.compile(planned.method, planned.optimizer, jit_compile=False)
-        self.classes_, self.model_ = examples.classes.values, trained.model
+        trained.model.compile(planned.method, optimizer, jit_compile=False)
+        self.classes_ = examples.classes.values
 
         def to_come() -> Any:  # called when the iterator is made: a backup is restored
             return itertools.count(trained.model.outer_step)
@@ -225,6 +229,7 @@ class FewShotLearner(Estimator):
         self._load_solvers()
         return self
 
+    @random_state_kept()
     def adapt(self, x_support: Any, y_support: Any) -> keras.Model:
         """A Keras model for new classes, learned from a few examples of each.
 
@@ -278,6 +283,7 @@ class FewShotLearner(Estimator):
         outputs = self.adapt(x_support, y_support)(query, training=False)
         return classes.original(np.asarray(outputs).argmax(axis=1))
 
+    @random_state_kept()
     def score(
         self,
         x: Any,
@@ -307,7 +313,7 @@ class FewShotLearner(Estimator):
         require_count(seed, "seed", 0)
         given = {"ways": ways, "shots": shots, "queries": queries}
         chosen = {name: n for name, n in given.items() if n is not None}
-        sizes = _sizes(**{**self._sizes._asdict(), **chosen})
+        sizes = sizes_of(**{**self._sizes._asdict(), **chosen})
         examples = examples_of(x, y)
         numbers(examples.x, "x", self._like.shape[1:])
         require_episodes(examples, sizes)
@@ -318,6 +324,28 @@ class FewShotLearner(Estimator):
         return FewShotScore(float(found.mean()), float(margin))
 
     # Networks and tasks.
+
+    def _start(self) -> Tasks:
+        """The model that is trained, with its first weights."""
+        self._solvers: dict[int, Tasks] = {}
+        self._trained = self._tasks_of(self._sizes.ways, training=True)
+        self.model_ = self._trained.model
+        return self._trained
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What `pickle` and `copy.deepcopy` keep: of models, which hold functions that
+        Python cannot save, their weights alone."""
+        state = {k: v for k, v in vars(self).items() if k not in MADE}
+        if "history_" in state:
+            state["_weights"] = self._trained.weights()
+        return state
+
+    @random_state_kept()
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        weights = state.pop("_weights", None)
+        vars(self).update(state)
+        if weights is not None:
+            self._start().set_weights(weights)
 
     def _new_network(self, ways: int, seed: int | None = None) -> keras.Model:
         cosine = cosine_head(self.method, self.network)
@@ -340,13 +368,13 @@ class FewShotLearner(Estimator):
             )
         if ways not in self._solvers:
             made = self._tasks_of(ways, training=False)
-            made.copy_from(self._trained)
+            made.set_weights(self._trained.weights())
             self._solvers[ways] = made
         return self._solvers[ways]
 
     def _load_solvers(self) -> None:
         for solver in self._solvers.values():
-            solver.copy_from(self._trained)
+            solver.set_weights(self._trained.weights())
 
     def _episodes(
         self, examples: Examples, sizes: Sizes, seed: int, first: Callable
@@ -369,10 +397,3 @@ class FewShotLearner(Estimator):
                 f"`{name}` needs a trained learner. Call `fit` first. Received: a "
                 "FewShotLearner that is not fitted"
             )
-
-
-def _sizes(ways: int, shots: int, queries: int) -> Sizes:
-    require_count(ways, "ways", 2)
-    require_count(shots, "shots")
-    require_count(queries, "queries")
-    return Sizes(ways, shots, queries)

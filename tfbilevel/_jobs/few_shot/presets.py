@@ -52,7 +52,7 @@ class Plan:
         inner: its inner solver, which adapts to new classes too.
         adapts: "head" or "all", the lower variables.
         tasks: how many in an outer step.
-        optimizer: a new optimizer of the upper variables.
+        outer_rate: of Adam, where the user gives no other optimizer.
         proximal: weight of the squared distance to the start in the lower loss.
     """
 
@@ -60,7 +60,7 @@ class Plan:
     inner: InnerSolver
     adapts: str
     tasks: int
-    optimizer: keras.optimizers.Optimizer
+    outer_rate: float
     proximal: float
 
 
@@ -70,7 +70,6 @@ def plan(
     inner_steps: int | None,
     inner_learning_rate: float | None,
     tasks: int | None,
-    optimizer: Any,
     cosine: bool,
 ) -> Plan:
     """The plan for the learner's arguments; `cosine`: the head is one of cosines.
@@ -114,7 +113,7 @@ def plan(
         inner,
         own.adapts,
         tasks or own.tasks,
-        _new_optimizer(optimizer, own.outer_rate),
+        own.outer_rate,
         own.proximal,
     )
 
@@ -153,8 +152,16 @@ def _require_unset(**arguments: Any) -> None:
             )
 
 
-def _new_optimizer(optimizer: Any, rate: float) -> keras.optimizers.Optimizer:
-    """The user's optimizer without its state, so that each `fit` starts from zero."""
+def new_optimizer(optimizer: Any, rate: float) -> keras.optimizers.Optimizer:
+    """The user's optimizer without its state, so that each `fit` starts from zero.
+
+    Args:
+        optimizer: a Keras optimizer or its name; `None`: Adam with this rate.
+        rate: see there.
+
+    Raises:
+        ValueError: for anything else.
+    """
     if optimizer is None:
         return keras.optimizers.Adam(rate)
     try:

@@ -84,18 +84,25 @@ class Tasks:
         """What the first task adapted: values of the lower model's variables."""
         return [value[0] for value in self._solved(batches)]
 
-    def copy_from(self, trained: "Tasks") -> None:
+    def weights(self) -> list[np.ndarray]:
+        """Of everything that training changes."""
+        return [variable.numpy() for variable in self._learned()]
+
+    def set_weights(self, weights: list[np.ndarray]) -> None:
         """Take over the weights of the same network, trained.
 
         For another number of classes every output of the head starts at the mean of
         the trained ones: the order of the classes in a task means nothing.
         """
-        pairs = [(self.model.upper, trained.model.upper)]
-        if self.model.start is not None:
-            pairs.append((self.model.start, trained.model.start))
-        for mine, theirs in pairs:
-            for variable, value in zip(mine.variables, theirs.variables, strict=True):
-                variable.assign(_resized(value.numpy(), tuple(variable.shape)))
+        for variable, value in zip(self._learned(), weights, strict=True):
+            variable.assign(_resized(value, tuple(variable.shape)))
+
+    def _learned(self) -> list[Any]:
+        start = self.model.start
+        return [
+            *self.model.upper.variables,
+            *([] if start is None else start.variables),
+        ]
 
     def variables_after(self, solution: list[tf.Tensor]) -> list[tf.Tensor]:
         """The network's trainable variables for what a task adapted."""

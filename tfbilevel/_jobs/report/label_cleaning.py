@@ -165,6 +165,11 @@ def _accuracy(cleaner: Any) -> dict[str, Any] | None:
     differ = after["share"] != before["share"]
     if differ and before["low"] <= after["high"] and after["low"] <= before["high"]:
         sentence += f" With {n:,} trusted examples such a difference can be chance."
+    if after["low"] <= 1 / len(cleaner.classes_):
+        sentence += (
+            " The network is not clearly better than guessing: do not rely on what it "
+            "suggests."
+        )
     return {**parts, "sentence": sentence}
 
 
@@ -185,15 +190,19 @@ def _choice(choice: Any) -> dict[str, Any]:
 
 
 def _stages(history: Mapping[str, Mapping[str, Sequence[float]]]) -> list[dict]:
-    """Each stage's number of epochs, and the first and last value of its curves."""
+    """Each stage's number of epochs, its seconds, and how its curves changed."""
     stages = []
     for name, curves in history.items():
         values = {curve: np.ravel(v).tolist() for curve, v in curves.items() if len(v)}
+        took = values.pop("seconds", [])
         change = "; ".join(
             f"{curve} {each[0]:.4g} to {each[-1]:.4g}" for curve, each in values.items()
         )
         epochs = max(map(len, values.values()), default=0)
-        stages.append({"name": name, "epochs": epochs, "change": change})
+        seconds = f"{sum(took):.1f}" if took else ""
+        stages.append(
+            {"name": name, "epochs": epochs, "seconds": seconds, "change": change}
+        )
     return stages
 
 

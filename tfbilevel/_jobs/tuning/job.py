@@ -91,6 +91,7 @@ def of_arrays(
         valid = Examples(
             streams.as_taken(make(), xv), _targets(outputs, more, "validation_data[1]")
         )
+        _require_known_classes(outputs, train, valid)
     else:
         first = outputs[0]
         indices = targets[0].argmax(1) if first.classes is not None else None
@@ -223,6 +224,21 @@ def _fitting(
 def _targets(outputs: list[Output], labels: list, argument: str) -> tuple:
     pairs = zip(outputs, labels, strict=True)
     return tuple(one.targets(each, argument) for one, each in pairs)
+
+
+def _require_known_classes(
+    outputs: list[Output], train: Examples, valid: Examples
+) -> None:
+    for output, one, other in zip(outputs, train.y, valid.y, strict=True):
+        if output.classes is not None:
+            new = np.flatnonzero((other.sum(axis=0) > 0) & (one.sum(axis=0) == 0))
+            if len(new):
+                names = ", ".join(map(repr, output.classes.values[new].tolist()[:10]))
+                raise ValueError(
+                    "`y` must hold every class that `validation_data` holds: the "
+                    "network cannot learn the others. Move some of their examples, or "
+                    f"leave them out. Received: no training example of {names}"
+                )
 
 
 def _output_names(model: Any, shape: tuple, seed: int) -> list[str]:

@@ -9,6 +9,7 @@ import tensorflow as tf
 from tfbilevel._core.arguments import require_choice, require_count, require_number
 from tfbilevel._core.inner_solver import InnerSolver
 from tfbilevel._jobs.estimator import Estimator
+from tfbilevel._jobs.random_state import random_state_kept
 from tfbilevel._jobs.tuning.hyperparameter import Hyperparameter, Setting
 from tfbilevel._jobs.tuning.job import Job, of_arrays, of_datasets
 from tfbilevel._jobs.tuning.losses import FixedTraining, Losses
@@ -139,6 +140,7 @@ class HyperparameterTuner(Estimator):
         self.jit_compile = jit_compile
         self.seed = seed
 
+    @random_state_kept()
     def fit(
         self,
         x: Any,
@@ -271,7 +273,8 @@ class HyperparameterTuner(Estimator):
         self.history_ = history.history
         self._columns = columns(recorder.numbers, values.entries)
         self.hyperparameters_ = table(self._columns)
-        self.names_ = values.entries
+        # Keras has wrapped them, and its dictionaries cannot be pickled.
+        self.names_ = {k: v and tuple(v) for k, v in values.entries.items()}
         last = recorder.positions[-max(1, epochs // 5) :]
         values.assign({k: np.mean([p[k] for p in last], axis=0) for k in last[0]})
         return losses, values, values.numbers()
