@@ -8,7 +8,7 @@ against keras-tuner's random and Bayesian search; `table`, a network on scikit-l
 digits with 16 numbers, against its RandomizedSearchCV and HalvingRandomSearchCV. All
 have the same ranges and validation data. One run of the tuner; 30 trials of a search,
 each one training of the same length (`halving`: some shorter), of which that with the
-best validation accuracy counts. `plain` is the training at the smallest values and
+best validation accuracy counts. `plain` is the training at the smallest values (factors: 1),
 `starts` that at the tuner's starts. Seconds are of the processor, one thread. Every
 training is written to OUT/PROBLEM-SEED.json when it ends, and what was interrupted goes
 on there.
@@ -73,12 +73,18 @@ def tuned(trainer: Trainer, **options: Any) -> Row:
 
 
 def make(trainer: Trainer, way: str) -> Row:
-    """The row of a way that has one."""
+    """The row of a way that has one; a training is traced, as a user's is."""
+    trainer.prepared.clear()
     if way == "plain":
-        return trainer(trainer.values(lambda name, one: one.range[0]))
+        return trainer(trainer.values(lambda name, one: _without(one)))
     if way == "starts":
         return trainer(trainer.values(lambda name, one: one.start))
     return tuned(trainer, **({} if way == "tuner" else {"refit": False}))
+
+
+def _without(one: Any) -> float:
+    """The smallest value; of a factor, 1."""
+    return 1.0 if one.start == 1.0 else one.range[0]
 
 
 def best(rows: list[Row], epochs: int) -> Row:

@@ -34,6 +34,7 @@ class Trainer:
         self.steps = len(x) // problem.batch_size
         setting = self.setting(self.job.network(), problem.epochs)
         self.names = {one.name: one.entries(setting) for one in self.search}
+        self.prepared: dict[int, tuple] = {}
 
     def optimizer(self, epochs: int) -> keras.optimizers.Optimizer:
         steps = epochs * self.steps
@@ -66,12 +67,16 @@ class Trainer:
         return [one.name] if entries is None else [f"{one.name}_{e}" for e in entries]
 
     def __call__(self, values: dict[str, np.ndarray], epochs: int = 0) -> Row:
+        """A training of a new network, but traced only for the first of its length."""
         epochs = epochs or self.problem.epochs
         begun = time.process_time()
-        net = self.job.network()
-        losses = Losses(self.search, self.job.outputs, self.setting(net, epochs))
-        training = FixedTraining(losses, values)
-        training.compile(self.optimizer(epochs), jit_compile=False)
+        if epochs not in self.prepared:
+            self.prepared[epochs] = self._prepare(values, epochs)
+        training, beginning = self.prepared[epochs]
+        for name, value in values.items():
+            training.numbers[name].assign(value)
+        for variable, first in beginning:
+            variable.assign(first)
         stream = self.job.training(self.problem.batch_size, self.seed)
         training.fit(
             stream.map(lambda x, y: ((x, y),)),
@@ -81,20 +86,49 @@ class Trainer:
             verbose=0,
         )
         seconds = time.process_time() - begun
-        for one in self.search:
-            net = one.built_in(values[one.name], net)
-        return {"seconds": seconds, "epochs": epochs, **self.measured(net, values)}
+        found = self.measured(
+            lambda x: training.losses_of.predicted(values, x)[0], values
+        )
+        return {"seconds": seconds, "epochs": epochs, **found}
 
-    def measured(self, net: keras.Model, values: dict[str, Any]) -> Row:
-        """The accuracy and loss of a network on validation and test data."""
+    def _prepare(self, values: dict[str, np.ndarray], epochs: int) -> tuple:
+        """A training, and each of its variables with its value at the beginning."""
+        net = self.job.network()
+        losses = Losses(self.search, self.job.outputs, self.setting(net, epochs))
+        training = Training(losses, values)
+        optimizer = self.optimizer(epochs)
+        optimizer.build(training.trainable_variables)
+        training.compile(optimizer, jit_compile=False)
+        variables = [*training.trainable_variables, *optimizer.variables]
+        return training, [(v, np.array(v.value)) for v in variables]
+
+    def measured(self, logits_of: Callable[[Any], Any], values: dict[str, Any]) -> Row:
+        """The accuracy and loss on validation and test data."""
         found: Row = {}
         for name, (x, y) in zip(("validation", "test"), self.parts[1:], strict=True):
-            logits = net.predict(x, batch_size=1000, verbose=0)
+            batches = [x[k : k + 1000] for k in range(0, len(x), 1000)]
+            logits = np.concatenate([logits_of(tf.constant(b)) for b in batches])
             losses = tb.sparse_cross_entropy(logits, y)
             found[f"{name}_accuracy"] = float(np.mean(logits.argmax(1) == y))
             found[f"{name}_loss"] = float(tf.reduce_mean(losses))
         found["values"] = {k: np.asarray(v).tolist() for k, v in values.items()}
         return found
+
+
+class Training(FixedTraining):
+    """A training whose values are variables, so that one trace is enough."""
+
+    def __init__(self, losses: Losses, values: dict[str, np.ndarray]):
+        super().__init__(losses, {})
+        self.losses_of = losses
+        self.numbers = {
+            k: keras.Variable(v, trainable=False, dtype="float32")
+            for k, v in values.items()
+        }
+
+    def call(self, inputs: Any, training: bool | None = None) -> Any:
+        values = {k: tf.convert_to_tensor(v.value) for k, v in self.numbers.items()}
+        return self.losses_of.training(values, *inputs)
 
 
 def keras_tuner_search(
