@@ -8,10 +8,10 @@ against keras-tuner's random and Bayesian search; `table`, a network on scikit-l
 digits with 16 numbers, against its RandomizedSearchCV and HalvingRandomSearchCV. All
 have the same ranges and validation data. One run of the tuner; 30 trials of a search,
 each one training of the same length (`halving`: some shorter), of which that with the
-best validation accuracy counts. `plain` is the training at the smallest values (factors: 1),
-`starts` that at the tuner's starts. Seconds are of the processor, one thread. Every
-training is written to OUT/PROBLEM-SEED.json when it ends, and what was interrupted goes
-on there.
+best validation accuracy counts. `plain` is the training at the smallest values (of
+factors: 1), `starts` that at the tuner's starts. Seconds are of the processor, with one
+thread. Every training is written to OUT/PROBLEM-SEED.json when it ends, and what was
+interrupted goes on there.
 
 Data: FashionMNIST of tensorflow-datasets in $TFDS_DATA_DIR, and 20 Newsgroups of
 scikit-learn in $SCIKIT_LEARN_DATA.
