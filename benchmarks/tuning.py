@@ -3,7 +3,7 @@
     PYTHONPATH=folder/with/keras_tuner python benchmarks/tuning.py --out runs/tuning
 
 Three problems (`tuning_problems.py`): `images`, a CNN on 5,000 images of FashionMNIST
-with 13 numbers, and `text`, a linear classifier of 20 Newsgroups with 31 numbers, both
+with 13 numbers, and `text`, a linear classifier of 20 Newsgroups with 30 numbers, both
 against keras-tuner's random and Bayesian search; `table`, a network on scikit-learn's
 digits with 16 numbers, against its RandomizedSearchCV and HalvingRandomSearchCV. All
 have the same ranges and validation data. One run of the tuner; 30 trials of a search,
