@@ -1,8 +1,8 @@
 """Gradient-based bilevel optimization for TensorFlow 2 and Keras 3."""
 
+import sys as _sys
+
 from tfbilevel import compat as compat
-from tfbilevel import hyper as hyper
-from tfbilevel import schedules as schedules
 from tfbilevel._calculus.derivatives import (
     UnconnectedGradientError as UnconnectedGradientError,
 )
@@ -17,6 +17,7 @@ from tfbilevel._check.second_derivatives import (
 from tfbilevel._check.second_derivatives import (
     check_second_derivatives as check_second_derivatives,
 )
+from tfbilevel._core import schedules as schedules
 from tfbilevel._core.aggregation import Aggregation as Aggregation
 from tfbilevel._core.batches import Batches as Batches
 from tfbilevel._core.batches import StackedBatches as StackedBatches
@@ -36,6 +37,7 @@ from tfbilevel._core.schedules import Schedule as Schedule
 from tfbilevel._jobs.cleaning.label_cleaner import LabelCleaner as LabelCleaner
 from tfbilevel._jobs.few_shot.accuracy import FewShotScore as FewShotScore
 from tfbilevel._jobs.few_shot.learner import FewShotLearner as FewShotLearner
+from tfbilevel._jobs.tuning import hyper as hyper
 from tfbilevel._jobs.tuning.tuner import HyperparameterTuner as HyperparameterTuner
 from tfbilevel._keras.backup import Backup as Backup
 from tfbilevel._keras.dynamic import Dynamic as Dynamic
@@ -44,8 +46,15 @@ from tfbilevel._keras.dynamic import DynamicState as DynamicState
 from tfbilevel._keras.functional import Functional as Functional
 from tfbilevel._keras.functional import functional as functional
 from tfbilevel._keras.index_batches import index_batches as index_batches
-from tfbilevel._keras.layers import ExampleWeights as ExampleWeights
-from tfbilevel._keras.layers import FeaturePenalties as FeaturePenalties
+from tfbilevel._keras.layers.example_weights import ExampleWeights as ExampleWeights
+from tfbilevel._keras.layers.feature_penalties import (
+    FeaturePenalties as FeaturePenalties,
+)
+from tfbilevel._keras.layers.label_correction import LabelCorrection as LabelCorrection
+from tfbilevel._keras.layers.loss_weights import LossWeights as LossWeights
+from tfbilevel._keras.layers.transition_matrix import (
+    TransitionMatrix as TransitionMatrix,
+)
 from tfbilevel._keras.losses import soft_cross_entropy as soft_cross_entropy
 from tfbilevel._keras.losses import sparse_cross_entropy as sparse_cross_entropy
 from tfbilevel._keras.model import BilevelModel as BilevelModel
@@ -92,3 +101,8 @@ from tfbilevel._optimizers.update_rule import UpdateRule as UpdateRule
 from tfbilevel._optimizers.update_rule import differentiable as differentiable
 from tfbilevel._tasks.over_tasks import over_tasks as over_tasks
 from tfbilevel._version import __version__ as __version__
+
+# These modules are in rooms. So that `import tfbilevel.hyper` and
+# `from tfbilevel.schedules import LinearRamp` find them, they have these names too.
+_sys.modules["tfbilevel.hyper"] = hyper
+_sys.modules["tfbilevel.schedules"] = schedules

@@ -2,7 +2,7 @@
 
 import sys
 
-from tfbilevel._command_line.main import main
+from tfbilevel._jobs.command_line.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

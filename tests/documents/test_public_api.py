@@ -48,11 +48,13 @@ NAMES = {
     "InversePower",
     "IterativeSolver",
     "LabelCleaner",
+    "LabelCorrection",
     "LazyAdam",
     "LinearRamp",
     "LinearSolution",
     "LinearSolver",
     "LinearSystem",
+    "LossWeights",
     "Method",
     "MissingSecondDerivativeError",
     "Neumann",
@@ -71,6 +73,7 @@ NAMES = {
     "Step",
     "StocBiO",
     "TTSA",
+    "TransitionMatrix",
     "UnconnectedGradientError",
     "Unroll",
     "UpdateRule",
@@ -120,6 +123,19 @@ def test_public_names() -> None:
     assert all(inspect.getdoc(getattr(tb.hyper, name)) for name in HYPER)
 
 
+@pytest.mark.parametrize("name", ["compat", "hyper", "schedules"])
+def test_public_lists_are_modules_of_the_package(name: str) -> None:
+    """Also those whose file is in a room."""
+    assert importlib.import_module(f"tfbilevel.{name}") is getattr(tb, name)
+    imported: dict[str, object] = {}
+    exec(f"from tfbilevel import {name} as first\n", imported)
+    exec(f"import tfbilevel.{name} as second\n", imported)
+    exec(f"from tfbilevel.{name} import *\n", imported)
+    assert imported["first"] is imported["second"] is getattr(tb, name)
+    member = {"compat": "Dynamic", "hyper": "L2", "schedules": "LinearRamp"}[name]
+    assert imported[member] is getattr(getattr(tb, name), member)
+
+
 def test_version() -> None:
     assert [part.isdigit() for part in tb.__version__.split(".")[:2]] == [True, True]
 
@@ -143,7 +159,11 @@ def test_enough_modules_have_examples() -> None:
     assert len(EXAMPLES) >= 30
 
 
-LONG = {"tfbilevel._keras.model", "tfbilevel._keras.backup"}
+LONG = {
+    "tfbilevel._jobs.cleaning.label_cleaner",
+    "tfbilevel._keras.backup",
+    "tfbilevel._keras.model",
+}
 
 
 @pytest.mark.parametrize("module", fast_where(lambda name: name not in LONG, EXAMPLES))

@@ -6,7 +6,8 @@ import pytest
 import tensorflow as tf
 
 import tfbilevel as tb
-from tfbilevel._jobs.cleaning import noise
+from tfbilevel._jobs.cleaning import noise, stages
+from tfbilevel._jobs.cleaning.learned_noise import opinion_of
 from tfbilevel._jobs.cleaning.training import Targets, target_loss
 from tfbilevel._jobs.last_layer import LastLayer, log_probabilities_of
 
@@ -27,12 +28,37 @@ def linear() -> keras.Model:
     return keras.Sequential([keras.Input((2,)), keras.layers.Dense(3)])
 
 
-def fitted(**arguments) -> tuple:
+def fitted(epochs: int = 20, **arguments) -> tuple:
     x, right, given = blobs(600, 0)
     sure, sure_labels, _ = blobs(60, 1)
     cleaner = tb.LabelCleaner(linear, batch_size=64, learning_rate=0.05, **arguments)
-    cleaner.fit(x, given, trusted=(sure, sure_labels), epochs=20, verbose=0)
+    cleaner.fit(x, given, trusted=(sure, sure_labels), epochs=epochs, verbose=0)
     return cleaner, x, right, given
+
+
+@pytest.fixture
+def train_once(monkeypatch: pytest.MonkeyPatch) -> list:
+    """Only the first `fit` of a test trains. Later ones must ask for the same training
+    of the same data, and get its outcome. Returns how often was asked."""
+    run, first, asked = stages.run, [], []
+
+    def once(data, training, initial, *options):
+        asked.append(data)
+        if not first:
+            first.append(
+                (data, initial(0), options, run(data, training, initial, *options))
+            )
+        of, start, wanted, outcome = first[0]
+        assert wanted[:4] == options[:4]  # steps, epochs, seed, learn
+        for one, other in ((of.doubtful, data.doubtful), (of.trusted, data.trusted)):
+            np.testing.assert_array_equal(one.x, other.x)
+            np.testing.assert_array_equal(one.labels, other.labels)
+        for one, other in zip(start, initial(0), strict=True):
+            np.testing.assert_array_equal(one, other)
+        return outcome
+
+    monkeypatch.setattr(stages, "run", once)
+    return asked
 
 
 def test_gold_transition_is_the_mean_of_the_predictions_by_class() -> None:
@@ -90,6 +116,44 @@ def test_noise_is_harmless_if_a_label_is_likeliest_where_it_is_right() -> None:
     to_next = 0.45 * np.eye(10) + 0.55 * np.roll(np.eye(10), 1, axis=1)
     assert not noise.harmless(to_next)
     assert noise.share(symmetric, np.arange(10)) == pytest.approx(0.4)
+
+
+def test_sharpness_is_the_one_that_held_out_labels_ask_for() -> None:
+    random = np.random.default_rng(3)
+    p = random.dirichlet([2.0, 2.0, 2.0], 3000)
+    right = np.array([random.choice(3, p=row) for row in p])
+    flat = p**0.5 / (p**0.5).sum(axis=1, keepdims=True)  # too unsure by s = 2
+    np.testing.assert_allclose(noise.sharpened(flat, 2.0), p, rtol=1e-6)
+    assert abs(noise.sharpness(flat, right) - 2) < 0.15
+    assert abs(noise.sharpness(p, right) - 1) < 0.1
+    assert noise.sharpness(p[:0], right[:0]) == 1
+    # Two examples say little: the answer stays near 1.
+    assert 0.6 < noise.sharpness(flat[:2], p[:2].argmin(axis=1)) <= 1
+
+
+def test_as_sure_undoes_a_sharpness() -> None:
+    p = np.random.default_rng(4).dirichlet([4.0, 4.0, 4.0], 200)
+    for power in (0.4, 2.0):
+        changed = p**power / (p**power).sum(axis=1, keepdims=True)
+        np.testing.assert_allclose(noise.as_sure(changed, p), p, atol=1e-5)
+
+
+def test_noise_is_noticed_if_given_labels_are_harder_to_predict() -> None:
+    on_sure = np.array([[0.8, 0.2], [0.4, 0.6], [0.3, 0.7], [0.9, 0.1]])
+    right = np.array([0, 1, 1, 0])
+    losses = -np.log([0.8, 0.6, 0.7, 0.9])
+    limit = losses.mean() + losses.std() / 2  # one standard error above
+    assert noise.harder(np.array([limit + 1e-9]), on_sure, right)
+    assert not noise.harder(np.array([limit - 1e-9]), on_sure, right)
+
+
+def test_opinion_mixes_two_views_and_weighs_them_by_the_given_label() -> None:
+    views = np.array([[[0.6, 0.3, 0.1], [0.2, 0.2, 0.6]]])
+    mixed = 0.75 * views[0, 0] + 0.25 * views[0, 1]
+    factors = CONFUSED[:, 1]
+    expected = mixed * factors / (mixed @ factors)
+    found = opinion_of(views, factors[None], 0.25)
+    np.testing.assert_allclose(found, expected[None], rtol=1e-12)
 
 
 def test_target_loss_by_hand() -> None:
@@ -158,29 +222,55 @@ def test_wrong_labels_are_found_and_corrected() -> None:
 
 
 def test_the_control_believes_what_it_did_at_the_start() -> None:
-    cleaner, *_ = fitted(learn=False)
+    cleaner, *_ = fitted(epochs=1, learn=False)
     assert cleaner.choice_.belief["trust"] == 0.3
     assert cleaner.choice_.trusted_scores == {}
     assert "belief" not in cleaner.history_
 
 
-def test_labels_of_any_kind_give_the_same_result() -> None:
+def test_a_killed_fit_goes_on_and_ends_in_the_same_place(tmp_path) -> None:
+    whole, *_ = fitted()
+
+    class Killed(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            raise KeyboardInterrupt
+
+    x, _, given = blobs(600, 0)
+    trusted = blobs(60, 1)[:2]
+    backup = tmp_path / "kept"
+    options = {"batch_size": 64, "learning_rate": 0.05, "backup": backup}
+    cleaner = tb.LabelCleaner(linear, **options)
+    with pytest.raises(KeyboardInterrupt):
+        cleaner.fit(
+            x, given, trusted=trusted, epochs=20, verbose=0, callbacks=[Killed()]
+        )
+    assert len(list(backup.glob("*.npz"))) >= 6  # all but the final training
+    with pytest.raises(ValueError, match="`backup` must be a folder of its own"):
+        cleaner.fit(x + 1, given, trusted=trusted, epochs=20, verbose=0)
+    cleaner.fit(x, given, trusted=trusted, epochs=20, verbose=0)
+    np.testing.assert_array_equal(cleaner.weights_, whole.weights_)
+    assert list(cleaner.history_) == list(whole.history_)
+    assert not backup.exists()
+
+
+def test_labels_of_any_kind_give_the_same_result(train_once: list) -> None:
     x, right, given = blobs(200, 0)
     sure, sure_labels, _ = blobs(30, 1)
     names = np.array(["ape", "bee", "cow"])
     found = []
     for code in (lambda v: v, lambda v: names[v], lambda v: np.eye(3)[v]):
-        cleaner = tb.LabelCleaner(linear, batch_size=50)
+        cleaner = tb.LabelCleaner(linear, batch_size=50, learn=False)
         cleaner.fit(
             x, code(given), trusted=(sure, code(sure_labels)), epochs=1, verbose=0
         )
         found.append((cleaner.corrected_labels_, cleaner.predict(x)))
+    assert len(train_once) == 3
     for integers, text, one_hot in zip(*found, strict=True):
         np.testing.assert_array_equal(names[integers], text)
         np.testing.assert_array_equal(integers, one_hot.argmax(axis=1))
 
 
-def test_datasets_softmax_outputs_and_compiled_models() -> None:
+def test_datasets_softmax_outputs_and_compiled_models(train_once: list) -> None:
     """A dataset of batches is the same as its arrays; a softmax is noticed."""
     x, right, given = blobs(200, 0)
     sure, sure_labels, _ = blobs(30, 1)
@@ -191,12 +281,13 @@ def test_datasets_softmax_outputs_and_compiled_models() -> None:
     def of(*arrays):
         return tf.data.Dataset.from_tensor_slices(arrays).batch(64)
 
-    one = tb.LabelCleaner(model).fit(
+    one = tb.LabelCleaner(model, learn=False).fit(
         x, given, trusted=(sure, sure_labels), epochs=1, verbose=0
     )
-    two = tb.LabelCleaner(model).fit(
+    two = tb.LabelCleaner(model, learn=False).fit(
         of(x, given), trusted=of(sure, sure_labels), epochs=1, verbose=0
     )
+    assert len(train_once) == 2
     np.testing.assert_array_equal(one.predict_proba(x), two.predict_proba(x))
     np.testing.assert_allclose(one.predict_proba(x).sum(axis=1), 1, atol=1e-6)
     np.testing.assert_allclose(

@@ -1,4 +1,4 @@
-"""Errors of `ExampleWeights` in compiled steps, where the layer cannot raise them."""
+"""Errors of layers with a row per example in compiled steps, which raise none."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -15,16 +15,16 @@ NONE = -1
 SEARCHED = 1000  # at most so many elements of a dataset
 
 
-class ExampleWeightsError(ValueError):
-    """An index without a weight, or losses that are not one per example."""
+class PerExampleError(ValueError):
+    """An index without a row, or values that are not one per example."""
 
 
-def range_error(layer: Any, index: int) -> ExampleWeightsError:
+def range_error(layer: Any, index: int) -> PerExampleError:
     n = layer.n
-    return ExampleWeightsError(
+    return PerExampleError(
         f"`index` must be from 0 to {n - 1}: the layer '{layer.name}', "
-        f"tb.ExampleWeights({n}), has {n} weights. Count the training examples from 0, "
-        "and let `n` be how many there are. "
+        f"a tb.{type(layer).__name__}, is of {n} examples. Count the training examples "
+        "from 0, and create the layer for as many as there are. "
         f"Received: index {index}, out of range, n={n}"
     )
 
@@ -98,7 +98,7 @@ def explain(problem: Problem, x: Any, y: Any, data: Any) -> None:
             seen.add(shapes)
             try:
                 first_out_of_range(problem, x, y, batches)
-            except ExampleWeightsError as error:
+            except PerExampleError as error:
                 raise error from None
             except Exception:  # unrelated to the indices
                 return

@@ -1,4 +1,5 @@
-"""Schedules: values, such as a method's weight, at each outer step."""
+"""Schedules: values, such as penalty weights, tolerances and learning rates, that
+change from one outer step to the next. `tb.schedules.LinearRamp` is `tb.LinearRamp`."""
 
 import abc
 import dataclasses
@@ -15,6 +16,16 @@ from tfbilevel._core.arguments import (
     require_count,
     require_number,
 )
+
+# This module is also `tb.schedules`.
+__all__ = [
+    "Constant",
+    "CosineDecay",
+    "Geometric",
+    "InversePower",
+    "LinearRamp",
+    "Schedule",
+]
 
 
 class Schedule(abc.ABC):

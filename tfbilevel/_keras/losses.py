@@ -38,30 +38,8 @@ def sparse_cross_entropy(logits: Any, labels: Any) -> tf.Tensor:
         >>> [round(float(loss), 4) for loss in losses]  # log(1 + exp(-2)), log 2
         [0.1269, 0.6931]
     """
-    logits, labels = _tensors(logits, labels)
-    if not labels.dtype.is_integer:
-        raise ValueError(
-            "`labels` must be integers, one class number per example. For "
-            "probabilities use tb.soft_cross_entropy. "
-            f"Received: labels of {labels.dtype.name}"
-        )
-    if not labels.shape.is_compatible_with(logits.shape[:-1]):
-        raise ValueError(
-            "`labels` must have the shape of `logits` without its last axis. Squeeze "
-            "or index them so that each example has one. "
-            f"Received: labels {labels.shape} for logits {logits.shape}"
-        )
-    classes = logits.shape[-1]
-    inside = (labels >= 0) & (labels < classes)
-    known = tf.get_static_value(labels)
-    if known is not None and ((known < 0) | (known >= classes)).any():
-        beyond = known[(known < 0) | (known >= classes)].flat[0]
-        raise ValueError(
-            f"`labels` must be from 0 to {classes - 1}, the last class of `logits`. "
-            "Count the classes from 0, and let the network have one output for each. "
-            f"Received: label {beyond} for logits {logits.shape}"
-        )
-    targets = tf.one_hot(labels, classes, dtype=logits.dtype)
+    logits, labels, inside = with_class_numbers(logits, labels)
+    targets = tf.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
     losses = -tf.reduce_sum(targets * tf.nn.log_softmax(logits), axis=-1)
     return tf.where(inside, losses, tf.constant(float("nan"), logits.dtype))
 
@@ -112,6 +90,38 @@ def soft_cross_entropy(logits: Any, labels: Any) -> tf.Tensor:
         )
     labels = tf.cast(labels, logits.dtype)
     return -tf.reduce_sum(labels * tf.nn.log_softmax(logits), axis=-1)
+
+
+def with_class_numbers(logits: Any, labels: Any) -> tuple:
+    """Logits and integer labels as tensors, and whether each label is in range.
+
+    Raises:
+        ValueError: as `sparse_cross_entropy`.
+    """
+    logits, labels = _tensors(logits, labels)
+    if not labels.dtype.is_integer:
+        raise ValueError(
+            "`labels` must be integers, one class number per example. "
+            "(tb.soft_cross_entropy takes probabilities.) "
+            f"Received: labels of {labels.dtype.name}"
+        )
+    if not labels.shape.is_compatible_with(logits.shape[:-1]):
+        raise ValueError(
+            "`labels` must have the shape of `logits` without its last axis. Squeeze "
+            "or index them so that each example has one. "
+            f"Received: labels {labels.shape} for logits {logits.shape}"
+        )
+    classes = logits.shape[-1]
+    inside = (labels >= 0) & (labels < classes)
+    known = tf.get_static_value(labels)
+    if known is not None and ((known < 0) | (known >= classes)).any():
+        beyond = known[(known < 0) | (known >= classes)].flat[0]
+        raise ValueError(
+            f"`labels` must be from 0 to {classes - 1}, the last class of `logits`. "
+            "Count the classes from 0, and let the network have one output for each. "
+            f"Received: label {beyond} for logits {logits.shape}"
+        )
+    return logits, labels, inside
 
 
 def _tensors(logits: Any, labels: Any) -> tuple[tf.Tensor, tf.Tensor]:

@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from tfbilevel._calculus.derivatives import UnconnectedGradientError
 from tfbilevel._calculus.lost_derivatives import MissingSecondDerivativeError
-from tfbilevel._check.example_indices import ExampleWeightsError, IndexWatch
+from tfbilevel._check.example_indices import IndexWatch, PerExampleError
 from tfbilevel._check.look import require_second_derivatives
 from tfbilevel._core.batches import Batches
 from tfbilevel._core.method import Method
@@ -22,7 +22,7 @@ from tfbilevel._keras.training_state import SKIPPED, Carried, Progress, Trackers
 from tfbilevel._workarounds.abandoned_iterators import without_frames
 from tfbilevel._workarounds.memory_optimizer import without_memory_rewrites
 
-ENDS = NonFiniteError, ExampleWeightsError, KeyboardInterrupt  # they end training
+ENDS = NonFiniteError, PerExampleError, KeyboardInterrupt  # they end training
 
 
 class OuterStep:

@@ -23,7 +23,7 @@ class Choice:
             the learned belief ("learned") and the one at the start ("start"); empty
             without trusted data.
         belief: the numbers that the network was trained with at the end: "trust",
-            "given", "opinions".
+            "given", "alone".
     """
 
     name: str
@@ -75,7 +75,7 @@ def choice(found: Outcome) -> Choice:
         {
             "trust": belief.trust,
             "given": belief.given,
-            "opinions": belief.opinions.tolist(),
+            "alone": belief.alone,
         },
     )
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from tfbilevel._core.arguments import require_count
 from tfbilevel._jobs.cleaning import findings, stages
+from tfbilevel._jobs.cleaning.kept_trainings import KeptTrainings
 from tfbilevel._jobs.cleaning.rows import Data, Rows, data_of, inputs_of
 from tfbilevel._jobs.cleaning.training import Training
 from tfbilevel._jobs.default_networks import default_network, kind_of, text_network
@@ -36,15 +37,15 @@ class LabelCleaner(Estimator):
     1. Networks trained on the given labels say what is given for trusted examples. This
        starts T (Gold Loss Correction). EM on the probabilities of networks that did not
        see an example makes T the likeliest one, twice.
-    2. Networks are trained so that p T explains the given labels (forward correction).
+    2. Networks are trained so that p T explains the given labels (forward correction);
+       or on the given labels as they are, where T says that these mislead nobody.
     3. Either T is taken, or the noise is said to depend on the examples: what explains
        given labels of unseen examples better. (`choice_` says which, and the scores.)
-    4. How much to believe the trusted labels, the given ones, and two opinions about
-       the class (the posterior above, and a network trained on the trusted examples
-       alone) is learned by hypergradients: `tb.Unroll` through training of the last
-       layer, so that it does well on trusted examples that were held out. It is kept
-       only if it does better there than the same training with the numbers at the
-       start.
+    4. How much to believe the trusted labels, the given ones, and a network trained on
+       the trusted examples alone is learned by hypergradients: `tb.Unroll` through
+       training of the last layer, so that it does well on trusted examples that were
+       held out. It is kept only if it does better there than the same training with the
+       numbers at the start.
     5. The final network is trained so, and gives the labels.
 
     Without trusted examples T starts from confident learning, steps 3 and 5 are the
@@ -73,6 +74,8 @@ class LabelCleaner(Estimator):
         epochs: passes over the doubtful examples in each training, unless `fit` is
             given another number. `None`: 10, or more (up to 100) for few examples.
         learn: whether step 4 is made. False: for comparison.
+        backup: a folder in which every training that ended is kept. `fit` with the same
+            data and arguments goes on there after a kill, and deletes it at the end.
         seed: of weights, batches and splits. `fit` seeds Keras, NumPy and Python with
             it (keras.utils.set_random_seed).
 
@@ -88,8 +91,9 @@ class LabelCleaner(Estimator):
         history_: losses and seconds of each training, by name.
         choice_: which model of the noise was taken, why, and the held-out scores.
         accuracy_: accuracy on held-out trusted examples of networks trained on the
-            given labels (`before`) and with step 2 (`after`), each trained on half the
-            doubtful examples, with 95 percent intervals. `None` if none was held out.
+            given labels (`before`) and of the first one of step 2 (`after`), with 95
+            percent intervals. Each had half the training of the final network, so this
+            is a low estimate. `None` if none was held out.
         n_features_in_: how many numbers an example has.
 
     Raises:
@@ -129,6 +133,7 @@ class LabelCleaner(Estimator):
         batch_size: int = 128,
         epochs: int | None = None,
         learn: bool = True,
+        backup: str | os.PathLike | None = None,
         seed: int = 0,
     ):
         self.model = model
@@ -138,6 +143,7 @@ class LabelCleaner(Estimator):
         self.batch_size = batch_size
         self.epochs = epochs
         self.learn = learn
+        self.backup = backup
         self.seed = seed
 
     def fit(
@@ -158,8 +164,7 @@ class LabelCleaner(Estimator):
             y: their labels, some of them wrong, [n]: integers, strings, or one-hot
                 rows [n, K].
             trusted: (x, y) of examples whose labels are right, or a dataset of them;
-                some of every class. A third of them is held out until the final
-                training.
+                some of every class. A third of them is held out of the first trainings.
             epochs: as in the constructor, for this `fit`.
             callbacks: Keras callbacks of the final training.
             verbose: as in Keras's `fit`; 0: nothing is printed.
@@ -182,6 +187,8 @@ class LabelCleaner(Estimator):
         make = self._maker(data)
         network = make(0)
         probabilities = gives_probabilities(network, data.doubtful.x[:32])
+        start = network.get_weights()
+        kept = KeptTrainings(self.backup, self._job(data, epochs, start))
         if verbose not in (0, "0"):
             _say(data)
 
@@ -212,10 +219,12 @@ class LabelCleaner(Estimator):
             self.learn,
             callbacks,
             report,
+            kept,
         )
         final = make(0)
         final.set_weights(found.weights)
         self._take(data, found, final, probabilities)
+        kept.clear()
         return self
 
     def predict_proba(self, x: Any) -> np.ndarray:
@@ -285,6 +294,12 @@ class LabelCleaner(Estimator):
         if compiled is None and isinstance(self.model, keras.Model):
             compiled = getattr(self.model, "optimizer", None)
         return self.learning_rate if compiled is None else compiled
+
+    def _job(self, data: Data, epochs: int, start: list) -> list:
+        """What the trainings depend on."""
+        parts = [] if data.trusted is None else [*data.trusted]
+        numbers = [self.batch_size, self.learning_rate, epochs, self.seed]
+        return [*data.doubtful, *parts, *start, numbers]
 
     def _take(
         self,

@@ -11,13 +11,16 @@ from tfbilevel._core.batches import StackedBatches
 from tfbilevel._core.inner_solver import InnerSolver
 from tfbilevel._core.problem import Problem
 from tfbilevel._jobs.cleaning.training import target_loss
+from tfbilevel._jobs.networks import SMALLEST
 from tfbilevel._methods.hypergradient.unroll import Unroll
 from tfbilevel._minimize import minimize
 
-# The features have seen the trusted examples and the given labels already, so the last
-# layer needs both less than the network does: without these floors it would do without.
-TRUST = (0.2, 0.9)
-GIVEN = (0.4, 0.95)
+# The features have learned the given labels already, so the last layer needs them less
+# than the network does: without these limits it would do without.
+TRUST = (0.2, 0.6)
+GIVEN = (0.1, 0.9)
+ALONE = (0.0, 1.0)
+NAMES = ("trust", "given", "alone")
 # Few held-out examples say little about these numbers: a priori each logit is as at the
 # start, with this standard deviation.
 DEVIATION = 1.5
@@ -33,12 +36,41 @@ class Belief:
     Attributes:
         trust: the weight of the trusted examples in the loss.
         given: the weight of the given labels beside the opinions.
-        opinions: the weights of the opinions about the class, [q], sum 1.
+        alone: the share of the network of the trusted examples alone in the opinion
+            about the class, which has the weight 1 - given.
     """
 
     trust: float
     given: float
-    opinions: np.ndarray
+    alone: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Views:
+    """What two networks say about the class of each example.
+
+        opinion_k ~ ((1 - alone) p_k + alone p'_k) factor_k
+
+    p is the network that learned the given labels, p' that of the trusted examples
+    alone. The factor is P(given label | class k) where noise depends on the class.
+
+    Attributes:
+        doubtful: p and p' of the doubtful examples, [n, 2, K].
+        factors: of the doubtful examples, [n, K].
+        held: p and p' of the trusted examples that trained neither, [b, 2, K].
+    """
+
+    doubtful: np.ndarray
+    factors: np.ndarray
+    held: np.ndarray
+
+
+def opinion_of(views: Any, factors: Any, alone: Any) -> Any:
+    """The opinion above, [..., K], of NumPy arrays or tensors."""
+    mixed = (1 - alone) * views[..., 0, :] + alone * views[..., 1, :]
+    weighed = mixed * factors
+    total = tf.reduce_sum(weighed, axis=-1, keepdims=True)
+    return weighed / tf.maximum(total, tf.cast(SMALLEST, total.dtype))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,17 +97,18 @@ def learned_belief(
     seen: HeldOut,
     start: Belief,
     likelihoods: np.ndarray,
-    opinions: np.ndarray,
+    views: Views,
     trusted: np.ndarray,
     held: np.ndarray,
     seed: int,
 ) -> tuple[Belief, dict[str, list[float]]]:
     """Learn the belief with which the last layers do best on held-out trusted labels.
 
-        x = (trust, given, opinions, sharpness)
-        g(x, y) = (1 - trust) mean_i l_i(y; given, opinions) + trust mean cross-entropy
-        f(x, y) = mean cross-entropy of softmax(sharpness z) on the b held-out trusted
-                  examples + |x - x_start|^2 / (2 b deviation^2)
+        x = (trust, given, alone, sharpness)
+        g(x, y) = (1 - trust) mean_i l_i(y; given, alone) + trust mean cross-entropy
+        f(x, y) = mean cross-entropy on the b held-out trusted examples, half of it of
+                  softmax(sharpness z), half of (1 - alone) p + alone p'
+                  + |x - x_start|^2 / (2 b deviation^2)
 
     y are the last layers of two networks, each on the features of examples that its
     network did not see. (Training on wrong labels makes all probabilities too flat.
@@ -88,7 +121,7 @@ def learned_belief(
         seen: the features.
         start: the belief at the start.
         likelihoods: P(given label | class) of every doubtful example, [n, K].
-        opinions: about the class of every doubtful example, [n, q, K].
+        views: what two networks say.
         trusted, held: true classes of the trusted examples, [a] and [b].
         seed: the seed of the batches.
 
@@ -97,9 +130,11 @@ def learned_belief(
         held-out examples after every outer step.
     """
     features, likelihood = tf.constant(seen.features), _single(likelihoods)
-    second = _single(opinions)
+    two, factors = _single(views.doubtful), _single(views.factors)
     classes = likelihood.shape[1]
     rows = [tf.constant(half, tf.int32) for half in seen.halves]
+    own = tf.one_hot(held, classes)
+    own_views = tf.einsum("bqk,bk->bq", _single(views.held), own)
 
     def log_p(features: Any, heads: Any, sharpness: Any = 1.0) -> tf.Tensor:
         return tf.nn.log_softmax(sharpness * tf.matmul(features, heads))
@@ -118,8 +153,11 @@ def learned_belief(
     def lower_loss(x: dict, heads: Any, index: Any) -> tf.Tensor:
         of_rows = tf.reshape(index, [2, -1])
         trust, given = _within(TRUST, x["trust"]), _within(GIVEN, x["given"])
-        weights = (1 - given) * tf.nn.softmax(x["opinions"])
-        opinion = tf.einsum("frqk,q->frk", tf.gather(second, of_rows), weights)
+        alone = _within(ALONE, x["alone"])
+        opinion = opinion_of(
+            tf.gather(two, of_rows), tf.gather(factors, of_rows), alone
+        )
+        opinion = (1 - given) * opinion
         targets = tf.stack([tf.gather(likelihood, of_rows), opinion], axis=2)
         outputs = log_p(tf.gather(features, of_rows), heads)
         doubtful = target_loss(
@@ -147,18 +185,23 @@ def learned_belief(
     first = {
         "trust": _logit(TRUST, start.trust),
         "given": _logit(GIVEN, start.given),
-        "opinions": tf.math.log(_single(start.opinions) + 1e-3),
+        "alone": _logit(ALONE, start.alone),
         "sharpness": tf.constant(0.0),
     }
     strength = 1 / (2 * len(held) * DEVIATION**2)
 
     def prior(x: dict) -> tf.Tensor:
-        names = ("trust", "given", "opinions")
-        moved = [tf.reduce_sum(tf.square(x[name] - first[name])) for name in names]
+        moved = [tf.square(x[name] - first[name]) for name in NAMES]
         return strength * tf.add_n(moved)
 
+    def on_held(x: dict, heads: Any) -> tf.Tensor:
+        alone = _within(ALONE, {**first, **x}["alone"])
+        mixed = (1 - alone) * own_views[:, 0] + alone * own_views[:, 1]
+        direct = -tf.reduce_mean(tf.math.log(tf.maximum(mixed, 1e-6)))
+        return (unseen(heads, tf.exp(x["sharpness"])) + direct) / 2
+
     def upper_loss(x: dict, heads: Any, batch: Any) -> tf.Tensor:
-        return unseen(heads, tf.exp(x["sharpness"])) + prior(x)
+        return on_held(x, heads) + prior(x)
 
     problem = Problem(upper_loss, lower_loss)
     inner = InnerSolver(
@@ -167,7 +210,7 @@ def learned_belief(
     ends = {}
     for name in ("learned", "start"):
         # The control learns the sharpness alone.
-        kept = () if name == "learned" else ("trust", "given", "opinions")
+        kept = () if name == "learned" else NAMES
         ends[name] = minimize(
             _frozen(problem, first, kept),
             Unroll(inner),
@@ -176,7 +219,7 @@ def learned_belief(
             keras.optimizers.Adam(0.15),
             batches,
             OUTER_STEPS,
-            trace=lambda point: unseen(point.lower, tf.exp(point.upper["sharpness"])),
+            trace=lambda point: on_held(point.upper, point.lower),
         )
     losses = {name: [float(v) for v in end.trace] for name, end in ends.items()}
     x = ends["learned"].upper
@@ -186,7 +229,7 @@ def learned_belief(
     found = Belief(
         float(_within(TRUST, x["trust"])),
         float(_within(GIVEN, x["given"])),
-        tf.nn.softmax(x["opinions"]).numpy(),
+        float(_within(ALONE, x["alone"])),
     )
     return found, losses
 

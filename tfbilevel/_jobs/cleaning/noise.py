@@ -91,6 +91,35 @@ def likeliest_transition(
     return transition
 
 
+def sharpened(predicted: np.ndarray, sharpness: float) -> np.ndarray:
+    """p_k^s / sum_j p_j^s, [n, K]: surer for s > 1, flatter for s < 1."""
+    logits = sharpness * np.log(np.maximum(predicted, SMALLEST))
+    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return powers / powers.sum(axis=1, keepdims=True)
+
+
+def sharpness(predicted: np.ndarray, right: np.ndarray) -> float:
+    """The s with which p^s does best on examples whose class is known.
+
+        min_s  sum_i -log p_s(class_i | x_i) + (log s)^2 / (2 0.5^2)
+
+    Networks that learn wrong labels are too unsure; this corrects it. The second term
+    keeps s near 1 where there are few examples. Without any, s = 1.
+
+    Args:
+        predicted: p of examples that did not train, [b, K].
+        right: their classes, [b].
+    """
+    if not len(right):
+        return 1.0
+    tried = np.exp(np.linspace(-1.5, 2.0, 141))  # s from 0.22 to 7.4
+    losses = [
+        -log_likelihoods(sharpened(predicted, s), right).sum() + 2 * np.log(s) ** 2
+        for s in tried
+    ]
+    return float(tried[np.argmin(losses)])
+
+
 def log_likelihoods(given_probabilities: np.ndarray, given: np.ndarray) -> np.ndarray:
     """log P(given label), [n], cut off so that no single row decides."""
     own = given_probabilities[np.arange(len(given)), given]
@@ -102,6 +131,35 @@ def share(transition: np.ndarray, given: np.ndarray) -> float:
     the labels."""
     frequency = np.bincount(given, minlength=len(transition)) / len(given)
     return float(1 - frequency @ np.diagonal(transition))
+
+
+def as_sure(predicted: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """`predicted`, sharpened so that its mean largest probability is that of `other`.
+
+    A network is not sure of wrong labels that it half learned, and too sure of examples
+    that it learned by heart; `other` did not see the examples.
+    """
+    wanted, low, high = other.max(axis=1).mean(), -2.0, 3.0
+    for _ in range(30):  # the mean grows with the sharpness
+        middle = (low + high) / 2
+        less = sharpened(predicted, np.exp(middle)).max(axis=1).mean() < wanted
+        low, high = (middle, high) if less else (low, middle)
+    return sharpened(predicted, np.exp(low))
+
+
+def harder(of_given: np.ndarray, on_sure: np.ndarray, right: np.ndarray) -> bool:
+    """Whether given labels are harder to predict than right ones: there is noise.
+
+    The mean log-loss must be larger by more than one standard error.
+
+    Args:
+        of_given: log-losses of given labels, by networks that did not see them, [n].
+        on_sure: probabilities of the trusted examples by the same networks, [m, K].
+        right: the classes of the trusted examples, [m].
+    """
+    of_right = -log_likelihoods(on_sure, right)
+    error = of_right.std() / np.sqrt(len(right))
+    return bool(of_given.mean() > of_right.mean() + error)
 
 
 def harmless(transition: np.ndarray, most: float = 0.75) -> bool:

@@ -1,5 +1,6 @@
 """The trainings of `LabelCleaner`, in their order."""
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable
@@ -8,14 +9,23 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tfbilevel._jobs.cleaning import noise
-from tfbilevel._jobs.cleaning.learned_noise import Belief, HeldOut, learned_belief
+from tfbilevel._jobs.cleaning.kept_trainings import KeptTrainings
+from tfbilevel._jobs.cleaning.learned_noise import (
+    Belief,
+    HeldOut,
+    Views,
+    learned_belief,
+    opinion_of,
+)
 from tfbilevel._jobs.cleaning.rows import Data, Rows
 from tfbilevel._jobs.cleaning.training import Targets, Training
 
-START = Belief(trust=0.3, given=0.6, opinions=np.array([0.8, 0.2]))
-LITTLE = 0.1  # a share of wrong labels
+START = Belief(trust=0.3, given=0.5, alone=0.2)
+LITTLE = 0.1  # a share of wrong labels of which T is believed
 # Of the trusted examples this share trains in the first stages. The others measure.
 FITTED = 2 / 3
+# Below this share the opinion of the trusted examples needs no training of its own.
+HEARD = 0.2
 
 
 TITLES = {
@@ -25,6 +35,7 @@ TITLES = {
     "start": "4/7 corrected for the first estimate of the noise",
     "corrected 1": "5/7 corrected for the likeliest noise, first half",
     "corrected 2": "6/7 corrected for the likeliest noise, second half",
+    "all trusted": "6/7 all trusted examples alone",
     "final": "7/7 the final network",
 }
 
@@ -101,6 +112,7 @@ def run(
     learn: bool,
     callbacks: Any,
     report: Callable[[str], Any],
+    kept: KeptTrainings,
 ) -> Outcome:
     """All trainings.
 
@@ -114,6 +126,7 @@ def run(
         learn: whether the belief is learned; False: the control.
         callbacks: for the final training.
         report: name of a stage -> verbosity of its `fit`.
+        kept: the trainings that an earlier process ended.
     """
     doubtful, classes = data.doubtful, len(data.classes)
     given, n = doubtful.labels, len(doubtful.labels)
@@ -123,16 +136,27 @@ def run(
         sure = Rows(data.trusted.x[split.order], data.trusted.labels[split.order])
     fitted, held = sure.labels[: split.fitted], sure.labels[split.fitted :]
     trainer = training(sure)
+    p = trainer.probabilities_of
     history: dict[str, dict[str, list]] = {}
     trust = START.trust if len(sure.labels) else 0.0
 
     def train(
-        stage: str, start: int, targets: Targets, trust: float, part: float, **rest: Any
+        stage: str,
+        start: int | list,
+        targets: Targets,
+        trust: float,
+        known: np.ndarray,
+        part: float = 0.5,
+        **rest: Any,
     ) -> None:
+        before = kept.find(stage)
+        if before is not None:
+            weights, history[stage] = before
+            trainer.network.set_weights(weights)
+            return
         began = time.monotonic()
-        known = sure.labels if stage == "final" else fitted
-        history[stage] = trainer.run(
-            initial(start),
+        found = trainer.run(
+            initial(start) if isinstance(start, int) else start,
             targets,
             Targets.labels(known, classes),
             trust,
@@ -141,45 +165,60 @@ def run(
             verbose=report(stage),
             **rest,
         )
-        history[stage]["seconds"] = [time.monotonic() - began]
+        history[stage] = found | {"seconds": [time.monotonic() - began]}
+        if stage != "final":
+            kept.keep(stage, trainer.network.get_weights(), history[stage])
 
-    p = trainer.probabilities_of
     # What the given labels look like: two networks, each on one half.
     plain = Targets.labels(given, classes)
-    as_given = np.zeros((n, classes))
+    as_given, layers = np.zeros((n, classes)), []
     on_sure = np.zeros((len(sure.labels), classes))
     for number, half in enumerate(split.halves):
-        train(f"given {number + 1}", 0, plain, 0.0, 0.5, rows=half)
+        train(f"given {number + 1}", 0, plain, 0.0, fitted, rows=half)
         other = split.halves[1 - number]
-        as_given[other] = p(doubtful.x[other])
+        now, features, weights = trainer.seen(doubtful.x)
+        as_given[other] = now[other]
         if len(sure.labels):
-            on_sure += p(sure.x) / 2
+            of_sure, sure_features, _ = trainer.seen(sure.x)
+            on_sure += of_sure / 2
+            layers.append((features, sure_features, weights))
     if len(sure.labels):
         transition = noise.gold_transition(on_sure[: split.fitted], fitted, classes)
         # What the trusted examples alone say.
-        train("trusted", 1, plain, 1.0, 0.75)
+        train("trusted", 1, plain, 1.0, fitted)
         alone = p(doubtful.x)
+        alone_on_held = p(sure.x[split.fitted :]) if len(held) else on_sure[:0]
     else:
         transition = noise.confident_transition(as_given, given)
         transition = noise.likeliest_transition(as_given, given, transition)
-        alone = noise.posterior(as_given, transition, given)
+        alone = as_given
 
-    # The likeliest transition needs good probabilities, which need a transition.
-    train("start", 2, Targets.of(transition[:, given].T), trust, 0.5)
-    first = p(doubtful.x)
+    # The likeliest transition needs good probabilities, which need a transition. Where
+    # the given labels mislead nobody, they are learned faster as they are; then they
+    # make the probabilities too flat, and held-out labels say by how much.
+    plainly = noise.harmless(transition)
+    likelihoods = np.eye(classes)[given] if plainly else transition[:, given].T
+    train("start", 2, Targets.of(likelihoods), trust, fitted)
+    on_held = p(sure.x[split.fitted :]) if len(held) else on_sure[:0]
+    sharpness = noise.sharpness(on_held, held) if plainly else 1.0
+    on_held = noise.sharpened(on_held, sharpness)
+    first = noise.sharpened(p(doubtful.x), sharpness)
     transition = noise.likeliest_transition(first, given, transition)
-    corrected = Targets.of(transition[:, given].T)
-    unseen, both = np.zeros((n, classes)), first / 3
-    on_held, layers = np.zeros((len(held), classes)), []
+    # T is known better now, so this is asked again.
+    corrected = not plainly and not noise.harmless(transition)
+    likelihoods = transition[:, given].T if corrected else np.eye(classes)[given]
+    second = Targets.of(likelihoods)
+    whole = trainer.network.get_weights()
+    unseen, both = np.zeros((n, classes)), np.zeros((n, classes))
     for number, half in enumerate(split.halves):
-        train(f"corrected {number + 1}", 2, corrected, trust, 0.5, rows=half)
+        train(f"corrected {number + 1}", 2, second, trust, sure.labels, rows=half)
         other = split.halves[1 - number]
-        now, features, weights = trainer.seen(doubtful.x)
-        unseen[other], both = now[other], both + now / 3
-        if len(sure.labels):
-            of_sure, sure_features, _ = trainer.seen(sure.x)
-            on_held += of_sure[split.fitted :] / 2
-            layers.append((features, sure_features, weights))
+        now = p(doubtful.x)
+        if plainly:
+            now = noise.sharpened(now, sharpness)
+        elif not corrected:
+            now = noise.as_sure(now, first)
+        unseen[other], both = now[other], both + now / 2
     transition = noise.likeliest_transition(unseen, given, transition)
 
     # Which model explains given labels that it did not see?
@@ -189,42 +228,54 @@ def run(
         "class-dependent": float(by_class.mean()),
         "feature-dependent": float(by_features.mean()),
     }
-    # With little noise both are the same, and T says which labels are wrong.
-    feature_dependent = (
-        scores["feature-dependent"] < scores["class-dependent"]
-        and noise.share(transition, given) > LITTLE
-    )
-    opinion = (
-        both
-        if feature_dependent
-        else noise.posterior((both + unseen) / 2, transition, given)
-    )
-    if feature_dependent or noise.harmless(transition):
-        likelihoods = np.eye(classes)[given]
+    # Without noise both are the same, and T says which labels are wrong.
+    if len(sure.labels):
+        noisy = noise.harder(by_features, on_sure, sure.labels)
     else:
-        likelihoods = transition[:, given].T
-    opinions = np.stack([opinion, alone], axis=1)
-
+        noisy = noise.share(transition, given) > LITTLE
+    feature_dependent = noisy and (
+        scores["feature-dependent"] < scores["class-dependent"]
+    )
+    factors = np.ones((n, classes)) if feature_dependent else transition[:, given].T
+    if feature_dependent:
+        likelihoods = np.eye(classes)[given]
+    elif corrected:
+        likelihoods = factors
     belief, trusted_scores = START, {}
+    if not len(sure.labels):
+        belief = dataclasses.replace(START, alone=0.0)
     if learn and len(held) and len(fitted):
-        seen = _held_out(split, layers)
         began = time.monotonic()
         belief, losses = learned_belief(
-            seen, START, likelihoods, opinions, fitted, held, seed
+            _held_out(split, layers),
+            START,
+            likelihoods,
+            Views(
+                np.stack([first, alone], axis=1),
+                factors,
+                np.stack([on_held, alone_on_held], axis=1),
+            ),
+            fitted,
+            held,
+            seed,
         )
         trusted_scores = {
             name: float(np.mean(each[-5:])) for name, each in losses.items()
         }
         history["belief"] = losses | {"seconds": [time.monotonic() - began]}
+    if len(held) and belief.alone > HEARD:
+        train("all trusted", 1, plain, 1.0, sure.labels)
+        alone = p(doubtful.x)
 
-    second = np.einsum("nqk,q->nk", opinions, belief.opinions)
-    targets = Targets.of(likelihoods, second, 1 - belief.given)
+    views = np.stack([(both + unseen) / 2, alone], axis=1)
+    opinion = opinion_of(views, factors, belief.alone).numpy()
+    targets = Targets.of(likelihoods, opinion, 1 - belief.given)
     final = belief.trust if len(sure.labels) else 0.0
-    train("final", 3, targets, final, 1.0, callbacks=callbacks)
-    last = p(doubtful.x)
+    train("final", whole, targets, final, sure.labels, 1.0, callbacks=callbacks)
+    last = noise.as_sure(p(doubtful.x), unseen)
     if feature_dependent:
-        shares = last
-        transition = _counted(last, given, transition)
+        shares = (last + opinion) / 2
+        transition = _counted(shares, given, transition)
     else:
         transition = noise.likeliest_transition((last + unseen) / 2, given, transition)
         shares = noise.posterior(last, transition, given)

@@ -7,10 +7,10 @@ import traceback
 import warnings
 from collections.abc import Sequence
 
-from tfbilevel._command_line.bad_input import BadInput
-from tfbilevel._command_line.clean import clean
-from tfbilevel._command_line.few_shot import few_shot
-from tfbilevel._command_line.tune import tune
+from tfbilevel._jobs.command_line.bad_input import BadInput
+from tfbilevel._jobs.command_line.clean import clean
+from tfbilevel._jobs.command_line.few_shot import few_shot
+from tfbilevel._jobs.command_line.tune import tune
 from tfbilevel._jobs.optional_packages import MissingPackageError
 
 CLEAN = """

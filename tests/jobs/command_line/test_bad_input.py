@@ -10,7 +10,7 @@ import pytest
 from stand_in_cleaner import StandInCleaner
 
 import tfbilevel as tb
-from tfbilevel._command_line.main import main
+from tfbilevel._jobs.command_line.main import main
 
 pandas = pytest.importorskip("pandas")
 GOOD = "age,city,y\n1,a,no\n2,b,yes\n3,a,no\n4,b,yes\n"

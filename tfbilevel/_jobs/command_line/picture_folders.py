@@ -8,9 +8,9 @@ from typing import Any
 import keras
 import numpy as np
 
-from tfbilevel._command_line.bad_input import BadInput
-from tfbilevel._command_line.csv_files import write_csv
-from tfbilevel._command_line.data import Data, Preparation, Source
+from tfbilevel._jobs.command_line.bad_input import BadInput
+from tfbilevel._jobs.command_line.csv_files import write_csv
+from tfbilevel._jobs.command_line.data import Data, Preparation, Source
 from tfbilevel._jobs.optional_packages import optional_package
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import pytest
 
-from tfbilevel._command_line.main import main
+from tfbilevel._jobs.command_line.main import main
 
 QUICK = ("--epochs", "1", "--steps-per-epoch", "2", "--episodes", "20", "--quiet")
 

@@ -9,8 +9,8 @@ from typing import Any
 import keras
 import numpy as np
 
-from tfbilevel._command_line.bad_input import BadInput, nearest
-from tfbilevel._command_line.data import Data, Preparation, Source
+from tfbilevel._jobs.command_line.bad_input import BadInput, nearest
+from tfbilevel._jobs.command_line.data import Data, Preparation, Source
 from tfbilevel._jobs.default_networks import text_layer
 from tfbilevel._jobs.optional_packages import optional_package
 

@@ -7,8 +7,8 @@ import keras
 import numpy as np
 import pytest
 
-from tfbilevel._command_line.main import main
-from tfbilevel._command_line.tune import _parts
+from tfbilevel._jobs.command_line.main import main
+from tfbilevel._jobs.command_line.tune import _parts
 
 
 @pytest.fixture(autouse=True)

@@ -14,8 +14,8 @@ import tensorflow as tf
 from stand_in_cleaner import StandInCleaner
 
 import tfbilevel as tb
-import tfbilevel._command_line.clean
-from tfbilevel._command_line.main import main
+import tfbilevel._jobs.command_line.clean
+from tfbilevel._jobs.command_line.main import main
 
 pandas = pytest.importorskip("pandas")
 RESULTS = ["cleaned.csv", "issues.csv", "model.keras", "report.html", "summary.json"]
@@ -265,7 +265,7 @@ def test_a_failure_leaves_nothing(monkeypatch, capsys):
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
-    module = tfbilevel._command_line.clean
+    module = tfbilevel._jobs.command_line.clean
     for failure, code in ((full, 1), (interrupted, 130)):
         monkeypatch.setattr(module, "write_cleaning_report", failure)
         arguments = (*CSV[:-1], "new/out", "--epochs", "1")

@@ -10,15 +10,15 @@ import keras
 import numpy as np
 
 import tfbilevel as tb
-from tfbilevel._command_line.bad_input import BadInput
-from tfbilevel._command_line.inputs import (
+from tfbilevel._jobs.command_line.bad_input import BadInput
+from tfbilevel._jobs.command_line.inputs import (
     features,
     known_classes,
     read_source,
     with_preparation,
 )
-from tfbilevel._command_line.output_folder import output_folder
-from tfbilevel._command_line.said import say, versions
+from tfbilevel._jobs.command_line.output_folder import output_folder
+from tfbilevel._jobs.command_line.said import say, versions
 from tfbilevel._jobs.default_networks import default_network
 from tfbilevel._jobs.optional_packages import optional_package
 from tfbilevel._jobs.report.training import Table, write_training_report

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 
-from tfbilevel._command_line.bad_input import BadInput
+from tfbilevel._jobs.command_line.bad_input import BadInput
 
 
 @contextlib.contextmanager

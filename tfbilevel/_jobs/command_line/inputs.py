@@ -7,9 +7,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfbilevel._command_line import array_files, picture_folders, tables
-from tfbilevel._command_line.bad_input import BadInput
-from tfbilevel._command_line.data import Data, Preparation, Source
+from tfbilevel._jobs.command_line import array_files, picture_folders, tables
+from tfbilevel._jobs.command_line.bad_input import BadInput
+from tfbilevel._jobs.command_line.data import Data, Preparation, Source
 from tfbilevel._jobs.labels import Classes, classes_of
 from tfbilevel._jobs.networks import gives_probabilities
 

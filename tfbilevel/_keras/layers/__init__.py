@@ -1,0 +1,1 @@
+"""Keras layers that serve as upper models, one per file."""
