@@ -245,7 +245,12 @@ def by_trusted_cleanlab(args: argparse.Namespace, run: common.Run, data: Data) -
 
 
 def by_cleaner(args: argparse.Namespace, run: common.Run, data: Data) -> Found:
-    cleaner = tb.LabelCleaner(build_network, augmentation=shifts(), seed=args.seed)
+    cleaner = tb.LabelCleaner(
+        build_network,
+        augmentation=shifts(),
+        seed=args.seed,
+        backup=run.out / "trainings",  # `--resume` goes on there
+    )
     cleaner.fit(
         *data.train,
         trusted=tuple(data.trusted),
