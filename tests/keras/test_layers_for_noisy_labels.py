@@ -1,5 +1,7 @@
 """TransitionMatrix, LossWeights and LabelCorrection against NumPy."""
 
+from typing import Any
+
 import keras
 import numpy as np
 import pytest
@@ -193,13 +195,14 @@ def test_a_mean_of_weighted_losses_has_the_paper_s_derivatives(compiled):
     weights, values = loss_weights()
     mean = tb.functional(Of(weights, weights.mean))
 
-    def all_derivatives(losses, *values):
+    def all_derivatives(losses: Any, *values: Any) -> Any:
         with tf.GradientTape(persistent=True) as outer:
             outer.watch((losses, values))
             with tf.GradientTape() as inner:
                 inner.watch((losses, values))
                 value = mean(values, [losses])
-            d_l, d_x = inner.gradient(value, (losses, values))
+            first: Any = inner.gradient(value, (losses, values))
+            d_l, d_x = first
             entry, last = d_l[1], tf.reduce_sum(d_x[2])
         return (
             value,
