@@ -7,7 +7,7 @@ export TF_CPP_MIN_LOG_LEVEL ?= 2
 
 demo: .venv/experiments
 	rm -rf runs/demo
-	$(BIN)/python experiments/data_hyper_cleaning.py --out runs/demo
+	$(BIN)/python experiments/label_cleaning.py --out runs/demo
 
 # One process for each of two cores: more only import TensorFlow once more.
 PYTEST = $(BIN)/python -m pytest -n 2 --dist loadgroup --max-worker-restart=0

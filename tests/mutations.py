@@ -287,6 +287,27 @@ FAULTS = [
         ("test_layers.py -k penalties",),
     ),
     Fault(
+        "transition-matrix",
+        "the rows and columns of the transition matrix are exchanged",
+        "tf.transpose(tf.nn.log_softmax(tf.cast(own, dtype)))",
+        "tf.nn.log_softmax(tf.cast(own, dtype))",
+        ("test_layers_for_noisy_labels.py -k corrected",),
+    ),
+    Fault(
+        "loss-weights",
+        "second derivatives hold the weights of losses constant too",
+        "return upstream * losses, None, upstream * weights",
+        "return upstream * losses, None, upstream * fixed",
+        ("test_learning_label_noise.py -k 'loss and unroll'",),
+    ),
+    Fault(
+        "label-correction",
+        "the other classes share too little of a label at the start",
+        "others = (1 - self.confidence) / (classes - 1)",
+        "others = (1 - self.confidence) / classes",
+        ("test_layers_for_noisy_labels.py -k start_at_the_given",),
+    ),
+    Fault(
         "pair",
         "the lower batches that fill no whole group are left out",
         "math.ceil(length / count)",

@@ -74,13 +74,18 @@ FIRST = {"implicit.md", "second_derivatives.md"}
     ids=lambda page: str(page.relative_to(ROOT)),
 )
 def test_code_runs(
-    page: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+    page: pathlib.Path,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     """The blocks of one page, in order, in one namespace and an empty folder."""
     monkeypatch.chdir(tmp_path)
     namespace = run(page)
     if page.name == "README.md":
         require_trained(namespace)
+        require_cleaned(namespace, capsys.readouterr().out)
+        assert (tmp_path / "report.html").exists()
     else:  # the code looks at its own results
         assert any("assert" in block.code for block in blocks(page))
 
@@ -97,6 +102,18 @@ def require_trained(namespace: dict[str, Any]) -> None:
     suspects = namespace["suspects"]
     assert np.mean(namespace["given"][suspects] != labels[suspects]) > 0.8
     assert len(suspects) == len(noisy) // 2
+
+
+def require_cleaned(namespace: dict[str, Any], printed: str) -> None:
+    """README's first example prints what README says, which is what it made."""
+    lines = r"right: ([\d.]+)% before, ([\d.]+)% now\s+test accuracy ([\d.]+)%"
+    (found,), (stated,) = (
+        re.findall(lines, text) for text in (printed, (ROOT / "README.md").read_text())
+    )
+    before, now, accuracy = map(float, found)
+    right = np.mean(namespace["cleaned"] == namespace["right"])
+    assert now == pytest.approx(100 * right, abs=0.06) and now > before + 30
+    assert [before, now, accuracy] == pytest.approx([*map(float, stated)], abs=1.5)
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import pathlib
 import re
 
+import keras
 import matplotlib
 import numpy as np
 import pytest
@@ -20,11 +21,19 @@ def table(page: pathlib.Path) -> dict[str, float]:
 
 @pytest.mark.parametrize(
     "name",
-    ["noisy_labels", "regularisation", "few_shot_learner", "maml", "own_method"],
+    [
+        "label_cleaner",
+        "hyperparameter_tuner",
+        "few_shot_learner",
+        "noisy_labels",
+        "regularisation",
+        "maml",
+        "own_method",
+    ],
 )
 def test_a_tutorial_is_short_and_shows_a_small_picture(name: str) -> None:
     text = (TUTORIALS / f"{name}.md").read_text()
-    assert text.count("\n") < 120
+    assert text.count("\n") < 150
     assert f"../images/tutorials/{name}.png" in text
     assert (PICTURES / f"{name}.png").stat().st_size < 60_000
     assert len(table(TUTORIALS / f"{name}.md")) >= 2
@@ -43,6 +52,28 @@ def made(request, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> di
     for row, value in stated.items():
         assert results[row] == pytest.approx(value, abs=tolerance * value), row
     return namespace
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("made", [("label_cleaner", 0.03)], indirect=True)
+def test_labels_are_cleaned_and_the_control_is_beaten(made: dict) -> None:
+    plain, *accuracies, given, cleaned, control = made["results"].values()
+    assert min(accuracies) > plain + 0.1
+    assert cleaned > given + 0.3 and cleaned > control
+    suspects = made["issues"]["row"].to_numpy()
+    assert np.mean(made["given"][suspects] != made["right"][suspects]) > 0.95
+    assert pathlib.Path("report.html").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("made", [("hyperparameter_tuner", 0.02)], indirect=True)
+def test_tuning_is_as_good_as_the_best_choice_by_hand(made: dict) -> None:
+    nothing, dropout, best, tuned = made["results"].values()
+    assert tuned > max(nothing, dropout) + 0.01 and tuned > best - 0.01
+    reloaded = keras.saving.load_model("digits.keras")
+    images, labels = made["test"]
+    read = reloaded.predict(images, verbose=0).argmax(axis=1)
+    assert np.mean(read == labels) == pytest.approx(tuned, abs=1e-6)
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from suites import fast_where
 
 import tfbilevel as tb
 
@@ -39,7 +40,11 @@ def stream(count: int, size: int, draws: int, seed: int, step: int) -> np.ndarra
 
 
 @pytest.mark.parametrize(
-    ("size", "draws", "steps"), [(3, 1, 4), (2, 2, 3), (4, 3, 1), (5, 1, 2)]
+    ("size", "draws", "steps"),
+    fast_where(
+        lambda size, draws, steps: draws > 1,
+        [(3, 1, 4), (2, 2, 3), (4, 3, 1), (5, 1, 2)],
+    ),
 )
 def test_batches_go_through_whole_permutations(size, draws, steps) -> None:
     sizes = tb.Batches(upper=3, lower=size)

@@ -36,8 +36,16 @@ class Interrupt(keras.callbacks.Callback):
 
 @pytest.mark.parametrize(
     ("fourth", "callbacks", "ends"),
-    [(float("nan"), [], tb.NonFiniteError), (1.0, [Interrupt()], KeyboardInterrupt)],
-    ids=["nan", "interrupt"],
+    [
+        pytest.param(float("nan"), [], tb.NonFiniteError, id="nan"),
+        pytest.param(
+            1.0,
+            [Interrupt()],
+            KeyboardInterrupt,
+            id="interrupt",
+            marks=pytest.mark.slow,
+        ),
+    ],
 )
 def test_the_generator_behind_the_batches_is_closed(fourth, callbacks, ends):
     # No thread can enter Python any more once it shuts down. An iterator that is

@@ -258,7 +258,7 @@ def test_losses_that_are_not_one_per_example_are_refused(losses, index):
 
 @pytest.mark.parametrize(
     ("jit", "one"),
-    fast_where(lambda jit, one: one, [(False, True), (True, True), (False, False)]),
+    fast_where(lambda jit, one: jit, [(False, True), (True, True), (False, False)]),
 )
 def test_losses_of_a_size_that_only_the_step_knows_are_refused_by_name(jit, one):
     """Mini-batches without an index; one loss for all of a batch's indices."""

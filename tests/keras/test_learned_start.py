@@ -89,6 +89,7 @@ def test_one_optimizer_moves_both() -> None:
         np.testing.assert_allclose(np.abs(now - was), 0.05, rtol=5e-3)
 
 
+@pytest.mark.slow  # test_saved_models.py saves a learned start, too
 def test_saved_weights_continue_to_the_last_bit(tmp_path) -> None:
     whole = compiled(SGD(0.2, momentum=0.9))
     whole.fit(data(3), verbose=0)

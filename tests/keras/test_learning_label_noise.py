@@ -100,9 +100,11 @@ def test_hypergradients_are_central_differences(name, method):
         probes=2,
     )
     assert np.abs(report.differences).min() > 1e-5
-    assert report.error < 1e-6 and report.noise < 1e-7, report
+    assert report.error < 1e-6 and report.noise is not None, report
+    assert report.noise < 1e-7, report
     if method == "implicit":
-        assert report.implicit_error < 1e-6 and report.stationarity < 1e-7
+        assert report.implicit_error is not None and report.implicit_error < 1e-6
+        assert report.stationarity is not None and report.stationarity < 1e-7
 
 
 def test_lazy_adam_leaves_the_labels_outside_the_batch():
@@ -195,7 +197,7 @@ def learned(rate):
     )
     inner = tb.InnerSolver(keras.optimizers.SGD(1.0, momentum=0.9), 10)
     model.compile(tb.Unroll(inner), keras.optimizers.Adam(rate), jit_compile=False)
-    nothing = tf.data.Dataset.from_tensors((np.zeros(1), np.zeros(1))).repeat(100)
+    nothing = tf.data.Dataset.from_tensors((np.zeros(1), np.zeros(1))).repeat(80)
     model.fit(tb.pair(nothing, nothing), verbose=0)
     last = float(model.problem.upper_loss(values(transition), values(dense), None))
     return transition.matrix().numpy(), last, -np.mean((right * np.log(right)).sum(1))

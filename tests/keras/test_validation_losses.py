@@ -125,9 +125,9 @@ def test_tasks_have_no_solution_to_measure():
 
 def test_optimizers_are_known_by_name():
     named, built = make(optimizer="adam"), make(optimizer=keras.optimizers.Adam())
-    for model in (named, built):
-        model.fit(TRAIN, verbose=0)
-    np.testing.assert_array_equal(named.upper.logits, built.upper.logits)
+    assert type(named.optimizer) is keras.optimizers.Adam
+    settings = [model.optimizer.get_config() | {"name": ""} for model in (named, built)]
+    assert settings[0] == settings[1]
     assert isinstance(tb.InnerSolver("adam", 3).optimizer, keras.optimizers.Adam)
     assert tb.InnerSolver("rmsprop", 3).rule.learning_rate == 0.001
     assert tb.ValueGap(None, "sgd", 1.0).rule.learning_rate == 0.01

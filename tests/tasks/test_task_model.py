@@ -245,7 +245,7 @@ def test_a_killed_run_over_tasks_resumes_bit_identically(tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("build", [maml, anil])
+@pytest.mark.parametrize("build", [pytest.param(maml, marks=pytest.mark.slow), anil])
 def test_a_saved_model_keeps_its_tasks_and_functions(build, tmp_path):
     model = build("sequential")
     model.compile(tb.Unroll(inner()), keras.optimizers.SGD(0.5), jit_compile=False)

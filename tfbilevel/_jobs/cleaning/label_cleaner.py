@@ -24,7 +24,7 @@ from tfbilevel._jobs.networks import (
 from tfbilevel._jobs.random_state import random_state_kept
 from tfbilevel._jobs.report.label_cleaning import write_cleaning_report
 
-LEAST_STEPS = 400  # of a training on few rows, whose epochs are short
+LEAST_STEPS = 150  # of a training on few rows, whose epochs are short
 
 
 class LabelCleaner(Estimator):

@@ -1,5 +1,7 @@
 """Models of label noise: how a given label depends on the true class."""
 
+from collections.abc import Callable
+
 import numpy as np
 
 # The fewest pseudo-examples that keep every logarithm finite.
@@ -99,24 +101,41 @@ def sharpened(predicted: np.ndarray, sharpness: float) -> np.ndarray:
 
 
 def sharpness(predicted: np.ndarray, right: np.ndarray) -> float:
-    """The s with which p^s does best on examples whose class is known.
+    """The s with which p^s does best on labels that the network did not see.
 
-        min_s  sum_i -log p_s(class_i | x_i) + (log s)^2 / (2 0.5^2)
+        min_s  sum_i -log p_s(label_i | x_i) + (log s)^2 / (2 0.5^2)
 
-    Networks that learn wrong labels are too unsure; this corrects it. The second term
-    keeps s near 1 where there are few examples. Without any, s = 1.
+    Networks that learn wrong labels are too unsure of the right ones, and networks that
+    learn examples by heart are too sure. The second term keeps s near 1 where there are
+    few examples. Without any, s = 1.
 
     Args:
         predicted: p of examples that did not train, [b, K].
-        right: their classes, [b].
+        right: their labels, [b].
     """
-    if not len(right):
-        return 1.0
-    tried = np.exp(np.linspace(-1.5, 2.0, 141))  # s from 0.22 to 7.4
-    losses = [
-        -log_likelihoods(sharpened(predicted, s), right).sum() + 2 * np.log(s) ** 2
-        for s in tried
-    ]
+    return _best(lambda s: log_likelihoods(sharpened(predicted, s), right))
+
+
+def unseen_log_losses(
+    predicted: np.ndarray, transition: np.ndarray, given: np.ndarray
+) -> np.ndarray:
+    """-log (p^s T)[given label] of examples that did not train, [n], with the best s.
+
+    Args:
+        predicted: p, [n, K].
+        transition: T, [K, K].
+        given: the given labels, [n].
+    """
+
+    def likelihoods(s: float) -> np.ndarray:
+        return log_likelihoods(sharpened(predicted, s) @ transition, given)
+
+    return -likelihoods(_best(likelihoods))
+
+
+def _best(log_likelihoods: Callable[[float], np.ndarray]) -> float:
+    tried = np.exp(np.linspace(-1.5, 2.0, 71))  # s from 0.22 to 7.4
+    losses = [2 * np.log(s) ** 2 - log_likelihoods(s).sum() for s in tried]
     return float(tried[np.argmin(losses)])
 
 

@@ -222,8 +222,8 @@ def run(
     transition = noise.likeliest_transition(unseen, given, transition)
 
     # Which model explains given labels that it did not see?
-    by_class = -noise.log_likelihoods(unseen @ transition, given)
-    by_features = -noise.log_likelihoods(as_given, given)
+    by_class = noise.unseen_log_losses(unseen, transition, given)
+    by_features = noise.unseen_log_losses(as_given, np.eye(classes), given)
     scores = {
         "class-dependent": float(by_class.mean()),
         "feature-dependent": float(by_features.mean()),

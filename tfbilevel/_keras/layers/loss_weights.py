@@ -31,9 +31,8 @@ class LossWeights(UpperLayer):
     Cost: two evaluations of V for each loss, little beside a network's. Memory: 301
     numbers by default, for any number of examples, and no example needs an index. So
     prefer it to `tb.ExampleWeights` for large data, or data that are seen once; prefer
-    `tb.ExampleWeights` where right and wrong labels have losses alike. The losses
-    should be those of one kind and scale throughout the training. (The weights of a
-    network's outputs are `tb.hyper.LossWeights`.)
+    `tb.ExampleWeights` where right and wrong labels have losses alike. (The weights of
+    a network's outputs are `tb.hyper.LossWeights`.)
 
     Args:
         hidden: the widths of V's hidden layers, integers of at least 1; `()`: none.

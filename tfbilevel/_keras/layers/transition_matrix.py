@@ -104,7 +104,7 @@ class TransitionMatrix(UpperLayer):
         joint, inside = self._log_joint(logits, labels)
         shares = tf.cast(tf.nn.softmax(joint), _dtype(logits))
         nan = tf.constant(float("nan"), shares.dtype)
-        return tf.where(inside[..., tf.newaxis], shares, nan)
+        return tf.where(tf.expand_dims(inside, -1), shares, nan)
 
     def _log_joint(self, logits: Any, labels: Any) -> tuple[tf.Tensor, tf.Tensor]:
         """log softmax(z)_k T[k, given], [..., K]; whether labels are in range."""
