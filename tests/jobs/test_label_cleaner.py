@@ -117,6 +117,10 @@ def test_noise_is_harmless_if_a_label_is_likeliest_where_it_is_right() -> None:
     assert noise.harmless(symmetric)
     to_next = 0.45 * np.eye(10) + 0.55 * np.roll(np.eye(10), 1, axis=1)
     assert not noise.harmless(to_next)
+    # The given label is likeliest where it is right, but one other class stands out.
+    assert not noise.harmless(0.6 * np.eye(10) + 0.4 * np.roll(np.eye(10), 1, axis=1))
+    assert not noise.harmless(np.array([[0.4, 0.6], [0.6, 0.4]]))
+    assert noise.harmless(np.array([[0.7, 0.3], [0.3, 0.7]]))
     assert noise.share(symmetric, np.arange(10)) == pytest.approx(0.4)
 
 
@@ -178,6 +182,19 @@ def test_opinion_mixes_two_views_and_weighs_them_by_the_given_label() -> None:
     expected = mixed * factors / (mixed @ factors)
     found = opinion_of(views, factors[None], 0.25)
     np.testing.assert_allclose(found, expected[None], rtol=1e-12)
+
+
+def test_labels_learned_by_heart_are_seen_by_a_loss_near_the_entropy() -> None:
+    random = np.random.default_rng(6)
+    right = random.integers(0, 3, 3000)
+    given = np.array([random.choice(3, p=CONFUSED[k]) for k in right])
+    one_hot = np.eye(3)
+    unseen = 0.4 * one_hot[right] + 0.2  # the right class with probability 0.6
+    better = 0.5 * one_hot[right] + 0.5 / 3
+    wrong = 0.9 * one_hot[given] + 0.1 / 3
+    assert not noise.by_heart(unseen, unseen, CONFUSED, given)
+    assert not noise.by_heart(better, unseen, CONFUSED, given)
+    assert noise.by_heart(wrong, unseen, CONFUSED, given)
 
 
 def test_target_loss_by_hand() -> None:
