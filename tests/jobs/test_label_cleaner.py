@@ -44,18 +44,20 @@ def train_once(monkeypatch: pytest.MonkeyPatch) -> list:
     of the same data, and get its outcome. Returns how often was asked."""
     run, first, asked = stages.run, [], []
 
-    def once(data, training, initial, *options):
-        asked.append(data)
+    def once(trainings, learn, callbacks, choose):
+        asked.append(trainings)
+        lengths = trainings._steps, trainings._epochs, trainings.seed, learn, choose
+        wanted = [
+            lengths,
+            trainings.x,
+            trainings.given,
+            *trainings.sure,
+            *trainings._initial(0),
+        ]
         if not first:
-            first.append(
-                (data, initial(0), options, run(data, training, initial, *options))
-            )
-        of, start, wanted, outcome = first[0]
-        assert wanted[:4] == options[:4]  # steps, epochs, seed, learn
-        for one, other in ((of.doubtful, data.doubtful), (of.trusted, data.trusted)):
-            np.testing.assert_array_equal(one.x, other.x)
-            np.testing.assert_array_equal(one.labels, other.labels)
-        for one, other in zip(start, initial(0), strict=True):
+            first.append((wanted, run(trainings, learn, callbacks, choose)))
+        before, outcome = first[0]
+        for one, other in zip(before, wanted, strict=True):
             np.testing.assert_array_equal(one, other)
         return outcome
 

@@ -13,6 +13,7 @@ from tfbilevel._jobs.cleaning import findings, stages
 from tfbilevel._jobs.cleaning.kept_trainings import KeptTrainings
 from tfbilevel._jobs.cleaning.rows import Data, Rows, data_of, inputs_of
 from tfbilevel._jobs.cleaning.training import Training
+from tfbilevel._jobs.cleaning.trainings import TITLES, Trainings
 from tfbilevel._jobs.default_networks import default_network, kind_of, text_network
 from tfbilevel._jobs.estimator import Estimator
 from tfbilevel._jobs.networks import (
@@ -211,22 +212,20 @@ class LabelCleaner(Estimator):
 
         def report(stage: str) -> Any:
             if verbose not in (0, "0"):
-                print(stages.TITLES[stage])
+                print(TITLES[stage])
             return verbose
 
-        found = stages.run(
+        trainings = Trainings(
             data,
             training,
             lambda number: make(number).get_weights(),
             per_epoch * epochs,
             epochs,
             self.seed,
-            self.learn,
-            callbacks,
             report,
             kept,
-            choose,
         )
+        found = stages.run(trainings, self.learn, callbacks, choose)
         final = make(0)
         final.set_weights(found.weights)
         self._take(data, found, final, probabilities)
