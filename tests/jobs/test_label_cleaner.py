@@ -117,6 +117,10 @@ def test_noise_is_harmless_if_a_label_is_likeliest_where_it_is_right() -> None:
     assert noise.harmless(symmetric)
     to_next = 0.45 * np.eye(10) + 0.55 * np.roll(np.eye(10), 1, axis=1)
     assert not noise.harmless(to_next)
+    # The given label is likeliest where it is right, but one other class stands out.
+    assert not noise.harmless(0.6 * np.eye(10) + 0.4 * np.roll(np.eye(10), 1, axis=1))
+    assert not noise.harmless(np.array([[0.4, 0.6], [0.6, 0.4]]))
+    assert noise.harmless(np.array([[0.7, 0.3], [0.3, 0.7]]))
     assert noise.share(symmetric, np.arange(10)) == pytest.approx(0.4)
 
 
@@ -133,6 +137,18 @@ def test_sharpness_is_the_one_that_held_out_labels_ask_for() -> None:
     assert 0.6 < noise.sharpness(flat[:2], p[:2].argmin(axis=1)) <= 1
 
 
+def test_models_of_the_noise_are_compared_at_their_best_sharpness() -> None:
+    """-log (p T)[given] does not change if p was made flatter or surer before."""
+    random = np.random.default_rng(5)
+    p = random.dirichlet([1.0, 1.0, 1.0], 4000)
+    given = np.array([random.choice(3, p=row) for row in p @ CONFUSED])
+    expected = -np.log((p @ CONFUSED)[np.arange(4000), given]).mean()
+    for power in (0.5, 1.0, 2.0):
+        changed = noise.sharpened(p, power)
+        found = noise.unseen_log_losses(changed, CONFUSED, given).mean()
+        assert abs(found - expected) < 2e-3, power
+
+
 def test_as_sure_undoes_a_sharpness() -> None:
     p = np.random.default_rng(4).dirichlet([4.0, 4.0, 4.0], 200)
     for power in (0.4, 2.0):
@@ -140,13 +156,23 @@ def test_as_sure_undoes_a_sharpness() -> None:
         np.testing.assert_allclose(noise.as_sure(changed, p), p, atol=1e-5)
 
 
-def test_noise_is_noticed_if_given_labels_are_harder_to_predict() -> None:
+def test_noise_is_noticed_if_given_labels_are_predicted_otherwise() -> None:
     on_sure = np.array([[0.8, 0.2], [0.4, 0.6], [0.3, 0.7], [0.9, 0.1]])
     right = np.array([0, 1, 1, 0])
     losses = -np.log([0.8, 0.6, 0.7, 0.9])
     limit = losses.mean() + losses.std() / 2  # one standard error above
-    assert noise.harder(np.array([limit + 1e-9]), on_sure, right)
-    assert not noise.harder(np.array([limit - 1e-9]), on_sure, right)
+    assert noise.noticed(np.array([limit + 1e-9]), on_sure, right)
+    assert not noise.noticed(np.array([limit - 1e-9]), on_sure, right)
+    # Much easier than right ones, by more than three standard errors: learned errors.
+    limit = losses.mean() - 3 * losses.std() / 2
+    assert noise.noticed(np.array([limit - 1e-9]), on_sure, right)
+    assert not noise.noticed(np.array([limit + 1e-9]), on_sure, right)
+
+
+def test_trainings_get_shorter_only_where_unseen_labels_ask_for_it() -> None:
+    assert stages.shortened([3.0, 2.0, 2.5, 4.0]) == 0.5
+    assert stages.shortened([3.0, 2.5, 2.0, 2.1]) == 1.0  # the end is near
+    assert stages.shortened([1.0]) == 1.0
 
 
 def test_opinion_mixes_two_views_and_weighs_them_by_the_given_label() -> None:
@@ -156,6 +182,19 @@ def test_opinion_mixes_two_views_and_weighs_them_by_the_given_label() -> None:
     expected = mixed * factors / (mixed @ factors)
     found = opinion_of(views, factors[None], 0.25)
     np.testing.assert_allclose(found, expected[None], rtol=1e-12)
+
+
+def test_labels_learned_by_heart_are_seen_by_a_loss_near_the_entropy() -> None:
+    random = np.random.default_rng(6)
+    right = random.integers(0, 3, 3000)
+    given = np.array([random.choice(3, p=CONFUSED[k]) for k in right])
+    one_hot = np.eye(3)
+    unseen = 0.4 * one_hot[right] + 0.2  # the right class with probability 0.6
+    better = 0.5 * one_hot[right] + 0.5 / 3
+    wrong = 0.9 * one_hot[given] + 0.1 / 3
+    assert not noise.by_heart(unseen, unseen, CONFUSED, given)
+    assert not noise.by_heart(better, unseen, CONFUSED, given)
+    assert noise.by_heart(wrong, unseen, CONFUSED, given)
 
 
 def test_target_loss_by_hand() -> None:
@@ -228,6 +267,27 @@ def test_the_control_believes_what_it_did_at_the_start() -> None:
     assert cleaner.choice_.belief["trust"] == 0.3
     assert cleaner.choice_.trusted_scores == {}
     assert "belief" not in cleaner.history_
+
+
+@pytest.mark.slow
+def test_noise_that_depends_on_the_example_is_seen() -> None:
+    """Of each cluster the upper half is called by the next class: T is of no use."""
+    x, right, _ = blobs(900, 0, 0.0)
+    centers = np.array([2.0, -1.0, -1.0])
+    given = np.where(x[:, 1] > centers[right], (right + 1) % 3, right)
+    sure, sure_labels, _ = blobs(90, 1)
+
+    def network() -> keras.Model:
+        layers = keras.layers
+        return keras.Sequential(
+            [keras.Input((2,)), layers.Dense(32, "relu"), layers.Dense(3)]
+        )
+
+    cleaner = tb.LabelCleaner(network, batch_size=64, learning_rate=0.03)
+    cleaner.fit(x, given, trusted=(sure, sure_labels), epochs=20, verbose=0)
+    assert cleaner.choice_.name == "feature-dependent"
+    assert np.mean(given == right) < 0.6
+    assert np.mean(cleaner.corrected_labels_ == right) > 0.9
 
 
 def test_a_killed_fit_goes_on_and_ends_in_the_same_place(tmp_path) -> None:

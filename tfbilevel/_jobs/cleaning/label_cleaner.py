@@ -73,7 +73,9 @@ class LabelCleaner(Estimator):
         batch_size: number of doubtful examples in a batch; a quarter as many trusted
             ones go with them.
         epochs: passes over the doubtful examples in each training, unless `fit` is
-            given another number. `None`: 10, or more (up to 100) for few examples.
+            given another number. `None`: 10, or more (up to 100) for few examples;
+            fewer if given labels that a network did not see are predicted best after
+            fewer (one half of a training more).
         learn: whether step 4 is made. False: for comparison.
         backup: a folder in which every training that ended is kept. `fit` with the same
             data and arguments goes on there after a kill, and deletes it at the end.
@@ -178,6 +180,7 @@ class LabelCleaner(Estimator):
         epochs = self.epochs if epochs is None else epochs
         require_count(self.batch_size, "batch_size")
         per_epoch = max(1, len(data.doubtful.labels) // self.batch_size)
+        choose = epochs is None
         if epochs is None:
             epochs = min(100, max(10, math.ceil(LEAST_STEPS / per_epoch)))
         require_count(epochs, "epochs")
@@ -222,6 +225,7 @@ class LabelCleaner(Estimator):
             callbacks,
             report,
             kept,
+            choose,
         )
         final = make(0)
         final.set_weights(found.weights)

@@ -166,10 +166,12 @@ def as_sure(predicted: np.ndarray, other: np.ndarray) -> np.ndarray:
     return sharpened(predicted, np.exp(low))
 
 
-def harder(of_given: np.ndarray, on_sure: np.ndarray, right: np.ndarray) -> bool:
-    """Whether given labels are harder to predict than right ones: there is noise.
+def noticed(of_given: np.ndarray, on_sure: np.ndarray, right: np.ndarray) -> bool:
+    """Whether given labels are not predicted as well as right ones: there is noise.
 
-    The mean log-loss must be larger by more than one standard error.
+    Right labels must have a mean log-loss that is smaller by more than one standard
+    error: random errors cannot be predicted. Or larger by more than three: errors were
+    learned.
 
     Args:
         of_given: log-losses of given labels, by networks that did not see them, [n].
@@ -178,16 +180,46 @@ def harder(of_given: np.ndarray, on_sure: np.ndarray, right: np.ndarray) -> bool
     """
     of_right = -log_likelihoods(on_sure, right)
     error = of_right.std() / np.sqrt(len(right))
-    return bool(of_given.mean() > of_right.mean() + error)
+    smaller = of_given.mean() - of_right.mean()
+    return bool(smaller > error or smaller < -3 * error)
 
 
-def harmless(transition: np.ndarray, most: float = 0.75) -> bool:
+def harmless(transition: np.ndarray, most: float = 0.45) -> bool:
     """Whether training on the given labels as they are finds the right classes.
 
-    It does if a given label is likeliest where it is right: T[j, j] > T[k, j] for all
-    other k. The ratio max_k T[k, j] / T[j, j], as a mean over j, must be clearly below
-    1. Then plain cross-entropy learns faster than a corrected loss.
+    It does if a given label j is likeliest where it is right, T[j, j] > T[k, j], and
+    errors are spread: none of the others stands out. With m_j the mean of T[k, j] over
+    k != j, the ratio (max_k T[k, j] - m_j) / (T[j, j] - m_j), as a mean over j, must be
+    clearly below 1. Then plain cross-entropy learns faster than a corrected loss.
     """
     own = np.diagonal(transition)
     others = transition - np.diag(own)
-    return bool(np.mean(others.max(axis=0) / np.maximum(own, SMALLEST)) < most)
+    largest = others.max(axis=0)
+    if np.mean(largest / np.maximum(own, SMALLEST)) >= 1:
+        return False
+    mean = others.sum(axis=0) / (len(own) - 1)
+    return bool(np.mean((largest - mean) / np.maximum(own - mean, 1e-3)) < most)
+
+
+def by_heart(
+    predicted: np.ndarray, unseen: np.ndarray, transition: np.ndarray, given: np.ndarray
+) -> bool:
+    """Whether a network has learned wrong labels by heart, so that it believes them.
+
+    Who knew all classes would still not know the errors: its log-loss of the given
+    labels is their entropy H. A network that comes nearer to H than 0.6 of the way from
+    the loss of networks that did not see the labels has not become so good, it knows
+    these labels.
+
+    Args:
+        predicted: probabilities of the network, which trained on the labels, [n, K].
+        unseen: likewise, of networks that did not train on them.
+        transition: T, [K, K].
+        given: the labels, [n].
+    """
+    frequency = np.bincount(given, minlength=len(transition)) / len(given)
+    entropies = -np.sum(transition * np.log(np.maximum(transition, SMALLEST)), axis=1)
+    least = frequency @ entropies
+    honest = unseen_log_losses(unseen, transition, given).mean()
+    now = -log_likelihoods(predicted @ transition, given).mean()
+    return bool(honest - now > 0.6 * (honest - least) > 0)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import keras
 import numpy as np
 
 from tfbilevel._jobs.cleaning import noise
@@ -24,11 +25,14 @@ START = Belief(trust=0.3, given=0.5, alone=0.2)
 LITTLE = 0.1  # a share of wrong labels of which T is believed
 # Of the trusted examples this share trains in the first stages. The others measure.
 FITTED = 2 / 3
+# Labels by which the length of the trainings is chosen.
+MEASURED = 2000
 # Below this share the opinion of the trusted examples needs no training of its own.
 HEARD = 0.2
 
 
 TITLES = {
+    "length": "0/7 how long to train",
     "given 1": "1/7 what labels are given, first half",
     "given 2": "2/7 what labels are given, second half",
     "trusted": "3/7 the trusted examples alone",
@@ -102,6 +106,18 @@ def split_of(data: Data, seed: int) -> Split:
     return Split((rows[:half], rows[half:]), order, min(fitted, len(order)))
 
 
+def shortened(losses: list[float]) -> float:
+    """The share of a training after which unseen labels were predicted best.
+
+    1 if it is the last quarter: there the learning rate is small, and little changes.
+
+    Args:
+        losses: log-loss of unseen labels after each epoch.
+    """
+    share = (int(np.argmin(losses)) + 1) / len(losses)
+    return share if share < 0.75 else 1.0
+
+
 def run(
     data: Data,
     training: Callable[[Rows], Training],
@@ -113,6 +129,7 @@ def run(
     callbacks: Any,
     report: Callable[[str], Any],
     kept: KeptTrainings,
+    choose: bool,
 ) -> Outcome:
     """All trainings.
 
@@ -127,6 +144,8 @@ def run(
         callbacks: for the final training.
         report: name of a stage -> verbosity of its `fit`.
         kept: the trainings that an earlier process ended.
+        choose: whether all trainings become shorter if given labels that a network did
+            not see ask for it; `steps` is the most then.
     """
     doubtful, classes = data.doubtful, len(data.classes)
     given, n = doubtful.labels, len(doubtful.labels)
@@ -160,21 +179,37 @@ def run(
             targets,
             Targets.labels(known, classes),
             trust,
-            max(1, round(part * steps)),
-            max(1, round(part * epochs)),
+            max(1, round(part * length * steps)),
+            max(1, round(part * length * epochs)),
             verbose=report(stage),
             **rest,
         )
         history[stage] = found | {"seconds": [time.monotonic() - began]}
+        if stage == "length":
+            history[stage]["unseen_loss"] = unseen_losses
         if stage != "final":
             kept.keep(stage, trainer.network.get_weights(), history[stage])
 
     # What the given labels look like: two networks, each on one half.
     plain = Targets.labels(given, classes)
+    length, unseen_losses = 1.0, []
+    if choose:
+
+        def measure(epoch: int, logs: Any = None) -> None:
+            del epoch, logs
+            rows = split.halves[1][:MEASURED]
+            losses = -noise.log_likelihoods(p(doubtful.x[rows]), given[rows])
+            unseen_losses.append(float(losses.mean()))
+
+        watch = keras.callbacks.LambdaCallback(on_epoch_end=measure)
+        first_half = split.halves[0]
+        train("length", 0, plain, 0.0, fitted, rows=first_half, callbacks=[watch])
+        length = shortened(history["length"]["unseen_loss"])
     as_given, layers = np.zeros((n, classes)), []
     on_sure = np.zeros((len(sure.labels), classes))
     for number, half in enumerate(split.halves):
-        train(f"given {number + 1}", 0, plain, 0.0, fitted, rows=half)
+        if number or not choose or length < 1:
+            train(f"given {number + 1}", 0, plain, 0.0, fitted, rows=half)
         other = split.halves[1 - number]
         now, features, weights = trainer.seen(doubtful.x)
         as_given[other] = now[other]
@@ -188,10 +223,21 @@ def run(
         train("trusted", 1, plain, 1.0, fitted)
         alone = p(doubtful.x)
         alone_on_held = p(sure.x[split.fitted :]) if len(held) else on_sure[:0]
+        surer = noise.sharpness(alone_on_held, held)
+        of_alone = noise.sharpened(alone, surer)
+        by_alone = noise.likeliest_transition(of_alone, given, transition)
+        alone_losses = noise.unseen_log_losses(of_alone, by_alone, given)
     else:
         transition = noise.confident_transition(as_given, given)
         transition = noise.likeliest_transition(as_given, given, transition)
-        alone = as_given
+        alone, by_alone, alone_losses = as_given, transition, as_given[:, 0] + np.inf
+
+    # The trusted examples alone may explain the given labels best. No network that says
+    # this has seen them.
+    by_features = noise.unseen_log_losses(as_given, np.eye(classes), given)
+    sure_enough = alone_losses.mean() < by_features.mean()
+    if sure_enough:
+        transition = by_alone
 
     # The likeliest transition needs good probabilities, which need a transition. Where
     # the given labels mislead nobody, they are learned faster as they are; then they
@@ -203,13 +249,14 @@ def run(
     sharpness = noise.sharpness(on_held, held) if plainly else 1.0
     on_held = noise.sharpened(on_held, sharpness)
     first = noise.sharpened(p(doubtful.x), sharpness)
-    transition = noise.likeliest_transition(first, given, transition)
+    if not sure_enough:
+        transition = noise.likeliest_transition(first, given, transition)
     # T is known better now, so this is asked again.
     corrected = not plainly and not noise.harmless(transition)
     likelihoods = transition[:, given].T if corrected else np.eye(classes)[given]
     second = Targets.of(likelihoods)
     whole = trainer.network.get_weights()
-    unseen, both = np.zeros((n, classes)), np.zeros((n, classes))
+    unseen = np.zeros((n, classes))
     for number, half in enumerate(split.halves):
         train(f"corrected {number + 1}", 2, second, trust, sure.labels, rows=half)
         other = split.halves[1 - number]
@@ -218,19 +265,21 @@ def run(
             now = noise.sharpened(now, sharpness)
         elif not corrected:
             now = noise.as_sure(now, first)
-        unseen[other], both = now[other], both + now / 2
-    transition = noise.likeliest_transition(unseen, given, transition)
+        unseen[other] = now[other]
+    if not sure_enough:
+        transition = noise.likeliest_transition(unseen, given, transition)
 
     # Which model explains given labels that it did not see?
     by_class = noise.unseen_log_losses(unseen, transition, given)
-    by_features = noise.unseen_log_losses(as_given, np.eye(classes), given)
+    if sure_enough and alone_losses.mean() < by_class.mean():
+        by_class = alone_losses
     scores = {
         "class-dependent": float(by_class.mean()),
         "feature-dependent": float(by_features.mean()),
     }
     # Without noise both are the same, and T says which labels are wrong.
     if len(sure.labels):
-        noisy = noise.harder(by_features, on_sure, sure.labels)
+        noisy = noise.noticed(by_features, on_sure, sure.labels)
     else:
         noisy = noise.share(transition, given) > LITTLE
     feature_dependent = noisy and (
@@ -267,17 +316,19 @@ def run(
         train("all trusted", 1, plain, 1.0, sure.labels)
         alone = p(doubtful.x)
 
-    views = np.stack([(both + unseen) / 2, alone], axis=1)
+    views = np.stack([unseen, alone], axis=1)
     opinion = opinion_of(views, factors, belief.alone).numpy()
     targets = Targets.of(likelihoods, opinion, 1 - belief.given)
     final = belief.trust if len(sure.labels) else 0.0
     train("final", whole, targets, final, sure.labels, 1.0, callbacks=callbacks)
-    last = noise.as_sure(p(doubtful.x), unseen)
+    end = p(doubtful.x)
+    last = noise.as_sure(end, unseen)
     if feature_dependent:
         shares = (last + opinion) / 2
         transition = _counted(shares, given, transition)
+    elif noise.by_heart(end, unseen, transition, given):
+        shares = opinion
     else:
-        transition = noise.likeliest_transition((last + unseen) / 2, given, transition)
         shares = noise.posterior(last, transition, given)
     return Outcome(
         weights=trainer.network.get_weights(),
