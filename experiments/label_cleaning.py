@@ -142,16 +142,16 @@ def build_network() -> keras.Model:
     )
 
 
-def shifts() -> keras.layers.Layer:
+def shifts(seed: int) -> keras.layers.Layer:
     """The augmentation of every training: up to a tenth in each direction."""
-    return keras.layers.RandomTranslation(0.1, 0.1, fill_mode="constant")
+    return keras.layers.RandomTranslation(0.1, 0.1, fill_mode="constant", seed=seed)
 
 
 def trained(args: argparse.Namespace, name: str, *parts: images.Part) -> keras.Model:
     """The network, trained on all given parts."""
     pixels, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     keras.utils.set_random_seed(args.seed)
-    network, move = build_network(), shifts()
+    network, move = build_network(), shifts(args.seed)
     per_epoch = steps_per_epoch(args)
     decay = keras.optimizers.schedules.CosineDecay(RATE, args.epochs * per_epoch)
     network.compile(
@@ -247,7 +247,7 @@ def by_trusted_cleanlab(args: argparse.Namespace, run: common.Run, data: Data) -
 def by_cleaner(args: argparse.Namespace, run: common.Run, data: Data) -> Found:
     cleaner = tb.LabelCleaner(
         build_network,
-        augmentation=shifts(),
+        augmentation=shifts(args.seed),
         seed=args.seed,
         backup=run.out / "trainings",  # `--resume` goes on there
     )
