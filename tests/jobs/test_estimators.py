@@ -18,6 +18,8 @@ import tensorflow as tf
 
 import tfbilevel as tb
 
+pytestmark = pytest.mark.slow  # each estimator is fitted once
+
 generator = np.random.default_rng(0)
 Y = np.arange(60) % 4
 X = (generator.normal(size=(4, 3))[Y] + 0.3 * generator.normal(size=(60, 3))).astype(

@@ -292,6 +292,7 @@ def test_noise_that_depends_on_the_example_is_seen() -> None:
     assert np.mean(cleaner.corrected_labels_ == right) > 0.9
 
 
+@pytest.mark.slow
 def test_a_killed_fit_goes_on_and_ends_in_the_same_place(tmp_path) -> None:
     whole, *_ = fitted()
 

@@ -65,6 +65,7 @@ def images(generator: Any, n: int) -> tuple:
     return x.astype("float32"), np.array(["left", "middle", "right"])[y]
 
 
+@pytest.mark.slow
 def test_images_with_text_labels_from_arrays(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

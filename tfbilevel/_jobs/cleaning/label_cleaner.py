@@ -13,7 +13,7 @@ from tfbilevel._jobs.cleaning import findings, stages
 from tfbilevel._jobs.cleaning.kept_trainings import KeptTrainings
 from tfbilevel._jobs.cleaning.rows import Data, Rows, data_of, inputs_of
 from tfbilevel._jobs.cleaning.training import Training
-from tfbilevel._jobs.cleaning.trainings import TITLES, Trainings
+from tfbilevel._jobs.cleaning.trainings import TITLES, Trainings, split_of
 from tfbilevel._jobs.default_networks import default_network, kind_of, text_network
 from tfbilevel._jobs.estimator import Estimator
 from tfbilevel._jobs.networks import (
@@ -362,7 +362,7 @@ def _say(data: Data) -> None:
         print("No trusted examples: cross-validated only, which is weaker.")
     elif len(data.trusted.labels) < 5 * len(data.classes):
         count = len(data.trusted.labels)
-        held = count - stages.split_of(data, 0).fitted
+        held = count - split_of(data, 0).fitted
         print(
             f"Only {count} trusted examples for {len(data.classes)} classes: "
             + (
