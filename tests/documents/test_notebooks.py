@@ -69,6 +69,7 @@ def test_a_notebook_runs_in_a_kernel(
     monkeypatch.setenv(
         "PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     )
+    monkeypatch.delenv("MPLBACKEND", raising=False)  # the tests draw on no screen
     notebook = nbformat.read(TUTORIALS / "hyperparameter_tuner.ipynb", 4)
     place = {"metadata": {"path": str(tmp_path)}}
     NotebookClient(notebook, timeout=600, resources=place).execute()
