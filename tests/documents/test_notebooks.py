@@ -69,11 +69,10 @@ def test_a_notebook_runs_in_a_kernel(
     monkeypatch.setenv(
         "PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     )
-    monkeypatch.delenv("MPLBACKEND", raising=False)  # the tests draw on no screen
     notebook = nbformat.read(TUTORIALS / "hyperparameter_tuner.ipynb", 4)
     place = {"metadata": {"path": str(tmp_path)}}
     NotebookClient(notebook, timeout=600, resources=place).execute()
     (tuned,) = [cell for cell in notebook.cells if "tuner.plot()" in cell.source]
     kinds = [output.output_type for output in tuned.outputs]
-    assert "stream" in kinds and "display_data" in kinds  # the values, the picture
+    assert "stream" in kinds  # the values; the picture is a file
     assert (tmp_path / "hyperparameter_tuner.png").exists()
