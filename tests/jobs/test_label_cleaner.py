@@ -312,6 +312,9 @@ def test_a_killed_fit_goes_on_and_ends_in_the_same_place(tmp_path) -> None:
     assert len(list(backup.glob("*.npz"))) >= 6  # all but the final training
     with pytest.raises(ValueError, match="`backup` must be a folder of its own"):
         cleaner.fit(x + 1, given, trusted=trusted, epochs=20, verbose=0)
+    other = tb.LabelCleaner(linear, optimizer=keras.optimizers.SGD(0.1), **options)
+    with pytest.raises(ValueError, match="`backup` must be a folder of its own"):
+        other.fit(x, given, trusted=trusted, epochs=20, verbose=0)
     cleaner.fit(x, given, trusted=trusted, epochs=20, verbose=0)
     np.testing.assert_array_equal(cleaner.weights_, whole.weights_)
     assert list(cleaner.history_) == list(whole.history_)

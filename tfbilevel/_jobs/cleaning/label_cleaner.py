@@ -80,8 +80,8 @@ class LabelCleaner(Estimator):
         learn: whether step 4 is made. False: for comparison.
         backup: a folder in which every training that ended is kept. `fit` with the same
             data and arguments goes on there after a kill, and deletes it at the end.
-        seed: of weights, batches and splits. `fit` seeds Keras, NumPy and Python with
-            it (keras.utils.set_random_seed).
+        seed: of weights, batches and splits. Your own random numbers (Python, NumPy,
+            Keras, TensorFlow) go on after `fit` as if it had not been called.
 
     Attributes:
         classes_: the classes, in sorted order, [K].
@@ -194,7 +194,7 @@ class LabelCleaner(Estimator):
         network = make(0)
         probabilities = gives_probabilities(network, data.doubtful.x[:32])
         start = network.get_weights()
-        kept = KeptTrainings(self.backup, self._job(data, epochs, start))
+        kept = KeptTrainings(self.backup, self._job(data, epochs, choose, start))
         if verbose not in (0, "0"):
             _say(data)
 
@@ -300,11 +300,15 @@ class LabelCleaner(Estimator):
             compiled = getattr(self.model, "optimizer", None)
         return self.learning_rate if compiled is None else compiled
 
-    def _job(self, data: Data, epochs: int, start: list) -> list:
-        """What the trainings depend on."""
+    def _job(self, data: Data, epochs: int, choose: bool, start: list) -> list:
+        """What the trainings depend on, as far as it can be compared."""
         parts = [] if data.trusted is None else [*data.trusted]
-        numbers = [self.batch_size, self.learning_rate, epochs, self.seed]
-        return [*data.doubtful, *parts, *start, numbers]
+        numbers = [self.batch_size, self.learning_rate, epochs, choose, self.seed]
+        own = getattr(self.model, "optimizer", None)
+        options = [each and each.get_config() for each in (self.optimizer, own)]
+        augmentation = self.augmentation
+        name = getattr(augmentation, "__qualname__", type(augmentation).__qualname__)
+        return [*data.doubtful, *parts, *start, numbers, options, name]
 
     def _take(
         self,
