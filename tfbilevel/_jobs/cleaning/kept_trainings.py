@@ -27,6 +27,11 @@ class KeptTrainings:
         self.folder = None if folder is None else pathlib.Path(folder)
         if self.folder is None:
             return
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(
+                "`backup` must be a folder. Name another one. Received: a file, "
+                f"backup={str(self.folder)!r}"
+            )
         self.folder.mkdir(parents=True, exist_ok=True)
         mark = self.folder / "job.txt"
         own = _fingerprint(job)
@@ -48,7 +53,7 @@ class KeptTrainings:
                 history = json.loads(str(found["history"]))
                 count = len(found.files) - 1
                 return [found[f"weight_{i}"] for i in range(count)], history
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
             raise ValueError(
                 f"`backup` holds a damaged file, {path}. Delete it. Received: {error}"
             ) from error
