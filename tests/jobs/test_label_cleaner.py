@@ -9,8 +9,9 @@ import tfbilevel as tb
 from tfbilevel._jobs.cleaning import noise, stages
 from tfbilevel._jobs.cleaning.label_cleaner import _say
 from tfbilevel._jobs.cleaning.learned_noise import opinion_of
-from tfbilevel._jobs.cleaning.rows import data_of
+from tfbilevel._jobs.cleaning.rows import Rows, data_of
 from tfbilevel._jobs.cleaning.training import Targets, target_loss
+from tfbilevel._jobs.cleaning.trainings import Split
 from tfbilevel._jobs.last_layer import LastLayer, log_probabilities_of
 
 CONFUSED = np.array([[0.5, 0.4, 0.1], [0.0, 0.7, 0.3], [0.2, 0.2, 0.6]])
@@ -171,6 +172,81 @@ def test_noise_is_noticed_if_given_labels_are_predicted_otherwise() -> None:
     assert not noise.noticed(np.array([limit + 1e-9]), on_sure, right)
 
 
+def test_one_network_is_clearly_better_by_two_standard_errors() -> None:
+    """Right with probability p or 1 - p in two classes, where sharpness cannot help."""
+    right = np.zeros(100, int)
+
+    def of(shares: np.ndarray) -> np.ndarray:
+        return np.stack([shares, 1 - shares], axis=1)
+
+    random = np.random.default_rng(7)
+    one, other = random.uniform(0.3, 0.9, (2, 100))
+    same = np.eye(2)
+    gained = noise.unseen_log_losses(of(other), same, right)
+    gained = gained - noise.unseen_log_losses(of(one), same, right)
+    errors = gained.mean() / (gained.std(ddof=1) / 10)
+    assert 0.2 < abs(errors) < 2  # so little says nothing
+    assert not noise.clearly_better(of(one), of(other), right)
+    assert not noise.clearly_better(of(other), of(one), right)
+    better = of(np.where(random.random(100) < 0.9, 0.8, 0.2))
+    worse = of(np.where(random.random(100) < 0.6, 0.8, 0.2))
+    assert noise.clearly_better(better, worse, right)
+    assert not noise.clearly_better(worse, better, right)
+    # How sure they are is not compared.
+    assert not noise.clearly_better(better, noise.sharpened(better, 0.3), right)
+    assert not noise.clearly_better(better[:1], worse[:1], right[:1])
+
+
+class Told:
+    """Stands in for `Trainings`: every training gives the p that it is told."""
+
+    def __init__(self, p: dict[str, np.ndarray], given: np.ndarray, fitted: int):
+        self.told, self.given, self.classes = p, given, 3
+        half = len(given) // 2
+        rows = np.arange(len(given))
+        self.split = Split((rows[:half], rows[half:]), rows, fitted)
+        self.sure = Rows(np.zeros((len(given), 2)), given)
+        self.fitted, self.held = given[:fitted], given[fitted:]
+        self.ran: dict[str, np.ndarray] = {}
+
+    def run(self, name, start, targets, trust, known, rows=None) -> None:
+        self.ran[name] = targets.values[:, 0]
+
+    def p(self) -> np.ndarray:
+        return self.told[list(self.ran)[-1].split()[0]]
+
+    def on_held(self) -> np.ndarray:
+        return self.p()[self.split.fitted :]
+
+    def weights(self) -> list:
+        return []
+
+
+@pytest.mark.parametrize("misled", [False, True])
+def test_a_correction_that_made_it_worse_is_left_out(misled: bool) -> None:
+    """Held-out labels decide: T said that classes are confused, and they are not."""
+    random = np.random.default_rng(8)
+    right = random.integers(0, 3, 300)
+    good = noise.sharpened(0.6 * np.eye(3)[right] + 0.4 / 3, 1.5)
+    bad = noise.sharpened(0.6 * np.eye(3)[(right + 1) % 3] + 0.4 / 3, 1.5)
+    told = {"start": bad if misled else good, "as": good, "corrected": good}
+    trainings = Told(told, right, 200)
+    plain = np.eye(3)[right]
+    never = np.full(300, np.inf)
+    seen = stages.Given(good, good, [], np.zeros(300))
+    alone = stages.Alone(bad, bad[200:], CONFUSED, never)
+    wrong = 0.4 * np.eye(3) + 0.6 * np.roll(np.eye(3), 1, axis=1)
+    found = stages.corrected(trainings, seen, wrong, alone)
+    np.testing.assert_allclose(trainings.ran["start"], wrong[:, right].T, rtol=1e-6)
+    assert ("as given" in trainings.ran) == misled
+    if misled:
+        np.testing.assert_array_equal(trainings.ran["as given"], plain)
+        np.testing.assert_array_equal(trainings.ran["corrected 2"], plain)
+        assert not found.forward
+    # No label is wrong, and EM sees it.
+    np.testing.assert_allclose(found.transition, np.eye(3), atol=0.05)
+
+
 def test_trainings_get_shorter_only_where_unseen_labels_ask_for_it() -> None:
     assert stages.shortened([3.0, 2.0, 2.5, 4.0]) == 0.5
     assert stages.shortened([3.0, 2.5, 2.0, 2.1]) == 1.0  # the end is near
@@ -186,17 +262,32 @@ def test_opinion_mixes_two_views_and_weighs_them_by_the_given_label() -> None:
     np.testing.assert_allclose(found, expected[None], rtol=1e-12)
 
 
-def test_labels_learned_by_heart_are_seen_by_a_loss_near_the_entropy() -> None:
+def test_a_given_label_is_not_counted_twice() -> None:
     random = np.random.default_rng(6)
-    right = random.integers(0, 3, 3000)
-    given = np.array([random.choice(3, p=CONFUSED[k]) for k in right])
-    one_hot = np.eye(3)
-    unseen = 0.4 * one_hot[right] + 0.2  # the right class with probability 0.6
-    better = 0.5 * one_hot[right] + 0.5 / 3
-    wrong = 0.9 * one_hot[given] + 0.1 / 3
-    assert not noise.by_heart(unseen, unseen, CONFUSED, given)
-    assert not noise.by_heart(better, unseen, CONFUSED, given)
-    assert noise.by_heart(wrong, unseen, CONFUSED, given)
+    classes = random.integers(0, 3, 3000)
+    given = np.array([random.choice(3, p=CONFUSED[k]) for k in classes])
+    rows = np.arange(3000)
+    unseen = 0.5 * np.eye(3)[classes] + 0.5 / 3
+    bayes = unseen * CONFUSED[:, given].T
+    bayes /= bayes.sum(axis=1, keepdims=True)
+    right = bayes[rows, given].mean()
+
+    def of(predicted: np.ndarray) -> np.ndarray | None:
+        return noise.seen_posterior(predicted, CONFUSED, given, right)
+
+    # A network that has heard nothing of the given label needs it whole.
+    np.testing.assert_allclose(of(unseen), bayes, atol=1e-6)
+    # One that knows Bayes' answer already needs nothing more. (0.01 of the wrong labels
+    # may count as right too many.)
+    found = of(bayes)
+    assert abs(found[rows, given].mean() - right) <= 0.0101 * (1 - right)
+    np.testing.assert_allclose(found, bayes, atol=0.02)
+    # One that has heard half of it needs the other half.
+    half = unseen * CONFUSED[:, given].T ** 0.5
+    found = of(half / half.sum(axis=1, keepdims=True))
+    np.testing.assert_allclose(found, bayes, atol=0.02)
+    # One that says the given label whatever the example is has learned it by heart.
+    assert of(0.9 * np.eye(3)[given] + 0.1 / 3) is None
 
 
 def test_target_loss_by_hand() -> None:

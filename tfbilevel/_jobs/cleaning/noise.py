@@ -7,6 +7,8 @@ import numpy as np
 # The fewest pseudo-examples that keep every logarithm finite.
 PSEUDO_COUNT = 0.1
 SMALLEST = 1e-8
+# Shares of the wrong labels.
+BY_HEART, NEARLY = 0.1, 0.01
 
 
 def gold_transition(
@@ -133,6 +135,20 @@ def unseen_log_losses(
     return -likelihoods(_best(likelihoods))
 
 
+def clearly_better(one: np.ndarray, other: np.ndarray, right: np.ndarray) -> bool:
+    """Whether `one` predicts right labels better than `other`, by two standard errors.
+
+    Both are p, [b, K], with the sharpness that is best for each: not how sure they are
+    is compared, but what they know.
+    """
+    if len(right) < 2:
+        return False
+    same = np.eye(one.shape[1])
+    gained = unseen_log_losses(other, same, right) - unseen_log_losses(one, same, right)
+    error = gained.std(ddof=1) / np.sqrt(len(right))
+    return bool(gained.mean() > 2 * error)
+
+
 def _best(log_likelihoods: Callable[[float], np.ndarray]) -> float:
     tried = np.exp(np.linspace(-1.5, 2.0, 71))  # s from 0.22 to 7.4
     losses = [2 * np.log(s) ** 2 - log_likelihoods(s).sum() for s in tried]
@@ -201,25 +217,39 @@ def harmless(transition: np.ndarray, most: float = 0.45) -> bool:
     return bool(np.mean((largest - mean) / np.maximum(own - mean, 1e-3)) < most)
 
 
-def by_heart(
-    predicted: np.ndarray, unseen: np.ndarray, transition: np.ndarray, given: np.ndarray
-) -> bool:
-    """Whether a network has learned wrong labels by heart, so that it believes them.
+def seen_posterior(
+    predicted: np.ndarray, transition: np.ndarray, given: np.ndarray, right: float
+) -> np.ndarray | None:
+    """P(true = k | x, given) by a network that trained on the given labels, [n, K].
 
-    Who knew all classes would still not know the errors: its log-loss of the given
-    labels is their entropy H. A network that comes nearer to H than 0.6 of the way from
-    the loss of networks that did not see the labels has not become so good, it knows
-    these labels.
+        ~ p_k(x) T[k, given]^c,    mean_i P(true = given_i | x_i, given_i) <= right
+
+    Such a network has heard the given label, so Bayes' rule (c = 1) would count it
+    twice. The c from 0 to 1 is the largest with which not more given labels are right
+    than networks say that did not see them, up to a hundredth of the wrong labels.
+    `None` if even c = 0 says clearly more: then the network has learned wrong labels by
+    heart, and believes them.
 
     Args:
-        predicted: probabilities of the network, which trained on the labels, [n, K].
-        unseen: likewise, of networks that did not train on them.
+        predicted: p, as sure as a network that did not see the labels, [n, K].
         transition: T, [K, K].
         given: the labels, [n].
+        right: the share of them that is right.
     """
-    frequency = np.bincount(given, minlength=len(transition)) / len(given)
-    entropies = -np.sum(transition * np.log(np.maximum(transition, SMALLEST)), axis=1)
-    least = frequency @ entropies
-    honest = unseen_log_losses(unseen, transition, given).mean()
-    now = -log_likelihoods(predicted @ transition, given).mean()
-    return bool(honest - now > 0.6 * (honest - least) > 0)
+
+    def of(weight: float) -> np.ndarray:
+        return posterior(predicted, transition**weight, given)
+
+    def share_right(weight: float) -> float:
+        return float(of(weight)[np.arange(len(given)), given].mean())
+
+    if share_right(0.0) > right + BY_HEART * (1 - right):
+        return None
+    most = right + NEARLY * (1 - right)
+    if share_right(1.0) <= most:
+        return of(1.0)
+    low, high = 0.0, 1.0
+    for _ in range(20):  # the share grows with the weight
+        middle = (low + high) / 2
+        low, high = (middle, high) if share_right(middle) < most else (low, middle)
+    return of(low)

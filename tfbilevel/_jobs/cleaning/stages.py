@@ -157,7 +157,8 @@ def run(trainings: Trainings, learn: bool, callbacks: Any, choose: bool) -> Outc
 
     p_alone = alone.p
     if len(trainings.held) and belief.alone > HEARD:
-        trainings.run("all trusted", 1, Targets.labels(given, classes), 1.0, sure)
+        whole = Targets.labels(given, classes)
+        trainings.run("all trusted", 1, whole, 1.0, sure, 1.0)
         p_alone = trainings.p()
     views = np.stack([found.unseen, p_alone], axis=1)
     opinion = opinion_of(views, factors, belief.alone).numpy()
@@ -167,15 +168,15 @@ def run(trainings: Trainings, learn: bool, callbacks: Any, choose: bool) -> Outc
         "final", found.weights, targets, trust, sure, 1.0, callbacks=callbacks
     )
 
-    end = trainings.p()
-    last = noise.as_sure(end, found.unseen)
+    last = noise.as_sure(trainings.p(), found.unseen)
     if feature_dependent:
         shares = (last + opinion) / 2
         transition = _counted(shares, given, transition)
-    elif noise.by_heart(end, found.unseen, transition, given):
-        shares = opinion
     else:
-        shares = noise.posterior(last, transition, given)
+        honest = noise.posterior(found.unseen, transition, given)
+        right = float(honest[np.arange(len(given)), given].mean())
+        heard = noise.seen_posterior(last, transition, given, right)
+        shares = opinion if heard is None else heard
     on_held = seen.on_sure[trainings.split.fitted :]
     return Outcome(
         weights=trainings.weights(),
@@ -275,7 +276,9 @@ def corrected(
 
     The likeliest T needs good probabilities, which need a T. Where the given labels
     mislead nobody, they are learned faster as they are; then they make the
-    probabilities too flat, and held-out labels say by how much.
+    probabilities too flat, and held-out labels say by how much. They also say whether
+    the correction made things worse: networks that are bad themselves give a T that is
+    worse than none.
     """
     given, classes = trainings.given, trainings.classes
     trust = START.trust if len(trainings.sure.labels) else 0.0
@@ -287,6 +290,11 @@ def corrected(
     plainly = noise.harmless(transition)
     trainings.run("start", 2, targets(not plainly), trust, trainings.fitted)
     on_held = trainings.on_held()
+    before = seen.on_sure[trainings.split.fitted :]
+    if not plainly and noise.clearly_better(before, on_held, trainings.held):
+        plainly, known = True, False
+        trainings.run("as given", 2, targets(False), trust, trainings.fitted)
+        on_held = trainings.on_held()
     sharpness = noise.sharpness(on_held, trainings.held) if plainly else 1.0
     first = noise.sharpened(trainings.p(), sharpness)
     weights = trainings.weights()

@@ -20,6 +20,7 @@ TITLES = {
     "given 2": "2/7 what labels are given, second half",
     "trusted": "3/7 the trusted examples alone",
     "start": "4/7 corrected for the first estimate of the noise",
+    "as given": "4/7 not corrected: the first estimate made it worse",
     "corrected 1": "5/7 corrected for the likeliest noise, first half",
     "corrected 2": "6/7 corrected for the likeliest noise, second half",
     "all trusted": "6/7 all trusted examples alone",
