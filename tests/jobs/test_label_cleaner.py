@@ -280,6 +280,7 @@ def test_a_given_label_is_not_counted_twice() -> None:
     # One that knows Bayes' answer already needs nothing more. (0.01 of the wrong labels
     # may count as right too many.)
     found = of(bayes)
+    assert found is not None
     assert abs(found[rows, given].mean() - right) <= 0.0101 * (1 - right)
     np.testing.assert_allclose(found, bayes, atol=0.02)
     # One that has heard half of it needs the other half.

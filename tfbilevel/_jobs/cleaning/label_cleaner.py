@@ -40,7 +40,8 @@ class LabelCleaner(Estimator):
        starts T (Gold Loss Correction). EM on the probabilities of networks that did not
        see an example makes T the likeliest one, twice.
     2. Networks are trained so that p T explains the given labels (forward correction);
-       or on the given labels as they are, where T says that these mislead nobody.
+       or on the given labels as they are, where T says that these mislead nobody, or
+       held-out trusted labels say that T is wrong.
     3. Either T is taken, or the noise is said to depend on the examples: what explains
        given labels of unseen examples better. (`choice_` says which, and the scores.)
     4. How much to believe the trusted labels, the given ones, and a network trained on
@@ -48,7 +49,9 @@ class LabelCleaner(Estimator):
        training of the last layer, so that it does well on trusted examples that were
        held out. It is kept only if it does better there than the same training with the
        numbers at the start.
-    5. The final network is trained so, and gives the labels.
+    5. The final network is trained so, and gives the labels. It has seen the given
+       ones, so these count less: T^c, with c from 0 to 1 such that as many given labels
+       are right as networks say that did not see them.
 
     Without trusted examples T starts from confident learning, steps 3 and 5 are the
     same, and nothing can check the result. This is weaker: noise that calls most of a
