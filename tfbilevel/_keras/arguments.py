@@ -3,7 +3,6 @@
 from typing import Any
 
 import keras
-import tensorflow as tf
 
 from tfbilevel._core.batches import Batches
 from tfbilevel._core.method import require_method
@@ -122,24 +121,6 @@ def _require_plain(name: str, optimizer: Any, learned: bool) -> None:
             f"`{name}` must not average weights (use_ema) where the start is "
             "learned: Keras would write the averages to other variables at the end "
             f"of fit. Received: {name}={optimizer!r}"
-        )
-
-
-def require_one_replica() -> None:
-    """Raise within the scope of a tf.distribute strategy, except OneDeviceStrategy.
-
-    Strategies with one replica are rejected too: a MirroredStrategy does not assign
-    variables inside the condition by which an outer step is committed.
-    """
-    strategy = tf.distribute.get_strategy()
-    one = isinstance(strategy, tf.distribute.OneDeviceStrategy)
-    if tf.distribute.has_strategy() and not one:
-        raise ValueError(
-            "A tb.BilevelModel trains on one device: a strategy would run a separate "
-            "inner solve per replica, on a part of the data. Compile it outside "
-            "the strategy's scope, or in that of a tf.distribute.OneDeviceStrategy. "
-            "Received: "
-            f"{type(strategy).__name__}, {strategy.num_replicas_in_sync} replica(s)"
         )
 
 

@@ -7,8 +7,17 @@ import keras
 import tensorflow as tf
 
 
+def assigned(variable: Any, value: Any) -> None:
+    variable.assign(value)
+
+
 def moved_on(
-    evaluate: Callable[[Any], Any], held: list, lower: Any, trained: list, steps: int
+    evaluate: Callable[[Any], Any],
+    held: list,
+    lower: Any,
+    trained: list,
+    steps: int,
+    assign: Callable[[Any, Any], None] = assigned,
 ) -> None:
     """Assign what evaluations of the lower loss write to statistics and seeds.
 
@@ -22,6 +31,7 @@ def moved_on(
         lower: the lower model.
         trained: pairs (variable, value) at which the loss is evaluated.
         steps: number of steps that the lower variables made.
+        assign: (variable, value) -> assigns what was written.
     """
 
     def evaluated(draw: Any, state: list) -> list:
@@ -49,8 +59,8 @@ def moved_on(
             parallel_iterations=1,
         )
         for variable, value in zip(variables, ended, strict=True):
-            variable.assign(value)
+            assign(variable, value)
         done = {id(variable) for variable in variables}
         written = [(v, new) for v, new in written if id(v) not in done]
     for variable, value in written:
-        variable.assign(value)
+        assign(variable, value)

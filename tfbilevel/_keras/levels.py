@@ -19,7 +19,7 @@ from tfbilevel._core.arguments import (
 from tfbilevel._core.batches import Batches, first_task
 from tfbilevel._core.problem import Problem
 from tfbilevel._keras.arguments import require_apart, require_no_constraints
-from tfbilevel._keras.fixed_state import moved_on
+from tfbilevel._keras.fixed_state import assigned, moved_on
 from tfbilevel._keras.functional import require_built
 from tfbilevel._keras.regularizers import CHOICES as REGULARIZERS
 from tfbilevel._keras.regularizers import with_own_losses
@@ -188,18 +188,30 @@ class Levels:
         base = tf.cast(self.base.state.value[0], tf.int32)
         return dataclasses.replace(self.problem, seed=base).seeded(step)
 
-    def losses(self, batches: Batches) -> dict[str, tf.Tensor]:
+    def losses(
+        self, batches: Batches, problem: Problem | None = None
+    ) -> dict[str, tf.Tensor]:
         """The losses at the current variables; the upper one alone for batches without
-        a lower part."""
+        a lower part.
+
+        Args:
+            batches: the batches.
+            problem: `None`: that of the models.
+        """
         x, y = self.read()
-        here = self.problem.prepared(x, batches)
+        here = (problem or self.problem).prepared(x, batches)
         losses = {"upper_loss": here.upper_loss(y)}
         if any(leaf is not None for leaf in tf.nest.flatten(batches.lower)):
             losses["lower_loss"] = here.lower_loss(y)
         return losses
 
     def advance(
-        self, batches: Batches, step: Any, steps: int, lower: list | None = None
+        self,
+        batches: Batches,
+        step: Any,
+        steps: int,
+        lower: list | None = None,
+        assign: Callable[[Any, Any], None] = assigned,
     ) -> None:
         """Evaluate the lower loss, to update statistics and seeds.
 
@@ -208,6 +220,7 @@ class Levels:
             step: the number of the outer step.
             steps: number of steps that the lower variables made.
             lower: values of the lower variables; `None`: the current ones.
+            assign: (variable, value) -> assigns what the evaluation writes.
         """
         own = self.lower_variables
         trainable = {id(v) for v in [*self.upper_variables, *own]}
@@ -230,7 +243,7 @@ class Levels:
                     prepared.append(made)
                 self._lower_loss(self.upper, self.lower, prepared[0].lower_at(draw))
 
-        moved_on(evaluate, others, self.lower, values, steps)
+        moved_on(evaluate, others, self.lower, values, steps, assign)
 
     def at_variables(self, function: Callable, penalised: Any = None) -> Callable:
         """Turns a function of models and a batch into one of x, y and the batch.

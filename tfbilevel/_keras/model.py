@@ -18,11 +18,16 @@ from tfbilevel._keras.arguments import (
     require_method_for,
     require_no_weights,
     require_nothing_else,
-    require_one_replica,
     require_optimizers,
 )
 from tfbilevel._keras.levels import Levels
-from tfbilevel._keras.outer_step import OuterStep
+from tfbilevel._keras.replicas.outer_step import outer_step
+from tfbilevel._keras.replicas.strategies import (
+    is_replicated,
+    require_created_within,
+    require_plain_steps,
+    require_strategy,
+)
 from tfbilevel._keras.saving import (
     arguments_of,
     compile_config_of,
@@ -129,6 +134,7 @@ class BilevelModel(Trained):
         regularizers: str = "add",
         **keywords: Any,
     ):
+        require_strategy()
         super().__init__(**keywords)
         functions = {
             "upper_loss": upper_loss,
@@ -147,6 +153,9 @@ class BilevelModel(Trained):
             regularizers=regularizers,
         )
         self._functions = tuple(k for k, v in functions.items() if callable(v))
+        named = [("upper", v) for v in upper.trainable_variables]
+        named += [("lower", v) for v in lower.trainable_variables]
+        require_created_within(self._distribute_strategy, named)
         self.upper, self.lower, self.start = upper, lower, levels.start
         self.problem = levels.problem
         self.tasks, self.regularizers = tasks, regularizers
@@ -196,7 +205,11 @@ class BilevelModel(Trained):
         require_choice(on_nonfinite, "on_nonfinite", ON_NONFINITE)
         require_jit(jit_compile)
         require_method_for(method, self.tasks)
-        require_one_replica()
+        require_strategy()
+        strategy = self._distribute_strategy
+        if is_replicated(strategy):
+            require_plain_steps(strategy, jit_compile, steps_per_execution)
+            jit_compile = False
         upper_optimizer = optimizer_of(upper_optimizer, "upper_optimizer")
         start_optimizer = optimizer_of(start_optimizer, "start_optimizer")
         require_optimizers(upper_optimizer, start_optimizer, self._levels)
@@ -220,7 +233,8 @@ class BilevelModel(Trained):
             self._tracker.untrack(self._carried)
             self._carried = None
         self.start_optimizer = start_optimizer
-        self._outer = OuterStep(
+        self._outer = outer_step(
+            strategy,
             self._levels,
             method,
             upper_optimizer,
@@ -319,6 +333,8 @@ class BilevelModel(Trained):
         data, given = fit_arguments.from_the_outer_step(
             x, given, self.steps_per_execution
         )
+        data = self._outer.parts(data)
+        given["validation_data"] = self._outer.parts(given.get("validation_data"))
         given.setdefault("shuffle", False)
         return self._outer.run(functools.partial(super().fit, data, **given), x)
 
@@ -354,10 +370,10 @@ class BilevelModel(Trained):
         self._assert_compile_called("warm_up")
         if isinstance(x, Batches):
             x = elements.tensors(x)
-            data, like, first = [x], x, lambda: x
+            data, like, first = [self._outer.parts(x)], x, lambda: x
         else:
             elements.require_dataset_of_batches(x)
-            data, like = x.take(1), x.element_spec
+            data, like = self._outer.parts(x.take(1)), x.element_spec
             first = functools.partial(elements.first_of, x)
         early = self._outer.early
         self._ready(like, first)
@@ -387,7 +403,7 @@ class BilevelModel(Trained):
         x = elements.tensors(x)
         self._ready(x, lambda: x)
         self.reset_metrics()
-        logs = self.train_function(iter([x]))
+        logs = self.train_function(iter([self._outer.parts(x)]))
         logs = {name: float(value) for name, value in logs.items()}
         return logs if return_dict else [logs[name] for name in sorted(logs)]
 

@@ -12,7 +12,7 @@ from tfbilevel._calculus.lost_derivatives import MissingSecondDerivativeError
 from tfbilevel._check.example_indices import IndexWatch, PerExampleError
 from tfbilevel._check.look import require_second_derivatives
 from tfbilevel._core.batches import Batches
-from tfbilevel._core.method import Method
+from tfbilevel._core.method import Method, Step
 from tfbilevel._core.nonfinite import NonFiniteError, warn_diverged
 from tfbilevel._keras.compilation import faster_with_xla
 from tfbilevel._keras.levels import Levels
@@ -130,6 +130,20 @@ class OuterStep:
             step = problem.step(self.method, x, y, data, state)
         except UnconnectedGradientError as error:
             raise self.levels.named(error) from None
+        return self.assign(step, skips, data)[1]
+
+    def assign(
+        self, step: Step, skips: bool, *batches: Batches, advances: bool = True
+    ) -> tuple[Any, dict[str, Any]]:
+        """Assign a step's result; returns whether it was assigned, and the metrics.
+
+        Args:
+            step: the step.
+            skips: whether steps that are not finite are skipped.
+            *batches: its batches, or the parts of them that are on this machine.
+            advances: whether statistics and seeds are updated, too.
+        """
+        assert self.carried is not None
         update = OuterUpdate(
             levels=self.levels,
             optimizer=self.optimizer,
@@ -139,12 +153,21 @@ class OuterStep:
             indices=self.indices,
             lower_steps=self.method.lower_steps,
             skips=skips,
+            advances=advances,
         )
-        committed = update.make(step, data)
+        committed = update.make(step, *batches)
         logs = dict(step.metrics)
         if skips:
             logs[SKIPPED] = tf.cast(~committed, tf.float32)
-        return self.trackers.update(logs, committed)
+        return committed, self.trackers.update(logs, committed)
+
+    def measure(self, data: Any) -> dict[str, Any]:
+        """The losses at the current variables, as means over the batches so far."""
+        return self.trackers.update(self.levels.losses(data))
+
+    def parts(self, x: Any) -> Any:
+        """A dataset of batches, or batches, as the devices take them: unchanged."""
+        return x
 
     def run(self, function: Callable[[], Any], x: Any) -> Any:
         """Call a function that makes steps by `call`, and return its result.

@@ -27,6 +27,7 @@ class OuterUpdate(NamedTuple):
         lower_steps: number of steps that the lower variables make.
         skips: whether steps that are not finite are skipped. Otherwise the first one
             stops training: no later one is made until its error code is read.
+        advances: whether statistics and seeds are updated here, too.
     """
 
     levels: Levels
@@ -37,9 +38,15 @@ class OuterUpdate(NamedTuple):
     indices: IndexWatch
     lower_steps: int
     skips: bool
+    advances: bool = True
 
-    def make(self, step: Step, batches: Batches) -> Any:
-        """Assign the result of the step; returns whether it was assigned."""
+    def make(self, step: Step, *batches: Batches) -> Any:
+        """Assign the result of the step; returns whether it was assigned.
+
+        Args:
+            step: the step.
+            *batches: its batches, or the parts of them that are on this machine.
+        """
         code = tf.cast(first_nonfinite(step), tf.int64)
         latched = self.progress.bad_code.value
         proceed = code < 0
@@ -48,19 +55,19 @@ class OuterUpdate(NamedTuple):
         return tf.cond(
             proceed,
             lambda: self._commit(step, batches),
-            lambda: self._refuse(tf.where(latched < 0, code, latched), batches),
+            lambda: self._refuse(tf.where(latched < 0, code, latched), *batches),
         )
 
-    def _refuse(self, code: Any, batches: Batches | None = None) -> tf.Tensor:
-        if batches is not None:
-            self.indices.note(self.levels.problem, *self.levels.point(), batches)
+    def _refuse(self, code: Any, *batches: Batches) -> tf.Tensor:
+        for one in batches:
+            self.indices.note(self.levels.problem, *self.levels.point(), one)
         if self.skips:
             self.progress.count()
         else:
             self.progress.bad_code.assign(code)
         return tf.constant(False)
 
-    def _commit(self, step: Step, batches: Batches) -> tf.Tensor:
+    def _commit(self, step: Step, batches: tuple[Batches, ...]) -> tf.Tensor:
         """As `make`; not assigned if the upper optimizer or projection gives NaN."""
         if not isinstance(step.upper_scale, tuple):
             why = "with a method whose schedule scales the upper step"
@@ -95,7 +102,8 @@ class OuterUpdate(NamedTuple):
                     variable.assign(value)
             self.carried.write(step.state)
             self.progress.count()
-            self.levels.advance(batches, number.value, self.lower_steps)
+            if self.advances:
+                self.levels.advance(batches[0], number.value, self.lower_steps)
             return tf.constant(True)
 
         return tf.cond(fine, finish, lambda: self._refuse(UPPER_VARIABLES))

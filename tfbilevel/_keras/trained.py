@@ -8,14 +8,17 @@ import keras
 from tfbilevel._calculus import structure
 from tfbilevel._core.batches import Batches, count_tasks
 from tfbilevel._core.inner_solver import InnerSolver
+from tfbilevel._core.parts import Part
 from tfbilevel._keras.arguments import (
     require_labels,
     require_measurable,
     require_servable,
 )
 from tfbilevel._keras.levels import Levels
+from tfbilevel._keras.outer_step import OuterStep
+from tfbilevel._keras.replicas.stepping import stepping
+from tfbilevel._keras.replicas.strategies import is_replicated
 from tfbilevel._keras.summary import print_level
-from tfbilevel._keras.training_state import Trackers
 from tfbilevel._tasks.adapt import adapted, require_adaptable
 
 
@@ -34,7 +37,7 @@ class Trained(keras.Model):
     tasks: int | None
     problem: Any
     _levels: Levels
-    _trackers: Trackers
+    _outer: OuterStep
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:
         return self.lower(inputs, training=training)
@@ -106,10 +109,21 @@ class Trained(keras.Model):
         x, y = self._levels.read(count_tasks(batches))
         return adapted(self.problem, x, y, batches, inner, at)
 
+    def _make_function(self, step_function: Callable) -> Callable:
+        if not is_replicated(self._distribute_strategy):
+            return super()._make_function(step_function)
+        return stepping(step_function, self._distribute_strategy, self.run_eagerly)
+
+    def evaluate(self, x: Any = None, *arguments: Any, **keywords: Any) -> Any:
+        if is_replicated(self._distribute_strategy):
+            self._assert_compile_called("evaluate")
+            x = self._outer.parts(x)
+        return super().evaluate(x, *arguments, **keywords)
+
     def test_step(self, data: Any) -> dict[str, Any]:
         require_measurable(data, self._compile_metrics, self.tasks)
-        if isinstance(data, Batches):
-            return self._trackers.update(self._levels.losses(data))
+        if isinstance(data, (Batches, Part)):
+            return self._outer.measure(data)
         inputs, labels, weights = keras.utils.unpack_x_y_sample_weight(data)
         require_labels(labels)
         predictions = self(inputs, training=False)

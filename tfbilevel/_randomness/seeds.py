@@ -1,7 +1,8 @@
 """Seeds, which make a loss that samples a fixed function within an outer step."""
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ from tfbilevel._randomness.operations import current_seed, fixed_randomness, wra
 # and says where in the run the seed is used; the second is the base that the user or
 # the model chose.
 STEP, TASK, DRAW, ROLE = 0x9E3779B1, 0xC2B2AE3D, 0x85EBCA6B, 0x27D4EB2F
-TURN = 0x2C1B3C6D
+TURN, REPLICA = 0x2C1B3C6D, 0x165667B1
 # The roles: functions that are evaluated, each with samples of its own.
 UPPER_LOSS, LOWER_LOSS, PREPARE, START, PROJECT_UPPER, PROJECT_LOWER = range(1, 7)
 
@@ -95,6 +96,19 @@ def with_seed(seed: Any, role: int, function: Callable) -> Callable:
             return function(*arguments)
 
     return at
+
+
+@contextlib.contextmanager
+def of_replica() -> Iterator[None]:
+    """A context with samples of its own on each replica but the first, if a seed is
+    set. The first one's are those of a single device."""
+    seed, context = current_seed(), tf.distribute.get_replica_context()
+    if seed is None or context is None:
+        yield
+        return
+    number = tf.convert_to_tensor(context.replica_id_in_sync_group)
+    with fixed_randomness(folded(seed, REPLICA, number)):
+        yield
 
 
 def of_entries(function: Callable) -> Callable:

@@ -57,13 +57,20 @@ def functions_inline(variables: Sequence[keras.Variable] = ()) -> Iterator[None]
     Raises:
         ValueError: when such a function is called.
     """
-    handles = {id(v._value.handle): v.path for v in variables}
+    handles = {id(copy.handle): v.path for v in variables for copy in _copies(v)}
     with _functions.in_use():
         _here.scopes.append(handles)
         try:
             yield
         finally:
             _here.scopes.pop()
+
+
+def _copies(variable: keras.Variable) -> tuple:
+    """The variable on each device: TensorFlow's own handle has one in replicas only."""
+    value = variable._value
+    mirrored = isinstance(value, tf.distribute.DistributedValues)
+    return value._values if mirrored else (value,)
 
 
 def _call_inline(self: Any, *arguments: Any, **keywords: Any) -> Any:

@@ -1,0 +1,235 @@
+"""Fits on one device and on two replicas, which must be equal.
+
+A process of its own: TensorFlow makes logical devices before anything else. With
+TF_CONFIG set it is one of two workers. Arguments: "derivatives", or METHOD:SIZE:KIND
+with the size of all batches and the kind of data.
+"""
+
+import contextlib
+import os
+import sys
+
+import tensorflow as tf
+
+if "TF_CONFIG" in os.environ:
+    STRATEGY = tf.distribute.MultiWorkerMirroredStrategy()
+else:
+    tf.config.set_logical_device_configuration(
+        tf.config.list_physical_devices("CPU")[0],
+        [tf.config.LogicalDeviceConfiguration()] * 2,
+    )
+    STRATEGY = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+
+import keras  # noqa: E402
+import numpy as np  # noqa: E402
+
+import tfbilevel as tb  # noqa: E402
+from tfbilevel._calculus.collectives import apart, spread, total  # noqa: E402
+
+SGD = keras.optimizers.SGD
+STEPS, CLASSES, FEATURES = 3, 3, 4
+
+
+def inner(**options):
+    return tb.InnerSolver(SGD(0.2, momentum=0.5), steps=3, **options)
+
+
+def plain(steps=3):
+    return tb.InnerSolver(SGD(0.2), steps)
+
+
+METHODS = {
+    "unroll": lambda: tb.Unroll(inner()),
+    "unroll-checkpoint": lambda: tb.Unroll(inner(), memory="checkpoint"),
+    "unroll-last": lambda: tb.Unroll(inner(), last=2),
+    "unroll-pessimistic": lambda: tb.Unroll(inner(), end="pessimistic"),
+    "unroll-first-order": lambda: tb.Unroll(inner(), first_order=True),
+    "unroll-bda": lambda: tb.Unroll(plain(), aggregate=tb.Aggregation(0.4, 0.5)),
+    "forward-unroll": lambda: tb.ForwardUnroll(plain()),
+    "finite-difference": lambda: tb.FiniteDifference(plain()),
+    "rank-one": lambda: tb.RankOne(plain(1)),
+    "implicit-cg": lambda: tb.Implicit(inner(), tb.ConjugateGradient(4)),
+    "implicit-neumann": lambda: tb.Implicit(inner(), tb.Neumann(4, rate=0.2)),
+    "implicit-fixed-point": lambda: tb.Implicit(inner(), tb.FixedPoint(4)),
+    "implicit-normal-cg": lambda: tb.Implicit(inner(), tb.NormalConjugateGradient(4)),
+    "implicit-direct": lambda: tb.Implicit(inner(), tb.Direct()),
+    "implicit-gradient-solver": lambda: tb.Implicit(
+        inner(), tb.GradientSolver(SGD(0.2), 4)
+    ),
+    "implicit-optimizer": lambda: tb.Implicit(
+        inner(), tb.NormalConjugateGradient(4), through="optimizer"
+    ),
+    "implicit-pessimistic": lambda: tb.Implicit(
+        inner(), tb.ConjugateGradient(4), end="pessimistic"
+    ),
+    "stocbio": lambda: tb.StocBiO(plain(2), 2, 0.2),
+    "bsa": lambda: tb.BSA(plain(2), 2, 0.2),
+    "ttsa": lambda: tb.TTSA(SGD(0.2), 2, 0.2),
+    "bamm": lambda: tb.BAMM(SGD(0.2)),
+    "value-gap": lambda: tb.ValueGap(inner(), SGD(0.1), weight=2.0),
+    "value-gap-constant": lambda: tb.ValueGap(None, SGD(0.1), weight=2.0),
+    "gradient-norm": lambda: tb.GradientNorm(SGD(0.1), weight=2.0),
+    "augmented-lagrangian": lambda: tb.AugmentedLagrangian(SGD(0.05), steps=2),
+}
+
+
+# Kinds of data, and how tasks are mapped.
+OVER_TASKS = {"tasks": "vectorized", "sequential-tasks": "sequential"}
+
+
+def cross_entropy(network, inputs, labels):
+    logits = network(inputs)
+    return tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
+
+
+def decay(network):
+    return 0.15 * sum(tf.reduce_sum(v**2) for v in network.trainable_variables)
+
+
+def upper_loss(upper, lower, batch):
+    inputs = upper(batch[0]) if isinstance(upper, keras.Sequential) else batch[0]
+    return tf.reduce_mean(cross_entropy(lower, inputs, batch[1]))
+
+
+def lower_loss(upper, lower, batch):
+    if isinstance(upper, keras.Sequential):
+        return upper_loss(upper, lower, batch) + decay(lower)
+    errors = cross_entropy(lower, *batch[:2])
+    return upper.mean(errors, batch[2]) + decay(lower)  # gradients of gathers: slices
+
+
+def noisy(loss):
+    """A loss of noisy inputs, the same for a task on any replica."""
+
+    def at(upper, lower, batch):
+        noise = tf.random.normal(tf.shape(batch[0]), dtype=batch[0].dtype)
+        return loss(upper, lower, (batch[0] + 0.1 * noise, *batch[1:]))
+
+    return at
+
+
+def dense(inputs, outputs):
+    return keras.Sequential([keras.Input((inputs,)), keras.layers.Dense(outputs)])
+
+
+def pairs(size, kind):
+    """Three outer steps with other examples in each."""
+    generator = np.random.default_rng(0)
+    draws = 4 if kind == "stacked" else 1
+
+    def level(steps):
+        count = steps * size
+        shape = (count, 4) if kind in OVER_TASKS else (count,)
+        parts = (
+            generator.normal(size=(*shape, FEATURES)),
+            generator.integers(CLASSES, size=shape),
+            np.arange(count),
+        )
+        return tf.data.Dataset.from_tensor_slices(parts).batch(
+            size, drop_remainder=True
+        )
+
+    return tb.pair(level(STEPS), level(STEPS * draws), draws)
+
+
+def fit(method, size, kind, scope):
+    """Everything that is saved, and the logs."""
+    keras.utils.set_random_seed(1)
+    with scope:
+        upper = tb.ExampleWeights(99) if kind == "weights" else dense(FEATURES, 3)
+        lower = dense(FEATURES if kind == "weights" else 3, CLASSES)
+        losses = upper_loss, lower_loss
+        options = {}
+        if kind in OVER_TASKS:
+            losses = noisy(upper_loss), noisy(lower_loss)
+            options = {"tasks": size, "mapping": OVER_TASKS[kind]}
+        model = tb.BilevelModel(upper, lower, *losses, **options)
+        # Of the whole gradient, not of parts of it.
+        clipped = SGD(0.5, momentum=0.9, global_clipnorm=0.05)
+        model.compile(METHODS[method](), clipped, jit_compile=False)
+    trained = model.trainable_variables if not model.tasks else upper.weights
+    before = [v.numpy() for v in trained]
+    history = model.fit(pairs(size, kind), verbose=0).history
+    assert model.outer_step == STEPS
+    moved = zip(before, trained, strict=True)
+    assert min(np.abs(a - b.numpy()).max() for a, b in moved) > 1e-3, "nothing trained"
+    kept = [v.numpy() for v in (*model.variables, *model.optimizer.variables)]
+    return kept, history
+
+
+def of_three_orders(loss, x):
+    """A loss, its gradient, and derivatives of order two and three along vectors."""
+    with tf.GradientTape() as third:
+        third.watch(x)
+        with tf.GradientTape() as second:
+            second.watch(x)
+            with tf.GradientTape() as first:
+                first.watch(x)
+                value = loss(x)
+            gradient = tf.convert_to_tensor(first.gradient(value, x))
+            along = tf.reduce_sum(tf.sin(gradient) * x)
+        product = tf.convert_to_tensor(second.gradient(along, x))
+        along = tf.reduce_sum(product * tf.cos(x))
+    return value, gradient, product, third.gradient(along, x)
+
+
+def within_a_loop(loss, x):
+    def body(t, y):
+        value, *others = of_three_orders(loss, y)
+        return t + 1, y - 0.1 * value * tf.add_n(others)
+
+    return tf.while_loop(lambda t, y: t < 3, body, (0, x))[1]
+
+
+def derivatives():
+    """Of a loss of five examples, of which one replica has three."""
+    generator = np.random.default_rng(0)
+    data = tf.constant(generator.normal(size=(5, 3)))
+    x = tf.constant(generator.normal(size=3))
+    parts, shares = (data[:3], data[3:]), (0.6, 0.4)
+
+    def mean(x, data):
+        values = tf.sin(tf.linalg.matvec(data, x)) ** 3
+        return tf.reduce_mean(values) + 0.1 * tf.reduce_sum(tf.gather(x, [0, 2]) ** 4)
+
+    def everything(loss):
+        return (*of_three_orders(loss, x), within_a_loop(loss, x))
+
+    @tf.function(autograph=False)
+    def alone():
+        return everything(lambda x: mean(x, data))
+
+    def replica():
+        context = tf.distribute.get_replica_context()
+        number = int(tf.get_static_value(context.replica_id_in_sync_group))
+
+        def whole(x):
+            own = mean(spread(x), parts[number])
+            return total(shares[number] * own)
+
+        return apart(lambda: everything(whole))()
+
+    together = tf.function(lambda: STRATEGY.run(replica), autograph=False)
+    for expected, made in zip(alone(), together(), strict=True):
+        values = STRATEGY.experimental_local_results(made)
+        assert len(values) == 2
+        for value in values:
+            np.testing.assert_allclose(value, expected, rtol=1e-12, atol=1e-12)
+
+
+def equal(case):
+    method, size, kind = case.split(":")
+    alone, logs = fit(method, int(size), kind, contextlib.nullcontext())
+    together, logged = fit(method, int(size), kind, STRATEGY.scope())
+    for made, expected in zip(together, alone, strict=True):
+        np.testing.assert_allclose(made, expected, rtol=1e-10, atol=1e-10)
+    assert logged.keys() == logs.keys()
+    for name, values in logs.items():  # means in float32
+        np.testing.assert_allclose(logged[name], values, rtol=1e-6, err_msg=name)
+
+
+if __name__ == "__main__":
+    keras.config.set_floatx("float64")
+    for case in sys.argv[1:]:
+        derivatives() if case == "derivatives" else equal(case)
+        print("equal", case, flush=True)

@@ -1,0 +1,1 @@
+"""`BilevelModel` under a tf.distribute strategy."""

@@ -1,0 +1,130 @@
+"""Batches of outer steps dealt to the replicas of a strategy, a part to each."""
+
+from typing import Any
+
+import tensorflow as tf
+
+from tfbilevel._core.batches import Batches, StackedBatches
+from tfbilevel._core.parts import Part
+
+
+def dealt(dataset: tf.data.Dataset, strategy: Any) -> Any:
+    """The dataset's elements as parts, one for each replica.
+
+    Every worker reads the whole dataset and keeps the parts of its own replicas. So the
+    parts are those of the same batches only if the dataset has the same elements on all
+    workers (a shuffle needs a seed).
+    """
+    replicas = strategy.num_replicas_in_sync
+    require_enough(dataset.element_spec, replicas)
+
+    def of_worker(context: Any) -> tf.data.Dataset:
+        own = replicas // context.num_input_pipelines
+        first = context.input_pipeline_id * own
+
+        def parts(batches: Batches) -> tf.data.Dataset:
+            numbers = tf.data.Dataset.range(first, first + own)
+            return numbers.map(lambda number: part_of(batches, number, replicas))
+
+        return dataset.flat_map(parts).prefetch(own)
+
+    made = strategy.distribute_datasets_from_function(of_worker)
+    # Otherwise Keras would take every part for an outer step.
+    made._cardinality = dataset.cardinality().numpy()
+    return made
+
+
+def dealt_once(batches: Batches, strategy: Any) -> Any:
+    """The batches of one outer step as parts, one for each replica."""
+    replicas = strategy.num_replicas_in_sync
+    require_enough(batches, replicas)
+    return strategy.experimental_distribute_values_from_function(
+        lambda context: part_of(batches, context.replica_id_in_sync_group, replicas)
+    )
+
+
+def require_enough(batches: Any, replicas: int) -> None:
+    """Raise if a replica would have no example.
+
+    Args:
+        batches: batches, or their specifications.
+        replicas: the number of replicas.
+    """
+    levels = {"upper": (batches.upper, 0)}
+    levels["lower"] = (batches.lower, _lower_axis(batches))
+    for name, (batch, along) in levels.items():
+        shapes = [leaf.shape for leaf in _divided(batch, along)]
+        known = {shape[along] for shape in shapes if shape.rank is not None} - {None}
+        if len(known) > 1:
+            raise ValueError(
+                f"The {name} batches must have the examples along axis {along} of "
+                f"every tensor, to be divided among {replicas} replicas. Put data "
+                "that are not of single examples into the loss, not into the batch. "
+                f"Received: shapes {[tuple(shape) for shape in shapes]}"
+            )
+        if known and min(known) < replicas:
+            raise ValueError(
+                f"The {name} batches must have at least one example (or task) for "
+                f"each of the {replicas} replicas: batch sizes are those of all "
+                "replicas together. Make larger batches, or use fewer replicas. "
+                f"Received: batches of {min(known)}"
+            )
+
+
+def part_of(batches: Batches, replica: Any, replicas: int) -> Part:
+    """A replica's examples (or tasks): as many as the others have, or one more."""
+    axis = _lower_axis(batches)
+    upper, upper_share, first = _slice(batches.upper, 0, replica, replicas)
+    lower, lower_share, _ = _slice(batches.lower, axis, replica, replicas)
+    return Part(type(batches)(upper, lower), upper_share, lower_share, first)
+
+
+def _lower_axis(batches: Batches) -> int:
+    return int(isinstance(batches, StackedBatches))
+
+
+def _divided(batch: Any, axis: int) -> list:
+    """The leaves with one entry per example."""
+    leaves = [leaf for leaf in tf.nest.flatten(batch) if hasattr(leaf, "shape")]
+    return [v for v in leaves if v.shape.rank is None or v.shape.rank > axis]
+
+
+def _slice(batch: Any, axis: int, replica: Any, replicas: int) -> tuple:
+    """The part of a batch, its share, and the number of its first example."""
+    divided = _divided(batch, axis)
+    if not divided:
+        nothing = tf.constant(0, tf.int64)
+        return batch, tf.constant(1 / replicas, tf.float64), nothing
+    count = _length(divided[0], axis)
+    enough = tf.debugging.assert_greater_equal(
+        count,
+        tf.constant(replicas, tf.int64),
+        f"A batch must have an example for each of the {replicas} replicas.",
+    )
+    with tf.control_dependencies([] if enough is None else [enough]):
+        replica = tf.cast(replica, tf.int64)
+        begin, end = (count * r // replicas for r in (replica, replica + 1))
+    mine = {id(leaf) for leaf in divided}
+
+    def own(leaf: Any) -> Any:
+        return _cut(leaf, axis, begin, end) if id(leaf) in mine else leaf
+
+    share = tf.cast(end - begin, tf.float64) / tf.cast(count, tf.float64)
+    return tf.nest.map_structure(own, batch), share, begin
+
+
+def _cut(leaf: Any, axis: int, begin: Any, end: Any) -> Any:
+    if isinstance(leaf, tf.SparseTensor):
+        rank = leaf.shape.rank
+        start = tf.one_hot(axis, rank, begin, tf.constant(0, tf.int64))
+        size = tf.tensor_scatter_nd_update(leaf.dense_shape, [[axis]], [end - begin])
+        return tf.sparse.slice(leaf, start, size)
+    return leaf[:, begin:end] if axis else leaf[begin:end]
+
+
+def _length(leaf: Any, axis: int) -> Any:
+    if isinstance(leaf, tf.SparseTensor):
+        return leaf.dense_shape[axis]
+    if isinstance(leaf, tf.RaggedTensor):
+        return tf.cast(leaf.bounding_shape(axis), tf.int64)
+    return tf.shape(leaf, tf.int64)[axis]
