@@ -112,7 +112,14 @@ class Trained(keras.Model):
     def _make_function(self, step_function: Callable) -> Callable:
         if not is_replicated(self._distribute_strategy):
             return super()._make_function(step_function)
-        return stepping(step_function, self._distribute_strategy, self.run_eagerly)
+        step = stepping(step_function, self._distribute_strategy, self.run_eagerly)
+        return lambda iterator: self._of_all_replicas(step(iterator))
+
+    def _of_all_replicas(self, logs: dict[str, Any]) -> dict[str, Any]:
+        """The logs, with Keras's metrics, of which each replica has a part, whole."""
+        metrics = self._compile_metrics
+        whole = metrics.result() if metrics is not None and metrics.built else {}
+        return {name: whole.get(name, value) for name, value in logs.items()}
 
     def evaluate(self, x: Any = None, *arguments: Any, **keywords: Any) -> Any:
         if is_replicated(self._distribute_strategy):
