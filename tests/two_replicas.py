@@ -24,6 +24,7 @@ import keras  # noqa: E402
 import numpy as np  # noqa: E402
 
 import tfbilevel as tb  # noqa: E402
+import tfbilevel._calculus.collectives as module  # noqa: E402
 from tfbilevel._calculus.collectives import apart, spread, total  # noqa: E402
 
 SGD = keras.optimizers.SGD
@@ -228,8 +229,60 @@ def equal(case):
         np.testing.assert_allclose(logged[name], values, rtol=1e-6, err_msg=name)
 
 
+# Per outer step, from what each method evaluates (docs/scaling.md). T = 3 inner steps,
+# of which each is a loss and its gradient. f, f_x, f_y: 3. A product: 1.
+T = 3
+COLLECTIVES = {
+    "unroll:6:dense": 2 * T + 3 + 4 * T,
+    "unroll-checkpoint:6:dense": 2 * T + 3 + 6 * T,
+    "unroll-first-order:6:dense": 2 * T + 3 + 2 * T,  # each step is evaluated again
+    "implicit-cg:6:dense": 2 * T + 3 + 2 + 4 + 1,
+    "value-gap:6:dense": 2 * T + 3 + 3 + 2,
+    "gradient-norm:6:dense": 3 + 2 + 2,
+    "augmented-lagrangian:6:dense": 2 * (3 + 2 + 1) + 3 + 2 + 2,
+    "unroll:6:tasks": 1,
+}
+
+
+def collectives():
+    """The number of sums over replicas in an outer step, on each replica."""
+    sums = module._collective
+    counters = [tf.Variable(0, trainable=False) for _ in range(2)]
+
+    def counted(leaves):
+        made = sums(leaves)
+        with tf.control_dependencies(made):
+            number = tf.distribute.get_replica_context()._replica_id
+            counters[number].assign_add(1)
+        return made
+
+    module._collective = counted
+    for case, expected in COLLECTIVES.items():
+        for counter in counters:
+            counter.assign(0)
+        method, size, kind = case.split(":")
+        fit(method, int(size), kind, STRATEGY.scope())
+        made = [counter.numpy() / STEPS for counter in counters]
+        assert made == [expected, expected], (case, made, expected)
+    module._collective = sums
+
+
+def main(case):
+    if case == "derivatives":
+        derivatives()
+    elif case == "collectives":
+        collectives()
+    elif case.startswith("every:"):
+        assert len(METHODS) > 20
+        for method in METHODS:
+            equal(case.replace("every", method))
+            print(method, file=sys.stderr, flush=True)
+    else:
+        equal(case)
+
+
 if __name__ == "__main__":
     keras.config.set_floatx("float64")
     for case in sys.argv[1:]:
-        derivatives() if case == "derivatives" else equal(case)
+        main(case)
         print("equal", case, flush=True)

@@ -12,10 +12,10 @@ import pytest
 HERE = pathlib.Path(__file__).parents[1]
 
 
-def start(*cases: str, **environment: str) -> subprocess.Popen:
+def start(script: str, *cases: str, **environment: str) -> subprocess.Popen:
     path = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(
-        [sys.executable, str(HERE / "two_replicas.py"), *cases],
+        [sys.executable, str(HERE / script), *cases],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -24,17 +24,66 @@ def start(*cases: str, **environment: str) -> subprocess.Popen:
 
 
 def require_equal(process: subprocess.Popen, cases: tuple[str, ...]) -> None:
-    out, errors = process.communicate(timeout=600)
+    try:
+        out, errors = process.communicate(timeout=900)
+    finally:
+        process.kill()  # replicas that wait for each other never end
     assert process.returncode == 0, errors[-3000:]
     assert out.split("\n")[:-1] == [f"equal {case}" for case in cases]
 
 
-def run(*cases: str) -> None:
-    require_equal(start(*cases), cases)
+def run(script: str, *cases: str) -> None:
+    require_equal(start(script, *cases), cases)
 
 
 def test_two_replicas_are_equal_to_one_device():
-    run("derivatives", "implicit-cg:5:weights")
+    """One of the methods, on parts of different sizes; gradients are slices."""
+    run("two_replicas.py", "derivatives", "implicit-cg:5:weights")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "cases",
+    [
+        ("every:5:dense",),
+        ("unroll:6:dense", "implicit-cg:6:dense", "value-gap:6:weights"),
+        ("unroll:5:weights", "stocbio:5:stacked", "bsa:6:stacked"),
+    ],
+)
+def test_every_method_is_equal_on_two_replicas(cases):
+    run("two_replicas.py", *cases)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["tasks", "sequential-tasks"])
+def test_tasks_on_two_replicas_are_equal(kind):
+    """Losses that sample, too: a task's samples do not depend on its replica."""
+    methods = ("unroll:5", "unroll-checkpoint:6", "implicit-cg:5", "rank-one:5")
+    run("two_replicas.py", *(f"{method}:{kind}" for method in methods))
+
+
+@pytest.mark.slow
+def test_number_of_collectives():
+    run("two_replicas.py", "collectives")
+
+
+HABITS = (
+    "metrics_and_validation_data",
+    "one_step_at_a_time",
+    "nan_stops_all",
+    "nan_is_skipped_by_all",
+    "index_out_of_range_is_named",
+    "random_layers_and_statistics",
+    "saved_and_resumed",
+    "backed_up",
+    "refusals",
+    "other_strategies",
+)
+
+
+@pytest.mark.slow
+def test_fit_has_the_habits_of_keras_on_two_replicas():
+    run("replica_habits.py", *HABITS)
 
 
 def free_ports(count: int) -> list[int]:
@@ -50,13 +99,19 @@ def free_ports(count: int) -> list[int]:
 @pytest.mark.slow
 def test_two_workers_are_equal_to_one_process():
     workers = [f"127.0.0.1:{port}" for port in free_ports(2)]
-    cases = ("unroll:5:weights", "implicit-cg:6:dense", "value-gap:5:dense")
+    cases = (
+        "unroll:5:weights",
+        "implicit-cg:6:dense",
+        "value-gap:5:dense",
+        "unroll:5:tasks",
+    )
     started = []
     try:
         for index in range(2):
             task = {"type": "worker", "index": index}
             cluster = {"cluster": {"worker": workers}, "task": task}
-            started.append(start(*cases, TF_CONFIG=json.dumps(cluster)))
+            config = json.dumps(cluster)
+            started.append(start("two_replicas.py", *cases, TF_CONFIG=config))
         for process in started:
             require_equal(process, cases)
     finally:

@@ -11,6 +11,12 @@ from typing import Any
 import tensorflow as tf
 
 
+def several_replicas() -> bool:
+    """Whether this is computed on one of several replicas."""
+    context = tf.distribute.get_replica_context()
+    return context is not None and context.num_replicas_in_sync > 1
+
+
 def spread(values: Any) -> Any:
     """The same values as each replica's own: their derivatives are summed.
 

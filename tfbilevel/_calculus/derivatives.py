@@ -13,10 +13,12 @@ from typing import Any
 import tensorflow as tf
 
 from tfbilevel._calculus import structure
+from tfbilevel._calculus.collectives import several_replicas
 from tfbilevel._calculus.lost_derivatives import MissingSecondDerivativeError, lost
 from tfbilevel._workarounds import right_derivatives
 
 Pullback = Callable[[Any], Any]
+Products = Callable[..., tuple[Any, Any]]  # those of `lower_gradient_pullback`
 
 
 def vjp(function: Callable, *primals: Any) -> tuple[Any, Any, Pullback]:
@@ -126,8 +128,12 @@ def lower_gradient(
 
 def lower_gradient_pullback(
     lower_loss: Callable, upper: Any, lower: Any, batch: Any
-) -> tuple[tf.Tensor, Any, Callable[[Any], tuple[Any, Any]]]:
+) -> tuple[tf.Tensor, Any, Products]:
     """g, g_y and the map v -> (g_xy v, g_yy v), which takes one reverse sweep.
+
+    Where only one of the products is used, call the map with `mixed=False` or
+    `curvature=False`, and the other need not be computed: a graph drops what nobody
+    reads, but not a sum over replicas. So each product has a sweep of its own there.
 
     Entries of g_xy v are `None` where the lower gradient does not depend on that
     upper leaf. Where the lower gradient is constant (a lower loss linear in a leaf),
@@ -135,8 +141,15 @@ def lower_gradient_pullback(
     """
 
     upper, lower = structure.distinct((upper, lower))
-    with tf.GradientTape(persistent=True, watch_accessed_variables=False) as outer:
-        outer.watch(tf.nest.flatten((upper, lower)))
+    with contextlib.ExitStack() as tapes:
+        watched = ((upper, lower),)
+        if several_replicas():
+            watched = ((upper, ()), ((), lower))
+        outer = []
+        for leaves in watched:
+            tape = tf.GradientTape(persistent=True, watch_accessed_variables=False)
+            outer.append(tapes.enter_context(tape))
+            tape.watch(tf.nest.flatten(leaves))
         with tf.GradientTape(watch_accessed_variables=False) as inner:
             inner.watch(tf.nest.flatten(lower))
             with right_derivatives():
@@ -145,14 +158,24 @@ def lower_gradient_pullback(
             entries = inner.gradient(value, lower)
         gradient = require_connected(entries, lower, "lower", "the lower loss")
 
-    def pullback(vector: Any) -> tuple[Any, Any]:
+    def swept(tape: tf.GradientTape, sources: Any, vector: Any) -> Any:
         with _differentiating():
-            mixed, curvature = outer.gradient(
+            return tape.gradient(
                 tf.nest.flatten(gradient),
-                (upper, lower),
+                sources,
                 output_gradients=tf.nest.flatten(vector),
             )
-        return mixed, fill_zeros(curvature, lower)
+
+    def pullback(
+        vector: Any, *, mixed: bool = True, curvature: bool = True
+    ) -> tuple[Any, Any]:
+        if len(outer) == 1:
+            of_upper, of_lower = swept(outer[0], (upper, lower), vector)
+            return of_upper, fill_zeros(of_lower, lower)
+        of_upper = swept(outer[0], upper, vector) if mixed else None
+        if not curvature:
+            return of_upper, None
+        return of_upper, fill_zeros(swept(outer[1], lower, vector), lower)
 
     return value, gradient, pullback
 

@@ -176,10 +176,12 @@ class Prepared:
 
     def lower_gradient_pullback(
         self, lower: Nest, draw: Any = 0
-    ) -> tuple[tf.Tensor, Any, derivatives.Pullback]:
+    ) -> tuple[tf.Tensor, Any, derivatives.Products]:
         """g, g_y and v -> (g_xy v, g_yy v), which takes one reverse sweep.
 
-        Entries of g_xy v are `None` where not connected.
+        Entries of g_xy v are `None` where not connected. If you use one product only,
+        call the map with `mixed=False` or `curvature=False`; on several replicas the
+        other is then not computed.
 
         Args:
             draw: the number of the lower batch.

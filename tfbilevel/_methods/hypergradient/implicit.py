@@ -215,9 +215,9 @@ class Implicit(Method):
         )
         rate = None if self.inner.rule.scheduled else self.inner.rule.learning_rate
         return _Equation(
-            LinearSystem(lambda vector: pullback(vector)[1], rate=rate),
+            LinearSystem(lambda vector: pullback(vector, mixed=False)[1], rate=rate),
             rhs,
-            lambda value: pullback(structure.scale(-1, value))[0],
+            lambda value: pullback(structure.scale(-1, value), curvature=False)[0],
             lower_loss,
             gradient,
         )

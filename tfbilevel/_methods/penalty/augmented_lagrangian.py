@@ -226,7 +226,7 @@ class AugmentedLagrangian(Method):
         iterate = self.inner.begin(here, lower, state["inner"])
 
         def body(t: tf.Tensor, y: Nest, optimizer: Any) -> tuple:
-            _, along = self._directions(here, y, t, state)
+            _, along = self._directions(here, y, t, state, mixed=False)
             moved, optimizer = self.inner.rule.update(along, optimizer, y)
             moved = structure.subtract(moved, y)
             moved = structure.add_scaled(y, state["rate_scale"], moved)
@@ -279,15 +279,15 @@ class AugmentedLagrangian(Method):
         )
 
     def _directions(
-        self, here: Prepared, lower: Nest, draw: Any, state: State
+        self, here: Prepared, lower: Nest, draw: Any, state: State, mixed: bool = True
     ) -> tuple["_Point", Any]:
-        """All derivatives at a point, and d_y."""
+        """All derivatives at a point (g_xy w only if `mixed`), and d_y."""
         upper_loss, partial, direct = here.upper_partials(lower)
         lower_loss, gradient, pullback = here.lower_gradient_pullback(lower, draw)
         vector = structure.add_scaled(state["multiplier"], state["weight"], gradient)
-        mixed, curvature = pullback(vector)
+        product, curvature = pullback(vector, mixed=mixed)
         along = structure.add_scaled(direct, state["lower_weight"], gradient)
-        point = _Point(upper_loss, lower_loss, gradient, partial, mixed)
+        point = _Point(upper_loss, lower_loss, gradient, partial, product)
         return point, structure.add(along, curvature)
 
     def _schedule(

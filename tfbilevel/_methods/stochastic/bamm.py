@@ -163,7 +163,7 @@ class BAMM(Method):
         if self.multiplier_step == "exact":
             # One norm over all tensors. A published version adds up the norms of the
             # tensors before it squares them, which makes the step too long.
-            curvature = here.dot(against, pullback(against)[1])
+            curvature = here.dot(against, pullback(against, mixed=False)[1])
             broken = (curvature <= 0) & (square > 0)
             rate = tf.where(curvature > 0, structure.ratio(square, curvature), 0)
         largest = tf.maximum(state["largest"], slope)

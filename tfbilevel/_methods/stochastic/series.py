@@ -36,7 +36,7 @@ def factors(
 
     def body(j: tf.Tensor, term: Any, total: Nest) -> tuple:
         _, _, pullback = here.lower_gradient_pullback(lower, first + j * stride)
-        term = structure.add_scaled(term, -rate, pullback(term)[1])
+        term = structure.add_scaled(term, -rate, pullback(term, mixed=False)[1])
         return j + 1, term, structure.add(total, term)
 
     _, term, total = serial_loop(
@@ -48,7 +48,7 @@ def factors(
 def mixed_product(here: Prepared, lower: Nest, vector: Nest, draw: Any) -> tuple:
     """g_xy v and the lower loss on one lower batch; `None` where not connected."""
     value, _, pullback = here.lower_gradient_pullback(lower, draw)
-    return pullback(vector)[0], value
+    return pullback(vector, curvature=False)[0], value
 
 
 def growth_metrics(here: Prepared, term: Any, vector: Nest) -> Metrics:
