@@ -133,8 +133,7 @@ def pairs(size, kind):
     return tb.pair(level(STEPS), level(STEPS * draws), draws)
 
 
-def fit(method, size, kind, scope):
-    """Everything that is saved, and the logs."""
+def make(method, size, kind, scope):
     keras.utils.set_random_seed(1)
     with scope:
         upper = tb.ExampleWeights(99) if kind == "weights" else dense(FEATURES, 3)
@@ -148,7 +147,13 @@ def fit(method, size, kind, scope):
         # Of the whole gradient, not of parts of it.
         clipped = SGD(0.5, momentum=0.9, global_clipnorm=0.05)
         model.compile(METHODS[method](), clipped, jit_compile=False)
-    trained = model.trainable_variables if not model.tasks else upper.weights
+    return model
+
+
+def fit(method, size, kind, scope):
+    """Everything that is saved, and the logs."""
+    model = make(method, size, kind, scope)
+    trained = model.trainable_variables if not model.tasks else model.upper.weights
     before = [v.numpy() for v in trained]
     history = model.fit(pairs(size, kind), verbose=0).history
     assert model.outer_step == STEPS
@@ -267,9 +272,30 @@ def collectives():
     module._collective = sums
 
 
+def backed_up(folder):
+    """One epoch, and the second one by another model: equal to two epochs."""
+
+    def of(epochs, *callbacks):
+        data = pairs(5, "dense")
+        model = make("unroll", 5, "dense", STRATEGY.scope())
+        model.fit(data, epochs=epochs, callbacks=list(callbacks), verbose=0)
+        return model
+
+    whole = of(2)
+    of(1, tb.Backup(folder))
+    ready = STRATEGY.run(tf.function(lambda: total(tf.ones([]))))  # all have saved
+    assert STRATEGY.experimental_local_results(ready)[0] == 2
+    resumed = of(2, tb.Backup(folder))
+    assert (resumed.outer_step, len(resumed.history.epoch)) == (2 * STEPS, 1)
+    for made, expected in zip(resumed.variables, whole.variables, strict=True):
+        np.testing.assert_array_equal(made.numpy(), expected.numpy())
+
+
 def main(case):
     if case == "derivatives":
         derivatives()
+    elif case.startswith("backup="):
+        backed_up(case.split("=")[1])
     elif case == "collectives":
         collectives()
     elif case.startswith("every:"):

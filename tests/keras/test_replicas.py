@@ -97,13 +97,14 @@ def free_ports(count: int) -> list[int]:
 
 
 @pytest.mark.slow
-def test_two_workers_are_equal_to_one_process():
+def test_two_workers_are_equal_to_one_process(tmp_path):
     workers = [f"127.0.0.1:{port}" for port in free_ports(2)]
     cases = (
         "unroll:5:weights",
         "implicit-cg:6:dense",
         "value-gap:5:dense",
         "unroll:5:tasks",
+        f"backup={tmp_path / 'backup'}",
     )
     started = []
     try:

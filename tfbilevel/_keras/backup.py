@@ -7,6 +7,7 @@ from typing import Any
 import keras
 
 from tfbilevel._core.arguments import require_count
+from tfbilevel._keras.replicas.strategies import is_chief
 
 
 class Backup(keras.callbacks.BackupAndRestore):
@@ -21,6 +22,9 @@ class Backup(keras.callbacks.BackupAndRestore):
     at most the current epoch, and the resumed fit ends with the same numbers as an
     uninterrupted one if its batches depend only on the outer step. Those of arrays do
     (in `fit` and in `tb.pair`); so do `tb.index_batches`.
+
+    Of several workers (tf.distribute.MultiWorkerMirroredStrategy) the first one writes,
+    and all of them read: the folder must be one that they share.
 
     Cost: one `save_weights` per epoch (both models, the states of the method and the
     optimizers). During a save the disk holds them twice.
@@ -75,6 +79,8 @@ class Backup(keras.callbacks.BackupAndRestore):
         return self.folder / "latest.weights.h5"
 
     def _save_model(self) -> None:
+        if not is_chief(self.model.distribute_strategy):
+            return  # all workers have the same weights
         self.folder.mkdir(parents=True, exist_ok=True)
         partial = self.folder / "partial.weights.h5"
         self.model.save_weights(str(partial))

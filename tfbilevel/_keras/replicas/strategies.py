@@ -25,6 +25,17 @@ def is_replicated(strategy: Any) -> bool:
     return isinstance(strategy, REPLICATED)
 
 
+def is_chief(strategy: Any) -> bool:
+    """Whether this process writes files that all workers of a strategy share."""
+    if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+        return True
+    resolver = strategy.cluster_resolver
+    if not resolver.cluster_spec().jobs:  # no TF_CONFIG: one worker
+        return True
+    chiefs = "chief" in resolver.cluster_spec().jobs
+    return resolver.task_type == "chief" or (not chiefs and resolver.task_id == 0)
+
+
 def require_strategy() -> None:
     """Raise in the scope of a strategy whose replicas cannot make a step together."""
     if not tf.distribute.has_strategy():
