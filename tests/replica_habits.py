@@ -271,6 +271,66 @@ def refusals():
             tb.BilevelModel(*outside, loss, loss)
 
 
+def unknown_number_of_steps():
+    """Keras then reads to the end of the data, and finds out there."""
+    histories = []
+    for make_model in (alone, together):
+        model = make_model()
+        data = pairs(5, "dense").filter(lambda batches: batches.upper[2][0] >= 0)
+        assert int(data.cardinality()) == tf.data.UNKNOWN_CARDINALITY
+        logs = model.fit(data, epochs=2, verbose=0).history
+        assert model.outer_step == 6
+        histories.append((logs["upper_loss"], values(model)))
+    (expected, before), (made, after) = histories
+    assert made == pytest.approx(expected, rel=1e-6)
+    assert_equal(after, before)
+
+
+def every_part_of_the_problem():
+    """A learned start, projections of both levels, `prepare`, two optimizers."""
+
+    def prepare(upper, batches):
+        def features(level):
+            return (upper(level[0]), *level[1:])
+
+        return batches._replace(
+            upper=features(batches.upper), lower=features(batches.lower)
+        )
+
+    def clipped(variables):
+        return [tf.clip_by_value(v, -0.5, 0.5) for v in variables]
+
+    def fitted(scope, **options):
+        keras.utils.set_random_seed(1)
+        with scope:
+            model = tb.BilevelModel(
+                dense(4, 3),
+                dense(3, CLASSES),
+                of_lower,
+                of_lower,
+                lower_start="learned",
+                prepare=prepare,
+                project_upper=clipped,
+                project_lower=clipped,
+            )
+            model.compile(
+                tb.Unroll(inner()),
+                keras.optimizers.AdamW(0.05, weight_decay=0.1),
+                start_optimizer=keras.optimizers.Adam(0.02, clipnorm=0.1),
+                jit_compile=False,
+                **options,
+            )
+        before = values(model)
+        model.fit(pairs(5, "dense"), verbose=0)
+        assert any(np.any(a != b) for a, b in zip(before, values(model), strict=True))
+        optimizers = (model.optimizer, model.start_optimizer)
+        slots = [v.numpy() for one in optimizers for v in one.variables]
+        return values(model) + slots
+
+    expected = fitted(contextlib.nullcontext())
+    assert_equal(fitted(STRATEGY.scope()), expected)
+
+
 def other_strategies():
     """One replica, and OneDeviceStrategy, are equal to no strategy."""
     data = pairs(5, "dense")

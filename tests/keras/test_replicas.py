@@ -77,6 +77,8 @@ HABITS = (
     "saved_and_resumed",
     "backed_up",
     "refusals",
+    "unknown_number_of_steps",
+    "every_part_of_the_problem",
     "other_strategies",
 )
 
