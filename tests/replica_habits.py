@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from two_replicas import METHODS, SGD, STRATEGY, dense, inner, pairs
+from two_replicas import fit as a_fit
 
 import tfbilevel as tb
 
@@ -243,8 +244,10 @@ def refusals():
     with pytest.raises(ValueError, match="`upper_optimizer` and the tb.BilevelModel"):
         together(upper_optimizer=optimizer)
     model = alone()
-    with scope(), pytest.raises(ValueError, match="`compile` must be called in the sc"):
+    with scope(), pytest.raises(ValueError, match="must be called in the scope"):
         model.compile(METHODS["unroll"](), "sgd")
+    with scope(), pytest.raises(ValueError, match="must be called in the scope"):
+        model.fit(data, verbose=0)
     for options, message in (
         ({"jit_compile": True}, "`jit_compile` must be False"),
         ({"steps_per_execution": 2}, "`steps_per_execution` must be 1"),
@@ -333,16 +336,26 @@ def every_part_of_the_problem():
 
 def other_strategies():
     """One replica, and OneDeviceStrategy, are equal to no strategy."""
-    data = pairs(5, "dense")
-    expected = alone()
-    expected.fit(data, verbose=0)
-    for strategy in (
-        tf.distribute.OneDeviceStrategy("CPU:1"),
-        tf.distribute.MirroredStrategy(["CPU:1"]),
-    ):
-        model = make(strategy.scope())
-        model.fit(data, verbose=0)
-        assert_equal(values(model), values(expected))
+    for kind in ("dense", "tasks"):
+        expected = a_fit("unroll", 5, kind, contextlib.nullcontext())
+        for strategy in (
+            tf.distribute.OneDeviceStrategy("CPU:1"),
+            tf.distribute.MirroredStrategy(["CPU:1"]),
+        ):
+            kept, logs = a_fit("unroll", 5, kind, strategy.scope())
+            assert_equal(kept, expected[0])
+            assert logs["upper_loss"] == pytest.approx(expected[1]["upper_loss"])
+
+
+def losses_without_metrics():
+    """`evaluate` on batches needs no metrics."""
+    one, two = alone(), together()
+    logs, made = (
+        model.evaluate(pairs(5, "dense"), return_dict=True, verbose=0)
+        for model in (one, two)
+    )
+    assert logs.keys() == {"upper_loss", "lower_loss"}
+    assert made == pytest.approx(logs, rel=1e-6)
 
 
 if __name__ == "__main__":

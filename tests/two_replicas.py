@@ -231,7 +231,7 @@ def equal(case):
         np.testing.assert_allclose(made, expected, rtol=1e-10, atol=1e-10)
     assert logged.keys() == logs.keys()
     for name, values in logs.items():  # means in float32
-        np.testing.assert_allclose(logged[name], values, rtol=1e-6, err_msg=name)
+        np.testing.assert_allclose(logged[name], values, 1e-6, 1e-10, err_msg=name)
 
 
 # Per outer step, from what each method evaluates (docs/scaling.md). T = 3 inner steps,

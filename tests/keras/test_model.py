@@ -599,7 +599,7 @@ def test_what_validation_needs_is_said_before_any_step():
 @pytest.mark.slow
 def test_models_of_another_scope_are_refused_but_in_that_of_one_device():
     model = tb.BilevelModel(tb.ExampleWeights(TRAIN), network(), upper_loss, lower_loss)
-    rule = "`compile` must be called in the scope.*outside of any scope"
+    rule = "`compile` and `fit` must be called in the scope.*outside of any scope"
     with tf.distribute.MirroredStrategy(["cpu:0"]).scope():
         with pytest.raises(ValueError, match=rule):
             model.compile(unroll(), keras.optimizers.Adam(0.1))

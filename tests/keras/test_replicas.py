@@ -80,6 +80,7 @@ HABITS = (
     "unknown_number_of_steps",
     "every_part_of_the_problem",
     "other_strategies",
+    "losses_without_metrics",
 )
 
 

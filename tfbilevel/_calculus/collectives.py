@@ -61,6 +61,8 @@ def _dense(gradients: tuple) -> list:
 
 
 def _sums(leaves: tuple) -> list:
+    if not several_replicas():
+        return [tf.identity(leaf) for leaf in leaves]
     sums: list = [None] * len(leaves)
     for dtype in dict.fromkeys(leaf.dtype for leaf in leaves):
         places = [i for i, leaf in enumerate(leaves) if leaf.dtype == dtype]

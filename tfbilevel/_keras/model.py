@@ -24,7 +24,8 @@ from tfbilevel._keras.levels import Levels
 from tfbilevel._keras.replicas.outer_step import outer_step
 from tfbilevel._keras.replicas.strategies import (
     is_replicated,
-    require_created_within,
+    require_compiled_within,
+    require_models_within,
     require_plain_steps,
     require_strategy,
 )
@@ -153,9 +154,7 @@ class BilevelModel(Trained):
             regularizers=regularizers,
         )
         self._functions = tuple(k for k, v in functions.items() if callable(v))
-        named = [("upper", v) for v in upper.trainable_variables]
-        named += [("lower", v) for v in lower.trainable_variables]
-        require_created_within(self._distribute_strategy, named)
+        require_models_within(self._distribute_strategy, upper, lower)
         self.upper, self.lower, self.start = upper, lower, levels.start
         self.problem = levels.problem
         self.tasks, self.regularizers = tasks, regularizers
@@ -308,6 +307,7 @@ class BilevelModel(Trained):
         """
         given = fit_arguments.named(keras.Model.fit, x, y, *arguments, **keywords)
         self._assert_compile_called("fit")
+        require_compiled_within(self._distribute_strategy)
         require_no_weights(given)
         x, given = fit_arguments.batches_of(
             given,

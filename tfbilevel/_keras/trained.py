@@ -128,8 +128,9 @@ class Trained(keras.Model):
         return super().evaluate(x, *arguments, **keywords)
 
     def test_step(self, data: Any) -> dict[str, Any]:
-        require_measurable(data, self._compile_metrics, self.tasks)
-        if isinstance(data, (Batches, Part)):
+        batches = data.batches if isinstance(data, Part) else data
+        require_measurable(batches, self._compile_metrics, self.tasks)
+        if isinstance(batches, Batches):
             return self._outer.measure(data)
         inputs, labels, weights = keras.utils.unpack_x_y_sample_weight(data)
         require_labels(labels)

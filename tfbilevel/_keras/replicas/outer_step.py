@@ -150,15 +150,21 @@ class ReplicatedStep(OuterStep):
     def _advance(self, part: Part, number: Any, committed: Any) -> None:
         """Statistics become means over the replicas; of seeds each has the same."""
 
-        def assign(variable: Any, value: Any) -> None:
-            old = tf.convert_to_tensor(variable.value)
-            value = tf.cast(tf.convert_to_tensor(value), old.dtype)
-            if old.dtype.is_floating:
-                value = total(tf.cast(self._weight(part), old.dtype) * value)
-            variable.assign(tf.where(committed, value, old))
+        written: list = []
+
+        def note(variable: Any, value: Any) -> None:
+            value = tf.cast(tf.convert_to_tensor(value), variable.dtype)
+            if value.dtype.is_floating:
+                value = tf.cast(self._weight(part), value.dtype) * value
+            written.append((variable, value))
 
         steps = self.method.lower_steps
-        self.levels.advance(part.batches, number, steps, assign=assign)
+        self.levels.advance(part.batches, number, steps, assign=note)
+        means = iter(total([v for _, v in written if v.dtype.is_floating]))
+        for variable, value in written:
+            value = next(means) if value.dtype.is_floating else value
+            old = tf.convert_to_tensor(variable.value)
+            variable.assign(tf.where(committed, value, old))
 
     def _weight(self, part: Part) -> Any:
         """The weight of this replica's statistics."""

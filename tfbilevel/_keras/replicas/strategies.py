@@ -74,8 +74,16 @@ def require_created_within(strategy: Any, named: Iterable[tuple[str, Any]]) -> N
             )
 
 
+def require_models_within(strategy: Any, upper: Any, lower: Any) -> None:
+    """Raise unless both models were created in the scope that the BilevelModel was."""
+    for name, model in (("upper", upper), ("lower", lower)):
+        named = [(name, variable) for variable in model.trainable_variables]
+        require_created_within(strategy, named)
+
+
 def require_compiled_within(strategy: Any) -> None:
-    """Raise if the current scope is that of another strategy with replicas.
+    """Raise if the current scope is that of another strategy with replicas, under
+    which Keras would run a model that has no strategy.
 
     Args:
         strategy: that of the model; `None`: it was created outside of any scope.
@@ -83,10 +91,11 @@ def require_compiled_within(strategy: Any) -> None:
     current = tf.distribute.get_strategy()
     if is_replicated(current) and current is not strategy:
         raise ValueError(
-            "`compile` must be called in the scope in which the tb.BilevelModel was "
-            "created. Create both models, the optimizers and the tb.BilevelModel "
-            "within one `with strategy.scope():`. Received: a BilevelModel "
-            f"{_place(strategy)}, compile in that of {type(current).__name__}"
+            "`compile` and `fit` must be called in the scope in which the "
+            "tb.BilevelModel was created. Create both models, the optimizers and the "
+            "tb.BilevelModel within one `with strategy.scope():`. Received: a "
+            "BilevelModel "
+            f"{_place(strategy)}, called in that of {type(current).__name__}"
         )
 
 
