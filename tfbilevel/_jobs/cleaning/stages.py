@@ -168,14 +168,13 @@ def run(trainings: Trainings, learn: bool, callbacks: Any, choose: bool) -> Outc
         "final", found.weights, targets, trust, sure, 1.0, callbacks=callbacks
     )
 
-    last = noise.as_sure(trainings.p(), found.unseen)
+    last = trainings.p()
     if feature_dependent:
-        shares = (last + opinion) / 2
+        shares = (noise.as_sure(last, found.unseen) + opinion) / 2
         transition = _counted(shares, given, transition)
     else:
         honest = noise.posterior(found.unseen, transition, given)
-        right = float(honest[np.arange(len(given)), given].mean())
-        heard = noise.seen_posterior(last, transition, given, right)
+        heard = noise.seen_posterior(last, transition, given, honest)
         shares = opinion if heard is None else heard
     on_held = seen.on_sure[trainings.split.fitted :]
     return Outcome(
