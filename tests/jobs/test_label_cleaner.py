@@ -271,7 +271,9 @@ def test_a_given_label_is_not_counted_twice() -> None:
     bayes = unseen * evidence / (unseen * evidence).sum(axis=1, keepdims=True)
 
     def of(predicted: np.ndarray) -> np.ndarray | None:
-        return noise.seen_posterior(predicted, CONFUSED, given, bayes)
+        return noise.seen_posterior(
+            noise.as_sure(predicted, unseen), unseen, CONFUSED, given
+        )
 
     # A network that has heard nothing of the given label needs it whole. How sure it is
     # does not matter.

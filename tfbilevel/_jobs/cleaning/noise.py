@@ -8,8 +8,8 @@ import numpy as np
 PSEUDO_COUNT = 0.1
 SMALLEST = 1e-8
 SHARPNESSES = np.exp(np.linspace(-1.5, 2.0, 71))  # from 0.22 to 7.4
-# Shares of the wrong labels.
-BY_HEART, NEARLY = 0.1, 0.01
+NEARLY = 0.01  # a share of the labels
+BY_HEART = 0.1  # a share of the wrong labels
 
 
 def gold_transition(
@@ -221,7 +221,7 @@ def harmless(transition: np.ndarray, most: float = 0.45) -> bool:
 
 
 def seen_posterior(
-    predicted: np.ndarray, transition: np.ndarray, given: np.ndarray, honest: np.ndarray
+    predicted: np.ndarray, unseen: np.ndarray, transition: np.ndarray, given: np.ndarray
 ) -> np.ndarray | None:
     """P(true = k | x, given) by a network that trained on the given labels, [n, K].
 
@@ -231,22 +231,25 @@ def seen_posterior(
     twice. c and s are chosen so that the answer is like one of networks that did not
     see the labels: as sure (the mean largest probability), and calling as many given
     labels right. c is the largest from 0 to 1 that does not call more right, up to a
-    hundredth of the wrong labels. `None` if even c = 0 calls clearly more right: then
-    the network has learned wrong labels by heart, and believes them.
+    hundredth of the wrong ones. s is from 1/2 to 2: far outside, p or T alone would
+    decide, and be as sure, too. `None` if even c = 0
+    calls clearly more right: then the network has learned wrong labels by heart, and
+    believes them.
 
     Args:
-        predicted: p, [n, K].
+        predicted: p, as sure as that of networks that did not see the labels, [n, K].
+        unseen: the same of networks that did not see the labels.
         transition: T, [K, K].
         given: the labels, [n].
-        honest: P(true = k | x, given) by networks that did not see the labels, [n, K].
     """
+    honest = posterior(unseen, transition, given)
     logits = np.log(np.maximum(predicted, SMALLEST))
     evidence = np.log(np.maximum(transition, SMALLEST))[:, given].T
     right, sure = _share_right(honest, given), honest.max(axis=1).mean()
 
     def of(weight: float) -> np.ndarray:
         best, error = honest, np.inf
-        for sharpness in SHARPNESSES[::2]:
+        for sharpness in np.logspace(-1, 1, 21, base=2):
             found = _softmax(sharpness * logits + weight * evidence)
             off = abs(found.max(axis=1).mean() - sure)
             if off < error:

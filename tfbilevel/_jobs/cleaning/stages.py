@@ -168,14 +168,15 @@ def run(trainings: Trainings, learn: bool, callbacks: Any, choose: bool) -> Outc
         "final", found.weights, targets, trust, sure, 1.0, callbacks=callbacks
     )
 
-    last = trainings.p()
+    last = noise.as_sure(trainings.p(), found.unseen)
     if feature_dependent:
-        shares = (noise.as_sure(last, found.unseen) + opinion) / 2
+        shares = (last + opinion) / 2
         transition = _counted(shares, given, transition)
-    else:
-        honest = noise.posterior(found.unseen, transition, given)
-        heard = noise.seen_posterior(last, transition, given, honest)
+    elif noisy:
+        heard = noise.seen_posterior(last, found.unseen, transition, given)
         shares = opinion if heard is None else heard
+    else:
+        shares = noise.posterior(last, transition, given)
     on_held = seen.on_sure[trainings.split.fitted :]
     return Outcome(
         weights=trainings.weights(),
