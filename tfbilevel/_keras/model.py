@@ -13,6 +13,7 @@ from tfbilevel._core.method import Method
 from tfbilevel._keras import elements, fit_arguments
 from tfbilevel._keras.arguments import (
     losses_are_minimised,
+    microbatches_of,
     require_jit,
     require_measurable,
     require_method_for,
@@ -168,6 +169,7 @@ class BilevelModel(Trained):
         run_eagerly: bool = False,
         start_optimizer: keras.optimizers.Optimizer | str | None = None,
         weighted_metrics: list | None = None,
+        microbatches: int | tuple[int, int] = 1,
     ) -> None:
         """Set the method, the optimizers, the metrics and the compilation.
 
@@ -192,11 +194,15 @@ class BilevelModel(Trained):
                 optimizer moves it too.
             weighted_metrics: like `metrics`, but weighted by the weights that the data
                 of `evaluate` may have as a third part.
+            microbatches: compute both losses on at most so many parts of their batches,
+                one after the other, to save memory; or (upper, lower). Exact for losses
+                that are means over examples; see `tb.microbatched`.
         """
         require_choice(on_nonfinite, "on_nonfinite", ON_NONFINITE)
         require_jit(jit_compile)
         require_method_for(method, self.tasks)
         require_one_replica()
+        microbatches = microbatches_of(microbatches)
         upper_optimizer = optimizer_of(upper_optimizer, "upper_optimizer")
         start_optimizer = optimizer_of(start_optimizer, "start_optimizer")
         require_optimizers(upper_optimizer, start_optimizer, self._levels)
@@ -211,7 +217,9 @@ class BilevelModel(Trained):
             steps_per_execution=steps_per_execution,
             run_eagerly=run_eagerly,
         )
-        self.method = method
+        self.method, self.microbatches = method, microbatches
+        self._levels.use_microbatches(*microbatches)
+        self.problem = self._levels.problem
         self._auto_jit = jit_compile == "auto" and not run_eagerly
         self.jit_compile = jit_compile is True and not run_eagerly
         self.on_nonfinite = on_nonfinite
