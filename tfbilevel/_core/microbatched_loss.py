@@ -35,22 +35,20 @@ class MicrobatchedLoss:
         if division.single:
             return self.whole(x, y, batch)
         seed = current_seed()
-        every = (x, y, batch)
-        leaves = list(map(_tensor, tf.nest.flatten(every, expand_composites=True)))
         # The batch is among the arguments, because what `prepare` makes depends on x.
-        floating = [
-            index
-            for index, leaf in enumerate(leaves)
-            if leaf is not None and leaf.dtype.is_floating
+        every = (x, y, batch)
+        leaves = [
+            [_tensor(leaf) for leaf in tf.nest.flatten(nest, expand_composites=True)]
+            for nest in every
         ]
-        first = tf.convert_to_tensor(tf.nest.flatten(y)[0])
+        first = leaves[1][0]
         like = tf.zeros(tf.shape(first)[: self.axis], first.dtype)
 
-        def term(arguments: list, number: Any) -> list:
-            now = list(leaves)
-            for index, leaf in zip(floating, arguments, strict=True):
-                now[index] = leaf
-            x, y, batch = tf.nest.pack_sequence_as(every, now, expand_composites=True)
+        def term(arguments: list[list], number: Any) -> list[list]:
+            x, y, batch = (
+                _packed(nest, group, floating)
+                for nest, group, floating in zip(every, leaves, arguments, strict=True)
+            )
             # Again here: XLA knows sizes only in the loop that uses them.
             division = Division(batch, self.most, self.axis)
             fixed = contextlib.nullcontext()
@@ -61,11 +59,22 @@ class MicrobatchedLoss:
             if self.axis == 0:
                 value = require_scalar(value)
             share = structure.scalar(division.share(number), like.dtype)
-            return [share * tf.cast(value, like.dtype)]
+            return [[share * tf.cast(value, like.dtype)]]
 
-        arguments = [leaves[index] for index in floating]
-        (value,) = accumulated(term, division.parts, arguments, [like])
+        arguments = [list(filter(_is_floating, group)) for group in leaves]
+        ((value,),) = accumulated(term, division.parts, arguments, [[like]])
         return value
+
+
+def _packed(nest: Any, leaves: list, floating: list) -> Any:
+    """The nest with other floating-point leaves."""
+    others = iter(floating)
+    made = [next(others) if _is_floating(leaf) else leaf for leaf in leaves]
+    return tf.nest.pack_sequence_as(nest, made, expand_composites=True)
+
+
+def _is_floating(leaf: Any) -> bool:
+    return leaf is not None and leaf.dtype.is_floating
 
 
 def _tensor(leaf: Any) -> Any:
