@@ -84,7 +84,8 @@ def accumulated(
 
             return values, pull
 
-        return at(*sums[place], *_flat(arguments)) if sums[place] else []
+        made: Any = at(*sums[place], *_flat(arguments)) if sums[place] else []
+        return made
 
     numbers = iter(range(len(_flat(like))))
     return [
