@@ -123,6 +123,35 @@ def test_nothing_of_the_whole_batch_is_kept(parts: int) -> None:
     assert bool(large) == (parts == 1)
 
 
+def test_derivatives_that_nothing_uses_are_not_computed() -> None:
+    """A gradient in y runs no operation of the gradient in x."""
+    calls = []
+
+    def noted(value: np.ndarray) -> np.ndarray:
+        calls.append(1)
+        return value
+
+    @tf.custom_gradient
+    def watched(x: tf.Tensor) -> Any:
+        def gradient(d: tf.Tensor) -> tf.Tensor:
+            made = tf.numpy_function(noted, [d], d.dtype, stateful=False)
+            return tf.ensure_shape(made, d.shape)
+
+        return tf.identity(x), gradient
+
+    def loss(x: Any, y: Any, batch: Any) -> Any:
+        return tf.reduce_mean(watched(x) * y * batch)
+
+    split = tb.microbatched(tb.Problem(loss, loss), lower=2)
+    batch = tf.constant([1.0, 2.0, 3.0, 6.0])
+    here = split.prepared(tf.constant(2.0), tb.Batches(batch, batch))
+    y = tf.constant(5.0)
+    in_y = tf.function(lambda: here.lower_gradient(y)[1], autograph=False)
+    in_x = tf.function(lambda: here.lower_pullback(y)[1](1.0)[0], autograph=False)
+    assert float(in_y()) == 6.0 and not calls
+    assert float(in_x()) == 15.0 and len(calls) == 2
+
+
 @pytest.mark.slow
 def test_unknown_numbers_of_examples_and_prepare() -> None:
     """One graph for 20 and 21 examples, whose features depend on x, in one task."""

@@ -60,9 +60,9 @@ def microbatched(problem: Problem, upper: int = 1, lower: int = 1) -> Problem:
         ...     lower_loss=lambda x, y, batch: tf.reduce_mean((y - x * batch) ** 2),
         ... )
         >>> split = tb.microbatched(problem, lower=2)
-        >>> x, y, batch = tf.constant(2.0), tf.constant(1.0), tf.constant([0.0, 1, 3, 0])
+        >>> x, y, batch = tf.constant(2.0), tf.constant(1.0), tf.constant([0.0, 3.0])
         >>> float(problem.lower_loss(x, y, batch)), float(split.lower_loss(x, y, batch))
-        (7.0, 7.0)
+        (13.0, 13.0)
     """
     require_problem(problem)
     require_count(upper, "upper")
