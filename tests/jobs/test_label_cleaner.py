@@ -266,27 +266,29 @@ def test_a_given_label_is_not_counted_twice() -> None:
     random = np.random.default_rng(6)
     classes = random.integers(0, 3, 3000)
     given = np.array([random.choice(3, p=CONFUSED[k]) for k in classes])
-    rows = np.arange(3000)
-    unseen = 0.5 * np.eye(3)[classes] + 0.5 / 3
-    bayes = unseen * CONFUSED[:, given].T
-    bayes /= bayes.sum(axis=1, keepdims=True)
-    right = bayes[rows, given].mean()
+    unseen = 0.5 * random.dirichlet([1.0, 1.0, 1.0], 3000) + 0.5 * np.eye(3)[classes]
+    evidence = CONFUSED[:, given].T
+    bayes = unseen * evidence / (unseen * evidence).sum(axis=1, keepdims=True)
 
     def of(predicted: np.ndarray) -> np.ndarray | None:
-        return noise.seen_posterior(predicted, CONFUSED, given, right)
+        return noise.seen_posterior(
+            noise.as_sure(predicted, unseen), unseen, CONFUSED, given
+        )
 
-    # A network that has heard nothing of the given label needs it whole.
-    np.testing.assert_allclose(of(unseen), bayes, atol=1e-6)
-    # One that knows Bayes' answer already needs nothing more. (0.01 of the wrong labels
-    # may count as right too many.)
-    found = of(bayes)
-    assert found is not None
-    assert abs(found[rows, given].mean() - right) <= 0.0101 * (1 - right)
-    np.testing.assert_allclose(found, bayes, atol=0.02)
-    # One that has heard half of it needs the other half.
-    half = unseen * CONFUSED[:, given].T ** 0.5
-    found = of(half / half.sum(axis=1, keepdims=True))
-    np.testing.assert_allclose(found, bayes, atol=0.02)
+    # A network that has heard nothing of the given label needs it whole. How sure it is
+    # does not matter.
+    for sharpness in (0.5, 1.0, 2.0):
+        found = of(noise.sharpened(unseen, sharpness))
+        assert found is not None
+        np.testing.assert_allclose(found, bayes, atol=0.02)
+    # One that has heard all of it, or half of it, needs the remaining part. (0.01 of
+    # the wrong labels may be called right too many.)
+    for heard in (1.0, 0.5):
+        predicted = noise.sharpened(unseen * evidence**heard, 0.7)
+        found = of(predicted / predicted.sum(axis=1, keepdims=True))
+        assert found is not None
+        np.testing.assert_allclose(found, bayes, atol=0.05)
+        assert np.abs(noise.posterior(predicted, CONFUSED, given) - bayes).max() > 0.15
     # One that says the given label whatever the example is has learned it by heart.
     assert of(0.9 * np.eye(3)[given] + 0.1 / 3) is None
 

@@ -50,8 +50,8 @@ class LabelCleaner(Estimator):
        held out. It is kept only if it does better there than the same training with the
        numbers at the start.
     5. The final network is trained so, and gives the labels. It has seen the given
-       ones, so these count less: T^c, with c from 0 to 1 such that as many given labels
-       are right as networks say that did not see them.
+       ones, so these count less: P ~ p^s T^c, as sure as networks that did not see
+       them, and with as many given labels called right.
 
     Without trusted examples T starts from confident learning, steps 3 and 5 are the
     same, and nothing can check the result. This is weaker: noise that calls most of a

@@ -7,8 +7,9 @@ import numpy as np
 # The fewest pseudo-examples that keep every logarithm finite.
 PSEUDO_COUNT = 0.1
 SMALLEST = 1e-8
-# Shares of the wrong labels.
-BY_HEART, NEARLY = 0.1, 0.01
+SHARPNESSES = np.exp(np.linspace(-1.5, 2.0, 71))  # from 0.22 to 7.4
+NEARLY = 0.01  # a share of the labels
+BY_HEART = 0.1  # a share of the wrong labels
 
 
 def gold_transition(
@@ -97,7 +98,10 @@ def likeliest_transition(
 
 def sharpened(predicted: np.ndarray, sharpness: float) -> np.ndarray:
     """p_k^s / sum_j p_j^s, [n, K]: surer for s > 1, flatter for s < 1."""
-    logits = sharpness * np.log(np.maximum(predicted, SMALLEST))
+    return _softmax(sharpness * np.log(np.maximum(predicted, SMALLEST)))
+
+
+def _softmax(logits: np.ndarray) -> np.ndarray:
     powers = np.exp(logits - logits.max(axis=1, keepdims=True))
     return powers / powers.sum(axis=1, keepdims=True)
 
@@ -150,9 +154,8 @@ def clearly_better(one: np.ndarray, other: np.ndarray, right: np.ndarray) -> boo
 
 
 def _best(log_likelihoods: Callable[[float], np.ndarray]) -> float:
-    tried = np.exp(np.linspace(-1.5, 2.0, 71))  # s from 0.22 to 7.4
-    losses = [2 * np.log(s) ** 2 - log_likelihoods(s).sum() for s in tried]
-    return float(tried[np.argmin(losses)])
+    losses = [2 * np.log(s) ** 2 - log_likelihoods(s).sum() for s in SHARPNESSES]
+    return float(SHARPNESSES[np.argmin(losses)])
 
 
 def log_likelihoods(given_probabilities: np.ndarray, given: np.ndarray) -> np.ndarray:
@@ -218,38 +221,58 @@ def harmless(transition: np.ndarray, most: float = 0.45) -> bool:
 
 
 def seen_posterior(
-    predicted: np.ndarray, transition: np.ndarray, given: np.ndarray, right: float
+    predicted: np.ndarray, unseen: np.ndarray, transition: np.ndarray, given: np.ndarray
 ) -> np.ndarray | None:
     """P(true = k | x, given) by a network that trained on the given labels, [n, K].
 
-        ~ p_k(x) T[k, given]^c,    mean_i P(true = given_i | x_i, given_i) <= right
+        ~ p_k(x)^s T[k, given]^c
 
     Such a network has heard the given label, so Bayes' rule (c = 1) would count it
-    twice. The c from 0 to 1 is the largest with which not more given labels are right
-    than networks say that did not see them, up to a hundredth of the wrong labels.
-    `None` if even c = 0 says clearly more: then the network has learned wrong labels by
-    heart, and believes them.
+    twice. c and s are chosen so that the answer is like one of networks that did not
+    see the labels: as sure (the mean largest probability), and calling as many given
+    labels right. c is the largest from 0 to 1 that does not call more right, up to a
+    hundredth of the wrong ones. s is from 1/2 to 2: far outside, p or T alone would
+    decide, and be as sure, too. `None` if even c = 0
+    calls clearly more right: then the network has learned wrong labels by heart, and
+    believes them.
 
     Args:
-        predicted: p, as sure as a network that did not see the labels, [n, K].
+        predicted: p, as sure as that of networks that did not see the labels, [n, K].
+        unseen: the same of networks that did not see the labels.
         transition: T, [K, K].
         given: the labels, [n].
-        right: the share of them that is right.
     """
+    honest = posterior(unseen, transition, given)
+    logits = np.log(np.maximum(predicted, SMALLEST))
+    evidence = np.log(np.maximum(transition, SMALLEST))[:, given].T
+    right, sure = _share_right(honest, given), honest.max(axis=1).mean()
 
     def of(weight: float) -> np.ndarray:
-        return posterior(predicted, transition**weight, given)
+        best, error = honest, np.inf
+        for sharpness in np.logspace(-1, 1, 21, base=2):
+            found = _softmax(sharpness * logits + weight * evidence)
+            off = abs(found.max(axis=1).mean() - sure)
+            if off < error:
+                best, error = found, off
+        return best
 
-    def share_right(weight: float) -> float:
-        return float(of(weight)[np.arange(len(given)), given].mean())
-
-    if share_right(0.0) > right + BY_HEART * (1 - right):
+    unheard = of(0.0)
+    if _share_right(unheard, given) > right + BY_HEART * (1 - right):
         return None
     most = right + NEARLY * (1 - right)
-    if share_right(1.0) <= most:
-        return of(1.0)
-    low, high = 0.0, 1.0
-    for _ in range(20):  # the share grows with the weight
+    found = of(1.0)
+    if _share_right(found, given) <= most:
+        return found
+    low, high, found = 0.0, 1.0, unheard
+    for _ in range(7):  # the share grows with the weight
         middle = (low + high) / 2
-        low, high = (middle, high) if share_right(middle) < most else (low, middle)
-    return of(low)
+        tried = of(middle)
+        if _share_right(tried, given) > most:
+            high = middle
+        else:
+            low, found = middle, tried
+    return found
+
+
+def _share_right(shares: np.ndarray, given: np.ndarray) -> float:
+    return float(shares[np.arange(len(given)), given].mean())

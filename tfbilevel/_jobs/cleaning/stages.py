@@ -172,11 +172,11 @@ def run(trainings: Trainings, learn: bool, callbacks: Any, choose: bool) -> Outc
     if feature_dependent:
         shares = (last + opinion) / 2
         transition = _counted(shares, given, transition)
-    else:
-        honest = noise.posterior(found.unseen, transition, given)
-        right = float(honest[np.arange(len(given)), given].mean())
-        heard = noise.seen_posterior(last, transition, given, right)
+    elif noisy:
+        heard = noise.seen_posterior(last, found.unseen, transition, given)
         shares = opinion if heard is None else heard
+    else:
+        shares = noise.posterior(last, transition, given)
     on_held = seen.on_sure[trainings.split.fitted :]
     return Outcome(
         weights=trainings.weights(),
