@@ -24,6 +24,7 @@ from tfbilevel._core.batches import StackedBatches as StackedBatches
 from tfbilevel._core.inner_solver import InnerSolver as InnerSolver
 from tfbilevel._core.method import Method as Method
 from tfbilevel._core.method import Step as Step
+from tfbilevel._core.microbatched import microbatched as microbatched
 from tfbilevel._core.nonfinite import DivergenceWarning as DivergenceWarning
 from tfbilevel._core.nonfinite import NonFiniteError as NonFiniteError
 from tfbilevel._core.prepared import Prepared as Prepared

@@ -83,6 +83,7 @@ NAMES = {
     "differentiable",
     "functional",
     "index_batches",
+    "microbatched",
     "minimize",
     "over_tasks",
     "pair",

@@ -8,6 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfbilevel._core.batches import Batches, StackedBatches, apart, count_tasks
+from tfbilevel._core.microbatched import unsplit
 from tfbilevel._core.problem import Problem
 from tfbilevel._tasks.over_tasks import OverTasks
 
@@ -118,7 +119,8 @@ def first_out_of_range(
         layers: layers that can be `heard`.
     """
     tasks = isinstance(problem, OverTasks)
-    one = problem.one if tasks else problem
+    # Layers are not heard in the loop over microbatches.
+    one = unsplit(problem.one if tasks else problem)
     whole = apart(batches) if tasks else (batches.upper, batches.lower)
     stacked = [leaf for leaf in tf.nest.flatten(batches.lower) if leaf is not None]
     draws: Any = 1

@@ -24,6 +24,7 @@ from tfbilevel._calculus.lost_derivatives import (
 from tfbilevel._core.aggregation import aggregated
 from tfbilevel._core.batches import Batches, first_task
 from tfbilevel._core.method import Method
+from tfbilevel._core.microbatched import unsplit
 from tfbilevel._core.problem import Problem
 from tfbilevel._tasks.over_tasks import OverTasks
 from tfbilevel._workarounds import right_derivatives
@@ -154,12 +155,12 @@ def operations(
 
 
 def one_task(problem: Problem, lower: Any, batches: Batches) -> tuple:
-    """The problem of one task, its lower variables and batches; unchanged if it is not
-    over tasks."""
+    """The problem of one task, with losses of whole batches, its lower variables and
+    batches; unchanged if it is neither over tasks nor in microbatches."""
     if not isinstance(problem, OverTasks):
-        return problem, lower, batches
+        return unsplit(problem), lower, batches
     first = tf.nest.map_structure(lambda leaf: leaf[0], lower)
-    return problem.one, first, first_task(batches)
+    return unsplit(problem.one), first, first_task(batches)
 
 
 def _spec(leaf: Any) -> Any:

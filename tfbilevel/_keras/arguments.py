@@ -4,6 +4,7 @@ from typing import Any
 
 import keras
 
+from tfbilevel._core.arguments import require_count
 from tfbilevel._core.batches import Batches
 from tfbilevel._core.method import require_method
 
@@ -48,6 +49,21 @@ def require_jit(jit_compile: Any) -> None:
             "`jit_compile` must be True, False or 'auto'. "
             f"Received: jit_compile={jit_compile!r}"
         )
+
+
+def microbatches_of(microbatches: Any) -> tuple[int, int]:
+    """The largest numbers of parts of an upper and of a lower batch."""
+    both = microbatches
+    if not isinstance(microbatches, tuple | list):
+        both = (microbatches, microbatches)
+    if len(both) != 2:
+        raise ValueError(
+            "`microbatches` must be a number, or a pair of numbers, (upper, lower). "
+            f"Received: microbatches={microbatches!r}"
+        )
+    for number in both:
+        require_count(number, "microbatches")
+    return int(both[0]), int(both[1])
 
 
 def require_method_for(method: Any, tasks: int | None) -> None:

@@ -17,6 +17,7 @@ from tfbilevel._core.arguments import (
     takes_two,
 )
 from tfbilevel._core.batches import Batches, first_task
+from tfbilevel._core.microbatched import microbatched
 from tfbilevel._core.problem import Problem
 from tfbilevel._keras.arguments import require_apart, require_no_constraints
 from tfbilevel._keras.fixed_state import assigned, moved_on
@@ -112,6 +113,7 @@ class Levels:
             prepare=prepare and self._at_upper_variables(prepare),
             reads=self._rate,
         )
+        self._one = self.problem
         self.mapping = mapping
         if tasks is not None:
             self.problem = over_tasks(self.problem, mapping)
@@ -187,6 +189,13 @@ class Levels:
         """The problem with the seed of an outer step."""
         base = tf.cast(self.base.state.value[0], tf.int32)
         return dataclasses.replace(self.problem, seed=base).seeded(step)
+
+    def use_microbatches(self, upper: int, lower: int) -> Problem:
+        """From now on, compute the losses on so many parts of their batches."""
+        self.problem = microbatched(self._one, upper, lower)
+        if self.tasks is not None:
+            self.problem = over_tasks(self.problem, self.mapping)
+        return self.problem
 
     def losses(
         self, batches: Batches, problem: Problem | None = None

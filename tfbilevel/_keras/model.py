@@ -13,6 +13,7 @@ from tfbilevel._core.method import Method
 from tfbilevel._keras import elements, fit_arguments
 from tfbilevel._keras.arguments import (
     losses_are_minimised,
+    microbatches_of,
     require_jit,
     require_measurable,
     require_method_for,
@@ -21,14 +22,8 @@ from tfbilevel._keras.arguments import (
     require_optimizers,
 )
 from tfbilevel._keras.levels import Levels
+from tfbilevel._keras.replicas import strategies
 from tfbilevel._keras.replicas.outer_step import outer_step
-from tfbilevel._keras.replicas.strategies import (
-    is_replicated,
-    require_compiled_within,
-    require_models_within,
-    require_plain_steps,
-    require_strategy,
-)
 from tfbilevel._keras.saving import (
     arguments_of,
     compile_config_of,
@@ -135,7 +130,7 @@ class BilevelModel(Trained):
         regularizers: str = "add",
         **keywords: Any,
     ):
-        require_strategy()
+        strategies.require_strategy()
         super().__init__(**keywords)
         functions = {
             "upper_loss": upper_loss,
@@ -154,7 +149,7 @@ class BilevelModel(Trained):
             regularizers=regularizers,
         )
         self._functions = tuple(k for k, v in functions.items() if callable(v))
-        require_models_within(self._distribute_strategy, upper, lower)
+        strategies.require_models_within(self._distribute_strategy, upper, lower)
         self.upper, self.lower, self.start = upper, lower, levels.start
         self.problem = levels.problem
         self.tasks, self.regularizers = tasks, regularizers
@@ -176,6 +171,7 @@ class BilevelModel(Trained):
         run_eagerly: bool = False,
         start_optimizer: keras.optimizers.Optimizer | str | None = None,
         weighted_metrics: list | None = None,
+        microbatches: int | tuple[int, int] = 1,
     ) -> None:
         """Set the method, the optimizers, the metrics and the compilation.
 
@@ -200,15 +196,19 @@ class BilevelModel(Trained):
                 optimizer moves it too.
             weighted_metrics: like `metrics`, but weighted by the weights that the data
                 of `evaluate` may have as a third part.
+            microbatches: compute both losses on at most so many parts of their batches,
+                one after the other, to save memory; or (upper, lower). Exact for losses
+                that are means over examples; see `tb.microbatched`.
         """
         require_choice(on_nonfinite, "on_nonfinite", ON_NONFINITE)
         require_jit(jit_compile)
         require_method_for(method, self.tasks)
-        require_strategy()
+        strategies.require_strategy()
         strategy = self._distribute_strategy
-        if is_replicated(strategy):
-            require_plain_steps(strategy, jit_compile, steps_per_execution)
+        if strategies.is_replicated(strategy):
+            strategies.require_plain_steps(strategy, jit_compile, steps_per_execution)
             jit_compile = False
+        microbatches = microbatches_of(microbatches)
         upper_optimizer = optimizer_of(upper_optimizer, "upper_optimizer")
         start_optimizer = optimizer_of(start_optimizer, "start_optimizer")
         require_optimizers(upper_optimizer, start_optimizer, self._levels)
@@ -223,7 +223,8 @@ class BilevelModel(Trained):
             steps_per_execution=steps_per_execution,
             run_eagerly=run_eagerly,
         )
-        self.method = method
+        self.method, self.microbatches = method, microbatches
+        self.problem = self._levels.use_microbatches(*microbatches)
         self._auto_jit = jit_compile == "auto" and not run_eagerly
         self.jit_compile = jit_compile is True and not run_eagerly
         self.on_nonfinite = on_nonfinite
@@ -307,7 +308,7 @@ class BilevelModel(Trained):
         """
         given = fit_arguments.named(keras.Model.fit, x, y, *arguments, **keywords)
         self._assert_compile_called("fit")
-        require_compiled_within(self._distribute_strategy)
+        strategies.require_compiled_within(self._distribute_strategy)
         require_no_weights(given)
         x, given = fit_arguments.batches_of(
             given,
@@ -333,10 +334,11 @@ class BilevelModel(Trained):
         data, given = fit_arguments.from_the_outer_step(
             x, given, self.steps_per_execution
         )
-        data = self._outer.parts(data)
         given["validation_data"] = self._outer.parts(given.get("validation_data"))
         given.setdefault("shuffle", False)
-        return self._outer.run(functools.partial(super().fit, data, **given), x)
+        return self._outer.run(
+            functools.partial(super().fit, self._outer.parts(data), **given), x
+        )
 
     def warm_up(self, x: Any) -> None:
         """Compile the outer step without training, so that `fit` starts at full speed.

@@ -88,6 +88,7 @@ def compile_config_of(model: Any, known: Mapping[str, Any]) -> dict[str, Any]:
         "upper_optimizer": serialize(model.optimizer),
         **{name: known[name] for name in SAVED_SETTINGS},
         "on_nonfinite": model.on_nonfinite,
+        "microbatches": list(model.microbatches),
         "start_optimizer": serialize(model.start_optimizer),
     }
 

@@ -14,7 +14,7 @@ from tfbilevel._randomness.operations import current_seed, fixed_randomness, wra
 # and says where in the run the seed is used; the second is the base that the user or
 # the model chose.
 STEP, TASK, DRAW, ROLE = 0x9E3779B1, 0xC2B2AE3D, 0x85EBCA6B, 0x27D4EB2F
-TURN, REPLICA = 0x2C1B3C6D, 0x165667B1
+TURN, REPLICA, MICROBATCH = 0x2C1B3C6D, 0x165667B1, 0xFD7046C5
 # The roles: functions that are evaluated, each with samples of its own.
 UPPER_LOSS, LOWER_LOSS, PREPARE, START, PROJECT_UPPER, PROJECT_LOWER = range(1, 7)
 

@@ -13,6 +13,7 @@ from tfbilevel._core.arguments import require_choice
 from tfbilevel._core.batches import Batches, apart, together
 from tfbilevel._core.loss import TaskLoss
 from tfbilevel._core.method import Method, Step
+from tfbilevel._core.microbatched_loss import MicrobatchedLoss
 from tfbilevel._core.problem import Problem, require_problem
 from tfbilevel._randomness.seeds import PROJECT_LOWER, START, noisy, of_entries
 from tfbilevel._tasks.mapping import (
@@ -186,6 +187,12 @@ def _are_sequential(mapping: str, y: Nest) -> bool:
 
 def _mean(loss: Callable, sequential: Callable[[Any], bool]) -> TaskLoss:
     """The mean of a loss over tasks."""
+    if isinstance(loss, MicrobatchedLoss):
+        # The same part of every task at once; around the mapping, whose derivative
+        # would be that of the loop over the parts.
+        every = mapped_loss(noisy(loss.whole), sequential)
+        parts = dataclasses.replace(loss, whole=every, axis=1)
+        return TaskLoss(parts, mean=True)
     return TaskLoss(mapped_loss(noisy(loss), sequential), mean=True)
 
 
