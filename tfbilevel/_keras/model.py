@@ -196,9 +196,8 @@ class BilevelModel(Trained):
                 optimizer moves it too.
             weighted_metrics: like `metrics`, but weighted by the weights that the data
                 of `evaluate` may have as a third part.
-            microbatches: compute both losses on at most so many parts of their batches,
-                one after the other, to save memory; or (upper, lower). Exact for losses
-                that are means over examples; see `tb.microbatched`.
+            microbatches: number of parts, or (upper, lower), in which both losses
+                compute their batches, to save memory; see `tb.microbatched`.
         """
         require_choice(on_nonfinite, "on_nonfinite", ON_NONFINITE)
         require_jit(jit_compile)
@@ -336,9 +335,8 @@ class BilevelModel(Trained):
         )
         given["validation_data"] = self._outer.parts(given.get("validation_data"))
         given.setdefault("shuffle", False)
-        return self._outer.run(
-            functools.partial(super().fit, self._outer.parts(data), **given), x
-        )
+        fit = functools.partial(super().fit, self._outer.parts(data), **given)
+        return self._outer.run(fit, x)
 
     def warm_up(self, x: Any) -> None:
         """Compile the outer step without training, so that `fit` starts at full speed.
