@@ -146,7 +146,10 @@ def make(method, size, kind, scope):
         model = tb.BilevelModel(upper, lower, *losses, **options)
         # Of the whole gradient, not of parts of it.
         clipped = SGD(0.5, momentum=0.9, global_clipnorm=0.05)
-        model.compile(METHODS[method](), clipped, jit_compile=False)
+        parts = 2 if kind == "microbatches" else 1
+        model.compile(
+            METHODS[method](), clipped, jit_compile=False, microbatches=parts
+        )
     return model
 
 

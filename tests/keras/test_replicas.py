@@ -48,6 +48,7 @@ def test_two_replicas_are_equal_to_one_device():
         ("every:5:dense",),
         ("unroll:6:dense", "implicit-cg:6:dense", "value-gap:6:weights"),
         ("unroll:5:weights", "stocbio:5:stacked", "bsa:6:stacked"),
+        ("unroll:7:microbatches", "implicit-cg:7:microbatches"),
     ],
 )
 def test_every_method_is_equal_on_two_replicas(cases):
