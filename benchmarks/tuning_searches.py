@@ -160,6 +160,8 @@ def keras_tuner_search(
             record(row)
             return row["validation_accuracy"]
 
+    # By default 3 random trials per number come first, which would be all of them.
+    options = {"num_initial_points": max(1, trials // 3)} if kind == "bayesian" else {}
     Search(
         hypermodel=build,
         objective=keras_tuner.Objective("default_objective", "max"),
@@ -168,6 +170,7 @@ def keras_tuner_search(
         directory=folder,
         project_name=f"{kind}-{trainer.seed}",
         overwrite=False,
+        **options,
     ).search()
 
 
