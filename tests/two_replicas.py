@@ -147,9 +147,7 @@ def make(method, size, kind, scope):
         # Of the whole gradient, not of parts of it.
         clipped = SGD(0.5, momentum=0.9, global_clipnorm=0.05)
         parts = 2 if kind == "microbatches" else 1
-        model.compile(
-            METHODS[method](), clipped, jit_compile=False, microbatches=parts
-        )
+        model.compile(METHODS[method](), clipped, jit_compile=False, microbatches=parts)
     return model
 
 
