@@ -7,13 +7,18 @@ import socket
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import tensorflow as tf
 
-HERE = pathlib.Path(__file__).parents[1]
+import tfbilevel as tb
+from tfbilevel._keras.replicas.dealing import part_of
+
+HERE = pathlib.Path(__file__).parent
 
 
 def start(script: str, *cases: str, **environment: str) -> subprocess.Popen:
-    path = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(
         [sys.executable, str(HERE / script), *cases],
         stdout=subprocess.PIPE,
@@ -34,6 +39,34 @@ def require_equal(process: subprocess.Popen, cases: tuple[str, ...]) -> None:
 
 def run(script: str, *cases: str) -> None:
     require_equal(start(script, *cases), cases)
+
+
+def test_parts_hold_every_example_once_and_their_shares():
+    """Of seven upper examples and three stacked batches of five lower ones."""
+    values = np.arange(21).reshape(7, 3)
+    dense = tf.constant(1.0 * values * (values % 4 > 0))
+    ragged = tf.RaggedTensor.from_row_lengths(tf.range(14.0), [2, 0, 3, 1, 4, 4, 0])
+    stacked = tf.reshape(tf.range(30.0), [3, 5, 2])
+    batches = tb.StackedBatches(
+        upper=(dense, tf.sparse.from_dense(dense), ragged, tf.constant(2.0)),
+        lower=(stacked, tf.sparse.from_dense(stacked)),
+    )
+    parts = [part_of(batches, replica, 3) for replica in range(3)]
+    assert [int(part.first) for part in parts] == [0, 2, 4]
+    shares = [[2 / 7, 2 / 7, 3 / 7], [1 / 5, 2 / 5, 2 / 5]]
+    np.testing.assert_allclose([p.upper_share for p in parts], shares[0])
+    np.testing.assert_allclose([p.lower_share for p in parts], shares[1])
+    upper, lower = zip(*(part.batches for part in parts), strict=True)
+    first, sparse, rows, scalar = zip(*upper, strict=True)
+    np.testing.assert_array_equal(np.concatenate(first), dense)
+    whole = np.concatenate([tf.sparse.to_dense(v) for v in sparse])
+    np.testing.assert_array_equal(whole, dense)
+    assert tf.concat(rows, axis=0).to_list() == ragged.to_list()
+    assert [float(v) for v in scalar] == [2.0] * 3
+    first, sparse = zip(*lower, strict=True)
+    np.testing.assert_array_equal(np.concatenate(first, axis=1), stacked)
+    whole = np.concatenate([tf.sparse.to_dense(v) for v in sparse], axis=1)
+    np.testing.assert_array_equal(whole, stacked)
 
 
 def test_two_replicas_are_equal_to_one_device():

@@ -5,6 +5,7 @@ from typing import Any
 import tensorflow as tf
 
 from tfbilevel._calculus.accumulated import Parts
+from tfbilevel._core.examples import number_of_examples, sparse_examples
 from tfbilevel._randomness.seeds import MICROBATCH, Noisy, folded
 
 NAN = float("nan")
@@ -50,7 +51,7 @@ class Division:
             if leaf is None or not _has_examples(leaf, self._axis):
                 return leaf
             if isinstance(leaf, tf.SparseTensor):
-                return _sparse_rows(leaf, index[0], size)
+                return sparse_examples(leaf, self._axis, index[0], size)
             # A gather has derivatives that XLA can compile.
             return tf.gather(leaf, index, axis=self._axis)
 
@@ -79,7 +80,9 @@ def _rows(batch: Any, axis: int) -> tuple[Any, Any]:
     if isinstance(batch, Noisy):
         batch = batch.batch
     leaves = [v for v in tf.nest.flatten(batch) if v is not None]
-    counts = [_length(leaf, axis) for leaf in leaves if _has_examples(leaf, axis)]
+    counts = [
+        number_of_examples(leaf, axis) for leaf in leaves if _has_examples(leaf, axis)
+    ]
     known = {count for count in counts if isinstance(count, int)}
     if len(known) > 1 or not counts:
         raise ValueError(
@@ -109,20 +112,3 @@ def _has_examples(leaf: Any, axis: int) -> bool:
             f"because it is split along their examples. Received: {leaf!r}"
         )
     return rank > axis
-
-
-def _length(leaf: Any, axis: int) -> Any:
-    if leaf.shape[axis] is not None:
-        return leaf.shape[axis]
-    if isinstance(leaf, tf.SparseTensor):
-        return leaf.dense_shape[axis]
-    if isinstance(leaf, tf.RaggedTensor):
-        return leaf.nrows()
-    return tf.shape(leaf)[axis]
-
-
-def _sparse_rows(leaf: tf.SparseTensor, begin: Any, size: Any) -> tf.SparseTensor:
-    zeros = [0] * (leaf.shape.rank - 1)
-    begin = tf.stack([tf.cast(begin, tf.int64), *zeros])
-    size = tf.concat([[tf.cast(size, tf.int64)], leaf.dense_shape[1:]], axis=0)
-    return tf.sparse.slice(leaf, begin, size)

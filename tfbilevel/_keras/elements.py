@@ -11,6 +11,12 @@ from tfbilevel._core.batches import Batches
 
 def require_dataset_of_batches(x: Any) -> None:
     """Raise unless `x` is a dataset of `tb.Batches` and not known to be empty."""
+    if isinstance(x, tf.distribute.DistributedDataset):
+        raise ValueError(
+            "`x` must be a dataset that is not distributed yet: `fit` distributes it, "
+            "because each level's examples are divided. Pass the tf.data.Dataset. "
+            f"Received: {type(x).__name__}"
+        )
     if not isinstance(x, tf.data.Dataset) or not isinstance(x.element_spec, Batches):
         spec = getattr(x, "element_spec", type(x))
         raise ValueError(

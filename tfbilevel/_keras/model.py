@@ -333,9 +333,9 @@ class BilevelModel(Trained):
         data, given = fit_arguments.from_the_outer_step(
             x, given, self.steps_per_execution
         )
-        given["validation_data"] = self._outer.parts(given.get("validation_data"))
+        given["validation_data"] = self._outer.dealt(given.get("validation_data"))
         given.setdefault("shuffle", False)
-        fit = functools.partial(super().fit, self._outer.parts(data), **given)
+        fit = functools.partial(super().fit, self._outer.dealt(data), **given)
         return self._outer.run(fit, x)
 
     def warm_up(self, x: Any) -> None:
@@ -370,10 +370,10 @@ class BilevelModel(Trained):
         self._assert_compile_called("warm_up")
         if isinstance(x, Batches):
             x = elements.tensors(x)
-            data, like, first = [self._outer.parts(x)], x, lambda: x
+            data, like, first = [self._outer.dealt_once(x)], x, lambda: x
         else:
             elements.require_dataset_of_batches(x)
-            data, like = self._outer.parts(x.take(1)), x.element_spec
+            data, like = self._outer.dealt(x.take(1)), x.element_spec
             first = functools.partial(elements.first_of, x)
         early = self._outer.early
         self._ready(like, first)
@@ -403,7 +403,7 @@ class BilevelModel(Trained):
         x = elements.tensors(x)
         self._ready(x, lambda: x)
         self.reset_metrics()
-        logs = self.train_function(iter([self._outer.parts(x)]))
+        logs = self.train_function(iter([self._outer.dealt_once(x)]))
         logs = {name: float(value) for name, value in logs.items()}
         return logs if return_dict else [logs[name] for name in sorted(logs)]
 

@@ -165,9 +165,13 @@ class OuterStep:
         """The losses at the current variables, as means over the batches so far."""
         return self.trackers.update(self.levels.losses(data))
 
-    def parts(self, x: Any) -> Any:
-        """A dataset of batches, or batches, as the devices take them: unchanged."""
+    def dealt(self, x: Any) -> Any:
+        """A dataset of batches as the devices take it: unchanged."""
         return x
+
+    def dealt_once(self, batches: Batches) -> Any:
+        """The batches of one step as the devices take them: unchanged."""
+        return batches
 
     def run(self, function: Callable[[], Any], x: Any) -> Any:
         """Call a function that makes steps by `call`, and return its result.

@@ -124,7 +124,7 @@ class Trained(keras.Model):
     def evaluate(self, x: Any = None, *arguments: Any, **keywords: Any) -> Any:
         if is_replicated(self._distribute_strategy):
             self._assert_compile_called("evaluate")
-            x = self._outer.parts(x)
+            x = self._outer.dealt(x)
         return super().evaluate(x, *arguments, **keywords)
 
     def test_step(self, data: Any) -> dict[str, Any]:

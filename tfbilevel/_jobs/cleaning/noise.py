@@ -8,8 +8,8 @@ import numpy as np
 PSEUDO_COUNT = 0.1
 SMALLEST = 1e-8
 SHARPNESSES = np.exp(np.linspace(-1.5, 2.0, 71))  # from 0.22 to 7.4
-NEARLY = 0.01  # a share of the labels
-BY_HEART = 0.1  # a share of the wrong labels
+# Shares of the wrong labels, up to which too many may be called right.
+NEARLY, BY_HEART = 0.01, 0.1
 
 
 def gold_transition(

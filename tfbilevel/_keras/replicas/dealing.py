@@ -5,6 +5,7 @@ from typing import Any
 import tensorflow as tf
 
 from tfbilevel._core.batches import Batches, StackedBatches
+from tfbilevel._core.examples import number_of_examples, sparse_examples
 from tfbilevel._core.parts import Part
 
 
@@ -95,7 +96,7 @@ def _slice(batch: Any, axis: int, replica: Any, replicas: int) -> tuple:
     if not divided:
         nothing = tf.constant(0, tf.int64)
         return batch, tf.constant(1 / replicas, tf.float64), nothing
-    count = _length(divided[0], axis)
+    count = tf.cast(number_of_examples(divided[0], axis), tf.int64)
     enough = tf.debugging.assert_greater_equal(
         count,
         tf.constant(replicas, tf.int64),
@@ -115,16 +116,5 @@ def _slice(batch: Any, axis: int, replica: Any, replicas: int) -> tuple:
 
 def _cut(leaf: Any, axis: int, begin: Any, end: Any) -> Any:
     if isinstance(leaf, tf.SparseTensor):
-        rank = leaf.shape.rank
-        start = tf.one_hot(axis, rank, begin, tf.constant(0, tf.int64))
-        size = tf.tensor_scatter_nd_update(leaf.dense_shape, [[axis]], [end - begin])
-        return tf.sparse.slice(leaf, start, size)
+        return sparse_examples(leaf, axis, begin, end - begin)
     return leaf[:, begin:end] if axis else leaf[begin:end]
-
-
-def _length(leaf: Any, axis: int) -> Any:
-    if isinstance(leaf, tf.SparseTensor):
-        return leaf.dense_shape[axis]
-    if isinstance(leaf, tf.RaggedTensor):
-        return tf.cast(leaf.bounding_shape(axis), tf.int64)
-    return tf.shape(leaf, tf.int64)[axis]

@@ -94,10 +94,13 @@ class ReplicatedStep(OuterStep):
         except UnconnectedGradientError as error:
             raise self.levels.named(error) from None
 
-    def parts(self, x: Any) -> Any:
+    def dealt(self, x: Any) -> Any:
         if isinstance(x, tf.data.Dataset) and isinstance(x.element_spec, Batches):
             return dealt(x, self.strategy)
-        return dealt_once(x, self.strategy) if isinstance(x, Batches) else x
+        return x
+
+    def dealt_once(self, batches: Batches) -> Any:
+        return dealt_once(batches, self.strategy)
 
     def measure(self, data: Any) -> dict[str, Any]:
         losses = self.levels.losses(data.batches, self._problem(data))

@@ -260,6 +260,10 @@ def refusals():
     few = together()
     with pytest.raises(ValueError, match="at least one example.*batches of 1"):
         few.fit(pairs(1, "dense"), verbose=0)
+    with pytest.raises(ValueError, match="dataset that is not distributed yet"):
+        few.fit(STRATEGY.experimental_distribute_dataset(data), verbose=0)
+    with pytest.raises(ValueError, match="a dataset of tb.Batches for the losses"):
+        few.evaluate(next(iter(data)), verbose=0)
     ragged = data.map(lambda b: b._replace(upper=(*b.upper, tf.ones([7]))))
     with pytest.raises(ValueError, match="examples along axis 0 of every tensor"):
         few.fit(ragged, verbose=0)
