@@ -247,10 +247,40 @@ def test_a_correction_that_made_it_worse_is_left_out(misled: bool) -> None:
     np.testing.assert_allclose(found.transition, np.eye(3), atol=0.05)
 
 
+def test_without_trusted_labels_most_given_ones_must_be_right() -> None:
+    assert noise.mostly_right(CONFUSED)
+    assert not noise.mostly_right(CONFUSED[[1, 0, 2]])
+    # Class 1 is called 0 as often as class 0 is, and more.
+    assert not noise.mostly_right(np.array([[0.6, 0.4], [0.7, 0.3]]))
+    random = np.random.default_rng(9)
+    right = random.integers(0, 3, 600)
+    given = np.array([random.choice(3, p=CONFUSED[k]) for k in right])
+    trainings = Told({}, given, 0)
+    p = 0.8 * np.eye(3)[right] + 0.2 / 3
+    former = 0.7 * np.eye(3) + 0.1
+    known = stages.likeliest(trainings, p, former)
+    np.testing.assert_allclose(known, CONFUSED, atol=0.1)
+    # Networks that exchange two classes explain the labels as well.
+    exchanged = stages.likeliest(trainings, p[:, [1, 0, 2]], former)
+    np.testing.assert_allclose(exchanged, CONFUSED[[1, 0, 2]], atol=0.1)
+    trainings.sure = Rows(trainings.sure.x[:0], given[:0])
+    found = stages.likeliest(trainings, p[:, [1, 0, 2]], former)
+    np.testing.assert_array_equal(found, former)
+    np.testing.assert_allclose(stages.likeliest(trainings, p, former), known)
+
+
 def test_trainings_get_shorter_only_where_unseen_labels_ask_for_it() -> None:
-    assert stages.shortened([3.0, 2.0, 2.5, 4.0]) == 0.5
-    assert stages.shortened([3.0, 2.5, 2.0, 2.1]) == 1.0  # the end is near
-    assert stages.shortened([1.0]) == 1.0
+    def losses(*means: float) -> np.ndarray:
+        """Of four labels each, which grow by 0.8, 1.2, 0.8 and 1.2 times the mean."""
+        return np.array(means)[:, None] * [0.8, 1.2, 0.8, 1.2]
+
+    assert stages.shortened(losses(3.0, 2.0, 2.5, 4.0)) == 0.5
+    assert stages.shortened(losses(3.0, 2.5, 2.0, 2.1)) == 1.0  # the end is near
+    assert stages.shortened(losses(1.0)) == 1.0
+    # The end is worse by 0.5 on average, with a standard error of 0.3: not clearly.
+    unclear = np.array([[3.0] * 4, [2.0] * 4, [2.5] * 4, [1.9, 3.1, 1.9, 3.1]])
+    assert stages.shortened(unclear) == 1.0
+    assert stages.shortened(unclear + [[0], [0], [0], [0.2]]) == 0.5  # 0.7 is
 
 
 def test_opinion_mixes_two_views_and_weighs_them_by_the_given_label() -> None:

@@ -203,6 +203,14 @@ def noticed(of_given: np.ndarray, on_sure: np.ndarray, right: np.ndarray) -> boo
     return bool(smaller > error or smaller < -3 * error)
 
 
+def mostly_right(transition: np.ndarray) -> bool:
+    """Whether every class is called by its own name most often, and no label is given
+    to another class more often than to its own."""
+    own = np.arange(len(transition))
+    rows, columns = transition.argmax(axis=1), transition.argmax(axis=0)
+    return bool((rows == own).all() and (columns == own).all())
+
+
 def harmless(transition: np.ndarray, most: float = 0.45) -> bool:
     """Whether training on the given labels as they are finds the right classes.
 

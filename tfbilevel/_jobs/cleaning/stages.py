@@ -198,13 +198,13 @@ def given_labels(trainings: Trainings, choose: bool) -> Given:
     given, classes, halves = trainings.given, trainings.classes, trainings.split.halves
     plain, fitted = Targets.labels(given, classes), trainings.fitted
     if choose:
-        losses: list[float] = []
+        losses: list[np.ndarray] = []
 
         def measure(epoch: int, logs: Any = None) -> None:
             del epoch, logs
             rows = halves[1][:MEASURED]
-            found = noise.log_likelihoods(trainings.p(trainings.x[rows]), given[rows])
-            losses.append(float(-found.mean()))
+            p = trainings.p(trainings.x[rows])
+            losses.append(-noise.log_likelihoods(p, given[rows]))
 
         trainings.run(
             "length",
@@ -212,11 +212,14 @@ def given_labels(trainings: Trainings, choose: bool) -> Given:
             plain,
             0.0,
             fitted,
-            measured=lambda: {"unseen_loss": losses},
+            measured=lambda: {
+                "unseen_loss": [float(each.mean()) for each in losses],
+                "share": [shortened(np.stack(losses))],
+            },
             rows=halves[0],
             callbacks=[keras.callbacks.LambdaCallback(on_epoch_end=measure)],
         )
-        trainings.length = shortened(trainings.history["length"]["unseen_loss"])
+        trainings.length = trainings.history["length"]["share"][0]
     p, layers = np.zeros((len(given), classes)), []
     on_sure = np.zeros((len(trainings.sure.labels), classes))
     for number, half in enumerate(halves):
@@ -233,16 +236,20 @@ def given_labels(trainings: Trainings, choose: bool) -> Given:
     return Given(p, on_sure, layers, losses_of_p)
 
 
-def shortened(losses: list[float]) -> float:
+def shortened(losses: np.ndarray) -> float:
     """The share of a training after which unseen labels were predicted best.
 
-    1 if it is the last quarter: there the learning rate is small, and little changes.
+    1 if the end is not worse by two standard errors: few labels say little. And 1 in
+    the last quarter: there the learning rate is small, and little changes.
 
     Args:
-        losses: log-loss of unseen labels after each epoch.
+        losses: log-losses of unseen labels after each epoch, [epochs, rows].
     """
-    share = (int(np.argmin(losses)) + 1) / len(losses)
-    return share if share < 0.75 else 1.0
+    best = int(np.argmin(losses.mean(axis=1)))
+    share = (best + 1) / len(losses)
+    worse = losses[-1] - losses[best]
+    clearly = worse.mean() > 2 * worse.std() / np.sqrt(len(worse))
+    return share if clearly and share < 0.75 else 1.0
 
 
 def first_transition(trainings: Trainings, seen: Given) -> tuple[np.ndarray, Alone]:
@@ -250,7 +257,7 @@ def first_transition(trainings: Trainings, seen: Given) -> tuple[np.ndarray, Alo
     given, classes, fitted = trainings.given, trainings.classes, trainings.fitted
     if not len(trainings.sure.labels):
         start = noise.confident_transition(seen.p, given)
-        transition = noise.likeliest_transition(seen.p, given, start)
+        transition = likeliest(trainings, seen.p, start)
         never = np.full(len(given), np.inf)
         return transition, Alone(seen.p, seen.on_sure, transition, never)
     gold = noise.gold_transition(seen.on_sure[: len(fitted)], fitted, classes)
@@ -261,6 +268,17 @@ def first_transition(trainings: Trainings, seen: Given) -> tuple[np.ndarray, Alo
     losses = noise.unseen_log_losses(calibrated, transition, given)
     alone = Alone(p, on_held, transition, losses)
     return transition if explains_best(alone, seen) else gold, alone
+
+
+def likeliest(trainings: Trainings, p: np.ndarray, former: np.ndarray) -> np.ndarray:
+    """The likeliest T with p; without trusted examples only if labels are mostly right.
+
+    Given labels do not say which class has which name. If nobody else does, that most
+    labels of a class are right must be assumed.
+    """
+    found = noise.likeliest_transition(p, trainings.given, former)
+    named = len(trainings.sure.labels) or noise.mostly_right(found)
+    return found if named else former
 
 
 def explains_best(alone: Alone, seen: Given) -> bool:
@@ -299,7 +317,7 @@ def corrected(
     first = noise.sharpened(trainings.p(), sharpness)
     weights = trainings.weights()
     if not known:
-        transition = noise.likeliest_transition(first, given, transition)
+        transition = likeliest(trainings, first, transition)
     # T is known better now, so this is asked again.
     forward = not plainly and not noise.harmless(transition)
     second = targets(forward)
@@ -314,7 +332,7 @@ def corrected(
             now = noise.as_sure(now, first)
         unseen[other] = now[other]
     if not known:
-        transition = noise.likeliest_transition(unseen, given, transition)
+        transition = likeliest(trainings, unseen, transition)
     on_held = noise.sharpened(on_held, sharpness)
     return Corrected(first, weights, on_held, unseen, transition, forward)
 
