@@ -10,6 +10,8 @@ import pytest
 # Every method, and every way to compile.
 CASES = (
     "Unroll:auto",
+    "UnrollHost:auto",
+    "stores",
     "Implicit:on",
     "ValueGap:off",
     "GradientNorm:on",
