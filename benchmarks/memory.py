@@ -148,7 +148,9 @@ def measure(case: Case, threads: int) -> dict:
     given_bytes = sum(
         leaf.shape.num_elements() * leaf.dtype.size for leaf in tf.nest.flatten(given)
     )
-    peak = count_of_tensors("peak")
+    peak, tensors = count_of_tensors("peak"), None
+    if peak is not None and before is not None:
+        tensors = peak - before + given_bytes
     return {
         **case._asdict(),
         "seconds": time.perf_counter() - start,
@@ -156,7 +158,7 @@ def measure(case: Case, threads: int) -> dict:
         "peak_bytes": protocol.peak_resident(),
         "method_bytes": most[0] - baseline,
         "given_bytes": given_bytes,
-        "tensor_bytes": None if peak is None else peak - before + given_bytes,
+        "tensor_bytes": tensors,
         "estimate_bytes": estimate.peak,
         "estimate": estimate.to_dict(),
         "hypergradient_norm": norm,

@@ -32,6 +32,7 @@ STATE, BATCHES, READ = "state of the method", "batches", "read by the losses"
 ROWS = (UPPER, LOWER, SLOTS, STATE, BATCHES, READ, CONSTANTS, LISTS, CARRIED, VALUES)
 MADE = (LISTS, CARRIED, VALUES)
 ROUNDED, PEAK = "allocator's rounding", "peak"
+UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), ("bytes", 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,13 +71,17 @@ class MemoryEstimate:
 
     def __str__(self) -> str:
         numbers = self.to_dict()
+        unit, size = next(
+            ((unit, size) for unit, size in UNITS if self.peak >= 10 * size), UNITS[-1]
+        )
         width = max(map(len, numbers))
-        lines = [f"{'memory':{width}}  {'MiB':>10}", "-" * (width + 12)]
-        for name, size in numbers.items():
+        line = "-" * (width + 12)
+        lines = [f"{'memory':{width}}  {unit:>10}", line]
+        for name, number in numbers.items():
             if name == PEAK:
-                lines.append("-" * (width + 12))
-            if name != HOST or size:
-                lines.append(f"{name:{width}}  {size / 2**20:10.2f}")
+                lines.append(line)
+            if name != HOST or number:
+                lines.append(f"{name:{width}}  {number / size:10,.1f}")
         return "\n".join([*lines, *self.notes])
 
 
@@ -120,7 +125,7 @@ def memory_estimate(
     Example:
         >>> problem = tb.Problem(
         ...     upper_loss=lambda x, y, batch: tf.reduce_sum(y**2),
-        ...     lower_loss=lambda x, y, batch: tf.reduce_sum((y - x) ** 2),
+        ...     lower_loss=lambda x, y, batch: tf.reduce_sum((y - x) ** 4),
         ... )
         >>> inner = tb.InnerSolver(keras.optimizers.SGD(0.1), steps=50)
         >>> vector = tf.TensorSpec([1000], tf.float64)
