@@ -201,20 +201,22 @@ class _Body:
             self._bind(operation.outputs[place], self._of(operation, place))
 
     def _reserve(self, operation: Any) -> None:
-        """A list of known length, counted as full."""
+        """A list of known length, counted as full when it is first written."""
         host = "CPU:0" in operation.device
         memory = self._new(operation.outputs[0], HOST if host else LISTS)
-        shape, count = (self._value(operation.inputs[place]) for place in (0, 1))
-        memory.length = None if count is None else int(count)
-        if shape is not None and count is not None and (shape >= 0).all():
-            dtype = operation.get_attr("element_dtype")
-            self._grow(memory, int(count) * _entries(shape) * dtype.size)
+        memory.length = self._length(operation)
 
     def _empty(self, operation: Any) -> None:
         """A list to which a loop appends, for its derivative."""
         memory = self._new(operation.outputs[0], LISTS)
+        memory.length = self._length(operation)
+
+    def _length(self, operation: Any) -> int | None:
         count = self._value(operation.inputs[1])
-        memory.length = None if count is None or count < 0 else int(count)
+        if count is None or count < 0:
+            self.live.unknown.add(operation.type)
+            return None
+        return int(count)
 
     def _zeros(self, operation: Any) -> None:
         """Zeros like a list, which TensorFlow makes for derivatives that nothing reads,
@@ -243,7 +245,10 @@ class _Body:
             self._bind(tensor, self.live.filled[key])
 
     def _value(self, tensor: tf.Tensor) -> Any:
-        return self.at[id(tensor)].value if id(tensor) in self.at else None
+        value = tf.get_static_value(tensor)
+        if value is None and id(tensor) in self.at:
+            value = self.at[id(tensor)].value  # given to this function from outside
+        return value
 
     def _grow(self, memory: Memory, size: int) -> None:
         memory.size += size
@@ -266,8 +271,6 @@ class _Body:
             and item.kind not in (LISTS, HOST)
         ):
             item.listed = True
-            if memory.length is None:
-                self.live.unknown.add(operation.type)
             self._grow(memory, length * item.size)
         self._bind(operation.outputs[0], memory)
 

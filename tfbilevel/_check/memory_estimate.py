@@ -24,7 +24,8 @@ from tfbilevel._core.problem import Problem, require_problem
 from tfbilevel._optimizers.update_rule import UpdateRule
 
 # TensorFlow's allocator gives pieces of up to twice the size that was asked for.
-# Measured at the peak of eight methods: 8 to 12 percent on the whole.
+# Measured at the peak of three steps (`Unroll`, with convolutions too, and `Implicit`):
+# 8 to 12 percent on the whole.
 ROUNDING = 0.1
 
 UPPER, LOWER, SLOTS = "upper variables", "lower variables", "upper optimizer"
@@ -104,8 +105,10 @@ def memory_estimate(
     Measured in eight cases by TensorFlow's own count of its tensors, the peak was
     between 0.9 and 1.25 times the estimate (docs/memory.md). Not in it: TensorFlow
     itself (about 500 MB of a process), memory that the process has freed but keeps,
-    the parts of operations such as convolutions that are private to them, what XLA
-    makes of a step, and datasets.
+    scratch memory of single operations such as convolutions, what XLA makes of a step,
+    and datasets. Lists of unknown length, as in recurrent layers, count one entry.
+
+    Cost: one or two traces of the step, some seconds. No memory.
 
     Args:
         problem: the problem; in microbatches (`tb.microbatched`) or over tasks too.

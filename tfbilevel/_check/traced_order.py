@@ -22,29 +22,40 @@ def needed(graph: Any, wanted: list) -> tuple[set, dict]:
     read: dict[Any, set[int]] = collections.defaultdict(set)
     places: dict[Any, list[int]] = {}
     waiting = list(wanted)
-    while waiting:
-        tensor = waiting.pop()
-        if id(tensor) in found:
-            continue
-        found.add(id(tensor))
-        operation = tensor.op
-        outputs = read[operation]
-        outputs.add(tensor.value_index)
-        if operation.type in LOOPS:
-            uses = sorted(_closure(operation, graph, outputs))
-        elif operation.type in CALLS:
-            body = function_of(operation, "f", graph)
-            within, _ = needed(body, [body.outputs[place] for place in outputs])
-            uses = [p for p, tensor in enumerate(body.inputs) if id(tensor) in within]
-        elif operation.type == "IdentityN":
-            uses = sorted(outputs)
-        elif operation in places:
-            continue
+    called: dict[
+        Any, None
+    ] = {}  # searched last, when all that is read of them is known
+    while waiting or called:
+        if waiting:
+            tensor = waiting.pop()
+            if id(tensor) in found:
+                continue
+            found.add(id(tensor))
+            operation = tensor.op
+            read[operation].add(tensor.value_index)
+            if operation.type in (*LOOPS, *CALLS):
+                called[operation] = None
+                continue
+            if operation in places and operation.type != "IdentityN":
+                continue
         else:
-            uses = list(range(len(operation.inputs)))
-        places[operation] = uses
+            operation, _ = called.popitem()
+        uses = places[operation] = _uses(operation, graph, read[operation])
         waiting += [operation.inputs[place] for place in uses]
     return found, places
+
+
+def _uses(operation: Any, graph: Any, outputs: set[int]) -> list[int]:
+    """The inputs that an operation needs for some of its outputs."""
+    if operation.type in LOOPS:
+        return sorted(_closure(operation, graph, outputs))
+    if operation.type in CALLS:
+        body = function_of(operation, "f", graph)
+        within, _ = needed(body, [body.outputs[place] for place in outputs])
+        return [p for p, tensor in enumerate(body.inputs) if id(tensor) in within]
+    if operation.type == "IdentityN":
+        return sorted(outputs)
+    return list(range(len(operation.inputs)))
 
 
 def in_order(places: dict) -> Iterator[Any]:
