@@ -8,7 +8,8 @@ answers each one with one line of JSON:
                          timed, their elapsed seconds and those of all threads
     quit
 
-Every answer has the process's memory: its `peak`, and `baseline` before the method.
+Every answer has the process's memory: its `peak`, `baseline` before the method, and
+`device_peak`, the most that it had on the GPU (`null` on a CPU).
 
 Only NumPy is imported here, because the peers have a separate environment.
 """
@@ -188,6 +189,7 @@ def serve(
     build: Callable[[argparse.Namespace, Any], Contestant],
     read: Callable[[pathlib.Path], Any] = load,
     methods: tuple[str, ...] = METHODS,
+    device_peak: Callable[[], int] | None = None,
 ) -> None:
     """Answer the driver's commands until `quit`.
 
@@ -195,6 +197,7 @@ def serve(
         build: (flags, instance) -> the contestant.
         read: reads the instance from its file.
         methods: the allowed values of --method.
+        device_peak: () -> the most bytes that this process had on its GPU.
     """
     arguments = _arguments(methods)
     # Frameworks also write to standard output, so answers use a separate descriptor.
@@ -210,14 +213,16 @@ def serve(
             break
         if command == "hypergradient":
             np.save(operands[0], contestant.hypergradient())
-            answer = {}
+            answer: dict[str, Any] = {}
         else:
             clock = Clock()
             clock.start()
             steps = contestant.run(int(operands[0]), clock)
             answer = {"steps": steps, **clock.read()}
-        peak = peak_resident()
-        answers.write(json.dumps({**answer, "peak": peak, "baseline": baseline}) + "\n")
+        answer |= {"peak": peak_resident(), "baseline": baseline}
+        on_gpu = device_peak is not None and arguments.device == "gpu"
+        answer["device_peak"] = device_peak() if on_gpu else None
+        answers.write(json.dumps(answer) + "\n")
 
 
 def resident() -> int:
@@ -243,4 +248,5 @@ def _arguments(methods: tuple[str, ...]) -> argparse.Namespace:
     parser.add_argument("--variant", required=True)
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--data", type=pathlib.Path, required=True)
+    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     return parser.parse_args()
