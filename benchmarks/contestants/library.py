@@ -150,13 +150,13 @@ class Fit:
             self.data,
             # The first execution includes the start of `fit` and is not timed.
             steps_per_epoch=(1 + executions) * self.per_execution,
-            callbacks=[_StartAfterFirst(clock)],
+            callbacks=[StartAfterFirst(clock)],
             verbose=0,
         )
         return executions * self.per_execution
 
 
-class _StartAfterFirst(keras.callbacks.Callback):
+class StartAfterFirst(keras.callbacks.Callback):
     def __init__(self, clock: protocol.Clock):
         super().__init__()
         self.clock = clock

@@ -6,6 +6,7 @@ answers each one with one line of JSON:
     hypergradient PATH   the upper gradient of the first step, written as .npy
     run N                make at least N outer steps; answers how many `steps` were
                          timed, their elapsed seconds and those of all threads
+    use METHOD           (replicas.py only) train by that method from now on
     quit
 
 Every answer has the process's memory: its `peak`, `baseline` before the method, and
@@ -206,7 +207,7 @@ def serve(
     instance = read(arguments.data)
     # The framework is imported already; later memory belongs to the method.
     baseline = resident()
-    contestant = build(arguments, instance)
+    contestant: Any = build(arguments, instance)
     for line in sys.stdin:
         command, *operands = line.split()
         if command == "quit":
@@ -214,6 +215,8 @@ def serve(
         if command == "hypergradient":
             np.save(operands[0], contestant.hypergradient())
             answer: dict[str, Any] = {}
+        elif command == "use":
+            answer = contestant.use(operands[0])
         else:
             clock = Clock()
             clock.start()
