@@ -42,7 +42,7 @@ TITLES = {
 }
 QUICK = {"batch": 32, "hidden": 8, "weights": 100, "steps": 2, "products": 2}
 QUICK |= {"tasks": 4, "shots": 5}
-COLUMNS = (
+COLUMNS: tuple[str, ...] = (
     "method",
     "device",
     "replicas",

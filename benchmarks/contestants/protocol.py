@@ -223,8 +223,9 @@ def serve(
             steps = contestant.run(int(operands[0]), clock)
             answer = {"steps": steps, **clock.read()}
         answer |= {"peak": peak_resident(), "baseline": baseline}
-        on_gpu = device_peak is not None and arguments.device == "gpu"
-        answer["device_peak"] = device_peak() if on_gpu else None
+        answer["device_peak"] = None
+        if device_peak is not None and arguments.device == "gpu":
+            answer["device_peak"] = device_peak()
         answers.write(json.dumps(answer) + "\n")
 
 
