@@ -179,3 +179,28 @@ def test_no_step_calls_python_or_strings(case) -> None:
     kinds = {node.op for node in nodes(case)}
     assert not kinds & {"PyFunc", "EagerPyFunc", "PyFuncStateless", "StringFormat"}
     assert not kinds & {"PrintV2", "Assert"}
+
+
+# With enable_op_determinism TensorFlow (release notes of 2.8) computes the first three
+# on the host, and refuses the others on a GPU.
+NOT_DETERMINISTIC = (
+    "ScatterNd",
+    "TensorScatter",
+    "ResourceScatter",
+    "Bincount",
+    "DenseBincount",
+    "SparseTensorDenseMatMul",
+    "Svd",
+    "TridiagonalSolve",
+    "AdjustContrast",
+    "CropAndResizeGrad",
+    "FakeQuantWithMinMaxVars",
+    "MaxPoolGradWithArgmax",
+    "Timestamp",
+)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_operation_of_a_step_has_a_deterministic_form(case) -> None:
+    kinds = {node.op for node in nodes(case)}
+    assert not [kind for kind in kinds if kind.startswith(NOT_DETERMINISTIC)]
