@@ -9,6 +9,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from small_models import full_batch, lower_loss, network, unroll, upper_loss
 from tensorflow.python.framework import ops
 
@@ -149,3 +150,20 @@ def test_a_read_is_due_again_after_the_interval(monkeypatch) -> None:
     assert due == [True, False, True, False, True]
     seldom.start()
     assert seldom.due()
+
+
+def test_replicas_of_one_process_are_read_seldom_too() -> None:
+    with tf.distribute.MirroredStrategy(["CPU:0"]).scope():
+        model = made()
+    with pytest.raises(tb.NonFiniteError, match=f"step={BAD}"):
+        model.fit(full_batch(BAD, STEPS), verbose=0)
+    assert model.outer_step == BAD
+
+
+def test_workers_are_read_after_every_step() -> None:
+    """If one stopped later than the others, it would wait for them for ever."""
+    with tf.distribute.MultiWorkerMirroredStrategy().scope():
+        weights = tb.ExampleWeights(6)
+        model = tb.BilevelModel(weights, network(), upper_loss, lower_loss)
+        model.compile(unroll(), "adam")
+    assert model._outer.reads.often
