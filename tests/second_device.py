@@ -73,6 +73,7 @@ def fit(method, jit, second, inside=True):
         )
         before = [v.numpy() for v in model.trainable_variables]
         model.compile(METHODS[method](), keras.optimizers.Adam(0.1), jit_compile=jit)
+    assert model._outer.reads.often == (not second)
     pairs = tb.pair(data, data).repeat(3)
     if second and not inside:
         model.warm_up(pairs)  # which moves nothing
