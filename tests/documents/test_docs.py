@@ -47,12 +47,6 @@ SHORTER = {
             "control.fit(x, given, trusted=trusted, epochs=12"
         ),
     },
-    # The same steps, several in one call.
-    "noisy_labels.md": {
-        'weighted_metrics=["accuracy"])': (
-            'weighted_metrics=["accuracy"], steps_per_execution=16)'
-        )
-    },
 }
 WHOLE = "WHOLE_PAGES" in os.environ
 
