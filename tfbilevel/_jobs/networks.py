@@ -11,7 +11,6 @@ import tensorflow as tf
 
 # Keras's cross-entropy of probabilities cuts them off there, too.
 SMALLEST = 1e-7
-TOGETHER = 1000  # examples of which outputs are computed at once
 # Layers that are adapted to data, which a clone would forget.
 ADAPTED = (
     keras.layers.Normalization,
@@ -105,9 +104,7 @@ def _copied(layer: keras.layers.Layer) -> keras.layers.Layer:
 
 def predicted(network: keras.Model, x: np.ndarray) -> np.ndarray:
     """The network's outputs for examples, which may be texts, [n, K]."""
-    if len(x) <= TOGETHER:  # `predict` makes a dataset first, which takes longer
-        return network.predict_on_batch(as_tensor(x))
-    return network.predict(as_tensor(x), batch_size=TOGETHER, verbose=0)
+    return network.predict(as_tensor(x), batch_size=1000, verbose=0)
 
 
 def as_tensor(x: np.ndarray) -> Any:
