@@ -1,5 +1,6 @@
 """XLA compiles a step once, however many batches, seeds and steps it is called with."""
 
+import gc
 import os
 import pathlib
 import subprocess
@@ -93,6 +94,7 @@ def test_every_method_is_compiled_once():
 
 
 if __name__ == "__main__":
+    gc.set_threshold(50_000, 20, 50)  # as in tests/conftest.py
     for name, train in CASES.items():
         print("case:", name, file=sys.stderr, flush=True)
         keras.utils.set_random_seed(0)
