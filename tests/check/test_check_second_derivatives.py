@@ -456,15 +456,18 @@ def test_the_sweep_would_see_a_wrong_product() -> None:
     of = functools.partial(sweep.function_case, "activation", "held", "", held)
     case = functools.partial(of, (2, 4))
     assert sweep.checked(case).verdict == "WRONG"
-    assert not sweep.agrees(case("float64"))
-    assert sweep.verdict(case) == "WRONG"
+    assert sweep.agreeing({0: case("float64")}) == set()
+    fine = functools.partial(sweep.function_case, "activation", "sin", "", tf.sin)
+    fine = functools.partial(fine, (2, 4))
+    assert sweep.agreeing({3: fine("float64")}) == {3}
+    assert sweep.verdicts([fine, case]) == ["right", "WRONG"]
 
 
 def test_the_sweep_knows_all_layers() -> None:
     assert sweep.missing_layers() == []
 
 
-PARTS = 6
+PARTS, TOGETHER = 6, 10
 
 
 @pytest.mark.slow
@@ -472,4 +475,10 @@ PARTS = 6
 def test_nothing_in_the_sweep_is_wrong(part: int) -> None:
     makers = list(sweep.makers())[part::PARTS]
     assert len(makers) > 35
-    assert [make.args for make in makers if sweep.verdict(make) == "WRONG"] == []
+    found = [
+        one
+        for first in range(0, len(makers), TOGETHER)
+        for one in sweep.verdicts(makers[first : first + TOGETHER])
+    ]
+    wrong = zip(makers, found, strict=True)
+    assert [make.args for make, verdict in wrong if verdict == "WRONG"] == []

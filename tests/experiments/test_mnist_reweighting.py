@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from experiment_scripts import load_experiment
+from matplotlib.figure import Figure
 
 import tfbilevel as tb
 from data_prep import images
@@ -46,11 +47,23 @@ COMPARISON = [
 ]
 
 
+DRAWN = ("stocbio-0", "aid-cg-0")
+
+
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
-    """One run of every method."""
+    """One run of every method. The curves of all are drawn, those of two as pictures:
+    a method with samples, and one with a solver."""
     out = tmp_path_factory.mktemp("reweighting") / "all"
-    return out, reweighting.main(["--out", str(out), *COMPARISON])
+    save = Figure.savefig
+
+    def saved(figure, path, **options):
+        if path.parent.name in ("all", *DRAWN):
+            save(figure, path, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", saved)
+        return out, reweighting.main(["--out", str(out), *COMPARISON])
 
 
 def test_published_settings_are_the_defaults():
@@ -104,7 +117,8 @@ def test_every_method_runs_and_writes_its_files(compared):
         assert json.loads((folder / "summary.json").read_text()) == run
         config = json.loads((folder / "config.json").read_text())["settings"]
         assert (config["method"], config["outer_steps"]) == (method, 3)
-        assert (folder / "curves.png").stat().st_size > 10_000
+        if folder.name in DRAWN:
+            assert (folder / "curves.png").stat().st_size > 10_000
         rows = read(folder)
         assert [int(row["step"]) for row in rows] == [0, 1, 2, 3]
         seconds = [float(row["seconds"]) for row in rows]

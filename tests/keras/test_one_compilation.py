@@ -65,8 +65,9 @@ CASES = {
     "stocbio": lambda: by_index(tb.StocBiO(INNER, 3, 0.1)),
     "bsa": lambda: by_index(tb.BSA(INNER, 3, 0.1, seed=0)),
     "ttsa": lambda: by_index(tb.TTSA(SGD(0.1), 3, 0.1, seed=0)),
-    "dropout": lambda: by_index(tb.Unroll(INNER), keras.layers.Dropout(0.5)),
-    "statistics": lambda: by_index(tb.Unroll(INNER), keras.layers.BatchNormalization()),
+    "seeds and statistics": lambda: by_index(
+        tb.Unroll(INNER), keras.layers.Dropout(0.5), keras.layers.BatchNormalization()
+    ),
     "tasks": over_tasks,
 }
 
