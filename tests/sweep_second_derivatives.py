@@ -22,7 +22,7 @@ import inspect
 import os
 import pathlib
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -605,93 +605,52 @@ def _checked(case: Case) -> Row:
     return Row(*here, "right", said)
 
 
-def verdicts(makes: Sequence[Maker]) -> list[str]:
-    """Those of `checked`, found with one trace for all whose products are right."""
-    cases = {}
-    for number, make in enumerate(makes):
-        try:
-            # TensorFlow cannot trace the gradient of this one a second time.
-            if "CTC" not in make.args:
-                cases[number] = make("float64")
-        except UNFIT:
-            pass
+def verdict(make: Maker) -> str:
+    """That of `checked`, found with one trace where both products are right."""
     try:
-        right = agreeing(cases)
-    except UNFIT:  # one of them has no kernel of this precision
-        right = set()
-        for number, case in cases.items():
-            try:
-                right |= agreeing({number: case})
-            except UNFIT:
-                pass
-    return [
-        "right" if number in right else checked(make).verdict
-        for number, make in enumerate(makes)
-    ]
+        # TensorFlow cannot trace the gradient of this one a second time.
+        if "CTC" not in make.args and agrees(make("float64")):
+            return "right"
+    except UNFIT:
+        pass
+    return checked(make).verdict
 
 
-WIDTHS = (1e-3, 1e-4, 1e-5)
+def agrees(case: Case) -> bool:
+    """Whether both products of the graph are central differences of its gradient, to
+    1e-6, and the eager ones are the graph's."""
+    here = problem_of(case).prepared(case.upper, tb.Batches(None, None))
+    c, y = structure.to_tensors((here.upper, case.lower))
+    loss, batch = here.problem.lower_loss, here.batches.lower_at(0)
+    v, u = (structure.direction(y, seed) for seed in (0, 1))
+    w = structure.direction(c, 2)
 
+    def products(c: Any, y: Any) -> tuple:
+        _, gradient, pullback = derivatives.lower_gradient_pullback(loss, c, y, batch)
+        mixed, curved = pullback(v)
+        mixed = derivatives.fill_zeros(mixed, c)
+        made = structure.dot(curved, u), structure.dot(mixed, w)
+        return structure.dot(gradient, v), *made
 
-def agreeing(cases: Mapping[int, Case]) -> set[int]:
-    """Those of which both products of the graph are central differences of its
-    gradient, to 1e-6, and the eager ones are the graph's. All are in one graph."""
-    here = {
-        n: problem_of(case).prepared(case.upper, tb.Batches(None, None))
-        for n, case in cases.items()
-    }
-    start = {
-        n: structure.to_tensors((one.upper, cases[n].lower)) for n, one in here.items()
-    }
-    along = {n: structure.direction(y, 1) for n, (_, y) in start.items()}
-    across = {n: structure.direction(c, 2) for n, (c, _) in start.items()}
-
-    def products(points: Mapping[int, Any]) -> dict[int, tuple]:
-        made = {}
-        for n, (c, y) in points.items():
-            loss, batch = here[n].problem.lower_loss, here[n].batches.lower_at(0)
-            v = structure.direction(y, 0)
-            try:
-                _, gradient, pullback = derivatives.lower_gradient_pullback(
-                    loss, c, y, batch
-                )
-                mixed, curved = pullback(v)
-            except UNFIT:
-                continue
-            mixed = derivatives.fill_zeros(mixed, c)
-            found = structure.dot(curved, along[n]), structure.dot(mixed, across[n])
-            made[n] = (structure.dot(gradient, v), *found)
-        return made
-
-    run = tf.function(products, autograph=False).get_concrete_function(start)
-    claimed = {n: [float(one) for one in made[1:]] for n, made in run(start).items()}
-    probes: dict[int, dict] = {n: {} for n in claimed}
-
-    def moved(n: int, product: int, step: float) -> tuple:
-        c, y = start[n]
-        if product == 0:
-            return c, structure.add_scaled(y, step, along[n])
-        return structure.add_scaled(c, step, across[n]), y
-
-    for product, name in enumerate(("g_yy v", "g_xy v")):
-        for h in WIDTHS:
-            if all(name in found for found in probes.values()):
-                break
+    run = tf.function(products, autograph=False).get_concrete_function(c, y)
+    _, *claimed = run(c, y)
+    probes = []
+    for name, one in zip(("g_yy v", "g_xy v"), map(float, claimed), strict=True):
+        for h in (1e-3, 1e-4, 1e-5):
             ahead, behind = (
-                run({n: moved(n, product, step) for n in start}) for step in (h, -h)
+                run(c, structure.add_scaled(y, step, u))[0]
+                if name == "g_yy v"
+                else run(structure.add_scaled(c, step, w), y)[0]
+                for step in (h, -h)
             )
-            for n, found in probes.items():
-                one = claimed[n][product]
-                difference = float(ahead[n][0] - behind[n][0]) / (2 * h)
-                apart = abs(difference - one)
-                if name not in found and apart <= 1e-6 * max(abs(difference), abs(one)):
-                    found[name] = second_derivatives.Probe(name, one, difference, apart)
-    return {
-        n
-        for n, found in probes.items()
-        if len(found) == 2
-        and eager_error(here[n], cases[n], tuple(found.values())) <= EQUAL
-    }
+            difference = float(ahead - behind) / (2 * h)
+            if abs(difference - one) <= 1e-6 * max(abs(difference), abs(one)):
+                break
+        else:
+            return False
+        noise = abs(difference - one)
+        probes.append(second_derivatives.Probe(name, one, difference, noise))
+    return eager_error(here, case, tuple(probes)) <= EQUAL
 
 
 def first_derivative_error(case: Case) -> float:

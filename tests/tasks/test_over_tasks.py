@@ -600,15 +600,20 @@ def test_a_start_drawn_by_a_function_is_that_of_every_task(build, mapping):
         lambda state: tasks.step(method, x, y, batches, state), autograph=False
     )
 
+    rows = []  # of the task whose step is traced
+    alike = build(
+        inner(4, start=lambda k: tf.cast(k + 1, y.dtype) * tf.reverse(rows[-1], [0]))
+    )
+
     @functools.partial(tf.function, autograph=False)
     def single(row: Any, own: tb.Batches, step: Any) -> Any:
-        method = build(inner(4, start=lambda k: tf.cast(k + 1, y.dtype) * row[::-1]))
-        at = method.init(ridge(), x, row)
+        rows.append(row)
+        at = alike.init(ridge(), x, row)
         if "step" in at:
             at = at | {"step": step}
         else:
             at = at | {"inner": at["inner"] | {"step": step}}
-        return method.step(ridge(), x, row, own, at).lower
+        return alike.step(ridge(), x, row, own, at).lower
 
     for step in range(2):
         found = run(state)
