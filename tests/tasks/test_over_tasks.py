@@ -93,7 +93,6 @@ METHODS: dict[str, Callable[[], tb.Method]] = {
     "unroll-momentum": lambda: tb.Unroll(tb.InnerSolver(SGD(0.05, 0.9), 4)),
     "unroll-accelerated": lambda: tb.Unroll(inner(accelerated=True)),
     "unroll-last": lambda: tb.Unroll(adam(), last=3),
-    "unroll-bda": lambda: tb.Unroll(inner(), aggregate=tb.Aggregation(0.4, 0.5)),
     "pessimistic": lambda: tb.Unroll(adam(), end="pessimistic"),
     "pessimistic-checkpoint": lambda: tb.Unroll(
         adam(), end="pessimistic", memory="checkpoint"
@@ -117,16 +116,12 @@ METHODS: dict[str, Callable[[], tb.Method]] = {
     "tolerance": lambda: tb.Implicit(inner(60, 0.3, atol=0.05)),
     "rank-one": lambda: tb.RankOne(inner()),
     "finite-difference": lambda: tb.FiniteDifference(inner()),
-    "finite-difference-bda": lambda: tb.FiniteDifference(
-        inner(), aggregate=tb.Aggregation(0.4, 0.5)
-    ),
     "implicit-pessimistic": lambda: tb.Implicit(
         inner(),
         tb.ConjugateGradient(10),
         end="pessimistic",
         aggregate=tb.Aggregation(0.4, 0.5),
     ),
-    "rank-one-pessimistic": lambda: tb.RankOne(inner(), end="pessimistic"),
     "bamm": lambda: tb.BAMM(SGD(0.1), multiplier_step="exact"),
     "stocbio": lambda: tb.StocBiO(inner(), 3, 0.2),
     "bsa": lambda: tb.BSA(inner(), 3, 0.2),
@@ -153,12 +148,9 @@ RELATIVES = {
     "normal-cg",
     "fixed-point",
     "gradient-solver-residual",
-    "finite-difference-bda",
-    "rank-one-pessimistic",
     "tolerance",
     "bsa",
     "neumann",
-    "unroll-bda",
     "unroll-last",
     "rank-one",
     "implicit-pessimistic",
