@@ -600,14 +600,19 @@ def test_a_start_drawn_by_a_function_is_that_of_every_task(name, mapping):
         lambda state: tasks.step(method, x, y, batches, state), autograph=False
     )
 
-    rows = []  # of the task whose step is traced
+    traced = []  # the task's row and the outer step, which are given here
     alike = build(
-        inner(4, start=lambda k: tf.cast(k + 1, y.dtype) * tf.reverse(rows[-1], [0]))
+        inner(
+            4,
+            start=lambda k: (
+                tf.cast(traced[-1][1] + 1, y.dtype) * tf.reverse(traced[-1][0], [0])
+            ),
+        )
     )
 
     @functools.partial(tf.function, autograph=False)
     def single(row: Any, own: tb.Batches, step: Any) -> Any:
-        rows.append(row)
+        traced.append((row, step))
         at = alike.init(ridge(), x, row)
         if "step" in at:
             at = at | {"step": step}
