@@ -34,7 +34,7 @@ def default_network(
     |---|---|---|
     | "tabular" | numbers [d] | two hidden layers of 128 units |
     | "image" | [h, w] or [h, w, c], any range | 2 to 4 convolutions, one dense layer |
-    | "text" | numbers of words [length], 0 after the last | normalised mean of embeddings |
+    | "text" | numbers of words [length], 0 at the end | mean embedding, normalised |
 
     The first two standardise their inputs, if they are given examples: each number of a
     table by itself, all pixels together. Texts become numbers of words by
