@@ -343,9 +343,7 @@ METHODS = [
         None,
         True,
     ),
-    Row(
-        "mrbo", lambda oracle: tb.MRBO(rate(), 3, 0.2), double_momentum(4), None, True
-    ),
+    Row("mrbo", lambda oracle: tb.MRBO(rate(), 3, 0.2), double_momentum(4), None, True),
     Row(
         "sustain",
         lambda oracle: tb.SUSTAIN(rate(), 1, 0.2),

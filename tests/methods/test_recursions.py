@@ -41,7 +41,7 @@ class Slices:
     def coupling(self, draw: int) -> np.ndarray:
         return COUPLINGS[(draw + self.k) % DRAWS]
 
-    def g(self, draw: int, x: Vector, y: Vector) -> float:
+    def g(self, draw: int, x: Vector, y: Vector) -> Any:
         return 0.5 * y @ self.hessian(draw) @ y - y @ self.coupling(draw) @ x
 
     def g_y(self, draw: int, x: Vector, y: Vector) -> Vector:
@@ -219,3 +219,130 @@ CASES = {
 def test_steps_are_those_of_the_paper(name: str) -> None:
     build, wanted = CASES[name]
     assert_follows(build(), wanted)
+
+
+FULL = tb.Batches(
+    BATCHES.upper, tf.nest.map_structure(lambda a: tf.reduce_mean(a[:3], 0), BATCHES[1])
+)
+# Independent slices enter every product once, so on a quadratic problem the mean over
+# all of them is the step with the mean loss.
+UNBIASED = {
+    **{name: build for name, (build, _) in CASES.items() if name not in ("sustain",)},
+    "stocbio": lambda: tb.StocBiO(tb.InnerSolver(SGD(0.3), 1), 2, 0.35),
+    "amigo": lambda: tb.AmIGO(tb.InnerSolver(SGD(0.3), 1), 2, RATE),
+    "f2sa": lambda: tb.F2SA(tb.InnerSolver(SGD(0.3), 1), SGD(0.2), 1.7),
+}
+
+
+@pytest.mark.parametrize("name", [name for name in UNBIASED if name[:4] != "bome"])
+def test_the_mean_over_all_batches_is_the_step_of_the_mean_loss(name: str) -> None:
+    """Exact enumeration of three minibatches, from a state with momentum in it."""
+    method = UNBIASED[name]()
+    x, y = tf.constant(X), tf.constant(Y)
+    begun = PROBLEM.step(method, x, y, FULL, method.init(PROBLEM, x, y))
+    x, y = x - UPPER_RATE * begun.upper_gradient, begun.lower
+
+    def step(batches: tb.Batches) -> Any:
+        made = PROBLEM.step(method, x, y, batches, begun.state)
+        return made.upper_gradient, made.lower
+
+    @tf.function(autograph=False)
+    def mean() -> Any:
+        choices = np.indices([3] * method.draws).reshape(method.draws, -1).T
+
+        def one(rows: tf.Tensor) -> Any:
+            lower = tf.nest.map_structure(lambda a: tf.gather(a, rows), BATCHES.lower)
+            return step(tb.StackedBatches(BATCHES.upper, lower))
+
+        made = tf.map_fn(one, tf.constant(choices), fn_output_signature=(x.dtype,) * 2)
+        return [tf.reduce_mean(each, 0) for each in made]
+
+    wanted = step(FULL)
+    for found, want, start in zip(mean(), wanted, (0 * x, y), strict=True):
+        np.testing.assert_allclose(found, want, rtol=1e-10)
+        assert np.abs(want - start).max() > 1e-3
+
+
+def test_the_weight_of_a_barrier_is_not_linear_in_the_batches() -> None:
+    """What the test above can see: BOME's weight is a ratio, so its mean is another."""
+    method = tb.BOME(tb.InnerSolver(SGD(0.3), 1), SGD(0.1), 0.7)
+    x, y = tf.constant(X), tf.constant(Y)
+    state = method.init(PROBLEM, x, y)
+    gradients = []
+    for first in range(3):
+        for second in range(3):
+            rows = [first, second]
+            lower = tf.nest.map_structure(
+                lambda a, rows=rows: tf.gather(a, rows), BATCHES.lower
+            )
+            batches = tb.StackedBatches(BATCHES.upper, lower)
+            made = PROBLEM.step(method, x, y, batches, state)
+            gradients.append(made.upper_gradient)
+    wanted = PROBLEM.step(method, x, y, FULL, state).upper_gradient
+    assert np.abs(np.mean(gradients, axis=0) - wanted).max() > 1e-3
+
+
+LARGEST = max(np.linalg.eigvalsh(each).max() for each in HESSIANS)
+FEW = tb.InnerSolver(SGD(0.1), 2)
+# A step size -> the method; above 2 / (largest eigenvalue) something of it grows.
+GROWING = {
+    "SOBA": lambda rate: tb.SOBA(SGD(0.1), rate),
+    "FSLA": lambda rate: tb.FSLA(SGD(0.1), rate),
+    "AmIGO": lambda rate: tb.AmIGO(FEW, 4, rate),
+    "MRBO": lambda rate: tb.MRBO(SGD(0.1), 8, rate),
+    "F2SA": lambda rate: tb.F2SA(FEW, SGD(rate), 100.0),
+    "MEHA": lambda rate: tb.MEHA(SGD(rate), SGD(0.1), upper_weight=0.01),
+}
+
+
+@pytest.mark.parametrize("name", GROWING)
+def test_divergence_is_reported(name: str, recwarn: Any) -> None:
+    x, y = tf.constant(X), tf.constant(Y)
+
+    def follow(rate: float) -> None:
+        method = GROWING[name](rate)
+        tb.minimize(PROBLEM, method, x, y, SGD(1e-6), FULL, steps=40)
+
+    follow(0.4 / LARGEST)
+    assert not [w for w in recwarn if w.category is tb.DivergenceWarning]
+    with pytest.warns(tb.DivergenceWarning, match=f"{name} diverged at outer step"):
+        follow(8 / LARGEST)
+
+
+@pytest.mark.parametrize(
+    ("build", "options", "message"),
+    [
+        (tb.SOBA, {"rate": 0.0}, "`rate` must be above 0"),
+        (tb.SOBA, {"rate": tb.LinearRamp(0.1, -0.1, 5)}, "`rate` must be above 0"),
+        (tb.SOBA, {"rate": "fast"}, "`rate` must be a number or a schedule"),
+        (tb.FSLA, {"momentum": 1.0}, "`momentum` must be from 0 to below 1"),
+        (tb.FSLA, {"momentum": -0.1}, "`momentum` must be from 0 to below 1"),
+        (tb.FSLA, {"momentum": tb.Constant(1.1)}, "`momentum` must be from 0"),
+        (tb.MRBO, {"lower_momentum": 1.0}, "`lower_momentum` must be from 0"),
+        (tb.SUSTAIN, {"upper_momentum": 2.0}, "`upper_momentum` must be from 0"),
+        (tb.MRBO, {"terms": 0}, "`terms` must be"),
+        (tb.SUSTAIN, {"max_steps": 0}, "`max_steps` must be"),
+        (tb.SUSTAIN, {"seed": -1}, "`seed` must be"),
+        (tb.MRBO, {"scale": -1.0}, "`scale` must be above 0"),
+        (tb.MEHA, {"smoothing": 0.0}, "`smoothing` must be"),
+        (tb.MEHA, {"upper_weight": -1.0}, "`upper_weight` must not be negative"),
+    ],
+)
+def test_ranges(build: Callable, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message + r"(.|\n)*Received: "):
+        build(SGD(0.1), **options)
+
+
+def test_ranges_of_methods_with_inner_steps() -> None:
+    cold = tb.InnerSolver(SGD(0.1), 2, start="cold")
+    for build, message in (
+        (lambda: tb.AmIGO(FEW, 0), "`steps` must be"),
+        (lambda: tb.AmIGO(None), "`inner` must be a tb.InnerSolver"),
+        (lambda: tb.F2SA(cold, SGD(0.1), 1.0), "`inner.start` must be 'warm'"),
+        (lambda: tb.F2SA(FEW, SGD(0.1), -1.0), "`weight` must not be negative"),
+        (lambda: tb.BOME(cold, SGD(0.1)), "`inner.start` must be 'warm'"),
+        (lambda: tb.BOME(FEW, SGD(0.1), 0.0), "`barrier` must be"),
+        (lambda: tb.BOME(FEW, SGD(0.1), 1.0, "norm"), "`control` must be one of"),
+    ):
+        with pytest.raises(ValueError, match=message + r"(.|\n)*Received: "):
+            build()

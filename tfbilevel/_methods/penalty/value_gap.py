@@ -184,6 +184,7 @@ class ValueGap(Method):
         return 0 if self.inner is None else self.inner.steps
 
     def _solve(self, here: Prepared, lower: Nest, state: State) -> tuple[Any, Any]:
+        assert self.inner is not None
         copy = self.auxiliary == "copy"
         return solved_copy(self.inner, here, state, lower if copy else None)
 
