@@ -59,9 +59,9 @@ def warn_diverged(method: Method, step: int | None = None) -> None:
         message = (
             f"The linear solve of {name} diverged{when}: its hypergradient is wrong "
             "there. Usual causes: (a) a rate (eta) above 2 / (largest eigenvalue of "
-            "the lower Hessian), (b) an indefinite lower Hessian, (c) too few inner steps. "
-            "Lower the rate; with tb.Implicit damping or tb.NormalConjugateGradient "
-            "help too"
+            "the lower Hessian), (b) an indefinite lower Hessian, (c) too few inner "
+            "steps. Lower the rate; with tb.Implicit damping or "
+            "tb.NormalConjugateGradient help too"
         )
     else:
         message = (
