@@ -96,6 +96,7 @@ from tfbilevel._methods.stochastic import BAMM as BAMM
 from tfbilevel._methods.stochastic import BSA as BSA
 from tfbilevel._methods.stochastic import FSLA as FSLA
 from tfbilevel._methods.stochastic import MRBO as MRBO
+from tfbilevel._methods.stochastic import SABA as SABA
 from tfbilevel._methods.stochastic import SOBA as SOBA
 from tfbilevel._methods.stochastic import SUSTAIN as SUSTAIN
 from tfbilevel._methods.stochastic import TTSA as TTSA

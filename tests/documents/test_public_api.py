@@ -72,6 +72,7 @@ NAMES = {
     "StackedBatches",
     "Step",
     "SOBA",
+    "SABA",
     "FSLA",
     "AmIGO",
     "MRBO",
