@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import keras
+import numpy as np
 import references
 from problems import ORACLES, Oracle, Vector, cast, unflat
 
@@ -41,6 +42,14 @@ def exact(oracle: Oracle, x: Vector, y: Vector) -> tuple[Vector, Vector]:
     """The true hypergradient and the true solution."""
     del y
     return oracle.hypergradient(x), oracle.solution(x)
+
+
+def damped(oracle: Oracle, x: Vector, y: Vector) -> tuple[Vector, Vector]:
+    """The true solution, and the hypergradient with 0.3 on the Hessian's diagonal."""
+    del y
+    end = oracle.solution(x)
+    v = np.linalg.solve(oracle.hessian(x) + 0.3 * np.eye(len(end)), oracle.f_y(x, end))
+    return oracle.f_x(x, end) - oracle.g_xy(x, end, v), end
 
 
 def finite(last: int | None = None) -> Callable:
@@ -297,6 +306,8 @@ METHODS = [
     ),
     Row("rank-one", lambda oracle: tb.RankOne(inner(oracle, 1)), rank_one, None, True),
     Row("implicit-normal-cg", implicit(tb.NormalConjugateGradient(13)), exact),
+    Row("implicit-minres", implicit(tb.MINRES(14, rtol=1e-10)), exact),
+    Row("implicit-nystrom", implicit(tb.Nystrom(13, damping=0.3)), damped, None, True),
     Row("implicit-direct", implicit(tb.Direct()), exact),
     Row(
         "implicit-gradient-solver",

@@ -60,6 +60,7 @@ from tfbilevel._keras.losses import soft_cross_entropy as soft_cross_entropy
 from tfbilevel._keras.losses import sparse_cross_entropy as sparse_cross_entropy
 from tfbilevel._keras.model import BilevelModel as BilevelModel
 from tfbilevel._keras.pair import pair as pair
+from tfbilevel._linear_solvers import MINRES as MINRES
 from tfbilevel._linear_solvers import ConjugateGradient as ConjugateGradient
 from tfbilevel._linear_solvers import Direct as Direct
 from tfbilevel._linear_solvers import FixedPoint as FixedPoint
@@ -72,6 +73,7 @@ from tfbilevel._linear_solvers import Neumann as Neumann
 from tfbilevel._linear_solvers import (
     NormalConjugateGradient as NormalConjugateGradient,
 )
+from tfbilevel._linear_solvers import Nystrom as Nystrom
 from tfbilevel._methods.hypergradient.finite_difference import (
     FiniteDifference as FiniteDifference,
 )

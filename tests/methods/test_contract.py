@@ -51,6 +51,7 @@ FLOAT32 = {
     "implicit-fixed-point",
     "implicit-normal-cg",
     "implicit-direct",
+    "implicit-minres",
     "implicit-gradient-solver",
     "implicit-optimizer-map",
     "stocbio",
