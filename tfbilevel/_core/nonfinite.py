@@ -47,8 +47,11 @@ class NonFiniteError(FloatingPointError):
 
 
 class DivergenceWarning(UserWarning):
-    """A linear solve ended further from the solution than it started, or the lower
-    directions of a first-order method grew."""
+    """A method led away from the solution.
+
+    Its linear solve ended further from the solution than it started, or the lower
+    directions of a first-order method became ten times as long as the first one.
+    """
 
 
 def warn_diverged(method: Method, step: int | None = None) -> None:

@@ -70,7 +70,7 @@ class MINRES(IterativeSolver):
         goal = self.goal(system, rhs_norm.dtype) * rhs_norm
         start, residual = self.start_and_residual(system, product, rhs, state)
         first_norm = system.norm(residual)
-        epsilon = np.finfo(rhs_norm.dtype.as_numpy_dtype).eps
+        epsilon = np.finfo(rhs_norm.dtype.name).eps
 
         def unfinished(step: Any, now: Any, size: Any, ok: Any) -> Any:
             del step, now
@@ -95,7 +95,9 @@ class MINRES(IterativeSolver):
             v = structure.add_scaled(v, length, made)
             r = structure.add_scaled(r, -length, image_made)
             # Of length 1: products would grow with the powers of A.
-            seed = structure.scale(structure.ratio(1.0, tf.sqrt(square)), image_made)
+            seed = structure.scale(
+                tf.math.reciprocal_no_nan(tf.sqrt(square)), image_made
+            )
             after = (v, r, seed, (made, image_made), (p, image))
             ends = (after, system.norm(r), ok)
             return step + 1, *system.stepped(going, (now, size, ok), ends)

@@ -98,7 +98,7 @@ class Nystrom(LinearSolver):
         # In float64: the small matrix is as badly conditioned as A A.
         rows, random, wide = (tf.cast(each, tf.float64) for each in (rows, random, b))
         # A little of the identity keeps it invertible if A has a smaller rank.
-        epsilon = np.finfo(b.dtype.as_numpy_dtype).eps
+        epsilon = np.finfo(b.dtype.name).eps
         shift = epsilon * tf.norm(rows, axis=[-2, -1])
         rows += shift[..., None, None] * random
         inner = tf.matmul(rows, self.damping * random + rows, transpose_b=True)
@@ -111,5 +111,5 @@ class Nystrom(LinearSolver):
         left = system.norm(structure.subtract(rhs, product(value)))
         residual = structure.ratio(left, system.norm(rhs))
         return LinearSolution(
-            value, residual, tf.constant(int(random.shape[0])), diverged=residual > 1
+            value, residual, tf.constant(min(self.rank, size)), diverged=residual > 1
         )
