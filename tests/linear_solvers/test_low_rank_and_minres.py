@@ -7,6 +7,7 @@ import pytest
 import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from suites import fast_where
 from test_linear_solvers import product_with, residual, solve, spd
 
 import tfbilevel as tb
@@ -82,7 +83,10 @@ def test_minres_of_nothing_warm_and_damped() -> None:
 
 @pytest.mark.parametrize(
     "solver",
-    [tb.MINRES(12, rtol=1e-10), tb.Nystrom(8, damping=0.5)],
+    fast_where(
+        lambda solver: isinstance(solver, tb.Nystrom),
+        [tb.MINRES(12, rtol=1e-10), tb.Nystrom(8, damping=0.5)],
+    ),
     ids=["minres", "nystrom"],
 )
 def test_blocks_are_solved_each_by_itself(solver: tb.LinearSolver) -> None:

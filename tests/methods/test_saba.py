@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from suites import fast_where
 from test_stochastic import COUPLINGS, HESSIANS, TARGET, X, Y
 
 import tfbilevel as tb
@@ -46,7 +47,7 @@ def directions(i: int, j: int, x: Any, y: Any, v: Any) -> list:
     return [*lower, y - TARGETS[j], 2 * (1 + TARGETS[j, 0]) * x]
 
 
-@pytest.mark.parametrize("xla", [False, True])
+@pytest.mark.parametrize("xla", fast_where(lambda xla: not xla, [False, True]))
 def test_steps_are_those_of_saga(xla: bool) -> None:
     x, y, v = X, Y, np.zeros_like(Y)
     tables = [
@@ -86,7 +87,7 @@ def hypergradient(x: Any) -> Any:
     return 2 * (1 + TARGETS[:, 0].mean()) * x + coupling.T @ v
 
 
-@pytest.mark.parametrize("reduced", [True, False])
+@pytest.mark.parametrize("reduced", fast_where(lambda reduced: reduced, [True, False]))
 def test_noise_vanishes_with_constant_rates(reduced: bool) -> None:
     """And does not without the tables: the same random batches, the same rates."""
     chosen = method() if reduced else tb.SOBA(SGD(0.3), 0.25)

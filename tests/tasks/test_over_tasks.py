@@ -175,6 +175,8 @@ RELATIVES = {
     "mrbo",
     "sustain",
     "amigo",
+    "fsla",
+    "meha",
 }
 
 
