@@ -126,6 +126,13 @@ METHODS: dict[str, Callable[[], tb.Method]] = {
     "stocbio": lambda: tb.StocBiO(inner(), 3, 0.2),
     "bsa": lambda: tb.BSA(inner(), 3, 0.2),
     "ttsa": lambda: tb.TTSA(SGD(0.1), 2, 0.2),
+    "soba": lambda: tb.SOBA(SGD(0.1), 0.2),
+    "fsla": lambda: tb.FSLA(SGD(0.1), 0.2),
+    "amigo": lambda: tb.AmIGO(inner(), 3, 0.2),
+    "mrbo": lambda: tb.MRBO(SGD(0.1), 2, 0.2),
+    "sustain": lambda: tb.SUSTAIN(SGD(0.1), 2, 0.2),
+    "f2sa": lambda: tb.F2SA(inner(), SGD(0.1), 1.7),
+    "meha": lambda: tb.MEHA(SGD(0.1)),
     "value-gap": lambda: tb.ValueGap(inner(), SGD(0.1), 1.7),
     "gradient-norm": lambda: tb.GradientNorm(SGD(0.1), 1.7),
     "augmented-lagrangian": lambda: tb.AugmentedLagrangian(
@@ -157,6 +164,11 @@ RELATIVES = {
     "gradient-solver",
     "direct",
     "ttsa",
+    "mrbo",
+    "sustain",
+    "amigo",
+    "fsla",
+    "meha",
 }
 
 
@@ -204,6 +216,13 @@ APART = [
     "gradient-solver",
     "stocbio",
     "bamm",
+    "soba",
+    "fsla",
+    "amigo",
+    "mrbo",
+    "sustain",
+    "f2sa",
+    "meha",
     "value-gap",
     "augmented-lagrangian",
 ]
@@ -243,6 +262,35 @@ def test_tasks_in_turn_are_the_tasks_at_once(name):
     ):
         assert a.shape == b.shape and a.dtype == b.dtype
         np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("control", ["gradient", "gap"])
+def test_one_barrier_for_all_tasks(control):
+    """BOME over tasks is BOME on their sum, whose x-gradient is so many times the
+    mean's. One task alone would get another weight."""
+    x, y, batches = data()
+    one, method = ridge(), tb.BOME(inner(), SGD(0.1), 60.0, control)
+    rows = [alone(batches, i) for i in range(TASKS)]
+
+    def total(loss: Callable, level: str) -> Callable:
+        return lambda x, y, batch: tf.add_n(
+            [loss(x, y[i], getattr(rows[i], level)) for i in range(TASKS)]
+        )
+
+    summed = tb.Problem(total(one.upper_loss, "upper"), total(one.lower_loss, "lower"))
+    nothing = tb.Batches(None, None)
+    wanted = summed.step(method, x, y, nothing, method.init(summed, x, y))
+    assert wanted.metrics["weight"] > 0
+    tasks = tb.over_tasks(one)
+    for problem in (tasks, tb.over_tasks(one, "sequential")):
+        made = problem.step(method, x, y, batches, method.init(problem, x, y))
+        np.testing.assert_allclose(
+            TASKS * made.upper_gradient, wanted.upper_gradient, rtol=1e-9
+        )
+        np.testing.assert_allclose(made.lower, wanted.lower, rtol=1e-10)
+        np.testing.assert_allclose(
+            made.metrics["weight"], wanted.metrics["weight"], rtol=1e-9
+        )
 
 
 def test_the_loose_tolerances_stop_the_tasks_at_different_steps():
