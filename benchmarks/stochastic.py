@@ -137,7 +137,11 @@ FULL = EXAMPLES / BATCH
 ENTRIES: dict[str, Entry] = {
     "SOBA": Entry(lambda r, p: tb.SOBA(sgd(r, p), Decay(r, p)), 4),
     "SABA": Entry(
-        lambda r, p: tb.SABA(sgd(r, p), Decay(r, p), FIXED, FIXED), 4, "fixed"
+        lambda r, p: tb.SABA(
+            sgd(r, p), Decay(r, p), lower_batches=FIXED, upper_batches=FIXED
+        ),
+        4,
+        "fixed",
     ),
     "FSLA": Entry(lambda r, p: tb.FSLA(sgd(r, p), Decay(r, p), 0.9), 9),
     "AmIGO": Entry(

@@ -38,7 +38,7 @@ def batches(i: int, j: int) -> tb.Batches:
 
 
 def method(**options: Any) -> tb.SABA:
-    return tb.SABA(SGD(0.3), 0.25, LOWER, UPPER, **options)
+    return tb.SABA(SGD(0.3), 0.25, lower_batches=LOWER, upper_batches=UPPER, **options)
 
 
 def directions(i: int, j: int, x: Any, y: Any, v: Any) -> list:
@@ -113,7 +113,9 @@ def test_noise_vanishes_with_constant_rates(reduced: bool) -> None:
 
 def test_tables_that_are_too_large_are_refused() -> None:
     x, y = tf.zeros([10]), tf.zeros([1000])
-    small = tb.SABA(SGD(0.1), 0.1, 50, 20, most_bytes=400_000)
+    small = tb.SABA(
+        SGD(0.1), 0.1, lower_batches=50, upper_batches=20, most_bytes=400_000
+    )
     # 4 (50 (2000 + 10) + 20 (1000 + 10)) bytes
     with pytest.raises(ValueError, match=r"fit into(.|\n)*Received: 482,800 bytes"):
         small.init(PROBLEM, x, y)

@@ -21,7 +21,7 @@ from tfbilevel._core.method import Method, Step
 from tfbilevel._core.prepared import Prepared
 from tfbilevel._core.problem import Problem
 from tfbilevel._core.projection import fixed_projection
-from tfbilevel._methods.stochastic.directions import directions, followed
+from tfbilevel._methods.stochastic.directions import directions, followed, lagrangian
 from tfbilevel._optimizers.update_rule import UpdateRule
 
 STEPS = ("scheduled", "exact")
@@ -178,14 +178,9 @@ class BAMM(Method):
     def objective(
         self, problem: Problem, upper: Nest, lower: Nest, batches: Batches, state: State
     ) -> Callable[[Nest], tf.Tensor]:
-        def value(x: Nest) -> tf.Tensor:
-            here = self._prepared(problem, x, batches, state)
-            _, gradient = here.lower_gradient(lower, 0)
-            product = here.mean(structure.dot(state["multiplier"], gradient))
-            f = here.upper_loss(lower)
-            return f - tf.cast(product, f.dtype)
-
-        return value
+        return lambda x: lagrangian(
+            self._prepared(problem, x, batches, state), lower, state["multiplier"]
+        )
 
     def _prepared(
         self, problem: Problem, upper: Nest, batches: Batches, state: State

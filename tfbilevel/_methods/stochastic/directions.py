@@ -90,3 +90,11 @@ def too_far(size: tf.Tensor, largest: tf.Tensor) -> tf.Tensor:
         largest: the largest |f_y| so far.
     """
     return tf.cast(size > TOO_FAR * largest, size.dtype)
+
+
+def lagrangian(here: Prepared, lower: Nest, solution: Nest) -> tf.Tensor:
+    """f - <v, g_y>, whose derivative in x is f_x - g_xy v; over tasks, the mean."""
+    _, gradient = here.lower_gradient(lower, 0)
+    product = here.mean(structure.dot(solution, gradient))
+    f = here.upper_loss(lower)
+    return f - tf.cast(product, f.dtype)

@@ -3,26 +3,25 @@
 import dataclasses
 import functools
 
-import keras
 import tensorflow as tf
 from keras.optimizers.schedules import LearningRateSchedule
 
 from tfbilevel._calculus import structure
 from tfbilevel._calculus.aliases import Metrics, Nest, State
 from tfbilevel._core.batches import Batches
-from tfbilevel._core.method import Method, Step
+from tfbilevel._core.method import Step
 from tfbilevel._core.prepared import Prepared
 from tfbilevel._core.problem import Problem
 from tfbilevel._core.projection import fixed_projection
-from tfbilevel._core.schedules import Schedule, as_rate
+from tfbilevel._core.schedules import Schedule
 from tfbilevel._methods.stochastic.directions import too_far
+from tfbilevel._methods.stochastic.followed_solution import FollowedSolution
 from tfbilevel._methods.stochastic.recursive_momentum import as_momentum, recursive
 from tfbilevel._methods.stochastic.series import mixed_product
-from tfbilevel._optimizers.update_rule import UpdateRule
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class FSLA(Method):
+class FSLA(FollowedSolution):
     r"""Steps of y, v and x, one after the other, with recursive momentum for x (FSLA).
 
         y_{k+1} = y_k - update( g_y(x_k, y_k; S) )
@@ -70,22 +69,11 @@ class FSLA(Method):
         without Hessian inverse. arXiv:2112.04660.
     """
 
-    lower_optimizer: keras.optimizers.Optimizer
-    rate: float | Schedule | LearningRateSchedule = 0.1
     momentum: float | Schedule | LearningRateSchedule = 0.9
 
     def __post_init__(self) -> None:
-        _ = self.rule, self.rates, self.momenta  # raises for invalid arguments
-
-    @functools.cached_property
-    def rule(self) -> UpdateRule:
-        """The update of `lower_optimizer`."""
-        return UpdateRule(self.lower_optimizer, "lower_optimizer")
-
-    @functools.cached_property
-    def rates(self) -> Schedule:
-        """rho at every outer step."""
-        return as_rate(self.rate, "rate")
+        super().__post_init__()
+        _ = self.momenta  # raises for an invalid momentum
 
     @functools.cached_property
     def momenta(self) -> Schedule:
@@ -97,22 +85,9 @@ class FSLA(Method):
         """The number of lower batches that one step uses."""
         return 3
 
-    @property
-    def moves_lower(self) -> bool:
-        return True
-
-    @property
-    def couples_tasks(self) -> bool:
-        # The momentum belongs to all tasks together.
-        return True
-
     def init(self, problem: Problem, upper: Nest, lower: Nest) -> State:
-        solution = structure.zeros_like(structure.to_tensors(lower))
         return {
-            "step": tf.constant(0, tf.int64),
-            "optimizer": self.rule.init(lower),
-            "solution": solution,
-            "largest": problem.inner_product.norm(solution),
+            **super().init(problem, upper, lower),
             "before": structure.copied(upper),
             "direction": structure.zeros_like(structure.to_tensors(upper)),
         }

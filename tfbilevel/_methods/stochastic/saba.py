@@ -1,26 +1,22 @@
 """The single loop with a table of every batch's last directions."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import keras
 import numpy as np
 import tensorflow as tf
-from keras.optimizers.schedules import LearningRateSchedule
 
 from tfbilevel._calculus import structure
 from tfbilevel._calculus.aliases import Metrics, Nest, State
 from tfbilevel._core.arguments import require_count
 from tfbilevel._core.batches import Batches
-from tfbilevel._core.method import Method, Step
+from tfbilevel._core.method import Step
 from tfbilevel._core.prepared import Prepared
 from tfbilevel._core.problem import Problem
 from tfbilevel._core.projection import fixed_projection
-from tfbilevel._core.schedules import Schedule, as_rate
 from tfbilevel._methods.stochastic.directions import too_far
-from tfbilevel._optimizers.update_rule import UpdateRule
+from tfbilevel._methods.stochastic.followed_solution import FollowedSolution
 
 
 def last_part(batch: Any) -> Any:
@@ -71,7 +67,7 @@ class _Table(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class SABA(Method):
+class SABA(FollowedSolution):
     r"""`SOBA` with variance reduction: a table of every batch's directions (SABA).
 
         d = d_i - table[i] + mean(table),      table[i] = d_i        (SAGA)
@@ -116,7 +112,8 @@ class SABA(Method):
         ... )
         >>> lower = tb.index_batches(3, 1).map(lambda i: (curvatures[i[0]], i[0]))
         >>> upper = tf.data.Dataset.from_tensors((0.0, 0))
-        >>> method = tb.SABA(keras.optimizers.SGD(0.3), 0.3, 3, 1)
+        >>> method = tb.SABA(
+        ...     keras.optimizers.SGD(0.3), 0.3, lower_batches=3, upper_batches=1)
         >>> result = tb.minimize(problem, method, tf.constant(3.0), tf.constant(0.0),
         ...     keras.optimizers.SGD(0.1), tb.pair(upper, lower), steps=300)
         >>> round(float(result.upper), 3), round(float(result.lower), 3)
@@ -127,15 +124,14 @@ class SABA(Method):
         enables stochastic and global variance reduction algorithms. arXiv:2201.13409.
     """
 
-    lower_optimizer: keras.optimizers.Optimizer
-    rate: float | Schedule | LearningRateSchedule
+    _: dataclasses.KW_ONLY
     lower_batches: int
     upper_batches: int
     number: Callable[[Any], Any] = last_part
     most_bytes: int = 2**30
 
     def __post_init__(self) -> None:
-        _ = self.rule, self.rates  # raises for invalid arguments
+        super().__post_init__()
         require_count(self.lower_batches, "lower_batches")
         require_count(self.upper_batches, "upper_batches")
         require_count(self.most_bytes, "most_bytes")
@@ -145,28 +141,10 @@ class SABA(Method):
                 f"as lambda batch: batch[-1]. Received: number={self.number!r}"
             )
 
-    @functools.cached_property
-    def rule(self) -> UpdateRule:
-        """The update of `lower_optimizer`."""
-        return UpdateRule(self.lower_optimizer, "lower_optimizer")
-
-    @functools.cached_property
-    def rates(self) -> Schedule:
-        """The rate of v at every outer step."""
-        return as_rate(self.rate, "rate")
-
     @property
     def draws(self) -> int:
         """The number of lower batches that one step uses."""
         return 1
-
-    @property
-    def moves_lower(self) -> bool:
-        return True
-
-    @property
-    def couples_tasks(self) -> bool:
-        return True
 
     def init(self, problem: Problem, upper: Nest, lower: Nest) -> State:
         if problem.has_tasks:
@@ -178,12 +156,8 @@ class SABA(Method):
         upper, lower = structure.to_tensors((upper, lower))
         self._require_room(upper, lower)
         n, m = self.lower_batches, self.upper_batches
-        solution = structure.zeros_like(lower)
         return {
-            "step": tf.constant(0, tf.int64),
-            "optimizer": self.rule.init(lower),
-            "solution": solution,
-            "largest": structure.norm(solution),
+            **super().init(problem, upper, lower),
             "lower_table": _Table.empty(n, (lower, lower, upper)),
             "upper_table": _Table.empty(m, (lower, upper)),
         }

@@ -1,26 +1,22 @@
 """The single loop of three stochastic gradient steps."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
 
-import keras
 import tensorflow as tf
-from keras.optimizers.schedules import LearningRateSchedule
 
 from tfbilevel._calculus import structure
 from tfbilevel._calculus.aliases import Nest, State
 from tfbilevel._core.batches import Batches
-from tfbilevel._core.method import Method, Step
+from tfbilevel._core.method import Step
 from tfbilevel._core.problem import Problem
 from tfbilevel._core.projection import fixed_projection
-from tfbilevel._core.schedules import Schedule, as_rate
-from tfbilevel._methods.stochastic.directions import directions, followed
-from tfbilevel._optimizers.update_rule import UpdateRule
+from tfbilevel._methods.stochastic.directions import directions, followed, lagrangian
+from tfbilevel._methods.stochastic.followed_solution import FollowedSolution
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class SOBA(Method):
+class SOBA(FollowedSolution):
     r"""One stochastic gradient step of y, of v and of x per outer step (SOBA).
 
         y_{k+1} = y_k - update( g_y )
@@ -67,46 +63,10 @@ class SOBA(Method):
         enables stochastic and global variance reduction algorithms. arXiv:2201.13409.
     """
 
-    lower_optimizer: keras.optimizers.Optimizer
-    rate: float | Schedule | LearningRateSchedule = 0.1
-
-    def __post_init__(self) -> None:
-        _ = self.rule, self.rates  # raises for invalid arguments
-
-    @functools.cached_property
-    def rule(self) -> UpdateRule:
-        """The update of `lower_optimizer`."""
-        return UpdateRule(self.lower_optimizer, "lower_optimizer")
-
-    @functools.cached_property
-    def rates(self) -> Schedule:
-        """rho at every outer step."""
-        return as_rate(self.rate, "rate")
-
     @property
     def draws(self) -> int:
         """The number of lower batches that one step uses."""
         return 1
-
-    @property
-    def moves_lower(self) -> bool:
-        return True
-
-    @property
-    def couples_tasks(self) -> bool:
-        # A nonfinite residual of one task affects all of x.
-        return True
-
-    def init(self, problem: Problem, upper: Nest, lower: Nest) -> State:
-        del upper
-        solution = structure.zeros_like(structure.to_tensors(lower))
-        return {
-            "step": tf.constant(0, tf.int64),
-            "optimizer": self.rule.init(lower),
-            "solution": solution,
-            # The largest |f_y| so far, one per task.
-            "largest": problem.inner_product.norm(solution),
-        }
 
     def step(
         self, problem: Problem, upper: Nest, lower: Nest, batches: Batches, state: State
@@ -132,11 +92,6 @@ class SOBA(Method):
     def objective(
         self, problem: Problem, upper: Nest, lower: Nest, batches: Batches, state: State
     ) -> Callable[[Nest], tf.Tensor]:
-        def value(x: Nest) -> tf.Tensor:
-            here = problem.prepared(x, batches)
-            _, gradient = here.lower_gradient(lower, 0)
-            product = here.mean(structure.dot(state["solution"], gradient))
-            f = here.upper_loss(lower)
-            return f - tf.cast(product, f.dtype)
-
-        return value
+        return lambda x: lagrangian(
+            problem.prepared(x, batches), lower, state["solution"]
+        )
