@@ -3,9 +3,11 @@
     python3 benchmarks/environment.py
 
 The peers are installed apart from the library, because they need other versions of
-array packages. Running this again installs only what is missing.
+array packages. Running this again installs only what is missing. With `--gpu`, for
+`gpu.py`, PyTorch and JAX come with their CUDA libraries (several GB).
 """
 
+import argparse
 import json
 import os
 import pathlib
@@ -22,15 +24,25 @@ TORCH = "torch==2.13.0"
 PEERS = ("higher==0.2.1", "jax", "cleanlab>=2", "scikit-learn", "numpy")
 # Installed without dependencies: its unused torchvision would replace PyTorch.
 HYPERGRAD = "hypergrad==0.0.1"
+# Untried: nobody had a GPU here.
+GPU_TORCH, GPU_PEERS = "torch", ("jax[cuda12]",)
 IMPORTED = ("torch", "higher", "jax", "cleanlab", "sklearn", "hypergrad")
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--gpu", action="store_true", help="with CUDA libraries")
+    gpu = parser.parse_args(argv).gpu
+    torch, more = (GPU_TORCH, GPU_PEERS) if gpu else (TORCH, ())
     if not PYTHON.exists():
         print(f"creating {ENVIRONMENT}", flush=True)
         venv.EnvBuilder(with_pip=True).create(ENVIRONMENT)
     # PyTorch is installed first, so that no peer can request another build of it.
-    for requirements in ((TORCH,), (TORCH, *PEERS), ("--no-deps", HYPERGRAD)):
+    for requirements in (
+        (torch,),
+        (torch, *PEERS, *more),
+        ("--no-deps", HYPERGRAD),
+    ):
         print("installing", " ".join(requirements), flush=True)
         command = [PYTHON, "-m", "pip", "install", "--quiet", *requirements]
         if subprocess.run(command).returncode != 0:

@@ -21,7 +21,7 @@ sys.path[:0] = [str(HERE), str(HERE / "contestants")]
 
 import environment  # noqa: E402
 import few_shot_protocol  # noqa: E402
-from hyper_cleaning import Contestant, Worker, measure, ratios  # noqa: E402
+from hyper_cleaning import Contestant, measure, ratios, started  # noqa: E402
 
 LIBRARY, TORCH = "few_shot_library.py", "few_shot_torch.py"
 ENTRANTS = [
@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> dict:
         data = pathlib.Path(folder) / "few-shot.npz"
         few_shot_protocol.save(instance, data)
         for method in args.methods:
-            judge = Worker(EXACT, args, data, method)
+            judge = started(EXACT, args, data, method)
             judge.ask(f"hypergradient {folder}/exact.npy")
             judge.close()
             exact = np.load(f"{folder}/exact.npy")

@@ -18,20 +18,26 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 HERE = pathlib.Path(__file__).resolve().parent
-ROOT = HERE.parent
 CONTESTANTS = HERE / "contestants"
-sys.path.insert(0, str(CONTESTANTS))
+sys.path[:0] = [str(HERE), str(CONTESTANTS)]
 
 import environment  # noqa: E402
 import operations  # noqa: E402
 import protocol  # noqa: E402
 import reference  # noqa: E402
+from workers import (  # noqa: E402
+    Worker,
+    pinned,
+    processor,
+    take_turns,
+    worker_environment,
+)
 
 
 class Contestant(NamedTuple):
@@ -90,6 +96,10 @@ COMPARED = {
     "hypergrad": "PyTorch with PyPI's hypergrad",
     "jax": "JAX",
     "fit": "fit",
+    # Only gpu.py has these.
+    "fit-xla": "fit, XLA",
+    "fit-bfloat16": "fit, bf16",
+    "fit-xla-bfloat16": "fit, XLA, bf16",
 }
 
 TITLES = {
@@ -103,7 +113,21 @@ TITLES = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = parse(argv)
+    arguments = parser().parse_args(argv)
+    compare(checked(arguments), CONTESTANTS_IN_ORDER, "hyper_cleaning")
+    return 0
+
+
+def compare(
+    arguments: argparse.Namespace, contestants: Sequence[Contestant], name: str
+) -> None:
+    """Measure all methods and networks, and write the tables after each.
+
+    Args:
+        arguments: those of `parser`.
+        contestants: the peers among them are left out if they are not installed.
+        name: of the files that are written.
+    """
     with_peers = environment.PYTHON.exists()
     if not with_peers:
         print(
@@ -111,7 +135,7 @@ def main(argv: list[str] | None = None) -> int:
             "Create it with `make bench-env`.",
             file=sys.stderr,
         )
-    chosen = [c for c in CONTESTANTS_IN_ORDER if with_peers or not c.peer]
+    chosen = [c for c in contestants if with_peers or not c.peer]
     arguments.out.mkdir(parents=True, exist_ok=True)
     machine = describe_machine(arguments, with_peers)
     groups: list[dict] = []
@@ -137,13 +161,12 @@ def main(argv: list[str] | None = None) -> int:
                 }
                 groups.append(group)
                 print(table(group), flush=True)
-                report(arguments.out, machine, groups)
-    print(f"written: {arguments.out / 'hyper_cleaning.md'} and .json")
-    return 0
+                report(arguments.out, name, machine, groups)
+    print(f"written: {arguments.out / name}.md and .json")
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def parser(description: str = __doc__.splitlines()[0]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/bench"))
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--rows", type=int, default=5000, help="images per level")
@@ -158,87 +181,38 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--methods", nargs="+", choices=protocol.METHODS, default=protocol.METHODS
     )
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def checked(arguments: argparse.Namespace) -> argparse.Namespace:
     if not any(
         m in protocol.METHODS_OF[n] for n in arguments.nets for m in arguments.methods
     ):
-        parser.error("aid-cg runs on the linear net only: add it to --nets")
+        raise SystemExit("error: aid-cg runs on the linear net only: add it to --nets")
     for name in ("rounds", "rows", "inner_steps", "threads"):
         if getattr(arguments, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+            raise SystemExit(f"error: --{name.replace('_', '-')} must be at least 1")
     return arguments
 
 
-class Worker:
-    """A contestant's process."""
-
-    def __init__(
-        self,
-        contestant: Contestant,
-        arguments: argparse.Namespace,
-        data: pathlib.Path,
-        method: str,
-    ):
-        self.contestant = contestant
-        self.log = tempfile.TemporaryFile("w+")
-        command = [
-            str(environment.PYTHON) if contestant.peer else sys.executable,
-            str(CONTESTANTS / contestant.script),
-            f"--method={method}",
-            f"--variant={contestant.variant}",
-            f"--threads={arguments.threads}",
-            f"--data={data}",
-        ]
-        self.process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.log,
-            text=True,
-            env=worker_environment(arguments.threads),
-            preexec_fn=pinned(arguments.threads),
-        )
-        self.seconds: list[float] = []
-        self.cpu_seconds: list[float] = []
-
-    def ask(self, command: str) -> dict[str, Any]:
-        assert self.process.stdin is not None and self.process.stdout is not None
-        try:
-            self.process.stdin.write(command + "\n")
-            self.process.stdin.flush()
-            answer = self.process.stdout.readline()
-        except BrokenPipeError:
-            answer = ""
-        if not answer:
-            self.log.seek(0)
-            raise SystemExit(
-                f"error: {self.contestant.name} ended at `{command}`:\n"
-                f"{self.log.read()[-3000:]}"
-            )
-        return json.loads(answer)
-
-    def close(self) -> None:
-        if self.process.poll() is None:
-            self.process.terminate()
-        self.process.wait()
-        self.log.close()
-
-
-def worker_environment(threads: int) -> dict[str, str]:
-    return {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "TF_CPP_MIN_LOG_LEVEL": "2",
-        "JAX_PLATFORMS": "cpu",
-        "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": str(threads),
-    }
-
-
-def pinned(threads: int) -> Any:
-    """Runs in the child process: every library then sees this number of cores."""
-    cores = sorted(os.sched_getaffinity(0))[:threads]
-    return lambda: os.sched_setaffinity(0, cores)
+def started(
+    contestant: Contestant,
+    arguments: argparse.Namespace,
+    data: pathlib.Path,
+    method: str,
+) -> Worker:
+    """A contestant's process. `arguments` has the threads, and may have a device."""
+    device = getattr(arguments, "device", "cpu")
+    command = [
+        str(environment.PYTHON) if contestant.peer else sys.executable,
+        str(CONTESTANTS / contestant.script),
+        f"--method={method}",
+        f"--variant={contestant.variant}",
+        f"--threads={arguments.threads}",
+        f"--data={data}",
+        f"--device={device}",
+    ]
+    return Worker(contestant.name, command, arguments.threads, device)
 
 
 def measure(
@@ -252,44 +226,31 @@ def measure(
     units = arguments.inner_steps if method == "rhg" else 1
     workers: list[Worker] = []
     try:
-        errors, counts = {}, {}
+        errors = []
         for contestant in entrants:
-            worker = Worker(contestant, arguments, data, method)
+            worker = started(contestant, arguments, data, method)
             workers.append(worker)
             path = data.with_name("hypergradient.npy")
             worker.ask(f"hypergradient {path}")
             difference = np.linalg.norm(np.load(path) - exact)
-            errors[contestant.name] = float(difference / np.linalg.norm(exact))
-            worker.ask("run 1")
-            once = worker.ask("run 1")
-            rate = once["steps"] / once["seconds"]
-            counts[contestant.name] = max(1, math.ceil(arguments.seconds * rate))
-        busy = Busy(workers)
-        for _ in range(arguments.rounds):
-            for worker in workers:
-                # Threads of the previous contestant may still wait in a spin loop.
-                time.sleep(0.05)
-                count = counts[worker.contestant.name]
-                answer = worker.ask(f"run {count}")
-                made = answer["steps"] * units
-                worker.seconds.append(answer["seconds"] / made)
-                worker.cpu_seconds.append(answer["cpu_seconds"] / made)
-        foreign = busy.foreign_share()
+            errors.append(float(difference / np.linalg.norm(exact)))
+            worker.fill(arguments.seconds)
+        foreign = take_turns(workers, arguments.rounds, units)
         results = []
-        for worker in workers:
+        for contestant, worker, error in zip(entrants, workers, errors, strict=True):
             memory = worker.ask("run 1")
-            contestant = worker.contestant
             results.append(
                 {
                     "name": contestant.name,
                     "family": contestant.family,
-                    "median_seconds": statistics.median(worker.seconds),
+                    "median_seconds": worker.median_seconds,
                     "seconds": worker.seconds,
                     "cpu_seconds": statistics.median(worker.cpu_seconds),
-                    "steps_per_round": counts[contestant.name],
+                    "steps_per_round": worker.steps,
                     "peak_bytes": memory["peak"],
                     "method_bytes": memory["peak"] - memory["baseline"],
-                    "hypergradient_error": errors[contestant.name],
+                    "device_peak_bytes": memory["device_peak"],
+                    "hypergradient_error": error,
                 }
             )
     finally:
@@ -300,34 +261,6 @@ def measure(
         "foreign_share": foreign,
         "ratios": ratios(results),
     }
-
-
-class Busy:
-    """The share of the machine that other processes use during the benchmark."""
-
-    def __init__(self, workers: list[Worker]):
-        self.pids = [worker.process.pid for worker in workers] + [os.getpid()]
-        self.start = time.perf_counter(), _machine_seconds(), self._own()
-
-    def foreign_share(self) -> float:
-        start, machine, own = self.start
-        elapsed = (time.perf_counter() - start) * (os.cpu_count() or 1)
-        foreign = (_machine_seconds() - machine) - (self._own() - own)
-        return max(0.0, foreign / elapsed)
-
-    def _own(self) -> float:
-        total = 0
-        for pid in self.pids:
-            fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1]
-            total += sum(map(int, fields.split()[11:13]))
-        return total / os.sysconf("SC_CLK_TCK")
-
-
-def _machine_seconds() -> float:
-    fields = pathlib.Path("/proc/stat").read_text().splitlines()[0].split()[1:]
-    user, nice, system, _, _, interrupt, soft, steal = map(int, fields[:8])
-    ticks = user + nice + system + interrupt + soft + steal
-    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def fastest(results: list[dict], *families: str) -> dict | None:
@@ -364,11 +297,12 @@ def describe_machine(arguments: argparse.Namespace, with_peers: bool) -> dict[st
         f"--threads={arguments.threads}",
         f"--rows={arguments.rows}",
     ]
+    device = getattr(arguments, "device", "cpu")
     done = subprocess.run(
         command,
         capture_output=True,
         text=True,
-        env=worker_environment(arguments.threads),
+        env=worker_environment(arguments.threads, device),
         preexec_fn=pinned(arguments.threads),
     )
     if done.returncode != 0:
@@ -380,6 +314,7 @@ def describe_machine(arguments: argparse.Namespace, with_peers: bool) -> dict[st
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes"),
         "processor": processor(),
+        "device": rates.pop("device"),
         "threads": arguments.threads,
         "load_before": os.getloadavg()[0],
         "rows": arguments.rows,
@@ -390,15 +325,8 @@ def describe_machine(arguments: argparse.Namespace, with_peers: bool) -> dict[st
     }
 
 
-def processor() -> str:
-    for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return f"{line.split(':', 1)[1].strip()}, {os.cpu_count()} cores"
-    return "unknown"
-
-
-def report(out: pathlib.Path, machine: dict, groups: list[dict]) -> None:
-    (out / "hyper_cleaning.json").write_text(
+def report(out: pathlib.Path, name: str, machine: dict, groups: list[dict]) -> None:
+    (out / f"{name}.json").write_text(
         json.dumps({"machine": machine, "groups": groups}, indent=2) + "\n"
     )
     rates, versions = machine["rates"], machine["versions"]
@@ -406,8 +334,8 @@ def report(out: pathlib.Path, machine: dict, groups: list[dict]) -> None:
     lines = [
         "# Hyper-cleaning benchmark",
         "",
-        f"{machine['date']}, {machine['processor']}, {machine['threads']} threads; "
-        f"{named}.",
+        f"{machine['date']}, {machine['processor']}, {machine['threads']} threads, "
+        f"computing on {machine['device']}; {named}.",
         f"{machine['rows']} x 784 images per level, full batch (stocBiO: minibatches "
         f"of {protocol.BATCH_SIZE}), float32; medians of {machine['rounds']} "
         f"interleaved rounds; RHG unrolls {machine['inner_steps']} steps. Matrix "
@@ -418,25 +346,31 @@ def report(out: pathlib.Path, machine: dict, groups: list[dict]) -> None:
         summary(groups),
         *(table(group) for group in groups),
     ]
-    (out / "hyper_cleaning.md").write_text("\n".join(lines))
+    (out / f"{name}.md").write_text("\n".join(lines))
 
 
 def summary(groups: list[dict]) -> str:
+    entered = {f for group in groups for f in group["ratios"]}
+    compared = {f: title for f, title in COMPARED.items() if f in entered}
     lines = [
         "Time of each peer over tfbilevel's (medians of paired rounds; above 1: "
         "tfbilevel is faster):",
         "",
-        f"| | {' | '.join(COMPARED.values())} |",
-        "|---" * (1 + len(COMPARED)) + "|",
+        f"| | {' | '.join(compared.values())} |",
+        "|---" * (1 + len(compared)) + "|",
     ]
     for group in groups:
         cells = [
             f"{group['ratios'][f]['median']:.2f}" if f in group["ratios"] else "-"
-            for f in COMPARED
+            for f in compared
         ]
         label = f"{group['method']}, {group['net']}"
         lines.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
+
+
+def mebibytes(number: int | None) -> str:
+    return "-" if number is None else f"{number / 2**20:.0f}"
 
 
 def table(group: dict) -> str:
@@ -444,8 +378,9 @@ def table(group: dict) -> str:
     lines = [
         f"## {TITLES[group['method']]}, {group['net']}",
         "",
-        "| | ms | over tfbilevel | CPU ms | peak MiB | above start MiB | error |",
-        "|---|---|---|---|---|---|---|",
+        "| | ms | over tfbilevel | CPU ms | peak MiB | above start MiB "
+        "| device peak MiB | error |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for r in group["results"]:
         over = (
@@ -458,7 +393,8 @@ def table(group: dict) -> str:
         lines.append(
             f"| {r['name']} | {1e3 * r['median_seconds']:.2f} | {over:.2f} "
             f"| {1e3 * r['cpu_seconds']:.2f} | {r['peak_bytes'] / 2**20:.0f} "
-            f"| {r['method_bytes'] / 2**20:.0f} | {r['hypergradient_error']:.0e} |"
+            f"| {r['method_bytes'] / 2**20:.0f} | {mebibytes(r['device_peak_bytes'])} "
+            f"| {r['hypergradient_error']:.0e} |"
         )
     bound = group["floor"]
     stored = (

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import keras
+import numpy as np
 import references
 from problems import ORACLES, Oracle, Vector, cast, unflat
 
@@ -41,6 +42,14 @@ def exact(oracle: Oracle, x: Vector, y: Vector) -> tuple[Vector, Vector]:
     """The true hypergradient and the true solution."""
     del y
     return oracle.hypergradient(x), oracle.solution(x)
+
+
+def damped(oracle: Oracle, x: Vector, y: Vector) -> tuple[Vector, Vector]:
+    """The true solution, and the hypergradient with 0.3 on the Hessian's diagonal."""
+    del y
+    end = oracle.solution(x)
+    v = np.linalg.solve(oracle.hessian(x) + 0.3 * np.eye(len(end)), oracle.f_y(x, end))
+    return oracle.f_x(x, end) - oracle.g_xy(x, end, v), end
 
 
 def finite(last: int | None = None) -> Callable:
@@ -152,6 +161,49 @@ def ttsa(oracle: Oracle, x: Vector, y: Vector) -> tuple[Vector, Vector]:
     return references.series(oracle, x, end, 0.2, 1), end
 
 
+def fsla(oracle: Oracle, x: Vector, y: Vector) -> tuple[Vector, Vector]:
+    """v makes its first step from 0."""
+    end = references.descend(oracle, x, y, LOWER_RATE, 1)[-1]
+    v = 0.2 * oracle.f_y(x, end)
+    return oracle.f_x(x, end) - oracle.g_xy(x, end, v), end
+
+
+def double_momentum(terms: int) -> Callable:
+    """Without a step before there is no momentum; x is at the y before its step."""
+
+    def expected(oracle: Oracle, x: Vector, y: Vector) -> tuple[Vector, Vector]:
+        end = references.descend(oracle, x, y, LOWER_RATE, 1)[-1]
+        return references.series(oracle, x, y, 0.2, terms), end
+
+    return expected
+
+
+def f2sa(oracle: Oracle, x: Vector, y: Vector) -> tuple[Vector, Vector]:
+    z = references.descend(oracle, x, y, oracle.rate, 3)[-1]
+    for _ in range(3):
+        d_y = oracle.f_y(x, y) + WEIGHT * oracle.g_y(x, y)
+        y = y - LOWER_RATE / WEIGHT * d_y
+    return references.value_gap(oracle, x, y, z, WEIGHT)[0], y
+
+
+def bome(oracle: Oracle, x: Vector, y: Vector) -> tuple[Vector, Vector]:
+    z = references.descend(oracle, x, y, oracle.rate, 3)[-1]
+    q_x, q_y = oracle.g_x(x, y) - oracle.g_x(x, z), oracle.g_y(x, y)
+    f_x, f_y = oracle.f_x(x, y), oracle.f_y(x, y)
+    square = q_x @ q_x + q_y @ q_y
+    weight = max(2.5 * square - f_x @ q_x - f_y @ q_y, 0) / square
+    return f_x + weight * q_x, y - LOWER_RATE * (f_y + weight * q_y)
+
+
+def meha(oracle: Oracle, x: Vector, y: Vector) -> tuple[Vector, Vector]:
+    """z starts at y, so the envelope does not pull in the first step."""
+    z = y - LOWER_RATE * oracle.g_y(x, y)
+    along = oracle.f_y(x, y) / WEIGHT + oracle.g_y(x, y) - (y - z) / 0.6
+    end = y - LOWER_RATE * along
+    gap = oracle.g_x(x, end) - oracle.g_x(x, z)
+    return oracle.f_x(x, end) / WEIGHT + gap, end
+
+
 def rank_one(oracle: Oracle, x: Vector, y: Vector) -> tuple[Vector, Vector]:
     end = references.descend(oracle, x, y, oracle.rate, 1)[-1]
     return references.rank_one(oracle, x, end), end
@@ -255,6 +307,8 @@ METHODS = [
     ),
     Row("rank-one", lambda oracle: tb.RankOne(inner(oracle, 1)), rank_one, None, True),
     Row("implicit-normal-cg", implicit(tb.NormalConjugateGradient(13)), exact),
+    Row("implicit-minres", implicit(tb.MINRES(14, rtol=1e-10)), exact),
+    Row("implicit-nystrom", implicit(tb.Nystrom(13, damping=0.3)), damped, None, True),
     Row("implicit-direct", implicit(tb.Direct()), exact),
     Row(
         "implicit-gradient-solver",
@@ -286,6 +340,35 @@ METHODS = [
         lambda oracle: tb.BAMM(rate()),
         bamm,
         oracles=("quadratic", "scalar"),  # f_x is connected in these
+    ),
+    Row(
+        "soba",
+        lambda oracle: tb.SOBA(rate(), 0.2),
+        bamm,  # v = 0 still here too
+        oracles=("quadratic", "scalar"),
+    ),
+    Row("fsla", lambda oracle: tb.FSLA(rate(), 0.2), fsla, None, True),
+    Row(
+        "amigo",
+        lambda oracle: tb.AmIGO(inner(oracle, FEW), 4, 0.2),
+        series(4),
+        None,
+        True,
+    ),
+    Row("mrbo", lambda oracle: tb.MRBO(rate(), 3, 0.2), double_momentum(4), None, True),
+    Row(
+        "sustain",
+        lambda oracle: tb.SUSTAIN(rate(), 1, 0.2),
+        double_momentum(1),
+        None,
+        True,
+    ),
+    Row("f2sa", lambda oracle: tb.F2SA(inner(oracle, 3), rate(), WEIGHT), f2sa),
+    Row("bome", lambda oracle: tb.BOME(inner(oracle, 3), rate(), 2.5), bome),
+    Row(
+        "meha",
+        lambda oracle: tb.MEHA(rate(), smoothing=0.6, upper_weight=1 / WEIGHT),
+        meha,
     ),
     Row(
         "value-gap",

@@ -698,17 +698,23 @@ COMPOSED = {
     *("AugMix", "RandAugment", "ConvLSTM1D", "ConvLSTM3D", "affine_transform"),
     *("elastic_transform", "perspective_transform", "resize", "gaussian_blur"),
     *("RandomShear", "RandomTranslation", "RandomZoom"),  # as RandomRotation
+    "RandomColorJitter",  # four other layers
+    "Bidirectional",  # the loop of a cell, as in RNN, and a reversal
 }
 # These, of several rows of a name.
 VARIANTS: dict[str, Callable[[dict], bool]] = {
     "RNN": lambda keywords: "Stacked" in type(keywords["cell"]).__name__,
-    "GRU": lambda keywords: "reset_after" in keywords,  # and inside Bidirectional
+    "GRU": lambda keywords: "reset_after" in keywords,  # the other one in the RNN
     "LSTM": lambda keywords: len(keywords) > 1,
     "SpectralNormalization": lambda keywords: (
         "Conv" in type(keywords["layer"]).__name__
     ),
-    "Resizing": lambda keywords: keywords["interpolation"] != "lanczos5",
-    "UpSampling2D": lambda keywords: keywords["interpolation"] != "lanczos5",
+    # Each kernel once, and a filter before one; UpSampling2D repeats or resizes.
+    "Resizing": lambda keywords: (
+        keywords["interpolation"] != "lanczos5"
+        and ("antialias" not in keywords or keywords["interpolation"] == "bilinear")
+    ),
+    "UpSampling2D": lambda keywords: keywords["interpolation"] == "nearest",
 }
 
 

@@ -62,6 +62,7 @@ from tfbilevel._keras.losses import soft_cross_entropy as soft_cross_entropy
 from tfbilevel._keras.losses import sparse_cross_entropy as sparse_cross_entropy
 from tfbilevel._keras.model import BilevelModel as BilevelModel
 from tfbilevel._keras.pair import pair as pair
+from tfbilevel._linear_solvers import MINRES as MINRES
 from tfbilevel._linear_solvers import ConjugateGradient as ConjugateGradient
 from tfbilevel._linear_solvers import Direct as Direct
 from tfbilevel._linear_solvers import FixedPoint as FixedPoint
@@ -74,6 +75,7 @@ from tfbilevel._linear_solvers import Neumann as Neumann
 from tfbilevel._linear_solvers import (
     NormalConjugateGradient as NormalConjugateGradient,
 )
+from tfbilevel._linear_solvers import Nystrom as Nystrom
 from tfbilevel._methods.hypergradient.finite_difference import (
     FiniteDifference as FiniteDifference,
 )
@@ -86,14 +88,23 @@ from tfbilevel._methods.hypergradient.unroll import Unroll as Unroll
 from tfbilevel._methods.penalty.augmented_lagrangian import (
     AugmentedLagrangian as AugmentedLagrangian,
 )
+from tfbilevel._methods.penalty.bome import BOME as BOME
+from tfbilevel._methods.penalty.f2sa import F2SA as F2SA
 from tfbilevel._methods.penalty.gradient_norm import GradientNorm as GradientNorm
+from tfbilevel._methods.penalty.meha import MEHA as MEHA
 from tfbilevel._methods.penalty.penalty_schedule import (
     PenaltySchedule as PenaltySchedule,
 )
 from tfbilevel._methods.penalty.value_gap import ValueGap as ValueGap
 from tfbilevel._methods.stochastic import BAMM as BAMM
 from tfbilevel._methods.stochastic import BSA as BSA
+from tfbilevel._methods.stochastic import FSLA as FSLA
+from tfbilevel._methods.stochastic import MRBO as MRBO
+from tfbilevel._methods.stochastic import SABA as SABA
+from tfbilevel._methods.stochastic import SOBA as SOBA
+from tfbilevel._methods.stochastic import SUSTAIN as SUSTAIN
 from tfbilevel._methods.stochastic import TTSA as TTSA
+from tfbilevel._methods.stochastic import AmIGO as AmIGO
 from tfbilevel._methods.stochastic import StocBiO as StocBiO
 from tfbilevel._minimize import Point as Point
 from tfbilevel._minimize import Result as Result

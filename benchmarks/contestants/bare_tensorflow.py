@@ -15,6 +15,7 @@ import protocol
 import tensorflow as tf
 from tensorflow_losses import (
     cross_entropy,
+    device_peak,
     lower_loss,
     minibatch_loss,
     upper_loss,
@@ -222,4 +223,4 @@ def _descend(variables: list, rate: Any, gradient: list) -> list:
 
 
 if __name__ == "__main__":
-    protocol.serve(Bare)
+    protocol.serve(Bare, device_peak=device_peak)

@@ -15,6 +15,8 @@ import protocol
 
 class JittedJax:
     def __init__(self, arguments: argparse.Namespace, instance: protocol.Instance):
+        if arguments.device == "gpu":
+            jax.devices("gpu")  # raises without one, instead of computing on the host
         upper, lower = protocol.make_batches(arguments.method, instance)
         self.data = (*_arrays(*lower), *_arrays(*upper))
         self.inner_steps = instance.inner_steps
@@ -193,5 +195,9 @@ def _descend(variables: list, rate: float, gradient: list) -> list:
     return [v - rate * g for v, g in zip(variables, gradient, strict=True)]
 
 
+def device_peak() -> int:
+    return jax.devices("gpu")[0].memory_stats()["peak_bytes_in_use"]
+
+
 if __name__ == "__main__":
-    protocol.serve(JittedJax)
+    protocol.serve(JittedJax, device_peak=device_peak)

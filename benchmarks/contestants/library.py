@@ -1,4 +1,8 @@
-"""tfbilevel. Variants: plain, xla (one `Method.step` per call), fit (Keras)."""
+"""tfbilevel. Variants: plain, xla (one `Method.step` per call), fit (Keras).
+
+`fit` chooses plain or XLA itself; fit-xla is told to use it, fit-bfloat16 computes in
+bfloat16, and fit-xla-bfloat16 does both.
+"""
 
 import argparse
 
@@ -7,6 +11,7 @@ import numpy as np
 import protocol
 import tensorflow as tf
 from tensorflow_losses import (
+    device_peak,
     lower_loss,
     minibatch_loss,
     upper_loss,
@@ -80,7 +85,7 @@ class Steps:
 
 
 class Fit:
-    """`BilevelModel.fit` with Keras models, which chooses plain or XLA itself."""
+    """`BilevelModel.fit` with Keras models."""
 
     def __init__(self, arguments: argparse.Namespace, instance: protocol.Instance):
         use_threads(arguments.threads)
@@ -89,18 +94,18 @@ class Fit:
         weights = tb.ExampleWeights(len(instance.upper))
         sizes = [len(bias) for bias in instance.lower[1::2]]
         activations = ["sigmoid"] * (len(sizes) - 1) + [None]
-        network = keras.Sequential(
-            [
-                keras.Input([instance.train.shape[1]]),
-                *map(keras.layers.Dense, sizes, activations),
-            ]
-        )
+        options = arguments.variant.split("-")[1:]
+        policy = "mixed_bfloat16" if "bfloat16" in options else "float32"
+        network = keras.Sequential([keras.Input([instance.train.shape[1]])])
+        for size, activation in zip(sizes, activations, strict=True):
+            network.add(keras.layers.Dense(size, activation, dtype=policy))
         weights.set_weights([instance.upper])
         network.set_weights(instance.lower)
 
         def cross_entropy(network: keras.Model, batch: tuple) -> tf.Tensor:
             images, labels = batch
-            log_probabilities = tf.nn.log_softmax(network(images))
+            logits = tf.cast(network(images), tf.float32)
+            log_probabilities = tf.nn.log_softmax(logits)
             return -tf.reduce_sum(tf.one_hot(labels, 10) * log_probabilities, axis=1)
 
         self.model = tb.BilevelModel(
@@ -117,6 +122,7 @@ class Fit:
             make_method(arguments.method, instance.inner_steps),
             keras.optimizers.SGD(protocol.UPPER_RATE),
             steps_per_execution=self.per_execution,
+            jit_compile=True if "xla" in options else "auto",
         )
         self.batches = make_batches(arguments.method, instance)
         self.data = tb.pair(
@@ -144,13 +150,13 @@ class Fit:
             self.data,
             # The first execution includes the start of `fit` and is not timed.
             steps_per_epoch=(1 + executions) * self.per_execution,
-            callbacks=[_StartAfterFirst(clock)],
+            callbacks=[StartAfterFirst(clock)],
             verbose=0,
         )
         return executions * self.per_execution
 
 
-class _StartAfterFirst(keras.callbacks.Callback):
+class StartAfterFirst(keras.callbacks.Callback):
     def __init__(self, clock: protocol.Clock):
         super().__init__()
         self.clock = clock
@@ -183,9 +189,9 @@ def _state(
 
 
 def build(arguments: argparse.Namespace, instance: protocol.Instance) -> Steps | Fit:
-    kind = Fit if arguments.variant == "fit" else Steps
+    kind = Fit if arguments.variant.startswith("fit") else Steps
     return kind(arguments, instance)
 
 
 if __name__ == "__main__":
-    protocol.serve(build)
+    protocol.serve(build, device_peak=device_peak)

@@ -69,7 +69,10 @@ def main() -> None:
     }
     flops |= {name: product_rate(*shape, copies=100) for name, shape in small.items()}
     read = {"cache": read_rate(16), "memory": read_rate(512)}
-    print(json.dumps({"flops": flops, "bytes": read}))
+    gpus = tf.config.list_physical_devices("GPU")
+    details = tf.config.experimental.get_device_details(gpus[0]) if gpus else {}
+    device = details.get("device_name", "GPU" if gpus else "CPU")
+    print(json.dumps({"flops": flops, "bytes": read, "device": device}))
 
 
 if __name__ == "__main__":

@@ -6,9 +6,11 @@ answers each one with one line of JSON:
     hypergradient PATH   the upper gradient of the first step, written as .npy
     run N                make at least N outer steps; answers how many `steps` were
                          timed, their elapsed seconds and those of all threads
+    use METHOD           (replicas.py only) train by that method from now on
     quit
 
-Every answer has the process's memory: its `peak`, and `baseline` before the method.
+Every answer has the process's memory: its `peak`, `baseline` before the method, and
+`device_peak`, the most that it had on the GPU (`null` on a CPU).
 
 Only NumPy is imported here, because the peers have a separate environment.
 """
@@ -188,6 +190,7 @@ def serve(
     build: Callable[[argparse.Namespace, Any], Contestant],
     read: Callable[[pathlib.Path], Any] = load,
     methods: tuple[str, ...] = METHODS,
+    device_peak: Callable[[], int] | None = None,
 ) -> None:
     """Answer the driver's commands until `quit`.
 
@@ -195,6 +198,7 @@ def serve(
         build: (flags, instance) -> the contestant.
         read: reads the instance from its file.
         methods: the allowed values of --method.
+        device_peak: () -> the most bytes that this process had on its GPU.
     """
     arguments = _arguments(methods)
     # Frameworks also write to standard output, so answers use a separate descriptor.
@@ -203,21 +207,26 @@ def serve(
     instance = read(arguments.data)
     # The framework is imported already; later memory belongs to the method.
     baseline = resident()
-    contestant = build(arguments, instance)
+    contestant: Any = build(arguments, instance)
     for line in sys.stdin:
         command, *operands = line.split()
         if command == "quit":
             break
         if command == "hypergradient":
             np.save(operands[0], contestant.hypergradient())
-            answer = {}
+            answer: dict[str, Any] = {}
+        elif command == "use":
+            answer = contestant.use(operands[0])
         else:
             clock = Clock()
             clock.start()
             steps = contestant.run(int(operands[0]), clock)
             answer = {"steps": steps, **clock.read()}
-        peak = peak_resident()
-        answers.write(json.dumps({**answer, "peak": peak, "baseline": baseline}) + "\n")
+        answer |= {"peak": peak_resident(), "baseline": baseline}
+        answer["device_peak"] = None
+        if device_peak is not None and arguments.device == "gpu":
+            answer["device_peak"] = device_peak()
+        answers.write(json.dumps(answer) + "\n")
 
 
 def resident() -> int:
@@ -243,4 +252,5 @@ def _arguments(methods: tuple[str, ...]) -> argparse.Namespace:
     parser.add_argument("--variant", required=True)
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--data", type=pathlib.Path, required=True)
+    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     return parser.parse_args()

@@ -35,6 +35,8 @@ from hypergrad import approx_hypergrad
 class PublishedTorch:
     def __init__(self, arguments: argparse.Namespace, instance: protocol.Instance):
         torch.set_num_threads(arguments.threads)
+        self.gpu = arguments.device == "gpu"
+        torch.set_default_device("cuda" if self.gpu else "cpu")
         upper, lower = protocol.make_batches(arguments.method, instance)
         self.validation, self.validation_labels = map(_tensor, upper)
         if arguments.method == "stocbio":
@@ -42,7 +44,7 @@ class PublishedTorch:
         else:
             self.train, self.train_labels = map(_tensor, lower)
         self.inner_steps = instance.inner_steps
-        self.x = torch.from_numpy(instance.upper.copy()).requires_grad_(True)
+        self.x = _tensor(instance.upper.copy()).requires_grad_(True)
         self.x_optimizer = torch.optim.SGD([self.x], lr=protocol.UPPER_RATE)
         self.net = _network(instance.lower)
         self.y_optimizer = torch.optim.SGD(
@@ -68,12 +70,14 @@ class PublishedTorch:
 
     def hypergradient(self) -> np.ndarray:
         self.step()
-        return self.x.grad.numpy().copy()
+        return self.x.grad.cpu().numpy().copy()
 
     def run(self, steps: int, clock: protocol.Clock) -> int:
         del clock
         for _ in range(steps):
             self.step()
+        if self.gpu:
+            torch.cuda.synchronize()
         return steps
 
     def value_gap(self) -> None:
@@ -352,7 +356,7 @@ def _flat(variables: Iterable) -> torch.Tensor:
 
 
 def _tensor(array: np.ndarray) -> torch.Tensor:
-    tensor = torch.from_numpy(array)
+    tensor = torch.from_numpy(array).to(torch.get_default_device())
     return tensor if tensor.is_floating_point() else tensor.long()
 
 
@@ -368,11 +372,11 @@ def _network(leaves: list) -> torch.nn.Module:
     for kernel, bias in zip(leaves[::2], leaves[1::2], strict=True):
         layer = torch.nn.Linear(*kernel.shape)
         with torch.no_grad():
-            layer.weight.copy_(torch.from_numpy(kernel.T.copy()))
-            layer.bias.copy_(torch.from_numpy(bias))
+            layer.weight.copy_(_tensor(kernel.T.copy()))
+            layer.bias.copy_(_tensor(bias))
         layers += [layer, torch.nn.Sigmoid()]
     return torch.nn.Sequential(*layers[:-1])
 
 
 if __name__ == "__main__":
-    protocol.serve(PublishedTorch)
+    protocol.serve(PublishedTorch, device_peak=torch.cuda.max_memory_allocated)

@@ -1,4 +1,4 @@
-"""The two losses, shared by both TensorFlow contestants."""
+"""The two losses, and what else the TensorFlow contestants share."""
 
 import tensorflow as tf
 
@@ -42,5 +42,9 @@ def use_threads(threads: int) -> None:
 
 
 def wait(result: object) -> None:
-    """Eager CPU calls are synchronous; reading a value makes sure of that."""
+    """Eager CPU calls are synchronous. A read waits for all that a GPU was given."""
     tf.nest.flatten(result)[0].numpy()
+
+
+def device_peak() -> int:
+    return tf.config.experimental.get_memory_info("GPU:0")["peak"]

@@ -137,6 +137,9 @@ def test_refused_by_name_before_work_is_lost(name: str, tmp_path: Any) -> None:
     "method",
     [
         tb.ValueGap(tb.InnerSolver(SGD(0.1), 1), SGD(0.1), 1.0),
+        tb.F2SA(tb.InnerSolver(SGD(0.1), 1), SGD(0.1), 1.0),
+        tb.BOME(tb.InnerSolver(SGD(0.1), 1), SGD(0.1)),
+        tb.MEHA(SGD(0.1)),
         tb.FiniteDifference(tb.InnerSolver(SGD(0.1), 1)),
         tb.RankOne(tb.InnerSolver(SGD(0.1), 2)),
         tb.Unroll(
@@ -166,6 +169,11 @@ def test_all_other_methods_are() -> None:
         tb.BSA(inner),
         tb.TTSA(rate),
         tb.BAMM(rate),
+        tb.SOBA(rate),
+        tb.FSLA(rate),
+        tb.AmIGO(inner),
+        tb.MRBO(rate),
+        tb.SUSTAIN(rate),
     ]
     assert all(method.takes_second_derivatives for method in methods)
 

@@ -224,6 +224,12 @@ BAD: dict[str, tuple[Callable[[], Any], list[str]]] = {
             (tb.GradientNorm, {"weight": 1.0}),
             (tb.TTSA, {}),
             (tb.BAMM, {}),
+            (tb.SOBA, {}),
+            (tb.FSLA, {}),
+            (tb.MRBO, {}),
+            (tb.F2SA, {"inner": inner(), "weight": 1.0}),
+            (tb.BOME, {"inner": inner()}),
+            (tb.MEHA, {}),
             (tb.AugmentedLagrangian, {"steps": 2}),
         )
     },

@@ -1,7 +1,6 @@
-"""The notebooks: each is its page, and opens in a kernel."""
+"""The notebooks: each is its page. `test_tutorials.py` runs one in a kernel."""
 
 import importlib.util
-import os
 import pathlib
 from typing import Any
 
@@ -57,22 +56,3 @@ def test_a_notebook_is_its_page(page: pathlib.Path) -> None:
             expected_code.append(line)
     assert [x for x in lines if x] == [x for x in expected if x]
     assert [x for x in code if x] == [x for x in expected_code if x]
-
-
-@pytest.mark.slow
-def test_a_notebook_runs_in_a_kernel(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As a user runs it. The code of the others is run by test_tutorials.py."""
-    from nbclient import NotebookClient
-
-    monkeypatch.setenv(
-        "PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    )
-    notebook = nbformat.read(TUTORIALS / "hyperparameter_tuner.ipynb", 4)
-    place = {"metadata": {"path": str(tmp_path)}}
-    NotebookClient(notebook, timeout=600, resources=place).execute()
-    (tuned,) = [cell for cell in notebook.cells if "tuner.plot()" in cell.source]
-    kinds = [output.output_type for output in tuned.outputs]
-    assert "stream" in kinds  # the values; the picture is a file
-    assert (tmp_path / "hyperparameter_tuner.png").exists()

@@ -279,6 +279,7 @@ def test_a_killed_run_resumes(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_pictures")
 def test_a_bundle_with_a_feature_model(tmp_path, capsys):
     """The published layout and any Keras model, no features prepared."""
     generator = np.random.default_rng(0)

@@ -318,6 +318,7 @@ def test_accuracy_counts_every_image_once():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_pictures")
 def test_a_killed_run_resumes_to_the_same_numbers(tmp_path, monkeypatch):
     """From a backup between two rows: 3 updates are an epoch of the data. The rows are
     means over parts of 2 and 1 updates then, and those of a run without them.
@@ -359,6 +360,7 @@ def test_a_killed_run_resumes_to_the_same_numbers(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_pictures")
 def test_a_run_that_ends_within_an_epoch_is_renormalised_too(tmp_path):
     flags = [*SMALL, "--inner-steps", "2", "--seconds", "1e-9", "--upper-lr", "0.1"]
     flags += ["--retrain-threshold", "0", "--out", str(tmp_path)]
@@ -372,6 +374,7 @@ def test_a_run_that_ends_within_an_epoch_is_renormalised_too(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_pictures")
 def test_trials_are_runs_of_their_own(tmp_path):
     flags = [*SIZES, "--method", "val-only", "--baseline-epochs", "1", "--trials", "2"]
     summary = denoising.main([*flags, "--out", str(tmp_path)])
@@ -403,6 +406,7 @@ def svhn_file(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_pictures")
 def test_svhn_from_its_published_files(svhn_file, tmp_path):
     """By a baseline: CIFAR10's is the bilevel run of a convolutional network."""
     flags = ["--dataset", "svhn", "--data-file", str(svhn_file), *SIZES]
@@ -413,6 +417,7 @@ def test_svhn_from_its_published_files(svhn_file, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_pictures")
 def test_cifar10_from_its_published_files(tmp_path):
     """The binary version, read by tensorflow-datasets' own builder."""
     binary = tmp_path / "cifar" / "cifar-10-batches-bin"

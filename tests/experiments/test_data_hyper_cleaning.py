@@ -3,17 +3,12 @@
 import csv
 import functools
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from experiment_scripts import ROOT, arrays_of, load_experiment
+from experiment_scripts import arrays_of, load_experiment
 from suites import fast_where
 
 import tfbilevel as tb
@@ -31,6 +26,7 @@ SMALL = [*SIZES, "--eval-every", "2", "--jit", "off"]
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("method", ["rhg", "bda"])
 def test_the_inner_curve_is_that_of_the_next_outer_step(method, tmp_path, monkeypatch):
     taken = {}
@@ -434,6 +430,7 @@ def test_one_flag_shortens_a_run(flags, name, value):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_pictures")
 def test_a_run_of_any_length_ends_where_it_should(tmp_path):
     """Neither a multiple of the steps between rows nor of those of an execution."""
     flags = ["--outer-steps", "8", "--eval-every", "3", "--method", "g-pbgd"]
@@ -453,6 +450,7 @@ def test_a_run_of_any_length_ends_where_it_should(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_pictures")
 def test_trials_are_the_runs_of_their_seeds(tmp_path):
     """What is complete stays when the folder is resumed; the mean is NumPy's."""
     flags = [*SMALL, "--outer-steps", "4", "--method", "g-pbgd", "--out"]
@@ -480,6 +478,7 @@ def test_trials_are_the_runs_of_their_seeds(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_pictures")
 def test_trials_go_on_past_one_that_fails(tmp_path, monkeypatch, capsys):
     run = cleaning.one_trial
 
@@ -682,27 +681,29 @@ def test_a_folder_in_use_or_other_settings_are_refused(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_killed_cleaning_run_resumes_to_the_same_numbers(tmp_path):
-    flags = [*SMALL, "--outer-steps", "200", "--eval-every", "10", "--seed", "3"]
-
+@pytest.mark.usefixtures("no_pictures")
+def test_a_killed_cleaning_run_resumes_to_the_same_numbers(tmp_path, power_fails):
+    """Killed when the row of step 30 is written, and the backup is still of step 20."""
+    flags = [*SMALL, "--outer-steps", "40", "--eval-every", "10", "--seed", "3"]
     killed, whole = tmp_path / "killed", tmp_path / "whole"
-
-    script = str(ROOT / "experiments" / "data_hyper_cleaning.py")
-    command = [sys.executable, script, *flags, "--out", str(killed)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    victim = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
-    backup = killed / "backup" / "latest.weights.h5"
-    deadline = time.monotonic() + 120
-    while not backup.exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    victim.send_signal(signal.SIGKILL)
-    victim.wait()
+    with power_fails(tb.Backup, "on_epoch_end", call=3, run=whole, copy=killed):
+        cleaning.main([*flags, "--out", str(whole)])
     assert not (killed / "summary.json").exists()
-    before = (killed / "metrics.csv").read_text().splitlines()[:3]
-    cleaning.main([*flags, "--out", str(killed), "--resume"])
-    # From the backup: the row of step 10 still has the seconds of the first sitting.
-    assert (killed / "metrics.csv").read_text().splitlines()[:3] == before
-    cleaning.main([*flags, "--out", str(whole)])
+    before = (killed / "metrics.csv").read_text().splitlines()
+    assert len(before) == 5  # the header, and a row of the start
+    begun = []
+    train = cleaning.tb.BilevelModel.fit
+
+    def noted(model, *arguments, **keywords):
+        begun.append(model.outer_step)
+        return train(model, *arguments, **keywords)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cleaning.tb.BilevelModel, "fit", noted)
+        cleaning.main([*flags, "--out", str(killed), "--resume"])
+    assert begun == [20]
+    # From the backup: the row of step 20 still has the seconds of the first sitting.
+    assert (killed / "metrics.csv").read_text().splitlines()[:4] == before[:4]
 
     def numbers(folder):
         with (folder / "metrics.csv").open() as file:

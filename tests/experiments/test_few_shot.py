@@ -2,9 +2,9 @@
 
 import csv
 import dataclasses
-import functools
 import itertools
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -308,7 +308,7 @@ def central_difference(model: Any, args: Any, width: float = 1e-7) -> float:
 
 
 # The others differ from one of these in a setting: `methods_are_what_they_are_called`.
-EXACT = ["meta-sgd", "anil", "rhg", "bda", "iaptt-gm", "penalty"]
+EXACT = ["meta-sgd", "anil", "bda", "iaptt-gm", "penalty"]
 
 
 # A shared encoder, and an end of each task's own.
@@ -577,28 +577,13 @@ def test_every_part_has_its_own_classes_and_the_best_weights_are_tested(
     assert np.abs(best[0] - start[0]).max() > 0 < np.abs(best[0] - end[0]).max()
 
 
-ONE_RUN = pytest.mark.xdist_group("one run")
-
-
-@pytest.fixture(scope="module")
-def newcomer(tmp_path_factory):
-    """The command as a newcomer types it: its folder, and what it printed."""
-    out = tmp_path_factory.mktemp("newcomer") / "run"
-    done = subprocess.run(
-        [sys.executable, "experiments/few_shot.py", "--out", str(out), *SMALL],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return out, done.stdout
-
-
 @pytest.mark.slow
-@ONE_RUN
-def test_a_run_and_its_files(newcomer):
-    out, printed = newcomer
+def test_a_run_its_files_and_a_killed_one(tmp_path, monkeypatch, capsys, power_fails):
+    """Killed while it measures at step 4: the backup is of step 2."""
+    out, cut = tmp_path / "run", tmp_path / "cut"
+    with power_fails(few_shot.Judge, "accuracies", call=3, run=out, copy=cut):
+        few_shot.main(["--out", str(out), *SMALL])
+    printed = capsys.readouterr().out
     files = {path.name for path in out.iterdir()}
     assert {"config.json", "metrics.csv", "summary.json", "curves.png"} < files
     assert {"confusion.png", "best.weights.h5"} < files
@@ -612,34 +597,29 @@ def test_a_run_and_its_files(newcomer):
     assert 0 <= stored["test_accuracy"] <= 100 and stored["outer_steps"] == 4
     assert f"{stored['test_accuracy']:.2f}" in printed
     assert "percent on 4 test tasks (transductive)" in printed
-
-
-@ONE_RUN
-@pytest.mark.slow
-def test_a_killed_run_resumes_to_the_same_numbers(newcomer, tmp_path, monkeypatch):
-    monkeypatch.undo()  # all glyphs, as the command draws them
-    monkeypatch.setattr(glyphs, "load", functools.cache(glyphs.load))
-    evaluate, calls = few_shot.Judge.accuracies, []
-
-    def killed(self):
-        calls.append(1)
-        if len(calls) == 3:  # at step 4, after the backup of step 2
-            raise KeyboardInterrupt
-        return evaluate(self)
-
-    monkeypatch.setattr(few_shot.Judge, "accuracies", killed)
-    with pytest.raises(KeyboardInterrupt):
-        few_shot.main(["--out", str(tmp_path / "cut"), *SMALL])
-    monkeypatch.setattr(few_shot.Judge, "accuracies", evaluate)
-    few_shot.main(["--out", str(tmp_path / "cut"), *SMALL, "--resume"])
+    # As the command is run again after a kill.
+    assert len(common.run.rows_of(cut)) == 2 and not (cut / "summary.json").exists()
+    few_shot.main(["--out", str(cut), *SMALL, "--resume"])
     timing = {"seconds", "seconds_per_outer_step"}
-    resumed, whole = (
-        json.loads((out / "summary.json").read_text())
-        for out in (tmp_path / "cut", newcomer[0])
-    )
+    resumed = json.loads((cut / "summary.json").read_text())
     assert {k: v for k, v in resumed.items() if k not in timing} == {
-        k: v for k, v in whole.items() if k not in timing
+        k: v for k, v in stored.items() if k not in timing
     }
+
+
+@pytest.mark.slow
+def test_the_script_is_run_as_a_file(tmp_path):
+    """From another folder; it finds its own packages, and says what is wrong."""
+    script = ROOT / "experiments" / "few_shot.py"
+    done = subprocess.run(
+        [sys.executable, script, "--out", "x", "--ways", "0"],
+        cwd=tmp_path,
+        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2 and "must be above zero" in done.stderr
 
 
 def test_accuracy_and_interval_are_over_tasks(monkeypatch):
@@ -691,6 +671,7 @@ def published(folder: Any, kind: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize(
     ("dataset", "flags"),
     [
@@ -710,6 +691,7 @@ def test_published_files_end_to_end(dataset, flags, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_pictures")
 def test_fc100_end_to_end(tmp_path):
     prepare_cifar100(tmp_path)
     summary = few_shot.main(

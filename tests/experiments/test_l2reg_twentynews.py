@@ -16,7 +16,6 @@ import scipy.special
 import sklearn.datasets
 import sklearn.utils
 import tensorflow as tf
-from common import callbacks
 from experiment_scripts import drawn, load_experiment
 from suites import fast_where
 
@@ -421,24 +420,18 @@ def test_losses_after_so_many_seconds():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_pictures")
 def test_an_interrupted_run_resumes_to_the_same_numbers(
-    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, power_fails: Any
 ):
+    """Killed after the row of step 5, two steps after the last backup."""
     flags = [*SMALL, *BATCHES, "--outer-steps", "9", "--eval-every", "1"]
     monkeypatch.setattr(news, "EPOCH", 3)
-    news.main([*flags, "--out", str(tmp_path / "whole")])
-
-    class Interrupted(common.Evaluate):
-        def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-            super().on_train_batch_end(batch, logs)
-            if self.model.outer_step == 5:
-                raise KeyboardInterrupt
-
+    folders = {"run": tmp_path / "whole", "copy": tmp_path / "broken"}
+    with power_fails(common.Evaluate, "on_train_batch_end", call=6, **folders):
+        news.main([*flags, "--out", str(tmp_path / "whole")])
+    assert [int(row["step"]) for row in rows_of(tmp_path / "broken")] == [*range(6)]
     broken = ["--out", str(tmp_path / "broken")]
-    with monkeypatch.context() as patch:
-        patch.setattr(callbacks, "Evaluate", Interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            news.main([*flags, *broken])
     summary = news.main([*flags, *broken, "--resume"])
     whole, resumed = rows_of(tmp_path / "whole"), rows_of(tmp_path / "broken")
     for row in whole + resumed:
@@ -450,6 +443,7 @@ def test_an_interrupted_run_resumes_to_the_same_numbers(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_pictures")
 def test_seconds_end_a_run_and_retraining_is_on_both_halves(tmp_path: Any):
     flags = ["--method", "reverse", "--inner-lr", "5", "--inner-momentum", "0.5"]
     limits = ["--seconds", "0.001", "--final-steps", "6", "--upper-lr", "1000"]

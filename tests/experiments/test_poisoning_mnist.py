@@ -229,6 +229,7 @@ def test_every_attack_and_method_runs(method, attack, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_pictures")
 def test_optimised_poisons_do_more_harm_than_flipped_labels(tmp_path):
     flags = ["--dataset", "digits", "--poisons", "60", "--outer-steps", "60"]
     flags += ["--train-steps", "500", "--jit", "off", "--out", str(tmp_path)]

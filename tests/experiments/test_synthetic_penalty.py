@@ -153,6 +153,7 @@ def test_files_and_resuming(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_pictures")
 def test_penalty_sees_the_null_space_and_approxgrad_does_not(tmp_path):
     """The published run but for the number of starts. A simulation in NumPy had 0.0324
     (0.0346 with the null space) and 0.0024 (9.26)."""

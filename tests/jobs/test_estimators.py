@@ -18,7 +18,8 @@ import tensorflow as tf
 
 import tfbilevel as tb
 
-pytestmark = pytest.mark.slow  # each estimator is fitted once
+# Each estimator is fitted once, so one process runs all.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("estimators")]
 
 generator = np.random.default_rng(0)
 Y = np.arange(60) % 4
@@ -217,7 +218,6 @@ json.dump(found, sys.stdout)
 """
 
 
-@pytest.mark.slow
 def test_a_new_process_loads_them(fitted: dict, tmp_path: pathlib.Path) -> None:
     joblib = pytest.importorskip("joblib")
     for name, (estimator, _) in fitted.items():

@@ -1,5 +1,8 @@
 """Label cleaning: models of the noise, trainings, and the estimator."""
 
+from collections.abc import Iterator
+from typing import Any
+
 import keras
 import numpy as np
 import pytest
@@ -39,6 +42,13 @@ def fitted(epochs: int = 20, **arguments) -> tuple:
     return cleaner, x, right, given
 
 
+def asked_of(trainings: Any, learn: bool, choose: bool) -> list:
+    """What the outcome of all trainings depends on."""
+    lengths = trainings._steps, trainings._epochs, trainings.seed, learn, choose
+    data = trainings.x, trainings.given, *trainings.sure
+    return [lengths, *data, *trainings._initial(0)]
+
+
 @pytest.fixture
 def train_once(monkeypatch: pytest.MonkeyPatch) -> list:
     """Only the first `fit` of a test trains. Later ones must ask for the same training
@@ -47,14 +57,7 @@ def train_once(monkeypatch: pytest.MonkeyPatch) -> list:
 
     def once(trainings, learn, callbacks, choose):
         asked.append(trainings)
-        lengths = trainings._steps, trainings._epochs, trainings.seed, learn, choose
-        wanted = [
-            lengths,
-            trainings.x,
-            trainings.given,
-            *trainings.sure,
-            *trainings._initial(0),
-        ]
+        wanted = asked_of(trainings, learn, choose)
         if not first:
             first.append((wanted, run(trainings, learn, callbacks, choose)))
         before, outcome = first[0]
@@ -64,6 +67,34 @@ def train_once(monkeypatch: pytest.MonkeyPatch) -> list:
 
     monkeypatch.setattr(stages, "run", once)
     return asked
+
+
+@pytest.fixture
+def same_outcome_for_same_data(monkeypatch: pytest.MonkeyPatch) -> dict:
+    """A `fit` that asks for a training made before gets its outcome. Returns them."""
+    run, known = stages.run, {}
+
+    def once(trainings, learn, callbacks, choose):
+        wanted = map(np.asarray, asked_of(trainings, learn, choose))
+        key = tuple((one.dtype.str, one.shape, one.tobytes()) for one in wanted)
+        if key not in known:
+            known[key] = run(trainings, learn, callbacks, choose)
+        return known[key]
+
+    monkeypatch.setattr(stages, "run", once)
+    return known
+
+
+@pytest.fixture
+def eagerly() -> Iterator[None]:
+    """Nothing is traced, which takes longer than a few small steps do."""
+    tf.config.run_functions_eagerly(True)
+    yield
+    tf.config.run_functions_eagerly(False)
+
+
+# Of TensorFlow: `tf.data` goes on to trace.
+EAGER = "ignore:Even though the .tf.config.experimental_run_functions_eagerly"
 
 
 def test_gold_transition_is_the_mean_of_the_predictions_by_class() -> None:
@@ -417,8 +448,18 @@ def test_noise_that_depends_on_the_example_is_seen() -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_fit_goes_on_and_ends_in_the_same_place(tmp_path) -> None:
-    whole, *_ = fitted()
+def test_a_killed_fit_goes_on_and_ends_in_the_same_place(
+    tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def belief_of(seen, start, likelihoods, views, trusted, held, seed):
+        """In place of what is learned: it tells what it would be learned from."""
+        parts = [*seen.trusted, seen.features, seen.held, seen.weights, likelihoods]
+        parts += [views.doubtful, views.factors, views.held, trusted, held]
+        sums = [float(np.square(part).sum()) for part in parts]
+        return start, {"learned": sums, "start": [float(seed)]}
+
+    monkeypatch.setattr(stages, "learned_belief", belief_of)
+    whole, *_ = fitted(epochs=4)
 
     class Killed(keras.callbacks.Callback):
         def on_epoch_end(self, epoch, logs=None):
@@ -431,17 +472,22 @@ def test_a_killed_fit_goes_on_and_ends_in_the_same_place(tmp_path) -> None:
     cleaner = tb.LabelCleaner(linear, **options)
     with pytest.raises(KeyboardInterrupt):
         cleaner.fit(
-            x, given, trusted=trusted, epochs=20, verbose=0, callbacks=[Killed()]
+            x, given, trusted=trusted, epochs=4, verbose=0, callbacks=[Killed()]
         )
     assert len(list(backup.glob("*.npz"))) >= 6  # all but the final training
     with pytest.raises(ValueError, match="`backup` must be a folder of its own"):
-        cleaner.fit(x + 1, given, trusted=trusted, epochs=20, verbose=0)
+        cleaner.fit(x + 1, given, trusted=trusted, epochs=4, verbose=0)
     other = tb.LabelCleaner(linear, optimizer=keras.optimizers.SGD(0.1), **options)
     with pytest.raises(ValueError, match="`backup` must be a folder of its own"):
-        other.fit(x, given, trusted=trusted, epochs=20, verbose=0)
-    cleaner.fit(x, given, trusted=trusted, epochs=20, verbose=0)
+        other.fit(x, given, trusted=trusted, epochs=4, verbose=0)
+    cleaner.fit(x, given, trusted=trusted, epochs=4, verbose=0)
     np.testing.assert_array_equal(cleaner.weights_, whole.weights_)
     assert list(cleaner.history_) == list(whole.history_)
+    for one, other in zip(
+        cleaner.history_.values(), whole.history_.values(), strict=True
+    ):
+        assert one | {"seconds": 0} == other | {"seconds": 0}
+    assert "learned" in whole.history_["belief"]
     assert not backup.exists()
 
 
@@ -554,8 +600,10 @@ OTHERWISE = {
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:Estimator LabelCleaner does not inherit")
-def test_scikit_learns_checks_pass() -> None:
+@pytest.mark.filterwarnings("ignore:Estimator LabelCleaner does not inherit", EAGER)
+def test_scikit_learns_checks_pass(
+    eagerly: None, same_outcome_for_same_data: dict
+) -> None:
     """On arrays, with networks for tables."""
     from sklearn.utils.estimator_checks import check_estimator
 
@@ -570,3 +618,14 @@ def test_scikit_learns_checks_pass() -> None:
     }
     assert found == {}
     assert sum(check["status"] == "passed" for check in done) > 45
+    assert len(same_outcome_for_same_data) > 15
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings(EAGER)
+def test_a_second_fit_finds_the_same(eagerly: None) -> None:
+    """scikit-learn's check of it, with all trainings made twice."""
+    from sklearn.utils.estimator_checks import check_fit_idempotent
+
+    cleaner = tb.LabelCleaner(epochs=2, learning_rate=0.01)
+    check_fit_idempotent("LabelCleaner", cleaner)

@@ -143,7 +143,9 @@ FINE = [0, 1, 2, 3]
     [
         (([0, 1, 2, 4],), {}),
         pytest.param(
-            (FINE, [3, 3, 3, -7]), {"on_nonfinite": "skip"}, marks=pytest.mark.slow
+            (FINE, [3, 3, 3, -7]),
+            {"on_nonfinite": "skip", "jit": False},
+            marks=pytest.mark.slow,
         ),
         ((FINE, FINE, [0, 4, 0, 0]), {"steps_per_execution": 3, "jit": False}),
         pytest.param(

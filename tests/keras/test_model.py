@@ -236,17 +236,17 @@ def test_one_trace_over_many_steps():
 
 
 @pytest.mark.slow
-def test_memory_is_flat_over_a_thousand_steps():
+def test_memory_is_flat_over_hundreds_of_steps():
     def resident():
         gc.collect()
         pages = pathlib.Path("/proc/self/statm").read_text().split()[1]
         return int(pages) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
-    model = make(value_gap(), keras.layers.Dense(4000))
-    assert model.lower.count_params() > 30_000  # a copy per step: 120 MiB
-    model.fit(full_batch(200), verbose=0)
+    model = make(value_gap(), keras.layers.Dense(8000))
+    assert model.lower.count_params() > 70_000  # a copy per step: 80 MiB
+    model.fit(full_batch(100), verbose=0)
     before = resident()
-    model.fit(full_batch(500), epochs=2, verbose=0)
+    model.fit(full_batch(150), epochs=2, verbose=0)
     # One kept graph, tape or copy of the weights per step would be far above this.
     assert resident() - before < 15
 

@@ -1,5 +1,6 @@
 """XLA compiles a step once, however many batches, seeds and steps it is called with."""
 
+import gc
 import os
 import pathlib
 import subprocess
@@ -64,8 +65,9 @@ CASES = {
     "stocbio": lambda: by_index(tb.StocBiO(INNER, 3, 0.1)),
     "bsa": lambda: by_index(tb.BSA(INNER, 3, 0.1, seed=0)),
     "ttsa": lambda: by_index(tb.TTSA(SGD(0.1), 3, 0.1, seed=0)),
-    "dropout": lambda: by_index(tb.Unroll(INNER), keras.layers.Dropout(0.5)),
-    "statistics": lambda: by_index(tb.Unroll(INNER), keras.layers.BatchNormalization()),
+    "seeds and statistics": lambda: by_index(
+        tb.Unroll(INNER), keras.layers.Dropout(0.5), keras.layers.BatchNormalization()
+    ),
     "tasks": over_tasks,
 }
 
@@ -93,6 +95,7 @@ def test_every_method_is_compiled_once():
 
 
 if __name__ == "__main__":
+    gc.set_threshold(50_000, 20, 50)  # as in tests/conftest.py
     for name, train in CASES.items():
         print("case:", name, file=sys.stderr, flush=True)
         keras.utils.set_random_seed(0)

@@ -243,6 +243,7 @@ COLLECTIVES = {
     "unroll-checkpoint:6:dense": 2 * T + 3 + 6 * T,
     "unroll-first-order:6:dense": 2 * T + 3 + 2 * T,  # each step is evaluated again
     "implicit-cg:6:dense": 2 * T + 3 + 2 + 4 + 1,
+    "stocbio:6:stacked": 2 * 2 + 2 + 3 * 2 + 3 + 1,  # T = 2, K = 2
     "value-gap:6:dense": 2 * T + 3 + 3 + 2,
     "gradient-norm:6:dense": 3 + 2 + 2,
     "augmented-lagrangian:6:dense": 2 * (3 + 2 + 1) + 3 + 2 + 2,

@@ -72,9 +72,8 @@ def by_hand(name: str, x: Any, y: Any, target: Any, centre: Any) -> tuple:
 
 @pytest.mark.parametrize(
     ("name", "mapping", "prepare"),
-    [
+    [  # one that uses all that the other one does, sequentially too
         ("Alternating", "vectorized", None),
-        pytest.param("Alternating", "sequential", None, marks=pytest.mark.slow),
         ("OneStep", "vectorized", lambda x, batches: batches),
         pytest.param("OneStep", "sequential", None, marks=pytest.mark.slow),
     ],
@@ -97,7 +96,7 @@ def test_over_tasks_the_gradient_is_the_mean_of_the_tasks_own(name, mapping, pre
         return method.step(tasks, x, y, batches, method.init(tasks, x, y))
 
     graph = tf.function(step, autograph=False)
-    xla = tf.function(step, autograph=False, jit_compile=True)
+    xla = tf.function(lambda *a: graph(*a), autograph=False, jit_compile=True)
     for run in (graph, xla, tf.function(direct, autograph=False)):
         made = run(*inputs)
         np.testing.assert_allclose(made.upper_gradient, gradient, rtol=1e-12)
@@ -165,7 +164,6 @@ def dataset(tasks: int | None, steps: int = 2) -> tf.data.Dataset:
         pytest.param("Alternating", "sequential", True, marks=pytest.mark.slow),
         pytest.param("OneStep", None, True, marks=pytest.mark.slow),
         ("OneStep", "vectorized", False),
-        pytest.param("OneStep", "sequential", False, marks=pytest.mark.slow),
     ],
 )
 def test_fit_moves_along_the_central_difference(name, mapping, jit):
@@ -195,8 +193,12 @@ def test_fit_moves_along_the_central_difference(name, mapping, jit):
         assert float(moved[row, 0]) == pytest.approx(slope, rel=5e-3, abs=2e-4)
 
 
-@pytest.mark.parametrize("tasks", [None, pytest.param(TASKS, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", fast_where("Alternating".__eq__, OWN))
+@pytest.mark.parametrize(
+    ("name", "tasks"),
+    fast_where(
+        lambda name, tasks: tasks is None, [("Alternating", None), ("OneStep", TASKS)]
+    ),
+)
 def test_a_saved_run_goes_on_as_if_nothing_had_happened(name, tasks, tmp_path):
     def method() -> tb.Method:
         solver = tb.InnerSolver(

@@ -194,8 +194,6 @@ STACKED = tb.StackedBatches(
 )
 CHECKED = {
     "replay": tb.Unroll(STEPS),
-    "checkpoint": tb.Unroll(STEPS, memory="checkpoint"),
-    "forward": tb.ForwardUnroll(STEPS),
     "pessimistic": tb.Unroll(STEPS, end="pessimistic"),
     "aggregated": tb.Unroll(STEPS, aggregate=tb.Aggregation(0.5)),
     "gap": tb.ValueGap(STEPS, SGD(0.1), 0.5),
@@ -207,6 +205,7 @@ CHECKED = {
     ("name", "batches"),
     fast_where(
         lambda name, batches: batches is STACKED and name in ("replay", "gap", "norm"),
+        # Where the steps are kept is looked at above.
         [(name, STACKED) for name in CHECKED] + [("replay", NOTHING)],
     ),
 )

@@ -93,7 +93,6 @@ METHODS: dict[str, Callable[[], tb.Method]] = {
     "unroll-momentum": lambda: tb.Unroll(tb.InnerSolver(SGD(0.05, 0.9), 4)),
     "unroll-accelerated": lambda: tb.Unroll(inner(accelerated=True)),
     "unroll-last": lambda: tb.Unroll(adam(), last=3),
-    "unroll-bda": lambda: tb.Unroll(inner(), aggregate=tb.Aggregation(0.4, 0.5)),
     "pessimistic": lambda: tb.Unroll(adam(), end="pessimistic"),
     "pessimistic-checkpoint": lambda: tb.Unroll(
         adam(), end="pessimistic", memory="checkpoint"
@@ -117,20 +116,23 @@ METHODS: dict[str, Callable[[], tb.Method]] = {
     "tolerance": lambda: tb.Implicit(inner(60, 0.3, atol=0.05)),
     "rank-one": lambda: tb.RankOne(inner()),
     "finite-difference": lambda: tb.FiniteDifference(inner()),
-    "finite-difference-bda": lambda: tb.FiniteDifference(
-        inner(), aggregate=tb.Aggregation(0.4, 0.5)
-    ),
     "implicit-pessimistic": lambda: tb.Implicit(
         inner(),
         tb.ConjugateGradient(10),
         end="pessimistic",
         aggregate=tb.Aggregation(0.4, 0.5),
     ),
-    "rank-one-pessimistic": lambda: tb.RankOne(inner(), end="pessimistic"),
     "bamm": lambda: tb.BAMM(SGD(0.1), multiplier_step="exact"),
     "stocbio": lambda: tb.StocBiO(inner(), 3, 0.2),
     "bsa": lambda: tb.BSA(inner(), 3, 0.2),
     "ttsa": lambda: tb.TTSA(SGD(0.1), 2, 0.2),
+    "soba": lambda: tb.SOBA(SGD(0.1), 0.2),
+    "fsla": lambda: tb.FSLA(SGD(0.1), 0.2),
+    "amigo": lambda: tb.AmIGO(inner(), 3, 0.2),
+    "mrbo": lambda: tb.MRBO(SGD(0.1), 2, 0.2),
+    "sustain": lambda: tb.SUSTAIN(SGD(0.1), 2, 0.2),
+    "f2sa": lambda: tb.F2SA(inner(), SGD(0.1), 1.7),
+    "meha": lambda: tb.MEHA(SGD(0.1)),
     "value-gap": lambda: tb.ValueGap(inner(), SGD(0.1), 1.7),
     "gradient-norm": lambda: tb.GradientNorm(SGD(0.1), 1.7),
     "augmented-lagrangian": lambda: tb.AugmentedLagrangian(
@@ -153,18 +155,20 @@ RELATIVES = {
     "normal-cg",
     "fixed-point",
     "gradient-solver-residual",
-    "finite-difference-bda",
-    "rank-one-pessimistic",
     "tolerance",
     "bsa",
     "neumann",
-    "unroll-bda",
     "unroll-last",
     "rank-one",
     "implicit-pessimistic",
     "gradient-solver",
     "direct",
     "ttsa",
+    "mrbo",
+    "sustain",
+    "amigo",
+    "fsla",
+    "meha",
 }
 
 
@@ -203,20 +207,23 @@ def test_every_method_does_to_a_task_what_it_does_to_it_alone(name):
             assert key in {*ROOTS, "weight", "lower_weight", "tolerance", "rate_scale"}
 
 
+# Sequential tasks are one task's steps, whatever these do: the methods with another
+# loop, with more that they carry, and the one that meets all tasks together.
 APART = [
     "unroll-momentum",
     "pessimistic",
-    "forward",
     "cg",
     "gradient-solver",
-    "optimizer-map",
-    "rank-one",
-    "finite-difference",
-    "implicit-pessimistic",
     "stocbio",
     "bamm",
+    "soba",
+    "fsla",
+    "amigo",
+    "mrbo",
+    "sustain",
+    "f2sa",
+    "meha",
     "value-gap",
-    "gradient-norm",
     "augmented-lagrangian",
 ]
 
@@ -255,6 +262,35 @@ def test_tasks_in_turn_are_the_tasks_at_once(name):
     ):
         assert a.shape == b.shape and a.dtype == b.dtype
         np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("control", ["gradient", "gap"])
+def test_one_barrier_for_all_tasks(control):
+    """BOME over tasks is BOME on their sum, whose x-gradient is so many times the
+    mean's. One task alone would get another weight."""
+    x, y, batches = data()
+    one, method = ridge(), tb.BOME(inner(), SGD(0.1), 60.0, control)
+    rows = [alone(batches, i) for i in range(TASKS)]
+
+    def total(loss: Callable, level: str) -> Callable:
+        return lambda x, y, batch: tf.add_n(
+            [loss(x, y[i], getattr(rows[i], level)) for i in range(TASKS)]
+        )
+
+    summed = tb.Problem(total(one.upper_loss, "upper"), total(one.lower_loss, "lower"))
+    nothing = tb.Batches(None, None)
+    wanted = summed.step(method, x, y, nothing, method.init(summed, x, y))
+    assert wanted.metrics["weight"] > 0
+    tasks = tb.over_tasks(one)
+    for problem in (tasks, tb.over_tasks(one, "sequential")):
+        made = problem.step(method, x, y, batches, method.init(problem, x, y))
+        np.testing.assert_allclose(
+            TASKS * made.upper_gradient, wanted.upper_gradient, rtol=1e-9
+        )
+        np.testing.assert_allclose(made.lower, wanted.lower, rtol=1e-10)
+        np.testing.assert_allclose(
+            made.metrics["weight"], wanted.metrics["weight"], rtol=1e-9
+        )
 
 
 def test_the_loose_tolerances_stop_the_tasks_at_different_steps():
@@ -302,7 +338,8 @@ def test_pessimistic_ends_are_each_task_s_own(memory):
     "name",
     fast_where(
         {"cg"}.__contains__,
-        ["unroll", "pessimistic", "pessimistic-tape", "cg", "augmented-lagrangian"],
+        # Every method's gradient is the mean of those of its tasks alone, above.
+        ["unroll", "cg", "augmented-lagrangian"],
     ),
 )
 def test_central_differences(name):
@@ -574,49 +611,69 @@ def test_every_inner_step_takes_its_slice_of_stacked_lower_batches(prepared, map
     np.testing.assert_allclose(step.upper_gradient, mean, rtol=1e-11)
 
 
+STARTED = {
+    "unroll": lambda inner: tb.Unroll(inner),
+    "implicit": lambda inner: tb.Implicit(inner),
+    "rank-one": lambda inner: tb.RankOne(inner),
+    "augmented-lagrangian": lambda inner: tb.AugmentedLagrangian(
+        SGD(0.1), 4, weight=0.1, start=inner.start
+    ),
+}
+
+
 @pytest.mark.parametrize(
-    "build",
-    [
-        lambda inner: tb.Unroll(inner),
-        lambda inner: tb.Implicit(inner),
-        pytest.param(lambda inner: tb.RankOne(inner), marks=pytest.mark.slow),
-        lambda inner: tb.AugmentedLagrangian(
-            SGD(0.1), 4, weight=0.1, start=inner.start
-        ),
-    ],
-    ids=["unroll", "implicit", "rank-one", "augmented-lagrangian"],
+    ("name", "mapping"),
+    fast_where(
+        lambda name, mapping: mapping == "vectorized" and name != "rank-one",
+        # One of each mapping, where a method meets its tasks one by one; the
+        # augmented Lagrangian meets all of them together, whatever the mapping.
+        [
+            *((name, "vectorized") for name in STARTED),
+            *((name, "sequential") for name in ("unroll", "implicit")),
+        ],
+    ),
 )
-@pytest.mark.parametrize(
-    "mapping", fast_where("vectorized".__eq__, ["vectorized", "sequential"])
-)
-def test_a_start_drawn_by_a_function_is_that_of_every_task(build, mapping):
+def test_a_start_drawn_by_a_function_is_that_of_every_task(name, mapping):
     """Other at every outer step, too: what a task does alone from there."""
     x, y, batches = data()
 
     def start(step):
         return tf.cast(step + 1, y.dtype) * tf.reverse(y, [1])
 
+    build = STARTED[name]
     tasks = tb.over_tasks(ridge(), mapping)
     method = build(inner(4, start=start))
     state = method.init(tasks, x, y)
     run = tf.function(
         lambda state: tasks.step(method, x, y, batches, state), autograph=False
     )
+
+    traced = []  # the task's row and the outer step, which are given here
+    alike = build(
+        inner(
+            4,
+            start=lambda k: (
+                tf.cast(traced[-1][1] + 1, y.dtype) * tf.reverse(traced[-1][0], [0])
+            ),
+        )
+    )
+
+    @functools.partial(tf.function, autograph=False)
+    def single(row: Any, own: tb.Batches, step: Any) -> Any:
+        traced.append((row, step))
+        at = alike.init(ridge(), x, row)
+        if "step" in at:
+            at = at | {"step": step}
+        else:
+            at = at | {"inner": at["inner"] | {"step": step}}
+        return alike.step(ridge(), x, row, own, at).lower
+
     for step in range(2):
         found = run(state)
         state = found.state
         for i in range(TASKS):
-            own = build(inner(4, start=lambda k, i=i: start(k)[i]))
-            at = own.init(ridge(), x, y[i])
-            at = (
-                at | {"step": tf.constant(step, tf.int64)}
-                if "step" in at
-                else (
-                    at | {"inner": at["inner"] | {"step": tf.constant(step, tf.int64)}}
-                )
-            )
-            single = own.step(ridge(), x, y[i], alone(batches, i), at)
-            np.testing.assert_allclose(found.lower[i], single.lower, rtol=1e-11)
+            want = single(y[i], alone(batches, i), tf.constant(step, tf.int64))
+            np.testing.assert_allclose(found.lower[i], want, rtol=1e-11)
 
 
 def test_projections_see_one_task():
@@ -1055,8 +1112,12 @@ def test_normal_conjugate_gradients_through_an_optimizer_are_ill_conditioned():
     )
     exact = tb.Implicit(method.inner, tb.Direct(), through="optimizer")
 
+    @functools.cache
+    def traced(method: tb.Method) -> Any:
+        return tf.function(lambda *a: method.step(ridge(), *a), autograph=False)
+
     def mean(method: tb.Method, move: float = 0.0) -> Any:
-        run = tf.function(lambda *a: method.step(ridge(), *a), autograph=False)
+        run = traced(method)
         parts = [(y[i] * (1 + move), alone(batches, i)) for i in range(TASKS)]
         steps = [run(x, *p, method.init(ridge(), x, p[0])) for p in parts]
         return np.mean([step.upper_gradient for step in steps], axis=0)
@@ -1065,8 +1126,9 @@ def test_normal_conjugate_gradients_through_an_optimizer_are_ill_conditioned():
         return float(np.abs(a - b).max() / np.abs(b).max())
 
     tasks = tb.over_tasks(ridge())
-    moved = apart(mean(method, 1e-12), mean(method))
-    found = apart(first_step(tasks, method, x, y, batches).upper_gradient, mean(method))
+    alone_ = mean(method)
+    moved = apart(mean(method, 1e-12), alone_)
+    found = apart(first_step(tasks, method, x, y, batches).upper_gradient, alone_)
     assert moved > 1e-11 and found < 100 * moved
     # The system's own solution is the same.
     found = apart(first_step(tasks, exact, x, y, batches).upper_gradient, mean(exact))

@@ -167,7 +167,8 @@ def _within_reach(tensor: tf.Tensor) -> bool:
 
 def _worst(index: tf.Tensor, position: int, n: int) -> tf.Tensor:
     index = tf.cast(index, tf.int64)
-    low, high = tf.reduce_min(index), tf.reduce_max(index)
+    # TensorFlow has no minimum of int64 on a GPU, nor an argmax of int32 (below).
+    low, high = -tf.reduce_max(-index), tf.reduce_max(index)
     number = tf.where((high >= n) | (low < 0), tf.constant(position, tf.int64), NONE)
     return tf.stack([number, tf.where(high >= n, high, low)])
 
@@ -176,5 +177,5 @@ def _first(rows: tf.Tensor) -> tf.Tensor:
     """The first row that holds a layer's position."""
     # Not rows[first]: XLA takes where a slice begins for a constant of the program, and
     # compiles the step again whenever the indices of the batch are others.
-    first = tf.argmax(tf.cast(rows[:, 0] != NONE, tf.int32))
+    first = tf.argmax(tf.cast(rows[:, 0] != NONE, tf.float32))
     return tf.gather(rows, first)

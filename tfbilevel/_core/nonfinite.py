@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from tfbilevel._calculus import structure
 from tfbilevel._calculus.aliases import Nest
-from tfbilevel._core.method import Step
+from tfbilevel._core.method import Method, Step
 
 QUANTITIES = (
     "the upper loss",
@@ -47,18 +47,34 @@ class NonFiniteError(FloatingPointError):
 
 
 class DivergenceWarning(UserWarning):
-    """A linear solve ended further from the solution than it started."""
+    """A method led away from the solution.
+
+    Its linear solve ended further from the solution than it started, or the lower
+    directions of a first-order method became ten times as long as the first one.
+    """
 
 
-def warn_diverged(method: object, step: int | None = None) -> None:
-    """Warn that a method's linear solve diverged, with the outer step if known."""
+def warn_diverged(method: Method, step: int | None = None) -> None:
+    """Warn that a method diverged, with the outer step if known."""
     when = "" if step is None else f" at outer step {step}"
+    name = type(method).__name__
+    if method.takes_second_derivatives:
+        message = (
+            f"The linear solve of {name} diverged{when}: its hypergradient is wrong "
+            "there. Usual causes: (a) a rate (eta) above 2 / (largest eigenvalue of "
+            "the lower Hessian), (b) an indefinite lower Hessian, (c) too few inner "
+            "steps. Lower the rate; with tb.Implicit damping or "
+            "tb.NormalConjugateGradient help too"
+        )
+    else:
+        message = (
+            f"{name} diverged{when}: the direction of the lower variables is ten times "
+            "as long as in the first step. Usual causes: (a) a rate of "
+            "`lower_optimizer` above 2 / (largest curvature of the penalised loss), "
+            "(b) a rate of the upper optimizer that is too large. Lower them"
+        )
     warnings.warn(
-        f"The linear solve of {type(method).__name__} diverged{when}: its "
-        "hypergradient is wrong there. Usual causes: (a) a rate (eta) above 2 / "
-        "(largest eigenvalue of the lower Hessian), (b) an indefinite lower Hessian, "
-        "(c) too few inner steps. Lower the rate; with tb.Implicit damping or "
-        "tb.NormalConjugateGradient help too. The metric `diverged` counts such steps",
+        f"{message}. The metric `diverged` counts such steps",
         DivergenceWarning,
         stacklevel=3,
     )

@@ -228,6 +228,19 @@ def as_weight(value: Any, name: str) -> Schedule:
     return _not_negative(as_schedule(value, name), name, why)
 
 
+def as_rate(value: Any, name: str) -> Schedule:
+    """The schedule of a step size: positive at its start, never negative."""
+    schedule = as_schedule(value, name)
+    start, end = at_ends(schedule)
+    if not (start > 0 and end >= 0):
+        raise ValueError(
+            f"`{name}` must be above 0, or a schedule that starts above 0 and does not "
+            f"become negative: it is a step size. Received: {name}={value!r}, from "
+            f"{start:g} to {end:g}"
+        )
+    return schedule
+
+
 def _not_negative(schedule: Schedule, name: str, why: str) -> Schedule:
     """The schedule, after a check that it is not negative at its start and end."""
     ends = at_ends(schedule)

@@ -11,6 +11,7 @@ from tfbilevel._core.batches import Batches
 from tfbilevel._keras.arrays import examples_of
 from tfbilevel._keras.pair import paired
 from tfbilevel._keras.passes import FromTheOuterStep, Passes
+from tfbilevel._keras.reads import ReadAtEpochEnd
 
 KERAS_BATCH = 32  # the batch size of Keras's `fit` where none is given
 NAMES = Batches("validation_data", "x")
@@ -77,29 +78,37 @@ def batches_of(
 
 
 def from_the_outer_step(
-    x: Any, keywords: dict[str, Any], steps_per_execution: int
+    x: Any, keywords: dict[str, Any], model: Any
 ) -> tuple[Any, dict[str, Any]]:
     """The dataset and Keras's arguments, with arrays begun at the model's outer step.
 
     Args:
         x: a dataset of batches; only `Passes` can begin at a step.
         keywords: arguments for Keras's `fit`.
-        steps_per_execution: outer steps per compiled call.
+        model: the `BilevelModel`.
     """
+    first = [] if model._outer.reads.often else [ReadAtEpochEnd()]
+    last = [FromTheOuterStep()] if isinstance(x, Passes) else []
+    callbacks = _between(first, keywords.get("callbacks"), last)
+    keywords = {"shuffle": False, **keywords, "callbacks": callbacks}
     if not isinstance(x, Passes):
         return x, keywords
-    begin, callbacks = FromTheOuterStep(), keywords.get("callbacks")
-    if isinstance(callbacks, keras.callbacks.CallbackList):
-        begin.set_model(callbacks.model)
-        callbacks.callbacks.append(begin)
-    else:
-        callbacks = [*keras.tree.flatten(callbacks or []), begin]
-    keywords = {**keywords, "callbacks": callbacks}
+    (begin,), steps_per_execution = last, model.steps_per_execution
     steps, endless = int(x.cardinality()), keywords.get("steps_per_epoch") is not None
     if not endless and x.goes_on and steps > 0 and steps % steps_per_execution == 0:
         # One iterator for all epochs: to make one takes as long as many steps.
         keywords["steps_per_epoch"], endless = steps, True
     return x.starting_at(begin.position, endless), keywords
+
+
+def _between(first: list, callbacks: Any, last: list) -> Any:
+    """The user's callbacks, with others before and after them."""
+    if not isinstance(callbacks, keras.callbacks.CallbackList):
+        return [*first, *keras.tree.flatten(callbacks or []), *last]
+    for one in (*first, *last):
+        one.set_model(callbacks.model)
+    callbacks.callbacks[:] = [*first, *callbacks.callbacks, *last]
+    return callbacks
 
 
 def _are_arrays(x: Any) -> bool:

@@ -22,6 +22,7 @@ from tfbilevel._core.problem import Problem
 from tfbilevel._keras.arguments import require_apart, require_no_constraints
 from tfbilevel._keras.fixed_state import assigned, moved_on
 from tfbilevel._keras.functional import require_built
+from tfbilevel._keras.precision import in_float32
 from tfbilevel._keras.regularizers import CHOICES as REGULARIZERS
 from tfbilevel._keras.regularizers import with_own_losses
 from tfbilevel._randomness.operations import fixed_randomness
@@ -105,8 +106,8 @@ class Levels:
             require_callable(lower_start, "lower_start")
         adds = regularizers == "add"
         self.problem = Problem(
-            upper_loss=self.at_variables(upper_loss, upper if adds else None),
-            lower_loss=self.at_variables(lower_loss, lower if adds else None),
+            upper_loss=self._loss(upper_loss, upper if adds else None),
+            lower_loss=self._loss(lower_loss, lower if adds else None),
             lower_start=self._start_function(lower_start),
             project_upper=project_upper and self._upper_projection(project_upper),
             project_lower=project_lower and self._lower_projection(project_lower),
@@ -278,6 +279,9 @@ class Levels:
                 return with_own_losses(value, penalised, scope)
 
         return at
+
+    def _loss(self, loss: Callable, penalised: Any) -> Callable:
+        return self.at_variables(in_float32(loss), penalised)
 
     def _at_upper_variables(self, function: Callable) -> Callable:
         def at(x: list, *arguments: Any) -> Any:

@@ -330,11 +330,8 @@ class BilevelModel(Trained):
         losses_are_minimised(given.get("callbacks"))
         silent = given.get("verbose") in (0, "0")
         self._ready(x.element_spec, lambda: elements.first_of(x), announce=not silent)
-        data, given = fit_arguments.from_the_outer_step(
-            x, given, self.steps_per_execution
-        )
+        data, given = fit_arguments.from_the_outer_step(x, given, self)
         given["validation_data"] = self._outer.dealt(given.get("validation_data"))
-        given.setdefault("shuffle", False)
         fit = functools.partial(super().fit, self._outer.dealt(data), **given)
         return self._outer.run(fit, x)
 
@@ -403,12 +400,14 @@ class BilevelModel(Trained):
         x = elements.tensors(x)
         self._ready(x, lambda: x)
         self.reset_metrics()
+        self._outer.reads.start()
         logs = self.train_function(iter([self._outer.dealt_once(x)]))
         logs = {name: float(value) for name, value in logs.items()}
         return logs if return_dict else [logs[name] for name in sorted(logs)]
 
     def save(self, filepath: Any, *arguments: Any, **keywords: Any) -> None:
         require_saved_as(filepath)
+        self._require_finite()
         super().save(filepath, *arguments, **keywords)
 
     def get_config(self) -> dict[str, Any]:
@@ -440,8 +439,7 @@ class BilevelModel(Trained):
         compiled = self.train_function
 
         def checked(iterator: Any) -> Any:
-            count, skips = self.steps_per_execution, self.on_nonfinite == "skip"
-            return self._outer.call(compiled, iterator, count, skips)
+            return self._outer.call(compiled, iterator, self.steps_per_execution)
 
         self.train_function = checked
 
@@ -451,6 +449,7 @@ class BilevelModel(Trained):
 
     def get_weights(self) -> list:
         """All variables' values, as `save_weights` stores them, for `set_weights`."""
+        self._require_finite()
         self._ensure_carried()
         return super().get_weights()
 
@@ -466,6 +465,7 @@ class BilevelModel(Trained):
         self._use_saved_compilation()
 
     def save_weights(self, filepath: Any, *arguments: Any, **keywords: Any) -> None:
+        self._require_finite()
         self._ensure_carried()
         super().save_weights(filepath, *arguments, **keywords)
 

@@ -17,6 +17,7 @@ from tfbilevel._core.nonfinite import NonFiniteError, warn_diverged
 from tfbilevel._keras.compilation import faster_with_xla
 from tfbilevel._keras.levels import Levels
 from tfbilevel._keras.outer_update import OuterUpdate
+from tfbilevel._keras.reads import Reads
 from tfbilevel._keras.resident import Resident
 from tfbilevel._keras.training_state import SKIPPED, Carried, Progress, Trackers, kept
 from tfbilevel._workarounds.abandoned_iterators import without_frames
@@ -37,6 +38,7 @@ class OuterStep:
 
     Attributes:
         trackers: of the step's metrics.
+        reads: when the host reads what steps record.
         carried: the method's state in variables; `None` before `ensure_carried`.
         early: whether `ensure_carried` must initialise it from the current variables.
     """
@@ -54,6 +56,7 @@ class OuterStep:
         self.optimizer, self.start_optimizer = optimizer, start_optimizer
         self.progress, self.indices = progress, indices
         self.trackers = Trackers(levels.device)
+        self.reads = Reads(often=levels.on_host)
         self.carried: Carried | None = None
         self.early = True
         self._looked = self._warned = False
@@ -180,6 +183,7 @@ class OuterStep:
             function: called once.
             x: the batches of its steps, or a dataset of them.
         """
+        self.reads.start()
         if not self.levels.on_host:
             self._resident = Resident(self.levels.device)
         try:
@@ -189,22 +193,31 @@ class OuterStep:
             self._resident = None
 
     def call(
-        self, compiled: Callable, iterator: Iterator, count: int, skips: bool
+        self, compiled: Callable, iterator: Iterator, count: int
     ) -> dict[str, Any]:
-        """Call the compiled step on the next `count` elements, and check the result."""
+        """Call the compiled step on the next `count` elements; check the result if due.
+
+        Args:
+            compiled: the step.
+            iterator: its batches.
+            count: the most of them that it takes.
+        """
         if self._resident is not None:
             iterator = self._resident.read(iterator, count)
         with self.levels.placed(), without_memory_rewrites():
             logs = compiled(iterator)
-        self._check(logs, skips)
+        if self.reads.due():
+            self.check(logs)
         return logs
 
-    def _check(self, logs: dict[str, Any], skips: bool) -> None:
-        """Raise errors that a compiled step records; warn at the first divergence."""
+    def check(self, logs: dict[str, Any]) -> None:
+        """Raise errors that compiled steps recorded; warn at the first divergence.
+
+        The first step that is not finite is recorded unless such steps are skipped.
+        """
         try:
-            if not skips:
-                self.progress.raise_if_nonfinite()
-        finally:  # this error is never skipped, and closer to the cause
+            self.progress.raise_if_nonfinite()
+        finally:  # this error is closer to the cause
             self.indices.raise_if_noted()
         if not self._warned and float(logs.get("diverged", 0.0)) > 0:
             self._warned = True

@@ -109,6 +109,12 @@ class Trained(keras.Model):
         x, y = self._levels.read(count_tasks(batches))
         return adapted(self.problem, x, y, batches, inner, at)
 
+    def _require_finite(self) -> None:
+        """Raise what a step recorded that the host has not read yet: nothing is saved
+        of a training that must stop."""
+        if self.compiled:
+            self._outer.check({})
+
     def _make_function(self, step_function: Callable) -> Callable:
         if not is_replicated(self._distribute_strategy):
             return super()._make_function(step_function)

@@ -22,7 +22,8 @@ from tfbilevel._jobs.command_line.main import main
 
 pandas = pytest.importorskip("pandas")
 pytest.importorskip("sklearn")
-pytestmark = pytest.mark.slow
+# One process runs all: each command is run once.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("real cleaner")]
 Z = 1.959963984540054  # 95 percent of a normal distribution
 
 
@@ -189,13 +190,26 @@ def a_table_of_texts() -> Any:
     return summary, *answers, trusted, least, {"text": x[trusted:, None]}, cleaner, seen
 
 
-@pytest.fixture(
-    scope="module", params=[a_table, a_folder_of_pictures, a_table_of_texts]
-)
-def run(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = tmp_path_factory.mktemp("work")
-    with contextlib.chdir(folder):
-        yield Run(folder, *request.param())
+KINDS = {
+    each.__name__: each for each in (a_table, a_folder_of_pictures, a_table_of_texts)
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+    found = {}
+    for name, kind in KINDS.items():
+        folder = tmp_path_factory.mktemp(name)
+        with contextlib.chdir(folder):
+            found[name] = Run(folder, *kind())
+    return found
+
+
+@pytest.fixture(params=KINDS)
+def run(request: Any, runs: dict[str, Run]) -> Any:
+    found = runs[request.param]
+    with contextlib.chdir(found.folder):
+        yield found
 
 
 def test_labels_are_right(run: Run) -> None:
@@ -206,21 +220,28 @@ def test_labels_are_right(run: Run) -> None:
 
 
 LOADS = """
-import sys, keras, numpy as np, tensorflow as tf
-model = keras.models.load_model("out/model.keras")
-with np.load("raw.npz") as file:
-    raw = {k: tf.constant(file[k]) for k in file.files}
-np.save("made.npy", model.predict(raw.get("picture", raw), verbose=0))
+import os, sys, keras, numpy as np, tensorflow as tf
+for folder in sys.argv[1:]:
+    os.chdir(folder)
+    model = keras.models.load_model("out/model.keras")
+    with np.load("raw.npz") as file:
+        raw = {k: tf.constant(file[k]) for k in file.files}
+    np.save("made.npy", model.predict(raw.get("picture", raw), verbose=0))
 """
 
 
-def test_the_saved_model_predicts_the_same(run: Run) -> None:
-    """It is given raw examples, in a new process without tfbilevel."""
-    np.savez("raw.npz", **run.raw)  # pyright: ignore[reportArgumentType]
-    done = subprocess.run([sys.executable, "-c", LOADS], capture_output=True, text=True)
+def test_the_saved_models_predict_the_same(runs: dict[str, Run]) -> None:
+    """They are given raw examples, in a new process without tfbilevel."""
+    for run in runs.values():
+        np.savez(run.folder / "raw.npz", **run.raw)  # pyright: ignore[reportArgumentType]
+    folders = [str(run.folder) for run in runs.values()]
+    command = [sys.executable, "-c", LOADS, *folders]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    expected = run.cleaner.predict_proba(run.x)
-    np.testing.assert_allclose(np.load("made.npy"), expected, rtol=1e-3, atol=1e-5)
+    for run in runs.values():
+        expected = run.cleaner.predict_proba(run.x)
+        made = np.load(run.folder / "made.npy")
+        np.testing.assert_allclose(made, expected, rtol=1e-3, atol=1e-5)
 
 
 def test_summary_and_report_tell_what_the_tables_hold(run: Run) -> None:

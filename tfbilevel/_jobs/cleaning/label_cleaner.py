@@ -78,8 +78,8 @@ class LabelCleaner(Estimator):
             ones go with them.
         epochs: passes over the doubtful examples in each training, unless `fit` is
             given another number. `None`: 10, or more (up to 100) for few examples;
-            fewer if given labels that a network did not see are predicted best after
-            fewer (one half of a training more).
+            fewer if given labels that a network did not see are clearly predicted best
+            after fewer (one half of a training more).
         learn: whether step 4 is made. False: for comparison.
         backup: a folder in which every training that ended is kept. `fit` with the same
             data and arguments goes on there after a kill, and deletes it at the end.

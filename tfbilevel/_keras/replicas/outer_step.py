@@ -14,6 +14,7 @@ from tfbilevel._core.problem import Problem
 from tfbilevel._keras.outer_step import ENDS, OuterStep
 from tfbilevel._keras.replicas.dealing import dealt, dealt_once, require_enough
 from tfbilevel._keras.replicas.strategies import (
+    is_alone,
     is_replicated,
     require_compiled_within,
     require_created_within,
@@ -63,6 +64,8 @@ class ReplicatedStep(OuterStep):
     def __init__(self, strategy: Any, *arguments: Any):
         super().__init__(*arguments)
         self.strategy = strategy
+        # Several workers must all stop at the same step.
+        self.reads.often |= not is_alone(strategy)
         self.replicas = strategy.num_replicas_in_sync
 
     def look(self, batches: Batches, eager: bool) -> None:
@@ -174,16 +177,18 @@ class ReplicatedStep(OuterStep):
         return part.lower_share
 
     def run(self, function: Callable[[], Any], x: Any) -> Any:
+        self.reads.start()
         with self.indices.explaining(self.levels.problem, self.levels.point, x):
             return without_frames(function, ENDS)
 
     def call(
-        self, compiled: Callable, iterator: Iterator, count: int, skips: bool
+        self, compiled: Callable, iterator: Iterator, count: int
     ) -> dict[str, Any]:
         with without_memory_rewrites():
             compiled(iterator)
         logs = {name: one.result() for name, one in self.trackers.of.items()}
-        self._check(logs, skips)
+        if self.reads.due():
+            self.check(logs)
         return logs
 
 

@@ -36,6 +36,11 @@ def is_chief(strategy: Any) -> bool:
     return resolver.task_type == "chief" or (not chiefs and resolver.task_id == 0)
 
 
+def is_alone(strategy: Any) -> bool:
+    """Whether all replicas of a strategy are devices of this process."""
+    return not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
+
+
 def require_strategy() -> None:
     """Raise in the scope of a strategy whose replicas cannot make a step together."""
     if not tf.distribute.has_strategy():

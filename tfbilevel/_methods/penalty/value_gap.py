@@ -80,12 +80,7 @@ class ValueGap(Method):
         require_choice(self.auxiliary, "auxiliary", ("persistent", "copy"))
         if self.inner is not None:
             require_inner(self.inner)
-        if self.inner is not None and self.inner.start != "warm":
-            raise ValueError(
-                "`inner.start` must be 'warm' here: `auxiliary` sets the start of the "
-                "second copy. Use tb.InnerSolver(..., start='warm'). "
-                f"Received: start={self.inner.start!r}"
-            )
+            require_warm(self.inner)
 
     @functools.cached_property
     def rule(self) -> UpdateRule:
@@ -189,12 +184,38 @@ class ValueGap(Method):
         return 0 if self.inner is None else self.inner.steps
 
     def _solve(self, here: Prepared, lower: Nest, state: State) -> tuple[Any, Any]:
-        start = lower if self.auxiliary == "copy" else state["auxiliary"]
-        # `auxiliary` sets the start of z, not the problem's `lower_start`.
-        problem = dataclasses.replace(here.problem, lower_start=None)
-        here = dataclasses.replace(here, problem=problem)
-        auxiliary, inner_state, _ = self.inner.solve(here, start, state["inner"])
-        return auxiliary, inner_state
+        assert self.inner is not None
+        copy = self.auxiliary == "copy"
+        return solved_copy(self.inner, here, state, lower if copy else None)
+
+
+def require_warm(inner: InnerSolver) -> None:
+    """Raise unless the second copy starts where the method says."""
+    if inner.start != "warm":
+        raise ValueError(
+            "`inner.start` must be 'warm' here: the method sets the start of the "
+            "second copy. Use tb.InnerSolver(..., start='warm'). "
+            f"Received: start={inner.start!r}"
+        )
+
+
+def solved_copy(
+    inner: InnerSolver, here: Prepared, state: State, start: Nest | None = None
+) -> tuple[Any, Any]:
+    """z after the inner steps, and the inner solver's state.
+
+    Args:
+        inner: the solver of z.
+        here: the problem of this outer step.
+        state: the method's, with "inner" and "auxiliary", the z of the last step.
+        start: where z starts instead.
+    """
+    # Not at the problem's `lower_start`.
+    problem = dataclasses.replace(here.problem, lower_start=None)
+    here = dataclasses.replace(here, problem=problem)
+    start = state["auxiliary"] if start is None else start
+    auxiliary, inner_state, _ = inner.solve(here, start, state["inner"])
+    return auxiliary, inner_state
 
 
 def penalty_weight(
@@ -209,3 +230,27 @@ def penalty_weight(
 
 def _lower_loss(here: Prepared, c: Nest, y: Nest, draw: int) -> tf.Tensor:
     return here.problem.lower_loss(c, y, here.batches.lower_at(draw))
+
+
+def penalised(
+    here: Prepared,
+    a: Nest,
+    b: Nest,
+    y: Nest,
+    z: Nest,
+    draw: Any,
+    weights: tuple[Any, Any],
+) -> tf.Tensor:
+    """w f(a, y) + w' (g(b, y) - g(b, z)); over tasks, summed.
+
+    Args:
+        here: the problem of this outer step.
+        a, b: upper variables: those of f, and those of g.
+        y, z: the lower variables and their second copy.
+        draw: the number of the lower batch.
+        weights: w and w'; one of them is a tensor, in whose dtype the sum is made.
+    """
+    dtype = next(each.dtype for each in weights if tf.is_tensor(each))
+    f = here.problem.upper_loss(a, y, here.batches.upper)
+    gap = _lower_loss(here, b, y, draw) - _lower_loss(here, b, z, draw)
+    return weights[0] * tf.cast(f, dtype) + weights[1] * tf.cast(gap, dtype)

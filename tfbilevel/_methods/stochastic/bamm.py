@@ -5,7 +5,6 @@ import functools
 from collections.abc import Callable
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 from tfbilevel._calculus import structure
@@ -22,11 +21,10 @@ from tfbilevel._core.method import Method, Step
 from tfbilevel._core.prepared import Prepared
 from tfbilevel._core.problem import Problem
 from tfbilevel._core.projection import fixed_projection
+from tfbilevel._methods.stochastic.directions import directions, followed, lagrangian
 from tfbilevel._optimizers.update_rule import UpdateRule
 
 STEPS = ("scheduled", "exact")
-# |phi_yy v| stays below the largest |f_y| so far as long as v follows its system.
-TOO_FAR = 10.0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -150,27 +148,22 @@ class BAMM(Method):
     ) -> Step:
         here = self._prepared(problem, upper, batches, state)
         lower, multiplier = structure.to_tensors(lower), state["multiplier"]
-        upper_loss, partial, adjoint = here.upper_partials(lower)
-        lower_loss, gradient, pullback = here.lower_gradient_pullback(lower, 0)
-        slope = here.norm(adjoint)
-        mixed, curved = pullback(structure.scale(-1, multiplier))
-        against = structure.subtract(structure.scale(-1, curved), adjoint)
-        square = here.dot(against, against)
-        # A nonfinite f_y or g_yy v would be noticed one step later, after v is lost.
-        seen = tf.where(structure.all_finite(against), 1.0, np.nan)
-        rate, upper_scale = self._steps(state["step"], square.dtype)
-        broken = tf.zeros_like(square, tf.bool)
+        made = directions(here, lower, multiplier)
+        metrics, largest = followed(here, made, state["largest"])
+        against = made.solution
+        rate, upper_scale = self._steps(state["step"], made.slope.dtype)
         if self.multiplier_step == "exact":
             # One norm over all tensors. A published version adds up the norms of the
             # tensors before it squares them, which makes the step too long.
-            curvature = here.dot(against, pullback(against, mixed=False)[1])
+            square = here.dot(against, against)
+            curvature = here.dot(against, made.products(against, mixed=False)[1])
             broken = (curvature <= 0) & (square > 0)
+            diverged = tf.cast(broken, made.slope.dtype)
+            metrics["diverged"] = tf.maximum(metrics["diverged"], diverged)
             rate = tf.where(curvature > 0, structure.ratio(square, curvature), 0)
-        largest = tf.maximum(state["largest"], slope)
-        broken |= tf.sqrt(square) > TOO_FAR * largest
-        moved, optimizer = self.rule.update(gradient, state["optimizer"], lower)
+        moved, optimizer = self.rule.update(made.lower, state["optimizer"], lower)
         return Step(
-            upper_gradient=structure.scale(seen, here.gradient(partial, mixed)),
+            upper_gradient=made.upper,
             lower=fixed_projection(problem, upper, moved, "BAMM"),
             state={
                 "step": state["step"] + 1,
@@ -178,28 +171,16 @@ class BAMM(Method):
                 "multiplier": structure.add_scaled(multiplier, -rate, against),
                 "largest": largest,
             },
-            metrics={
-                "upper_loss": upper_loss,
-                "lower_loss": lower_loss,
-                "stationarity": here.norm(gradient),
-                "residual": structure.ratio(tf.sqrt(square), slope),
-                "multiplier_rate": rate,
-                "diverged": tf.cast(broken, slope.dtype),
-            },
+            metrics={**metrics, "multiplier_rate": rate},
             upper_scale=upper_scale,
         )
 
     def objective(
         self, problem: Problem, upper: Nest, lower: Nest, batches: Batches, state: State
     ) -> Callable[[Nest], tf.Tensor]:
-        def value(x: Nest) -> tf.Tensor:
-            here = self._prepared(problem, x, batches, state)
-            _, gradient = here.lower_gradient(lower, 0)
-            product = here.mean(structure.dot(state["multiplier"], gradient))
-            f = here.upper_loss(lower)
-            return f - tf.cast(product, f.dtype)
-
-        return value
+        return lambda x: lagrangian(
+            self._prepared(problem, x, batches, state), lower, state["multiplier"]
+        )
 
     def _prepared(
         self, problem: Problem, upper: Nest, batches: Batches, state: State

@@ -45,6 +45,36 @@ def factors(
     return term, total
 
 
+def series_gradient(
+    here: Prepared, lower: Nest, terms: int, rate: float, *, first: int, stride: int = 1
+) -> tuple[Any, Metrics]:
+    """f_x - g_xy v, v = rate * (1 + `terms` terms of the series), and its metrics.
+
+    The lower batches are first, first + stride, ... for the factors, then the next one
+    for g_xy.
+    """
+    upper_loss, partial, adjoint = here.upper_partials(lower)
+    term, total = factors(
+        here,
+        lower,
+        adjoint,
+        rate,
+        first=first,
+        count=terms,
+        most=terms,
+        stride=stride,
+    )
+    solution = structure.scale(-rate, total)
+    after = first + (terms if stride else 1)
+    mixed, lower_loss = mixed_product(here, lower, solution, after)
+    metrics = {
+        "upper_loss": upper_loss,
+        "lower_loss": lower_loss,
+        **growth_metrics(here, term, adjoint),
+    }
+    return here.gradient(partial, mixed), metrics
+
+
 def mixed_product(here: Prepared, lower: Nest, vector: Nest, draw: Any) -> tuple:
     """g_xy v and the lower loss on one lower batch; `None` where not connected."""
     value, _, pullback = here.lower_gradient_pullback(lower, draw)

@@ -2,7 +2,6 @@
 
 import dataclasses
 
-from tfbilevel._calculus import structure
 from tfbilevel._calculus.aliases import Nest, State
 from tfbilevel._core.arguments import require_choice
 from tfbilevel._core.batches import Batches
@@ -11,12 +10,7 @@ from tfbilevel._core.inner_solver import InnerSolver, require_inner
 from tfbilevel._core.method import Method, Step
 from tfbilevel._core.problem import Problem
 from tfbilevel._core.projection import fixed_projection
-from tfbilevel._methods.stochastic.series import (
-    factors,
-    growth_metrics,
-    mixed_product,
-    require_series,
-)
+from tfbilevel._methods.stochastic.series import require_series, series_gradient
 
 
 @renamed({"max_steps": "terms"})
@@ -92,26 +86,12 @@ class StocBiO(Method):
         here = problem.prepared(upper, batches)
         lower, after, _ = self.inner.solve(here, lower, state)
         fixed_projection(here.problem, here.upper, lower, "StocBiO")
-        upper_loss, partial, adjoint = here.upper_partials(lower)
-        term, total = factors(
+        gradient, metrics = series_gradient(
             here,
             lower,
-            adjoint,
+            self.terms,
             self.rate,
             first=self.inner.steps,
-            count=self.terms,
-            most=self.terms,
             stride=1 if self.factors == "fresh" else 0,
         )
-        solution = structure.scale(-self.rate, total)
-        mixed, lower_loss = mixed_product(here, lower, solution, self.draws - 1)
-        return Step(
-            upper_gradient=here.gradient(partial, mixed),
-            lower=lower,
-            state=after,
-            metrics={
-                "upper_loss": upper_loss,
-                "lower_loss": lower_loss,
-                **growth_metrics(here, term, adjoint),
-            },
-        )
+        return Step(upper_gradient=gradient, lower=lower, state=after, metrics=metrics)
