@@ -225,6 +225,7 @@ METHODS = [
     Row("unroll-replay", unroll(), finite()),
     Row("unroll-checkpoint", unroll(memory="checkpoint"), finite()),
     Row("unroll-tape", unroll(memory="tape"), finite()),
+    Row("unroll-host", unroll(memory="host"), finite()),
     Row("unroll-replay-last", unroll(last=3), finite(3)),
     Row("unroll-checkpoint-last", unroll(last=3, memory="checkpoint"), finite(3)),
     Row("unroll-tape-last", unroll(last=3, memory="tape"), finite(3)),

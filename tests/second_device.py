@@ -1,7 +1,7 @@
 """Fits on one device and on a second one, where all but int32 variables are placed.
 
 A process of its own: TensorFlow makes logical devices before anything else. Arguments:
-pairs METHOD:JIT.
+pairs METHOD:JIT, and `stores` for where unrolled iterates are kept.
 """
 
 import contextlib
@@ -17,6 +17,7 @@ tf.config.set_logical_device_configuration(
 
 import keras  # noqa: E402
 import numpy as np  # noqa: E402
+from tensorflow.python.eager import context  # noqa: E402
 
 import tfbilevel as tb  # noqa: E402
 
@@ -31,6 +32,7 @@ def inner():
 
 METHODS = {
     "Unroll": lambda: tb.Unroll(inner()),
+    "UnrollHost": lambda: tb.Unroll(inner(), memory="host"),
     "Implicit": lambda: tb.Implicit(inner(), tb.ConjugateGradient(3)),
     "ValueGap": lambda: tb.ValueGap(inner(), SGD(0.1), weight=1.0),
     "GradientNorm": lambda: tb.GradientNorm(SGD(0.1), weight=1.0),
@@ -92,9 +94,49 @@ def fit(method, jit, second, inside=True):
     return values, history, model.jit_compile
 
 
+def stored_on(memory):
+    """The devices of the lists of iterates in a step on the second device, those to
+    which they are sent, and the step's hypergradient."""
+    problem = tb.Problem(
+        lambda x, y, batch: tf.reduce_sum((y - 1.0) ** 2),
+        lambda x, y, batch: tf.reduce_sum(tf.exp(x) * tf.sin(y) ** 2 + y**2),
+    )
+    method = tb.Unroll(inner(), memory=memory)
+
+    @tf.function(autograph=False)
+    def step(x, y):
+        with tf.device(SECOND):
+            state = method.init(problem, x, y)
+            return problem.step(method, x, y, tb.Batches(None, None), state)
+
+    with tf.device(SECOND):
+        x, y = tf.linspace(0.0, 0.3, 4), tf.linspace(0.5, 1.0, 4)
+        context.enable_run_metadata()
+        gradient = step(x, y).upper_gradient.numpy()
+        graphs = context.export_run_metadata().function_graphs
+        context.disable_run_metadata()
+    nodes = [n for g in graphs for part in g.partition_graphs for n in part.node]
+    lists = {n.device[-5:] for n in nodes if n.op.startswith("TensorList")}
+    sent = [n.attr["T"].type for n in nodes if n.op in ("_Send", "_HostSend")]
+    return lists, tf.variant.as_datatype_enum in sent, gradient
+
+
+def compare_stores():
+    """memory="host" keeps the iterates on the host, and never sends a whole list."""
+    places, moved, expected = stored_on("replay")
+    assert (places, moved) == ({"CPU:1"}, False), (places, moved)
+    places, moved, gradient = stored_on("host")
+    assert (places, moved) == ({"CPU:0"}, False), (places, moved)
+    np.testing.assert_array_equal(gradient, expected)
+
+
 gc.set_threshold(50_000, 20, 50)  # as in tests/conftest.py
 outside_too = set()
 for case in sys.argv[1:]:
+    if case == "stores":
+        compare_stores()
+        print("equal stores", flush=True)
+        continue
     name, way = case.split(":")
     values, history, chosen = fit(name, JIT[way], second=True)
     # Where "auto" has chosen, one device is told the same: it could choose otherwise.

@@ -11,6 +11,8 @@ from tfbilevel._calculus.lost_derivatives import (
 )
 from tfbilevel._check.hypergradient import HypergradientReport as HypergradientReport
 from tfbilevel._check.hypergradient import check_hypergradient as check_hypergradient
+from tfbilevel._check.memory_estimate import MemoryEstimate as MemoryEstimate
+from tfbilevel._check.memory_estimate import memory_estimate as memory_estimate
 from tfbilevel._check.second_derivatives import (
     SecondDerivativesReport as SecondDerivativesReport,
 )

@@ -113,6 +113,13 @@ def test_fit_falls_back_once_and_remembers_it_for_the_method(xla_fails):
     assert xla_fails == [1, 1]
 
 
+def test_what_xla_would_take_off_the_host_is_not_tried(xla_fails):
+    inner = tb.InnerSolver(keras.optimizers.SGD(0.1), 2)
+    model = _model(tb.Unroll(inner, memory="host"))
+    model.fit(full_batch(), verbose=0)
+    assert model.jit_compile is False and not xla_fails
+
+
 @pytest.mark.parametrize(
     ("verbose", "lines"), fast_where(lambda verbose, lines: lines, [(0, 0), (2, 1)])
 )

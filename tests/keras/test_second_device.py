@@ -10,6 +10,8 @@ import pytest
 # Every method, and every way to compile; "auto" compiles twice: the smallest step.
 CASES = (
     "Unroll:on",
+    "UnrollHost:off",
+    "stores",
     "Implicit:off",
     "ValueGap:off",
     "GradientNorm:auto",

@@ -1,5 +1,6 @@
 """Unrolling against plain loops under a gradient tape, written here from formulas."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -640,3 +641,50 @@ def test_rates_of_single_entries_in_a_tuple() -> None:
     np.testing.assert_allclose(step.lower, end)
     np.testing.assert_allclose(step.upper_gradient["a"], -2.0 * end[1])
     np.testing.assert_allclose(step.upper_gradient["b"], end[0] * -15.0)
+
+
+def stored_on(step: Any) -> set[str]:
+    """The devices of all lists of tensors in a traced function and its loops."""
+    definition = step.graph.as_graph_def()
+    bodies = [definition.node, *(f.node_def for f in definition.library.function)]
+    nodes = [node for body in bodies for node in body]
+    return {node.device for node in nodes if node.op.startswith("TensorList")}
+
+
+def test_host_is_replay_with_its_iterates_on_the_host() -> None:
+    """The device is wherever the step is; only a second one shows the difference
+    (tests/second_device.py)."""
+    inner = tb.InnerSolver(keras.optimizers.SGD(0.1, momentum=0.5), STEPS)
+    made, places = {}, {}
+    for memory in ("replay", "host"):
+        method = tb.Unroll(inner, memory=memory)
+        state = method.init(PROBLEM, X, Y)
+        run = functools.partial(method.step, PROBLEM, X, Y, BATCHES, state)
+        traced = tf.function(run, autograph=False)
+        made[memory] = flat(traced().upper_gradient)
+        places[memory] = stored_on(traced.get_concrete_function())
+        eager = flat(run().upper_gradient)
+        np.testing.assert_allclose(eager, made[memory], rtol=1e-13)
+    np.testing.assert_array_equal(made["host"], made["replay"])
+    assert places == {"replay": {""}, "host": {"/device:CPU:0"}}
+
+
+def test_host_is_refused_by_xla() -> None:
+    method = tb.Unroll(tb.InnerSolver(keras.optimizers.SGD(0.1), 2), memory="host")
+    x, y = tf.constant(0.3), tf.constant(2.0)
+    problem = tb.Problem(lambda x, y, batch: y, lambda x, y, batch: x * y**2)
+    step = tf.function(method.step, autograph=False, jit_compile=True)
+    refusal = "`jit_compile` must be False for memory='host'.*Received: jit_compile"
+    with pytest.raises(ValueError, match=refusal):
+        step(problem, x, y, NO_DATA, {})
+    with pytest.raises(ValueError, match=refusal):
+        tb.minimize(
+            problem,
+            method,
+            x,
+            y,
+            upper_optimizer=keras.optimizers.SGD(0.1),
+            batches=NO_DATA,
+            steps=1,
+            jit_compile=True,
+        )

@@ -108,6 +108,15 @@ class Method(abc.ABC):
         """
         return True
 
+    @property
+    def keeps_on_host(self) -> bool:
+        """Whether a step keeps tensors in the memory of the host.
+
+        XLA compiles for one device, so it cannot compile such a step:
+        `jit_compile="auto"` then means False.
+        """
+        return False
+
     @abc.abstractmethod
     def step(
         self, problem: Problem, upper: Nest, lower: Nest, batches: Batches, state: State

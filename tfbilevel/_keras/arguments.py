@@ -6,7 +6,7 @@ import keras
 
 from tfbilevel._core.arguments import require_count
 from tfbilevel._core.batches import Batches
-from tfbilevel._core.method import require_method
+from tfbilevel._core.method import Method, require_method
 
 
 def require_apart(upper: Any, lower: Any) -> None:
@@ -43,12 +43,14 @@ def require_no_average(optimizer: Any, why: str) -> None:
         )
 
 
-def require_jit(jit_compile: Any) -> None:
+def jit_of(jit_compile: Any, method: Method) -> bool | str:
+    """How to compile; "auto" is False for a method that XLA cannot compile."""
     if jit_compile != "auto" and not isinstance(jit_compile, bool):
         raise ValueError(
             "`jit_compile` must be True, False or 'auto'. "
             f"Received: jit_compile={jit_compile!r}"
         )
+    return False if jit_compile == "auto" and method.keeps_on_host else jit_compile
 
 
 def microbatches_of(microbatches: Any) -> tuple[int, int]:

@@ -12,9 +12,9 @@ from tfbilevel._core.batches import Batches, require_batches
 from tfbilevel._core.method import Method
 from tfbilevel._keras import elements, fit_arguments
 from tfbilevel._keras.arguments import (
+    jit_of,
     losses_are_minimised,
     microbatches_of,
-    require_jit,
     require_measurable,
     require_method_for,
     require_no_weights,
@@ -200,8 +200,8 @@ class BilevelModel(Trained):
                 compute their batches, to save memory; see `tb.microbatched`.
         """
         require_choice(on_nonfinite, "on_nonfinite", ON_NONFINITE)
-        require_jit(jit_compile)
         require_method_for(method, self.tasks)
+        jit_compile = jit_of(jit_compile, method)
         strategies.require_strategy()
         strategy = self._distribute_strategy
         if strategies.is_replicated(strategy):

@@ -11,6 +11,7 @@ from tfbilevel._calculus.aliases import Nest
 from tfbilevel._calculus.loops import serial_loop
 from tfbilevel._core.inner_solver import InnerSolver, Iterate
 from tfbilevel._core.prepared import Prepared
+from tfbilevel._methods.hypergradient.stored_iterates import arrays, read, write
 
 ENDS = ("final", "pessimistic")
 
@@ -27,12 +28,14 @@ class Span(NamedTuple):
         first: the number of the first step.
         first_order: whether the inner gradients are treated as constants.
         pessimistic: whether they end at the iterate with the largest upper loss.
+        host: whether the iterates are kept in the host's memory.
     """
 
     inner: InnerSolver
     first: int
     first_order: bool
     pessimistic: bool
+    host: bool = False
 
     @property
     def last(self) -> int:
@@ -126,7 +129,7 @@ def tape(span: Span, here: Prepared, iterate: Iterate) -> Loop:
 
 def replay(span: Span, here: Prepared, iterate: Iterate) -> Loop:
     first, last = span.first, span.last
-    begun, kept = _begun(span, here, iterate), _arrays(iterate, last - first)
+    begun, kept = _begun(span, here, iterate), arrays(iterate, last - first, span.host)
     made, kept = _make(span, here, begun, kept, first, last, last - first)
     stop = span.stop(made)
 
@@ -149,13 +152,13 @@ def checkpoint(span: Span, here: Prepared, iterate: Iterate) -> Loop:
 
     def forward(segment: tf.Tensor, made: Run, kept: list) -> tuple:
         after, _ = _make(span, here, made, [], *ends(segment, last), length)
-        return segment + 1, after, _write(kept, segment, made.end)
+        return segment + 1, after, write(kept, segment, made.end, span.host)
 
     begun = _begun(span, here, iterate)
     _, made, kept = serial_loop(
         lambda *_: True,
         forward,
-        (tf.constant(0), begun, _arrays(iterate, segments)),
+        (tf.constant(0), begun, arrays(iterate, segments, span.host)),
         segments,
     )
     stop = span.stop(made)
@@ -167,10 +170,12 @@ def checkpoint(span: Span, here: Prepared, iterate: Iterate) -> Loop:
         def backward(segment: tf.Tensor, carried: _Adjoint) -> tuple:
             begin, end = ends(segment, latest)
             now = Run(
-                _read(kept, segment, iterate, begin - first), begun.lower_loss, ()
+                read(kept, segment, iterate, begin - first, span.host),
+                begun.lower_loss,
+                (),
             )
             _, trajectory = _make(
-                span, here, now, _arrays(iterate, length), begin, end, length
+                span, here, now, arrays(iterate, length, span.host), begin, end, length
             )
             return segment - 1, sweep.run(trajectory, begin, end, carried)
 
@@ -226,7 +231,7 @@ def _make(
         if isinstance(worst, Worst):
             worst = worst.against(here, t + 1, after.lower)
         if kept:  # at the end: after an error TensorFlow complains of unused writes
-            kept = _write(kept, t - first, now.end)
+            kept = write(kept, t - first, now.end, span.host)
         return t + 1, Run(after, tf.cast(value, now.lower_loss.dtype), worst), kept
 
     _, made, kept = serial_loop(
@@ -274,7 +279,7 @@ class _Sweep:
                 after = after._replace(
                     lower=structure.where(ends, self._given, after.lower)
                 )
-            now = _read(trajectory, t - first, self.start, passed)
+            now = read(trajectory, t - first, self.start, passed, self.span.host)
 
             def inner_map(c: Nest, y: Nest, slots: list) -> tuple[Any, None]:
                 optimizer = now.optimizer._replace(slots=slots)
@@ -315,32 +320,3 @@ class _Sweep:
                 for index, entry in enumerate(tf.nest.flatten(carried.upper))
             ],
         )
-
-
-def _stored(iterate: Iterate) -> list[tf.Tensor]:
-    """The stored part of an iterate; the rest follows from the step number."""
-    return tf.nest.flatten((iterate.lower, iterate.optimizer.slots))
-
-
-def _arrays(iterate: Iterate, size: int) -> list[tf.TensorArray]:
-    return [
-        tf.TensorArray(
-            leaf.dtype, size, element_shape=leaf.shape, clear_after_read=False
-        )
-        for leaf in _stored(iterate)
-    ]
-
-
-def _write(arrays: list, index: tf.Tensor, iterate: Iterate) -> list:
-    leaves = _stored(iterate)
-    return [a.write(index, leaf) for a, leaf in zip(arrays, leaves, strict=True)]
-
-
-def _read(arrays: list, index: tf.Tensor, start: Iterate, passed: Any) -> Iterate:
-    """The stored iterate at `index`, `passed` steps after the loop's start."""
-    like = (start.lower, start.optimizer.slots)
-    leaves = [array.read(index) for array in arrays]
-    lower, slots = tf.nest.pack_sequence_as(like, leaves)
-    iteration = start.optimizer.iteration
-    iteration += tf.cast(passed, iteration.dtype)
-    return Iterate(lower, start.optimizer._replace(iteration=iteration, slots=slots))

@@ -30,6 +30,9 @@ from tfbilevel._methods.hypergradient.trajectory import (
     tape,
 )
 
+LOOPS = {"replay": replay, "checkpoint": checkpoint, "tape": tape, "host": replay}
+MEMORIES = tuple(LOOPS)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Unroll(Method):
@@ -61,7 +64,9 @@ class Unroll(Method):
     Cost: T inner steps and, for each differentiated one, a vector-Jacobian product
     of about two more gradients. Memory besides that of one step: "replay" K iterates,
     "checkpoint" 2 sqrt(K) iterates at the cost of one more inner step per step, "tape"
-    everything that every step computed. The lower loss only needs to be twice
+    everything that every step computed. "host" is "replay" with the K iterates in the
+    host's memory: a GPU keeps none of them, and sends each one there and back. On a CPU
+    it is "replay". XLA cannot compile it. The lower loss only needs to be twice
     differentiable. Prefer `Implicit` if the inner solve is long and converges.
 
     Args:
@@ -70,7 +75,7 @@ class Unroll(Method):
         end: "final": f at y_T. "pessimistic": f at the iterate with the largest f;
             costs one evaluation of f per step, and the reverse sweep has k* steps.
         aggregate: a `tb.Aggregation`, or `None`.
-        memory: "replay", "checkpoint" or "tape". All give the same gradient.
+        memory: "replay", "checkpoint", "tape" or "host". All give the same gradient.
         first_order: treat the inner gradients as constants.
         skipped: what the steps before the last K pass on to a learned start: "stop":
             nothing. "identity": the adjoint at y_{T-K} unchanged, as in the published
@@ -78,8 +83,8 @@ class Unroll(Method):
 
     Raises:
         ValueError: if `last` is not between 1 and `inner.steps`, for an unknown
-            choice, for `end="pessimistic"` with `last`, or for an inner solver with a
-            tolerance.
+            choice, for `end="pessimistic"` with `last`, for an inner solver with a
+            tolerance, or, in a step with `memory="host"`, if XLA is to compile it.
 
     Example:
         >>> problem = tb.Problem(
@@ -117,7 +122,7 @@ class Unroll(Method):
         require_inner(self.inner)
         require_fixed_length(self.inner, "Unroll")
         require_choice(self.end, "end", ENDS)
-        require_choice(self.memory, "memory", ("replay", "checkpoint", "tape"))
+        require_choice(self.memory, "memory", MEMORIES)
         require_choice(self.skipped, "skipped", ("stop", "identity"))
         require_aggregation(self.aggregate)
         if self.last is not None:
@@ -148,11 +153,17 @@ class Unroll(Method):
     @property
     def _span(self) -> Span:
         pessimistic = self.end == "pessimistic"
-        return Span(self.inner, self._first, self.first_order, pessimistic)
+        return Span(
+            self.inner, self._first, self.first_order, pessimistic, self.keeps_on_host
+        )
 
     @property
     def takes_second_derivatives(self) -> bool:
         return not self.first_order
+
+    @property
+    def keeps_on_host(self) -> bool:
+        return self.memory == "host"
 
     def init(self, problem: Problem, upper: Nest, lower: Nest) -> State:
         return self.inner.init(problem, upper, lower)
@@ -161,7 +172,7 @@ class Unroll(Method):
         self, problem: Problem, upper: Nest, lower: Nest, batches: Batches, state: State
     ) -> Step:
         here = self._prepared(problem, upper, batches)
-        loop = {"replay": replay, "checkpoint": checkpoint, "tape": tape}[self.memory]
+        loop = LOOPS[self.memory]
         iterate, pull_start = self.inner.begin_pullback(here, lower, state)
         iterate = self._skip(here, iterate)
         run = loop(self._span, here, iterate)
