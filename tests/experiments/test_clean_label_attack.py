@@ -174,6 +174,7 @@ def test_feature_collision_is_one_level():
     assert poison.min() >= clean.images.min() and poison.max() <= clean.images.max()
 
 
+@pytest.mark.slow
 def test_all_targets_are_attacked_by_one_compiled_loop():
     few = "penalty", 1, "--outer-steps", "20"
     made, clean, _ = tiny(*few)

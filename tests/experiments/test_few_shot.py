@@ -313,7 +313,7 @@ EXACT = ["meta-sgd", "anil", "bda", "iaptt-gm", "penalty"]
 
 # A shared encoder, and an end of each task's own.
 @pytest.mark.usefixtures("_float64")
-@pytest.mark.parametrize("method", fast_where({"anil", "iaptt-gm"}.__contains__, EXACT))
+@pytest.mark.parametrize("method", fast_where("anil".__eq__, EXACT))
 def test_meta_gradients_are_central_differences(method):
     """Of the script's own models, in float64: the losses, starts and features too."""
     args = small(method, "--filters", "3", "--inner-steps", "3")

@@ -193,7 +193,7 @@ def test_published_settings_are_the_defaults():
 @pytest.mark.parametrize(
     ("method", "attack"),
     fast_where(
-        lambda method, attack: (method, attack) == ("penalty", "targeted"),
+        lambda method, attack: (method, attack) == ("label-flip", "targeted"),
         [
             ("penalty", "targeted"),
             ("penalty", "untargeted"),

@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from suites import fast_where
 from tensorflow.python.framework import kernels
 
 import tfbilevel as tb
@@ -23,6 +24,10 @@ METHODS = {
     "replay": lambda: tb.Unroll(inner(), end="pessimistic"),
     "checkpoint": lambda: tb.Unroll(inner(), memory="checkpoint"),
     "tape": lambda: tb.Unroll(inner(), memory="tape"),
+    "host": lambda: tb.Unroll(inner(), memory="host"),
+    "low-rank": lambda: tb.Implicit(inner(), tb.Nystrom(2, damping=0.1)),
+    "minimal-residuals": lambda: tb.Implicit(inner(), tb.MINRES(3)),
+    "barrier": lambda: tb.BOME(tb.InnerSolver(SGD(0.2), 3), SGD(0.1)),
     "forward": lambda: tb.ForwardUnroll(tb.InnerSolver(SGD(0.2), 3)),
     "differences": lambda: tb.FiniteDifference(tb.InnerSolver(SGD(0.2), 3)),
     "solver": lambda: tb.Implicit(inner(), tb.ConjugateGradient(4)),
@@ -32,7 +37,9 @@ METHODS = {
     "penalty": lambda: tb.ValueGap(inner(), SGD(0.1), weight=2.0),
     "multipliers": lambda: tb.AugmentedLagrangian(SGD(0.05), steps=2),
 }
-CASES = [*METHODS, "tasks", "minimize"]
+# One of each kind of operations: lists, solvers, penalties, tasks, plain loops.
+KINDS = {"replay", "solver", "sampled", "penalty", "tasks", "minimize"}
+CASES = fast_where(KINDS.__contains__, [*METHODS, "tasks", "minimize"])
 TASKS, EXAMPLES, CLASSES = 2, 6, 3
 
 
@@ -121,7 +128,7 @@ def variables(function):
     ]
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c != "minimize"])
+@pytest.mark.parametrize("case", fast_where(KINDS.__contains__, [*METHODS, "tasks"]))
 def test_no_variable_of_a_step_is_int32(case) -> None:
     """TensorFlow keeps those on the host, where a step that XLA compiled for another
     device cannot reach them."""

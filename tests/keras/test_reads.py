@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from small_models import full_batch, lower_loss, network, unroll, upper_loss
+from suites import fast_where
 from tensorflow.python.framework import ops
 
 import tfbilevel as tb
@@ -69,7 +70,7 @@ class Counter:
         return counts
 
 
-@pytest.mark.parametrize("verbose", [0, 1])
+@pytest.mark.parametrize("verbose", fast_where(lambda verbose: not verbose, [0, 1]))
 def test_steps_are_not_read_one_by_one(monkeypatch, verbose) -> None:
     counts = Counter(monkeypatch).fit(made(), verbose=verbose)
     assert len(counts) == STEPS
@@ -152,6 +153,7 @@ def test_a_read_is_due_again_after_the_interval(monkeypatch) -> None:
     assert seldom.due()
 
 
+@pytest.mark.slow
 def test_replicas_of_one_process_are_read_seldom_too() -> None:
     with tf.distribute.MirroredStrategy(["CPU:0"]).scope():
         model = made()

@@ -341,7 +341,9 @@ def task_problem(prepared: bool) -> tb.Problem:
 
 @pytest.mark.parametrize(
     ("kind", "prepared"),
-    fast_where(lambda kind, prepared: prepared, [("stacked", True), ("one", False)]),
+    fast_where(
+        lambda kind, prepared: not prepared, [("stacked", True), ("one", False)]
+    ),
 )
 def test_tasks_have_noise_of_their_own_whichever_the_mapping(
     kind: str, prepared: bool
