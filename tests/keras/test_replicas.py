@@ -71,41 +71,27 @@ def test_parts_hold_every_example_once_and_their_shares():
 
 def test_two_replicas_are_equal_to_one_device():
     """One of the methods, on parts of different sizes; gradients are slices."""
-    run("two_replicas.py", "derivatives", "implicit-cg:5:weights")
+    run("replica_fits.py", "derivatives", "implicit-cg:5:weights")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "cases",
-    [
-        ("every:5:dense",),
-        ("unroll:6:dense", "implicit-cg:6:dense", "value-gap:6:weights"),
-        ("unroll:5:weights", "stocbio:5:stacked", "bsa:6:stacked"),
-        ("unroll:7:microbatches", "implicit-cg:7:microbatches"),
-    ],
-)
-def test_every_method_is_equal_on_two_replicas(cases):
-    run("two_replicas.py", *cases)
+def test_every_method_is_equal_on_two_replicas():
+    """On even and uneven parts, with the stated number of collectives."""
+    run("replica_fits.py", "every:6:")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["tasks", "sequential-tasks"])
-def test_tasks_on_two_replicas_are_equal(kind):
+def test_tasks_and_microbatches_are_equal_on_two_replicas():
     """Losses that sample, too: a task's samples do not depend on its replica."""
-    methods = ("unroll:5", "unroll-checkpoint:6", "implicit-cg:5", "rank-one:5")
-    run("two_replicas.py", *(f"{method}:{kind}" for method in methods))
-
-
-@pytest.mark.slow
-def test_number_of_collectives():
-    run("two_replicas.py", "collectives")
+    tasks = "unroll:5:tasks", "rank-one:6:tasks", "implicit-cg:5:sequential-tasks"
+    more = "unroll-checkpoint:6:sequential-tasks", "unroll:7:microbatches"
+    run("replica_fits.py", *tasks, *more)
 
 
 HABITS = (
     "metrics_and_validation_data",
     "one_step_at_a_time",
-    "nan_stops_all",
-    "nan_is_skipped_by_all",
+    "nan_stops_or_is_skipped_by_all",
     "index_out_of_range_is_named",
     "random_layers_and_statistics",
     "saved_and_resumed",
@@ -149,7 +135,7 @@ def test_two_workers_are_equal_to_one_process(tmp_path):
             task = {"type": "worker", "index": index}
             cluster = {"cluster": {"worker": workers}, "task": task}
             config = json.dumps(cluster)
-            started.append(start("two_replicas.py", *cases, TF_CONFIG=config))
+            started.append(start("replica_fits.py", *cases, TF_CONFIG=config))
         for process in started:
             require_equal(process, cases)
     finally:

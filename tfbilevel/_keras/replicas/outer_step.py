@@ -12,7 +12,7 @@ from tfbilevel._core.method import Step
 from tfbilevel._core.parts import Part, of_all_parts
 from tfbilevel._core.problem import Problem
 from tfbilevel._keras.outer_step import ENDS, OuterStep
-from tfbilevel._keras.replicas.dealing import dealt, dealt_once, require_enough
+from tfbilevel._keras.replicas.dealing import DealtOnce, dealt, require_enough
 from tfbilevel._keras.replicas.strategies import (
     is_replicated,
     require_compiled_within,
@@ -100,7 +100,7 @@ class ReplicatedStep(OuterStep):
         return x
 
     def dealt_once(self, batches: Batches) -> Any:
-        return dealt_once(batches, self.strategy)
+        return DealtOnce(batches, self.strategy)
 
     def measure(self, data: Any) -> dict[str, Any]:
         losses = self.levels.losses(data.batches, self._problem(data))

@@ -1,8 +1,8 @@
-"""Fits on one device and on two replicas, which must be equal.
+"""Fits on one device and on several replicas, which must be equal.
 
 A process of its own: TensorFlow makes logical devices before anything else. With
-TF_CONFIG set it is one of two workers. Arguments: "derivatives", or METHOD:SIZE:KIND
-with the size of all batches and the kind of data.
+TF_CONFIG set it is one of several workers. Arguments: "derivatives", or
+METHOD:SIZE:KIND with the size of batches and the kind of data; "every" for METHOD.
 """
 
 import contextlib
@@ -74,7 +74,16 @@ METHODS = {
 }
 
 
-# Kinds of data, and how tasks are mapped.
+# The kinds of data that methods have in "every"; of others "mixed".
+OF_METHOD = {
+    "unroll-last": "weights",
+    "value-gap-constant": "weights",
+    "stocbio": "stacked",
+    "bsa": "stacked",
+}
+# Kinds whose last batch has an example less, so that parts are even, and then not.
+MIXED = ("mixed", "weights")
+# Kinds of data over tasks, and how tasks are mapped.
 OVER_TASKS = {"tasks": "vectorized", "sequential-tasks": "sequential"}
 
 
@@ -116,24 +125,22 @@ def dense(inputs, outputs):
 def pairs(size, kind):
     """Three outer steps with other examples in each."""
     generator = np.random.default_rng(0)
-    draws = 4 if kind == "stacked" else 1
+    draws, same = (4 if kind == "stacked" else 1), kind not in MIXED
 
     def level(steps):
-        count = steps * size
+        count = steps * size - (not same)
         shape = (count, 4) if kind in OVER_TASKS else (count,)
         parts = (
             generator.normal(size=(*shape, FEATURES)),
             generator.integers(CLASSES, size=shape),
             np.arange(count),
         )
-        return tf.data.Dataset.from_tensor_slices(parts).batch(
-            size, drop_remainder=True
-        )
+        return tf.data.Dataset.from_tensor_slices(parts).batch(size, same)
 
     return tb.pair(level(STEPS), level(STEPS * draws), draws)
 
 
-def make(method, size, kind, scope):
+def make(method, size, kind, scope, eager=False):
     keras.utils.set_random_seed(1)
     with scope:
         upper = tb.ExampleWeights(99) if kind == "weights" else dense(FEATURES, 3)
@@ -147,13 +154,19 @@ def make(method, size, kind, scope):
         # Of the whole gradient, not of parts of it.
         clipped = SGD(0.5, momentum=0.9, global_clipnorm=0.05)
         parts = 2 if kind == "microbatches" else 1
-        model.compile(METHODS[method](), clipped, jit_compile=False, microbatches=parts)
+        model.compile(
+            METHODS[method](),
+            clipped,
+            jit_compile=False,
+            microbatches=parts,
+            run_eagerly=eager,
+        )
     return model
 
 
-def fit(method, size, kind, scope):
+def fit(method, size, kind, scope, eager=False):
     """Everything that is saved, and the logs."""
-    model = make(method, size, kind, scope)
+    model = make(method, size, kind, scope, eager)
     trained = model.trainable_variables if not model.tasks else model.upper.weights
     before = [v.numpy() for v in trained]
     history = model.fit(pairs(size, kind), verbose=0).history
@@ -224,36 +237,46 @@ def derivatives():
             np.testing.assert_allclose(value, expected, rtol=1e-12, atol=1e-12)
 
 
+# Per outer step, from what each method evaluates (docs/scaling.md). T = 3 inner steps,
+# of which each is a loss and its gradient. f, f_x, f_y: 3. A product: 1.
+T = 3
+COLLECTIVES = {
+    "unroll:mixed": 2 * T + 3 + 4 * T,
+    "unroll-checkpoint:mixed": 2 * T + 3 + 6 * T,
+    "unroll-first-order:mixed": 2 * T + 3 + 2 * T,  # each step is evaluated again
+    "implicit-cg:mixed": 2 * T + 3 + 2 + 4 + 1,
+    "value-gap:mixed": 2 * T + 3 + 3 + 2,
+    "gradient-norm:mixed": 3 + 2 + 2,
+    "augmented-lagrangian:mixed": 2 * (3 + 2 + 1) + 3 + 2 + 2,
+    "unroll:tasks": 1,
+}
+
+
 def equal(case):
     method, size, kind = case.split(":")
-    alone, logs = fit(method, int(size), kind, contextlib.nullcontext())
-    together, logged = fit(method, int(size), kind, STRATEGY.scope())
+    eager = kind not in (
+        *OVER_TASKS,
+        "microbatches",
+    )  # saves a trace, where steps are few
+    alone, logs = fit(method, int(size), kind, contextlib.nullcontext(), eager)
+    with counting() as counters:
+        together, logged = fit(method, int(size), kind, STRATEGY.scope())
     for made, expected in zip(together, alone, strict=True):
         np.testing.assert_allclose(made, expected, rtol=1e-10, atol=1e-10)
     assert logged.keys() == logs.keys()
     for name, values in logs.items():  # means in float32
         np.testing.assert_allclose(logged[name], values, 1e-6, 1e-10, err_msg=name)
+    stated = COLLECTIVES.get(f"{method}:{kind}")
+    made = [counter.numpy() / STEPS for counter in counters]
+    assert stated is None or made == [stated] * len(made), (case, made, stated)
 
 
-# Per outer step, from what each method evaluates (docs/scaling.md). T = 3 inner steps,
-# of which each is a loss and its gradient. f, f_x, f_y: 3. A product: 1.
-T = 3
-COLLECTIVES = {
-    "unroll:6:dense": 2 * T + 3 + 4 * T,
-    "unroll-checkpoint:6:dense": 2 * T + 3 + 6 * T,
-    "unroll-first-order:6:dense": 2 * T + 3 + 2 * T,  # each step is evaluated again
-    "implicit-cg:6:dense": 2 * T + 3 + 2 + 4 + 1,
-    "value-gap:6:dense": 2 * T + 3 + 3 + 2,
-    "gradient-norm:6:dense": 3 + 2 + 2,
-    "augmented-lagrangian:6:dense": 2 * (3 + 2 + 1) + 3 + 2 + 2,
-    "unroll:6:tasks": 1,
-}
-
-
-def collectives():
-    """The number of sums over replicas in an outer step, on each replica."""
+@contextlib.contextmanager
+def counting():
+    """The number of sums over replicas, on each of this process's replicas."""
     sums = module._collective
-    counters = [tf.Variable(0, trainable=False) for _ in range(2)]
+    local = len(STRATEGY.extended.worker_devices)
+    counters = [tf.Variable(0, trainable=False) for _ in range(local)]
 
     def counted(leaves):
         made = sums(leaves)
@@ -263,14 +286,10 @@ def collectives():
         return made
 
     module._collective = counted
-    for case, expected in COLLECTIVES.items():
-        for counter in counters:
-            counter.assign(0)
-        method, size, kind = case.split(":")
-        fit(method, int(size), kind, STRATEGY.scope())
-        made = [counter.numpy() / STEPS for counter in counters]
-        assert made == [expected, expected], (case, made, expected)
-    module._collective = sums
+    try:
+        yield counters
+    finally:
+        module._collective = sums
 
 
 def backed_up(folder):
@@ -297,12 +316,11 @@ def main(case):
         derivatives()
     elif case.startswith("backup="):
         backed_up(case.split("=")[1])
-    elif case == "collectives":
-        collectives()
     elif case.startswith("every:"):
+        _, size, kind = case.split(":")
         assert len(METHODS) > 20
         for method in METHODS:
-            equal(case.replace("every", method))
+            equal(f"{method}:{size}:{kind or OF_METHOD.get(method, 'mixed')}")
             print(method, file=sys.stderr, flush=True)
     else:
         equal(case)
