@@ -6,22 +6,37 @@ METHOD:SIZE:KIND with the size of batches and the kind of data; "every" for METH
 """
 
 import contextlib
+import json
 import os
+import pathlib
+import shutil
+import signal
 import sys
 
 import tensorflow as tf
+from tensorflow.python.distribute import collective_all_reduce_strategy as of_workers
 
-if "TF_CONFIG" in os.environ:
-    STRATEGY = tf.distribute.MultiWorkerMirroredStrategy()
+WORKER = json.loads(os.environ.get("TF_CONFIG", "{}")).get("task", {}).get("index")
+DEVICES = int(os.environ.get("DEVICES", 2 if WORKER is None else 1))  # of this process
+
+tf.config.set_logical_device_configuration(
+    tf.config.list_physical_devices("CPU")[0],
+    [tf.config.LogicalDeviceConfiguration()] * DEVICES,
+)
+if WORKER is None:
+    STRATEGY = tf.distribute.MirroredStrategy([f"CPU:{n}" for n in range(DEVICES)])
 else:
-    tf.config.set_logical_device_configuration(
-        tf.config.list_physical_devices("CPU")[0],
-        [tf.config.LogicalDeviceConfiguration()] * 2,
-    )
-    STRATEGY = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+
+    def cpus(self, resolver, worker):
+        """TensorFlow takes all GPUs of a worker, but one CPU only."""
+        return tuple(f"{worker}/device:CPU:{n}" for n in range(DEVICES)), "CPU"
+
+    of_workers.CollectiveAllReduceExtended._initialize_local_devices = cpus
+    STRATEGY = tf.distribute.MultiWorkerMirroredStrategy()
 
 import keras  # noqa: E402
 import numpy as np  # noqa: E402
+import pytest  # noqa: E402
 
 import tfbilevel as tb  # noqa: E402
 import tfbilevel._calculus.collectives as module  # noqa: E402
@@ -292,30 +307,85 @@ def counting():
         module._collective = sums
 
 
-def backed_up(folder):
-    """One epoch, and the second one by another model: equal to two epochs."""
+def after(epochs, scope, *callbacks):
+    model = make(
+        "unroll", 5, "mixed", scope, eager=isinstance(scope, contextlib.nullcontext)
+    )
+    data = pairs(5, "mixed")
+    model.fit(data, epochs=epochs, callbacks=list(callbacks), verbose=0)
+    return model
 
-    def of(epochs, *callbacks):
-        data = pairs(5, "dense")
-        model = make("unroll", 5, "dense", STRATEGY.scope())
-        model.fit(data, epochs=epochs, callbacks=list(callbacks), verbose=0)
-        return model
 
-    whole = of(2)
-    of(1, tb.Backup(folder))
-    ready = STRATEGY.run(tf.function(lambda: total(tf.ones([]))))  # all have saved
-    assert STRATEGY.experimental_local_results(ready)[0] == 2
-    resumed = of(2, tb.Backup(folder))
-    assert (resumed.outer_step, len(resumed.history.epoch)) == (2 * STEPS, 1)
-    for made, expected in zip(resumed.variables, whole.variables, strict=True):
-        np.testing.assert_array_equal(made.numpy(), expected.numpy())
+def assert_resumed(model, whole, epochs):
+    assert (model.outer_step, len(model.history.epoch)) == (epochs * STEPS, 1)
+    assert_same(model, whole)
+
+
+def assert_same(model, whole):
+    for made, expected in zip(model.variables, whole.variables, strict=True):
+        np.testing.assert_allclose(made.numpy(), expected.numpy(), 1e-10, 1e-10)
+
+
+def files(folder):
+    """Only the first worker writes; all read, and as many as there are then."""
+    folder, alone = pathlib.Path(folder), contextlib.nullcontext
+    written, save = [], tb.BilevelModel.save_weights
+
+    def noted(self, filepath, *arguments, **options):
+        written.append(filepath)
+        save(self, filepath, *arguments, **options)
+
+    whole = after(2, alone())
+    tb.BilevelModel.save_weights = noted
+    kinds = keras.callbacks.BackupAndRestore, tb.Backup
+    paths = [str(folder / name) for name in ("of_keras", "ours")]
+    keeps = {"delete_checkpoint": False}
+    begun = after(
+        1,
+        STRATEGY.scope(),
+        keras.callbacks.ModelCheckpoint(
+            str(folder / "{epoch}.weights.h5"), save_weights_only=True
+        ),
+        keras.callbacks.CSVLogger(str(folder / "log.csv")),
+        kinds[0](paths[0], **keeps),
+        kinds[1](paths[1]),
+    )
+    assert len(written) == (0 if WORKER else 3)
+    assert_resumed(after(2, STRATEGY.scope(), kinds[0](paths[0], **keeps)), whole, 2)
+    fewer = folder / f"fewer{WORKER}"
+    shutil.copytree(paths[1], fewer)
+    assert_resumed(after(2, alone(), tb.Backup(fewer)), whole, 2)
+    if not WORKER:
+        after(1, alone(), tb.Backup(folder / "more"))
+    assert_resumed(after(2, STRATEGY.scope(), tb.Backup(folder / "more")), whole, 2)
+    ready = begun.outer_step
+    with pytest.raises(ValueError, match="All workers must begin with the same"):
+        of_own = tb.Backup(folder / ("more" if WORKER else "nothing"))
+        begun.fit(pairs(5, "mixed"), epochs=3, callbacks=[of_own], verbose=0)
+    assert begun.outer_step == (2 * ready if WORKER else ready)
+    tb.BilevelModel.save_weights = save
+
+
+class Killed(keras.callbacks.Callback):
+    """Kills one worker in the midst of the second epoch."""
+
+    def on_train_batch_end(self, batch, logs=None):
+        if self.model.outer_step == STEPS + 1 and WORKER == int(os.environ["VICTIM"]):
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def main(case):
     if case == "derivatives":
         derivatives()
-    elif case.startswith("backup="):
-        backed_up(case.split("=")[1])
+    elif case.startswith("files="):
+        files(case.split("=")[1])
+    elif case.startswith("killed="):
+        after(3, STRATEGY.scope(), tb.Backup(case.split("=")[1]), Killed())
+    elif case.startswith("resumed="):
+        made = after(3, STRATEGY.scope(), tb.Backup(case.split("=")[1]))
+        whole = after(3, contextlib.nullcontext())
+        assert (made.outer_step, len(made.history.epoch)) == (3 * STEPS, 2)
+        assert_same(made, whole)
     elif case.startswith("every:"):
         _, size, kind = case.split(":")
         assert len(METHODS) > 20

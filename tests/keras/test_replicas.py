@@ -1,8 +1,10 @@
 """Training on several replicas equals training on one device."""
 
+import contextlib
 import json
 import os
 import pathlib
+import signal
 import socket
 import subprocess
 import sys
@@ -119,25 +121,66 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-@pytest.mark.slow
-def test_two_workers_are_equal_to_one_process(tmp_path):
-    workers = [f"127.0.0.1:{port}" for port in free_ports(2)]
-    cases = (
-        "unroll:5:weights",
-        "implicit-cg:6:dense",
-        "value-gap:5:dense",
-        "unroll:5:tasks",
-        f"backup={tmp_path / 'backup'}",
-    )
-    started = []
+@contextlib.contextmanager
+def workers(count: int, *cases: str, **environment: str):
+    """As many processes, each with the cases; they are ended in the end."""
+    addresses = [f"127.0.0.1:{port}" for port in free_ports(count)]
+    started: list[subprocess.Popen] = []
     try:
-        for index in range(2):
+        for index in range(count):
             task = {"type": "worker", "index": index}
-            cluster = {"cluster": {"worker": workers}, "task": task}
-            config = json.dumps(cluster)
-            started.append(start("replica_fits.py", *cases, TF_CONFIG=config))
-        for process in started:
-            require_equal(process, cases)
+            cluster = {"cluster": {"worker": addresses}, "task": task}
+            environment["TF_CONFIG"] = json.dumps(cluster)
+            started.append(start("replica_fits.py", *cases, **environment))
+        yield started
     finally:
         for process in started:
-            process.kill()
+            with process:  # closes its pipes
+                process.kill()
+
+
+@pytest.mark.slow
+def test_two_workers_are_equal_to_one_process(tmp_path):
+    """Uneven parts and even ones; files, and other numbers of replicas afterwards."""
+    cases = (
+        "unroll:6:weights",
+        "unroll-first-order:6:mixed",
+        "implicit-cg:6:mixed",
+        "value-gap:6:mixed",
+        "augmented-lagrangian:6:mixed",
+        "stocbio:5:stacked",
+        "unroll:5:tasks",
+        f"files={tmp_path}",
+    )
+    with workers(2, *cases) as started:
+        for process in started:
+            require_equal(process, cases)
+
+
+@pytest.mark.slow
+def test_three_workers_are_equal_to_one_process():
+    """The other methods of docs/scaling.md: by hand."""
+    cases = "unroll:6:mixed", "implicit-cg:5:weights"
+    with workers(3, *cases) as started:
+        for process in started:
+            require_equal(process, cases)
+
+
+@pytest.mark.slow
+def test_a_worker_is_killed_and_all_resume(tmp_path):
+    """Of two workers with two replicas each."""
+    folder = tmp_path / "backup"
+    with workers(2, f"killed={folder}", DEVICES="2", VICTIM="1") as started:
+        killed, left = started[1], started[0]
+        killed.communicate(timeout=300)
+        _, errors = left.communicate(timeout=60)
+    assert killed.returncode == -signal.SIGKILL
+    assert left.returncode == 1
+    printed = errors[errors.rindex("Traceback") :].splitlines()
+    assert "Another worker has ended or cannot be reached" in printed[-1]
+    assert "Start all workers again" in printed[-1]
+    assert len(printed) < 25, errors
+    cases = ("implicit-cg:5:mixed", f"resumed={folder}")
+    with workers(2, *cases, DEVICES="2") as started:
+        for process in started:
+            require_equal(process, cases)

@@ -330,6 +330,7 @@ class BilevelModel(Trained):
         losses_are_minimised(given.get("callbacks"))
         silent = given.get("verbose") in (0, "0")
         self._ready(x.element_spec, lambda: elements.first_of(x), announce=not silent)
+        given = self._outer.with_callbacks(given)
         data, given = fit_arguments.from_the_outer_step(
             x, given, self.steps_per_execution
         )

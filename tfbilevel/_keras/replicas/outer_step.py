@@ -19,6 +19,11 @@ from tfbilevel._keras.replicas.strategies import (
     require_created_within,
     require_together,
 )
+from tfbilevel._keras.replicas.workers import (
+    callbacks_of_worker,
+    has_workers,
+    while_all_are_there,
+)
 from tfbilevel._keras.training_state import Carried
 from tfbilevel._tasks.over_replicas import (
     mean_over_replicas,
@@ -173,9 +178,18 @@ class ReplicatedStep(OuterStep):
         """The weight of this replica's statistics."""
         return part.lower_share
 
+    def with_callbacks(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        if not has_workers(self.strategy):
+            return arguments
+        with while_all_are_there():
+            made = callbacks_of_worker(self.strategy, arguments.get("callbacks"))
+        return {**arguments, "callbacks": made}
+
     def run(self, function: Callable[[], Any], x: Any) -> Any:
-        with self.indices.explaining(self.levels.problem, self.levels.point, x):
-            return without_frames(function, ENDS)
+        ends = (*ENDS, tf.errors.UnavailableError)
+        explained = self.indices.explaining(self.levels.problem, self.levels.point, x)
+        with while_all_are_there(), explained:
+            return without_frames(function, ends)
 
     def call(
         self, compiled: Callable, iterator: Iterator, count: int, skips: bool
