@@ -353,6 +353,27 @@ def other_strategies():
             assert logs["upper_loss"] == pytest.approx(expected[1]["upper_loss"])
 
 
+def labels_are_cleaned():
+    """A LabelCleaner, whose trainings are Keras's."""
+    random = np.random.default_rng(0)
+    right = random.integers(3, size=190)
+    x = random.normal(size=(3, 4))[right] * 2 + random.normal(size=(190, 4))
+    given = np.where(random.random(190) < 0.3, random.integers(3, size=190), right)
+
+    def cleaned(scope, batch_size=32):
+        cleaner = tb.LabelCleaner(lambda: dense(4, 3), batch_size=batch_size, epochs=2)
+        trusted = x[160:], right[160:]
+        with scope:
+            return cleaner.fit(x[:160], given[:160], trusted=trusted, verbose=0)
+
+    one, two = cleaned(contextlib.nullcontext()), cleaned(STRATEGY.scope())
+    np.testing.assert_array_equal(two.corrected_labels_, one.corrected_labels_)
+    assert_equal(two.model_.get_weights(), one.model_.get_weights())
+    np.testing.assert_allclose(two.transition_, one.transition_, atol=1e-6)
+    with pytest.raises(ValueError, match="divided evenly among 2 replicas"):
+        cleaned(STRATEGY.scope(), batch_size=33)
+
+
 def losses_without_metrics():
     """`evaluate` on batches needs no metrics."""
     one, two = alone(), together()

@@ -102,6 +102,7 @@ HABITS = (
     "unknown_number_of_steps",
     "every_part_of_the_problem",
     "other_strategies",
+    "labels_are_cleaned",
     "losses_without_metrics",
 )
 
