@@ -366,6 +366,14 @@ def files(folder):
     tb.BilevelModel.save_weights = save
 
 
+def cleaner():
+    """Keras would train it on other batches than one process does."""
+    x, labels = np.eye(4), np.array([0, 1, 0, 1])
+    one = tb.LabelCleaner(lambda: dense(4, 2), epochs=1)
+    with STRATEGY.scope(), pytest.raises(ValueError, match="devices of one machine"):
+        one.fit(x, labels, trusted=(x, labels), verbose=0)
+
+
 class Killed(keras.callbacks.Callback):
     """Kills one worker in the midst of the second epoch."""
 
@@ -377,6 +385,8 @@ class Killed(keras.callbacks.Callback):
 def main(case):
     if case == "derivatives":
         derivatives()
+    elif case == "cleaner":
+        cleaner()
     elif case.startswith("files="):
         files(case.split("=")[1])
     elif case.startswith("killed="):

@@ -151,6 +151,7 @@ def test_two_workers_are_equal_to_one_process(tmp_path):
         "augmented-lagrangian:6:mixed",
         "stocbio:5:stacked",
         "unroll:5:tasks",
+        "cleaner",
         f"files={tmp_path}",
     )
     with workers(2, *cases) as started:
