@@ -212,8 +212,8 @@ def _require_even_parts(size: int) -> None:
     strategy = tf.distribute.get_strategy()
     if has_workers(strategy):
         raise ValueError(
-            "A tb.LabelCleaner trains on the devices of one machine: on several workers "
-            "Keras trains on other batches than on one. Use "
+            "A tb.LabelCleaner trains on the devices of one machine: on several "
+            "workers Keras trains on other batches than on one. Use "
             "tf.distribute.MirroredStrategy, or no strategy. "
             f"Received: the scope of {type(strategy).__name__}"
         )

@@ -91,7 +91,7 @@ class _BeginAlike(keras.callbacks.Callback):
     def on_train_begin(self, logs: Any = None) -> None:
         digest = 0
         for variable in (*self.model.variables, *self.model.optimizer.variables):
-            digest = zlib.crc32(np.ascontiguousarray(variable.numpy()), digest)
+            digest = zlib.crc32(np.asarray(variable.numpy()).tobytes(), digest)
         begun = of_all_workers(self.strategy, [self.model.outer_step, digest])
         if any(one != begun[0] for one in begun):
             raise ValueError(
