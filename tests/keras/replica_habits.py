@@ -13,8 +13,8 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from two_replicas import METHODS, SGD, STRATEGY, dense, inner, pairs
-from two_replicas import fit as a_fit
+from replica_fits import METHODS, SGD, STRATEGY, dense, inner, pairs
+from replica_fits import fit as a_fit
 
 import tfbilevel as tb
 
@@ -50,7 +50,8 @@ def make(scope, method="unroll", lower=None, losses=(loss, loss), **options):
 
 
 def alone(**options):
-    return make(contextlib.nullcontext(), **options)
+    # Few steps take less time than a trace.
+    return make(contextlib.nullcontext(), run_eagerly=True, **options)
 
 
 def together(**options):
@@ -122,7 +123,7 @@ def one_step_at_a_time():
     assert_equal(values(two), values(one))
 
 
-def nan_stops_all():
+def nan_stops_or_is_skipped_by_all():
     """The NaN is in the second replica's part; nothing of the step is kept."""
     one, two = alone(), together()
     for model in (one, two):
@@ -131,11 +132,10 @@ def nan_stops_all():
     assert two.outer_step == 1
     assert_equal(values(two), values(one))
 
-
-def nan_is_skipped_by_all():
-    one, two = (make_model(on_nonfinite="skip") for make_model in (alone, together))
-    logs = one.fit(with_bad(5, 4), verbose=0).history
-    made = two.fit(with_bad(5, 4), verbose=0).history
+    logs, made = (
+        model.fit(with_bad(5, 4), on_nonfinite="skip", verbose=0).history
+        for model in (one, two)
+    )
     assert logs["skipped"] == [1.0] == made["skipped"]
     assert made["upper_loss"] == pytest.approx(logs["upper_loss"], rel=1e-6)
     assert_equal(values(two), values(one))
@@ -340,15 +340,40 @@ def every_part_of_the_problem():
 
 def other_strategies():
     """One replica, and OneDeviceStrategy, are equal to no strategy."""
-    for kind in ("dense", "tasks"):
+    one_device = tf.distribute.OneDeviceStrategy("CPU:1")
+    one_replica = tf.distribute.MirroredStrategy(["CPU:1"])
+    for kind, strategies in (
+        ("dense", (one_device, one_replica)),
+        ("tasks", (one_replica,)),
+    ):
         expected = a_fit("unroll", 5, kind, contextlib.nullcontext())
-        for strategy in (
-            tf.distribute.OneDeviceStrategy("CPU:1"),
-            tf.distribute.MirroredStrategy(["CPU:1"]),
-        ):
+        for strategy in strategies:
             kept, logs = a_fit("unroll", 5, kind, strategy.scope())
             assert_equal(kept, expected[0])
             assert logs["upper_loss"] == pytest.approx(expected[1]["upper_loss"])
+
+
+def labels_are_cleaned():
+    """A LabelCleaner, whose trainings are Keras's."""
+    random = np.random.default_rng(0)
+    right = random.integers(3, size=190)
+    x = random.normal(size=(3, 4))[right] * 2 + random.normal(size=(190, 4))
+    given = np.where(random.random(190) < 0.3, random.integers(3, size=190), right)
+
+    def cleaned(scope, batch_size=32):
+        cleaner = tb.LabelCleaner(
+            lambda: dense(4, 3), batch_size=batch_size, epochs=1, learn=False
+        )
+        trusted = x[160:], right[160:]
+        with scope:
+            return cleaner.fit(x[:160], given[:160], trusted=trusted, verbose=0)
+
+    one, two = cleaned(contextlib.nullcontext()), cleaned(STRATEGY.scope())
+    np.testing.assert_array_equal(two.corrected_labels_, one.corrected_labels_)
+    assert_equal(two.model_.get_weights(), one.model_.get_weights())
+    np.testing.assert_allclose(two.transition_, one.transition_, atol=1e-6)
+    with pytest.raises(ValueError, match="divided evenly among 2 replicas"):
+        cleaned(STRATEGY.scope(), batch_size=33)
 
 
 def losses_without_metrics():

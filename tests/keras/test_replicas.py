@@ -1,8 +1,10 @@
 """Training on several replicas equals training on one device."""
 
+import contextlib
 import json
 import os
 import pathlib
+import signal
 import socket
 import subprocess
 import sys
@@ -71,41 +73,27 @@ def test_parts_hold_every_example_once_and_their_shares():
 
 def test_two_replicas_are_equal_to_one_device():
     """One of the methods, on parts of different sizes; gradients are slices."""
-    run("two_replicas.py", "derivatives", "implicit-cg:5:weights")
+    run("replica_fits.py", "derivatives", "implicit-cg:5:weights")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "cases",
-    [
-        ("every:5:dense",),
-        ("unroll:6:dense", "implicit-cg:6:dense", "value-gap:6:weights"),
-        ("unroll:5:weights", "stocbio:5:stacked", "bsa:6:stacked"),
-        ("unroll:7:microbatches", "implicit-cg:7:microbatches"),
-    ],
-)
-def test_every_method_is_equal_on_two_replicas(cases):
-    run("two_replicas.py", *cases)
+def test_every_method_is_equal_on_two_replicas():
+    """On even and uneven parts, with the stated number of collectives."""
+    run("replica_fits.py", "every:6:")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["tasks", "sequential-tasks"])
-def test_tasks_on_two_replicas_are_equal(kind):
+def test_tasks_and_microbatches_are_equal_on_two_replicas():
     """Losses that sample, too: a task's samples do not depend on its replica."""
-    methods = ("unroll:5", "unroll-checkpoint:6", "implicit-cg:5", "rank-one:5")
-    run("two_replicas.py", *(f"{method}:{kind}" for method in methods))
-
-
-@pytest.mark.slow
-def test_number_of_collectives():
-    run("two_replicas.py", "collectives")
+    tasks = "unroll:5:tasks", "rank-one:6:tasks", "implicit-cg:5:sequential-tasks"
+    more = "unroll-checkpoint:6:sequential-tasks", "unroll:7:microbatches"
+    run("replica_fits.py", *tasks, *more)
 
 
 HABITS = (
     "metrics_and_validation_data",
     "one_step_at_a_time",
-    "nan_stops_all",
-    "nan_is_skipped_by_all",
+    "nan_stops_or_is_skipped_by_all",
     "index_out_of_range_is_named",
     "random_layers_and_statistics",
     "saved_and_resumed",
@@ -114,6 +102,7 @@ HABITS = (
     "unknown_number_of_steps",
     "every_part_of_the_problem",
     "other_strategies",
+    "labels_are_cleaned",
     "losses_without_metrics",
 )
 
@@ -133,25 +122,67 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-@pytest.mark.slow
-def test_two_workers_are_equal_to_one_process(tmp_path):
-    workers = [f"127.0.0.1:{port}" for port in free_ports(2)]
-    cases = (
-        "unroll:5:weights",
-        "implicit-cg:6:dense",
-        "value-gap:5:dense",
-        "unroll:5:tasks",
-        f"backup={tmp_path / 'backup'}",
-    )
-    started = []
+@contextlib.contextmanager
+def workers(count: int, *cases: str, **environment: str):
+    """As many processes, each with the cases; they are ended in the end."""
+    addresses = [f"127.0.0.1:{port}" for port in free_ports(count)]
+    started: list[subprocess.Popen] = []
     try:
-        for index in range(2):
+        for index in range(count):
             task = {"type": "worker", "index": index}
-            cluster = {"cluster": {"worker": workers}, "task": task}
-            config = json.dumps(cluster)
-            started.append(start("two_replicas.py", *cases, TF_CONFIG=config))
-        for process in started:
-            require_equal(process, cases)
+            cluster = {"cluster": {"worker": addresses}, "task": task}
+            environment["TF_CONFIG"] = json.dumps(cluster)
+            started.append(start("replica_fits.py", *cases, **environment))
+        yield started
     finally:
         for process in started:
-            process.kill()
+            with process:  # closes its pipes
+                process.kill()
+
+
+@pytest.mark.slow
+def test_two_workers_are_equal_to_one_process(tmp_path):
+    """Uneven parts and even ones; files, and other numbers of replicas afterwards."""
+    cases = (
+        "unroll:6:weights",
+        "unroll-first-order:6:mixed",
+        "implicit-cg:6:mixed",
+        "value-gap:6:mixed",
+        "augmented-lagrangian:6:mixed",
+        "stocbio:5:stacked",
+        "unroll:5:tasks",
+        "cleaner",
+        f"files={tmp_path}",
+    )
+    with workers(2, *cases) as started:
+        for process in started:
+            require_equal(process, cases)
+
+
+@pytest.mark.slow
+def test_three_workers_are_equal_to_one_process():
+    """The other methods of docs/scaling.md: by hand."""
+    cases = "unroll:6:mixed", "implicit-cg:5:weights"
+    with workers(3, *cases) as started:
+        for process in started:
+            require_equal(process, cases)
+
+
+@pytest.mark.slow
+def test_a_worker_is_killed_and_all_resume(tmp_path):
+    """Of two workers with two replicas each."""
+    folder = tmp_path / "backup"
+    with workers(2, f"killed={folder}", DEVICES="2", VICTIM="1") as started:
+        killed, left = started[1], started[0]
+        killed.communicate(timeout=300)
+        _, errors = left.communicate(timeout=60)
+    assert killed.returncode == -signal.SIGKILL
+    assert left.returncode == 1
+    printed = errors[errors.rindex("Traceback") :].splitlines()
+    assert "Another worker has ended or cannot be reached" in printed[-1]
+    assert "Start all workers again" in printed[-1]
+    assert len(printed) < 25, errors
+    cases = ("implicit-cg:5:mixed", f"resumed={folder}")
+    with workers(2, *cases, DEVICES="2") as started:
+        for process in started:
+            require_equal(process, cases)

@@ -87,6 +87,7 @@ def from_the_outer_step(
         keywords: arguments for Keras's `fit`.
         model: the `BilevelModel`.
     """
+    keywords = model._outer.with_callbacks(keywords)
     first = [] if model._outer.reads.often else [ReadAtEpochEnd()]
     last = [FromTheOuterStep()] if isinstance(x, Passes) else []
     callbacks = _between(first, keywords.get("callbacks"), last)

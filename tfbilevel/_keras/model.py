@@ -367,7 +367,7 @@ class BilevelModel(Trained):
         self._assert_compile_called("warm_up")
         if isinstance(x, Batches):
             x = elements.tensors(x)
-            data, like, first = [self._outer.dealt_once(x)], x, lambda: x
+            data, like, first = self._outer.dealt_once(x), x, lambda: x
         else:
             elements.require_dataset_of_batches(x)
             data, like = self._outer.dealt(x.take(1)), x.element_spec
@@ -401,7 +401,7 @@ class BilevelModel(Trained):
         self._ready(x, lambda: x)
         self.reset_metrics()
         self._outer.reads.start()
-        logs = self.train_function(iter([self._outer.dealt_once(x)]))
+        logs = self.train_function(self._outer.dealt_once(x))
         logs = {name: float(value) for name, value in logs.items()}
         return logs if return_dict else [logs[name] for name in sorted(logs)]
 

@@ -173,8 +173,12 @@ class OuterStep:
         return x
 
     def dealt_once(self, batches: Batches) -> Any:
-        """The batches of one step as the devices take them: unchanged."""
-        return batches
+        """An iterator over the batches of one step as the devices take them."""
+        return iter([batches])
+
+    def with_callbacks(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Keras's arguments of `fit` with the callbacks for this process: unchanged."""
+        return arguments
 
     def run(self, function: Callable[[], Any], x: Any) -> Any:
         """Call a function that makes steps by `call`, and return its result.

@@ -118,7 +118,9 @@ class Trained(keras.Model):
     def _make_function(self, step_function: Callable) -> Callable:
         if not is_replicated(self._distribute_strategy):
             return super()._make_function(step_function)
-        step = stepping(step_function, self._distribute_strategy, self.run_eagerly)
+        alike = self.tasks is None  # tasks meet in one collective, of known shape
+        strategy = self._distribute_strategy
+        step = stepping(step_function, strategy, self.run_eagerly, alike)
         return lambda iterator: self._of_all_replicas(step(iterator))
 
     def _of_all_replicas(self, logs: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import tensorflow as tf
 from tfbilevel._jobs.last_layer import LastLayer, log_probabilities_of
 from tfbilevel._jobs.networks import SMALLEST, log_probabilities
 from tfbilevel._keras.index_batches import index_batches
+from tfbilevel._keras.replicas.workers import has_workers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,6 +183,7 @@ class Training:
         size = self.batch_size if trust == 1 else max(1, self.batch_size // 4)
         size = min(size, few)
         total = count + size
+        _require_even_parts(total)
         shares = [(1 - trust if few else 1.0) * total / count] * count if count else []
         shares += [trust * total / size] * size if size else []
         weights = tf.constant(shares, tf.float32)
@@ -203,3 +205,23 @@ class Training:
         first = index_batches(len(rows), max(count, 1), self.seed)
         second = index_batches(max(few, 1), max(size, 1), self.seed + 1)
         return tf.data.Dataset.zip((first, second)).map(batch).prefetch(2)
+
+
+def _require_even_parts(size: int) -> None:
+    """Raise if Keras's `fit` cannot divide batches among the replicas of a scope."""
+    strategy = tf.distribute.get_strategy()
+    if has_workers(strategy):
+        raise ValueError(
+            "A tb.LabelCleaner trains on the devices of one machine: on several "
+            "workers Keras trains on other batches than on one. Use "
+            "tf.distribute.MirroredStrategy, or no strategy. "
+            f"Received: the scope of {type(strategy).__name__}"
+        )
+    replicas = strategy.num_replicas_in_sync
+    if size % replicas:
+        raise ValueError(
+            "`batch_size` must be such that a batch, trusted examples (a quarter of "
+            f"`batch_size`) included, can be divided evenly among {replicas} replicas: "
+            "Keras takes means over even parts. With 2, 4 or 8 replicas multiples of "
+            f"32 can, if there are as many examples. Received: a batch of {size}"
+        )

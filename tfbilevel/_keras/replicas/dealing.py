@@ -35,13 +35,51 @@ def dealt(dataset: tf.data.Dataset, strategy: Any) -> Any:
     return made
 
 
-def dealt_once(batches: Batches, strategy: Any) -> Any:
-    """The batches of one outer step as parts, one for each replica."""
-    replicas = strategy.num_replicas_in_sync
-    require_enough(batches, replicas)
-    return strategy.experimental_distribute_values_from_function(
-        lambda context: part_of(batches, context.replica_id_in_sync_group, replicas)
-    )
+class DealtOnce:
+    """An iterator over one outer step, whose batches are parts, one for each replica.
+
+    Args:
+        batches: the batches of the step.
+        strategy: the strategy.
+    """
+
+    def __init__(self, batches: Batches, strategy: Any):
+        replicas = strategy.num_replicas_in_sync
+        require_enough(batches, replicas)
+        parts = strategy.experimental_distribute_values_from_function(
+            lambda context: part_of(batches, context.replica_id_in_sync_group, replicas)
+        )
+        self._parts = iter([parts])
+        spec = tf.nest.map_structure(_spec, parts)
+        upper, lower = spec.batches
+        if not _are_even(batches.upper, 0, replicas):
+            upper = of_any_size(upper, 0)
+        if not _are_even(batches.lower, _lower_axis(batches), replicas):
+            lower = of_any_size(lower, _lower_axis(batches))
+        self.element_spec = spec._replace(batches=type(batches)(upper, lower))
+
+    def __iter__(self) -> "DealtOnce":
+        return self
+
+    def __next__(self) -> Any:
+        return next(self._parts)
+
+
+def of_any_size(specification: Any, axis: int) -> Any:
+    """The specification of parts with any number of examples along an axis."""
+
+    def unknown(spec: Any) -> Any:
+        if hasattr(spec, "_value_specs"):  # one for each replica
+            return type(spec)(*map(unknown, spec._value_specs))
+        if spec is None or spec.shape.rank is None or spec.shape.rank <= axis:
+            return spec
+        shape = _sized(spec.shape, axis, None)
+        if isinstance(spec, tf.RaggedTensorSpec):
+            rows = spec.ragged_rank, spec.row_splits_dtype
+            return tf.RaggedTensorSpec(shape, spec.dtype, *rows)
+        return type(spec)(shape, spec.dtype)
+
+    return tf.nest.map_structure(unknown, specification)
 
 
 def require_enough(batches: Any, replicas: int) -> None:
@@ -106,12 +144,32 @@ def _slice(batch: Any, axis: int, replica: Any, replicas: int) -> tuple:
         replica = tf.cast(replica, tf.int64)
         begin, end = (count * r // replicas for r in (replica, replica + 1))
     mine = {id(leaf) for leaf in divided}
+    size = divided[0].shape[axis] if _are_even(batch, axis, replicas) else None
 
     def own(leaf: Any) -> Any:
-        return _cut(leaf, axis, begin, end) if id(leaf) in mine else leaf
+        if id(leaf) not in mine:
+            return leaf
+        part = _cut(leaf, axis, begin, end)
+        if size is not None and isinstance(part, tf.Tensor):
+            part = tf.ensure_shape(part, _sized(leaf.shape, axis, size // replicas))
+        return part
 
     share = tf.cast(end - begin, tf.float64) / tf.cast(count, tf.float64)
     return tf.nest.map_structure(own, batch), share, begin
+
+
+def _are_even(batch: Any, axis: int, replicas: int) -> bool:
+    """Whether all parts are known to be of one size."""
+    sizes = {leaf.shape[axis] for leaf in _divided(batch, axis)}
+    return all(size is not None and size % replicas == 0 for size in sizes)
+
+
+def _sized(shape: Any, axis: int, size: int | None) -> list:
+    return [size if n == axis else one for n, one in enumerate(shape)]
+
+
+def _spec(leaf: Any) -> Any:
+    return None if leaf is None else tf.type_spec_from_value(leaf)
 
 
 def _cut(leaf: Any, axis: int, begin: Any, end: Any) -> Any:

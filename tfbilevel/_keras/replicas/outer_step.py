@@ -12,13 +12,18 @@ from tfbilevel._core.method import Step
 from tfbilevel._core.parts import Part, of_all_parts
 from tfbilevel._core.problem import Problem
 from tfbilevel._keras.outer_step import ENDS, OuterStep
-from tfbilevel._keras.replicas.dealing import dealt, dealt_once, require_enough
+from tfbilevel._keras.replicas.dealing import DealtOnce, dealt, require_enough
 from tfbilevel._keras.replicas.strategies import (
     is_alone,
     is_replicated,
     require_compiled_within,
     require_created_within,
     require_together,
+)
+from tfbilevel._keras.replicas.workers import (
+    callbacks_of_worker,
+    has_workers,
+    while_all_are_there,
 )
 from tfbilevel._keras.training_state import Carried
 from tfbilevel._tasks.over_replicas import (
@@ -103,7 +108,7 @@ class ReplicatedStep(OuterStep):
         return x
 
     def dealt_once(self, batches: Batches) -> Any:
-        return dealt_once(batches, self.strategy)
+        return DealtOnce(batches, self.strategy)
 
     def measure(self, data: Any) -> dict[str, Any]:
         losses = self.levels.losses(data.batches, self._problem(data))
@@ -176,10 +181,19 @@ class ReplicatedStep(OuterStep):
         """The weight of this replica's statistics."""
         return part.lower_share
 
+    def with_callbacks(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        if not has_workers(self.strategy):
+            return arguments
+        with while_all_are_there():
+            made = callbacks_of_worker(self.strategy, arguments.get("callbacks"))
+        return {**arguments, "callbacks": made}
+
     def run(self, function: Callable[[], Any], x: Any) -> Any:
         self.reads.start()
-        with self.indices.explaining(self.levels.problem, self.levels.point, x):
-            return without_frames(function, ENDS)
+        ends = (*ENDS, tf.errors.UnavailableError)
+        explained = self.indices.explaining(self.levels.problem, self.levels.point, x)
+        with while_all_are_there(), explained:
+            return without_frames(function, ends)
 
     def call(
         self, compiled: Callable, iterator: Iterator, count: int

@@ -1,27 +1,42 @@
-"""Fits on one device and on two replicas, which must be equal.
+"""Fits on one device and on several replicas, which must be equal.
 
 A process of its own: TensorFlow makes logical devices before anything else. With
-TF_CONFIG set it is one of two workers. Arguments: "derivatives", or METHOD:SIZE:KIND
-with the size of all batches and the kind of data.
+TF_CONFIG set it is one of several workers. Arguments: "derivatives", or
+METHOD:SIZE:KIND with the size of batches and the kind of data; "every" for METHOD.
 """
 
 import contextlib
+import json
 import os
+import pathlib
+import shutil
+import signal
 import sys
 
 import tensorflow as tf
+from tensorflow.python.distribute import collective_all_reduce_strategy as of_workers
 
-if "TF_CONFIG" in os.environ:
-    STRATEGY = tf.distribute.MultiWorkerMirroredStrategy()
+WORKER = json.loads(os.environ.get("TF_CONFIG", "{}")).get("task", {}).get("index")
+DEVICES = int(os.environ.get("DEVICES", 2 if WORKER is None else 1))  # of this process
+
+tf.config.set_logical_device_configuration(
+    tf.config.list_physical_devices("CPU")[0],
+    [tf.config.LogicalDeviceConfiguration()] * DEVICES,
+)
+if WORKER is None:
+    STRATEGY = tf.distribute.MirroredStrategy([f"CPU:{n}" for n in range(DEVICES)])
 else:
-    tf.config.set_logical_device_configuration(
-        tf.config.list_physical_devices("CPU")[0],
-        [tf.config.LogicalDeviceConfiguration()] * 2,
-    )
-    STRATEGY = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+
+    def cpus(self, resolver, worker):
+        """TensorFlow takes all GPUs of a worker, but one CPU only."""
+        return tuple(f"{worker}/device:CPU:{n}" for n in range(DEVICES)), "CPU"
+
+    of_workers.CollectiveAllReduceExtended._initialize_local_devices = cpus
+    STRATEGY = tf.distribute.MultiWorkerMirroredStrategy()
 
 import keras  # noqa: E402
 import numpy as np  # noqa: E402
+import pytest  # noqa: E402
 
 import tfbilevel as tb  # noqa: E402
 import tfbilevel._calculus.collectives as module  # noqa: E402
@@ -53,6 +68,8 @@ METHODS = {
     "implicit-neumann": lambda: tb.Implicit(inner(), tb.Neumann(4, rate=0.2)),
     "implicit-fixed-point": lambda: tb.Implicit(inner(), tb.FixedPoint(4)),
     "implicit-normal-cg": lambda: tb.Implicit(inner(), tb.NormalConjugateGradient(4)),
+    "implicit-minres": lambda: tb.Implicit(inner(), tb.MINRES(4)),
+    "implicit-nystrom": lambda: tb.Implicit(inner(), tb.Nystrom(2, damping=0.1)),
     "implicit-direct": lambda: tb.Implicit(inner(), tb.Direct()),
     "implicit-gradient-solver": lambda: tb.Implicit(
         inner(), tb.GradientSolver(SGD(0.2), 4)
@@ -67,6 +84,13 @@ METHODS = {
     "bsa": lambda: tb.BSA(plain(2), 2, 0.2),
     "ttsa": lambda: tb.TTSA(SGD(0.2), 2, 0.2),
     "bamm": lambda: tb.BAMM(SGD(0.2)),
+    "soba": lambda: tb.SOBA(SGD(0.2), 0.2),
+    "fsla": lambda: tb.FSLA(SGD(0.2), 0.2),
+    "amigo": lambda: tb.AmIGO(plain(2), 2, 0.2),
+    "mrbo": lambda: tb.MRBO(SGD(0.2), 2, 0.2),
+    "f2sa": lambda: tb.F2SA(plain(2), SGD(0.1), 2.0),
+    "bome": lambda: tb.BOME(plain(2), SGD(0.1)),
+    "meha": lambda: tb.MEHA(SGD(0.1)),
     "value-gap": lambda: tb.ValueGap(inner(), SGD(0.1), weight=2.0),
     "value-gap-constant": lambda: tb.ValueGap(None, SGD(0.1), weight=2.0),
     "gradient-norm": lambda: tb.GradientNorm(SGD(0.1), weight=2.0),
@@ -74,7 +98,16 @@ METHODS = {
 }
 
 
-# Kinds of data, and how tasks are mapped.
+# The kinds of data that methods have in "every"; of others "mixed".
+OF_METHOD = {
+    "unroll-last": "weights",
+    "value-gap-constant": "weights",
+    "stocbio": "stacked",
+    "bsa": "stacked",
+}
+# Kinds whose last batch has an example less, so that parts are even, and then not.
+MIXED = ("mixed", "weights")
+# Kinds of data over tasks, and how tasks are mapped.
 OVER_TASKS = {"tasks": "vectorized", "sequential-tasks": "sequential"}
 
 
@@ -116,24 +149,22 @@ def dense(inputs, outputs):
 def pairs(size, kind):
     """Three outer steps with other examples in each."""
     generator = np.random.default_rng(0)
-    draws = 4 if kind == "stacked" else 1
+    draws, same = (4 if kind == "stacked" else 1), kind not in MIXED
 
     def level(steps):
-        count = steps * size
+        count = steps * size - (not same)
         shape = (count, 4) if kind in OVER_TASKS else (count,)
         parts = (
             generator.normal(size=(*shape, FEATURES)),
             generator.integers(CLASSES, size=shape),
             np.arange(count),
         )
-        return tf.data.Dataset.from_tensor_slices(parts).batch(
-            size, drop_remainder=True
-        )
+        return tf.data.Dataset.from_tensor_slices(parts).batch(size, same)
 
     return tb.pair(level(STEPS), level(STEPS * draws), draws)
 
 
-def make(method, size, kind, scope):
+def make(method, size, kind, scope, eager=False):
     keras.utils.set_random_seed(1)
     with scope:
         upper = tb.ExampleWeights(99) if kind == "weights" else dense(FEATURES, 3)
@@ -147,13 +178,19 @@ def make(method, size, kind, scope):
         # Of the whole gradient, not of parts of it.
         clipped = SGD(0.5, momentum=0.9, global_clipnorm=0.05)
         parts = 2 if kind == "microbatches" else 1
-        model.compile(METHODS[method](), clipped, jit_compile=False, microbatches=parts)
+        model.compile(
+            METHODS[method](),
+            clipped,
+            jit_compile=False,
+            microbatches=parts,
+            run_eagerly=eager,
+        )
     return model
 
 
-def fit(method, size, kind, scope):
+def fit(method, size, kind, scope, eager=False):
     """Everything that is saved, and the logs."""
-    model = make(method, size, kind, scope)
+    model = make(method, size, kind, scope, eager)
     trained = model.trainable_variables if not model.tasks else model.upper.weights
     before = [v.numpy() for v in trained]
     history = model.fit(pairs(size, kind), verbose=0).history
@@ -224,37 +261,47 @@ def derivatives():
             np.testing.assert_allclose(value, expected, rtol=1e-12, atol=1e-12)
 
 
+# Per outer step, from what each method evaluates (docs/scaling.md). T = 3 inner steps,
+# of which each is a loss and its gradient. f, f_x, f_y: 3. A product: 1.
+T = 3
+COLLECTIVES = {
+    "unroll:mixed": 2 * T + 3 + 4 * T,
+    "unroll-checkpoint:mixed": 2 * T + 3 + 6 * T,
+    "unroll-first-order:mixed": 2 * T + 3 + 2 * T,  # each step is evaluated again
+    "implicit-cg:mixed": 2 * T + 3 + 2 + 4 + 1,
+    "stocbio:stacked": 2 * 2 + 2 + 3 * 2 + 3 + 1,  # T = 2, K = 2
+    "value-gap:mixed": 2 * T + 3 + 3 + 2,
+    "gradient-norm:mixed": 3 + 2 + 2,
+    "augmented-lagrangian:mixed": 2 * (3 + 2 + 1) + 3 + 2 + 2,
+    "unroll:tasks": 1,
+}
+
+
 def equal(case):
     method, size, kind = case.split(":")
-    alone, logs = fit(method, int(size), kind, contextlib.nullcontext())
-    together, logged = fit(method, int(size), kind, STRATEGY.scope())
+    eager = kind not in (
+        *OVER_TASKS,
+        "microbatches",
+    )  # saves a trace, where steps are few
+    alone, logs = fit(method, int(size), kind, contextlib.nullcontext(), eager)
+    with counting() as counters:
+        together, logged = fit(method, int(size), kind, STRATEGY.scope())
     for made, expected in zip(together, alone, strict=True):
         np.testing.assert_allclose(made, expected, rtol=1e-10, atol=1e-10)
     assert logged.keys() == logs.keys()
     for name, values in logs.items():  # means in float32
         np.testing.assert_allclose(logged[name], values, 1e-6, 1e-10, err_msg=name)
+    stated = COLLECTIVES.get(f"{method}:{kind}")
+    made = [counter.numpy() / STEPS for counter in counters]
+    assert stated is None or made == [stated] * len(made), (case, made, stated)
 
 
-# Per outer step, from what each method evaluates (docs/scaling.md). T = 3 inner steps,
-# of which each is a loss and its gradient. f, f_x, f_y: 3. A product: 1.
-T = 3
-COLLECTIVES = {
-    "unroll:6:dense": 2 * T + 3 + 4 * T,
-    "unroll-checkpoint:6:dense": 2 * T + 3 + 6 * T,
-    "unroll-first-order:6:dense": 2 * T + 3 + 2 * T,  # each step is evaluated again
-    "implicit-cg:6:dense": 2 * T + 3 + 2 + 4 + 1,
-    "stocbio:6:stacked": 2 * 2 + 2 + 3 * 2 + 3 + 1,  # T = 2, K = 2
-    "value-gap:6:dense": 2 * T + 3 + 3 + 2,
-    "gradient-norm:6:dense": 3 + 2 + 2,
-    "augmented-lagrangian:6:dense": 2 * (3 + 2 + 1) + 3 + 2 + 2,
-    "unroll:6:tasks": 1,
-}
-
-
-def collectives():
-    """The number of sums over replicas in an outer step, on each replica."""
+@contextlib.contextmanager
+def counting():
+    """The number of sums over replicas, on each of this process's replicas."""
     sums = module._collective
-    counters = [tf.Variable(0, trainable=False) for _ in range(2)]
+    local = len(STRATEGY.extended.worker_devices)
+    counters = [tf.Variable(0, trainable=False) for _ in range(local)]
 
     def counted(leaves):
         made = sums(leaves)
@@ -264,46 +311,106 @@ def collectives():
         return made
 
     module._collective = counted
-    for case, expected in COLLECTIVES.items():
-        for counter in counters:
-            counter.assign(0)
-        method, size, kind = case.split(":")
-        fit(method, int(size), kind, STRATEGY.scope())
-        made = [counter.numpy() / STEPS for counter in counters]
-        assert made == [expected, expected], (case, made, expected)
-    module._collective = sums
+    try:
+        yield counters
+    finally:
+        module._collective = sums
 
 
-def backed_up(folder):
-    """One epoch, and the second one by another model: equal to two epochs."""
+def after(epochs, scope, *callbacks):
+    model = make(
+        "unroll", 5, "mixed", scope, eager=isinstance(scope, contextlib.nullcontext)
+    )
+    data = pairs(5, "mixed")
+    model.fit(data, epochs=epochs, callbacks=list(callbacks), verbose=0)
+    return model
 
-    def of(epochs, *callbacks):
-        data = pairs(5, "dense")
-        model = make("unroll", 5, "dense", STRATEGY.scope())
-        model.fit(data, epochs=epochs, callbacks=list(callbacks), verbose=0)
-        return model
 
-    whole = of(2)
-    of(1, tb.Backup(folder))
-    ready = STRATEGY.run(tf.function(lambda: total(tf.ones([]))))  # all have saved
-    assert STRATEGY.experimental_local_results(ready)[0] == 2
-    resumed = of(2, tb.Backup(folder))
-    assert (resumed.outer_step, len(resumed.history.epoch)) == (2 * STEPS, 1)
-    for made, expected in zip(resumed.variables, whole.variables, strict=True):
-        np.testing.assert_array_equal(made.numpy(), expected.numpy())
+def assert_resumed(model, whole, epochs):
+    assert (model.outer_step, len(model.history.epoch)) == (epochs * STEPS, 1)
+    assert_same(model, whole)
+
+
+def assert_same(model, whole):
+    for made, expected in zip(model.variables, whole.variables, strict=True):
+        np.testing.assert_allclose(made.numpy(), expected.numpy(), 1e-10, 1e-10)
+
+
+def files(folder):
+    """Only the first worker writes; all read, and as many as there are then."""
+    folder, alone = pathlib.Path(folder), contextlib.nullcontext
+    written, save = [], tb.BilevelModel.save_weights
+
+    def noted(self, filepath, *arguments, **options):
+        written.append(filepath)
+        save(self, filepath, *arguments, **options)
+
+    whole = after(2, alone())
+    tb.BilevelModel.save_weights = noted
+    kinds = keras.callbacks.BackupAndRestore, tb.Backup
+    paths = [str(folder / name) for name in ("of_keras", "ours")]
+    keeps = {"delete_checkpoint": False}
+    begun = after(
+        1,
+        STRATEGY.scope(),
+        keras.callbacks.ModelCheckpoint(
+            str(folder / "{epoch}.weights.h5"), save_weights_only=True
+        ),
+        keras.callbacks.CSVLogger(str(folder / "log.csv")),
+        kinds[0](paths[0], **keeps),
+        kinds[1](paths[1]),
+    )
+    assert len(written) == (0 if WORKER else 3)
+    assert_resumed(after(2, STRATEGY.scope(), kinds[0](paths[0], **keeps)), whole, 2)
+    fewer = folder / f"fewer{WORKER}"
+    shutil.copytree(paths[1], fewer)
+    assert_resumed(after(2, alone(), tb.Backup(fewer)), whole, 2)
+    if not WORKER:
+        after(1, alone(), tb.Backup(folder / "more"))
+    assert_resumed(after(2, STRATEGY.scope(), tb.Backup(folder / "more")), whole, 2)
+    ready = begun.outer_step
+    with pytest.raises(ValueError, match="All workers must begin with the same"):
+        of_own = tb.Backup(folder / ("more" if WORKER else "nothing"))
+        begun.fit(pairs(5, "mixed"), epochs=3, callbacks=[of_own], verbose=0)
+    assert begun.outer_step == (2 * ready if WORKER else ready)
+    tb.BilevelModel.save_weights = save
+
+
+def cleaner():
+    """Keras would train it on other batches than one process does."""
+    x, labels = np.eye(4), np.array([0, 1, 0, 1])
+    one = tb.LabelCleaner(lambda: dense(4, 2), epochs=1)
+    with STRATEGY.scope(), pytest.raises(ValueError, match="devices of one machine"):
+        one.fit(x, labels, trusted=(x, labels), verbose=0)
+
+
+class Killed(keras.callbacks.Callback):
+    """Kills one worker in the midst of the second epoch."""
+
+    def on_train_batch_end(self, batch, logs=None):
+        if self.model.outer_step == STEPS + 1 and WORKER == int(os.environ["VICTIM"]):
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def main(case):
     if case == "derivatives":
         derivatives()
-    elif case.startswith("backup="):
-        backed_up(case.split("=")[1])
-    elif case == "collectives":
-        collectives()
+    elif case == "cleaner":
+        cleaner()
+    elif case.startswith("files="):
+        files(case.split("=")[1])
+    elif case.startswith("killed="):
+        after(3, STRATEGY.scope(), tb.Backup(case.split("=")[1]), Killed())
+    elif case.startswith("resumed="):
+        made = after(3, STRATEGY.scope(), tb.Backup(case.split("=")[1]))
+        whole = after(3, contextlib.nullcontext())
+        assert (made.outer_step, len(made.history.epoch)) == (3 * STEPS, 2)
+        assert_same(made, whole)
     elif case.startswith("every:"):
+        _, size, kind = case.split(":")
         assert len(METHODS) > 20
         for method in METHODS:
-            equal(case.replace("every", method))
+            equal(f"{method}:{size}:{kind or OF_METHOD.get(method, 'mixed')}")
             print(method, file=sys.stderr, flush=True)
     else:
         equal(case)
