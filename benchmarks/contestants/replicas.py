@@ -72,7 +72,7 @@ class Replicas:
             tf.config.threading.set_intra_op_parallelism_threads(
                 1 if replicas else arguments.threads
             )
-            tf.config.threading.set_inter_op_parallelism_threads(2 * max(replicas, 1))
+            tf.config.threading.set_inter_op_parallelism_threads(max(replicas, 1))
             tf.config.set_logical_device_configuration(
                 tf.config.list_physical_devices("CPU")[0],
                 [tf.config.LogicalDeviceConfiguration()] * max(replicas, 1),
