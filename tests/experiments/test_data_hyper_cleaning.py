@@ -372,6 +372,7 @@ def test_cleaning_baselines(baseline, tmp_path, monkeypatch):
         assert (tmp_path / picture).stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_training_on_what_a_run_kept(tmp_path, monkeypatch, capsys):
     """Of cleaning runs, of cleanlab and of other baselines: one format."""
     cleaned = tmp_path / "v-pbgd"

@@ -541,6 +541,7 @@ def test_features_of_both_sets_share_statistics_only_where_published():
         np.testing.assert_allclose(made, both if shared else alone, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_every_part_has_its_own_classes_and_the_best_weights_are_tested(
     tmp_path, monkeypatch
 ):

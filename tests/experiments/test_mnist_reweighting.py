@@ -371,6 +371,7 @@ def test_a_run_cut_short_resumes_to_the_same_numbers(tmp_path, power_fails):
     assert run("cut", "--resume") == whole
 
 
+@pytest.mark.slow
 def test_a_budget_of_time_ends_a_run(tmp_path):
     flags = [*SMALL, "--seconds", "0.05", "--method", "ttsa", "--eval-every", "5"]
     flags = [flag for flag in flags if flag not in ("--inner-steps", "7")]

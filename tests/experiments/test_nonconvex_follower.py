@@ -283,6 +283,7 @@ def test_published_settings_are_the_defaults():
     assert changed.settings["sine"].alpha == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["ls", "rhg", "iaptt-gm"])
 def test_dimensions_of_the_sine_are_so_many_copies_of_one(method):
     """F and f are sums: every component follows the problem of one dimension."""

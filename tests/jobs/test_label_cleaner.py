@@ -508,6 +508,7 @@ def test_labels_of_any_kind_give_the_same_result(train_once: list) -> None:
         np.testing.assert_array_equal(integers, one_hot.argmax(axis=1))
 
 
+@pytest.mark.slow
 def test_datasets_softmax_outputs_and_compiled_models(train_once: list) -> None:
     """A dataset of batches is the same as its arrays; a softmax is noticed."""
     x, right, given = blobs(200, 0)

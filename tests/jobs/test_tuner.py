@@ -136,6 +136,7 @@ def test_images_with_text_labels_from_arrays(
     figure.savefig(tmp_path / "tuning.png")
 
 
+@pytest.mark.slow
 def test_datasets_several_outputs_and_a_refit_on_everything() -> None:
     generator = np.random.default_rng(2)
     x = generator.normal(size=(96, 4)).astype("float32")

@@ -37,8 +37,8 @@ METHODS = {
     "penalty": lambda: tb.ValueGap(inner(), SGD(0.1), weight=2.0),
     "multipliers": lambda: tb.AugmentedLagrangian(SGD(0.05), steps=2),
 }
-# One of each kind of operations: lists, solvers, penalties, tasks, plain loops.
-KINDS = {"replay", "solver", "sampled", "penalty", "tasks", "minimize"}
+# One of each kind of operations: lists, solvers, tasks, plain loops.
+KINDS = {"replay", "solver", "tasks", "minimize"}
 CASES = fast_where(KINDS.__contains__, [*METHODS, "tasks", "minimize"])
 TASKS, EXAMPLES, CLASSES = 2, 6, 3
 

@@ -88,6 +88,7 @@ def values(model: tb.BilevelModel) -> list:
     return [v.numpy() for v in (*model.trainable_variables, *model.optimizer.variables)]
 
 
+@pytest.mark.slow
 def test_a_late_read_finds_the_first_nan_and_no_later_step() -> None:
     model, prompt, epochs = made(), made(often=True), []
     noted = keras.callbacks.LambdaCallback(

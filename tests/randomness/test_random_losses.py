@@ -465,6 +465,7 @@ def points(seed: int, sample: Callable, epochs: int = 3) -> list:
     return seen
 
 
+@pytest.mark.slow
 def test_a_models_noise_follows_set_random_seed_and_differs_between_steps() -> None:
     def sample() -> tf.Tensor:
         return tf.random.normal([3])
