@@ -103,6 +103,7 @@ def test_bda_has_the_rule_of_its_own_code_too():
     assert rules["bda-repo"].constant_lower and rules["bda-repo"].decay == 0.9
 
 
+@pytest.mark.slow
 def test_nothing_but_test_scores_depends_on_test_labels(tmp_path, monkeypatch):
     """D17: elsewhere "validation" scores were taken on test data, and chosen by."""
 

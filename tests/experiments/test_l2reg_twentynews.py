@@ -296,7 +296,8 @@ def rows_of(folder: Any) -> list[dict]:
         return list(csv.DictReader(file))
 
 
-@pytest.mark.parametrize("method", fast_where("stocbio".__eq__, news.METHODS))
+@pytest.mark.slow
+@pytest.mark.parametrize("method", news.METHODS)
 def test_every_method_runs_and_writes_its_files(method: str, tmp_path: Any):
     batches = BATCHES if method == "stocbio" else []
     flags = ["--method", method, "--out", str(tmp_path), *SMALL, *batches]

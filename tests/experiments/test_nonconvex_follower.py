@@ -354,6 +354,7 @@ def test_pictures_say_what_they_show(tmp_path, monkeypatch):
 SHORT = ["--example", "counter", "--method", "rhg", "--outer-steps", "3"]
 
 
+@pytest.mark.slow
 def test_a_run_is_resumed_to_the_same_rows_and_never_overwritten(tmp_path, capsys):
     flags = [*SHORT, "--out", str(tmp_path)]
     follower.main(flags)

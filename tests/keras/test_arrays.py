@@ -389,7 +389,7 @@ class Kill(keras.callbacks.Callback):
     ("way", "packed"),  # 2 does not divide the steps of an epoch
     [
         ("arrays", 1),
-        ("pair", 2),
+        pytest.param("pair", 2, marks=pytest.mark.slow),
         pytest.param("keras", 1, marks=pytest.mark.slow),
     ],
 )

@@ -203,6 +203,7 @@ def learned(rate):
     return transition.matrix().numpy(), last, -np.mean((right * np.log(right)).sum(1))
 
 
+@pytest.mark.slow
 def test_a_matrix_learned_by_hypergradients_is_that_of_the_noise():
     start, frozen, least = learned(rate=0.0)
     found, loss, _ = learned(rate=0.1)

@@ -73,7 +73,7 @@ def test_parts_hold_every_example_once_and_their_shares():
 
 def test_two_replicas_are_equal_to_one_device():
     """One of the methods, on parts of different sizes; gradients are slices."""
-    run("replica_fits.py", "derivatives", "implicit-cg:5:weights")
+    run("replica_fits.py", "derivatives", "value-gap:5:weights")
 
 
 @pytest.mark.slow

@@ -101,6 +101,7 @@ def g_y_of(problem, x, y):
     return numeric_gradient(lambda at: problem.lower_loss(x, at, None), y, 1e-4)
 
 
+@pytest.mark.slow
 def test_both_directions_are_those_of_the_objective_on_a_network():
     problem, x, y = small_network()
     rho, lam, nu = 2.5, 0.7, 0.4

@@ -475,6 +475,7 @@ def test_a_models_noise_follows_set_random_seed_and_differs_between_steps() -> N
     assert len(np.unique([first, other])) == 18
 
 
+@pytest.mark.slow
 def test_noise_with_a_seed_of_its_own_needs_no_other() -> None:
     for make in (
         lambda: SeededNoise(5),
