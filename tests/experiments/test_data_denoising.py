@@ -510,6 +510,7 @@ def test_a_foreign_svhn_file(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_the_importances_adam_is_per_example():
     args = parse(*SMALL)
     net = denoising.build_net("logistic", (28, 28, 1), seed=0)

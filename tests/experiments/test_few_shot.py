@@ -312,6 +312,7 @@ EXACT = ["meta-sgd", "anil", "bda", "iaptt-gm", "penalty"]
 
 
 # A shared encoder, and an end of each task's own.
+@pytest.mark.slow
 @pytest.mark.usefixtures("_float64")
 @pytest.mark.parametrize("method", fast_where("anil".__eq__, EXACT))
 def test_meta_gradients_are_central_differences(method):

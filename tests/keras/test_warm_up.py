@@ -59,6 +59,7 @@ def train(model: tb.BilevelModel, by_batch: bool) -> list:
     return [model.train_on_batch(batches) for _ in range(3)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by_batch", fast_where(lambda by: not by, [False, True]))
 def test_training_after_it_is_training_without_it(by_batch: bool) -> None:
     calls: list = []

@@ -25,6 +25,7 @@ def write(name: str = "data.npz", n: int = 90) -> tuple[np.ndarray, np.ndarray]:
     return x, y
 
 
+@pytest.mark.slow
 def test_rows():
     x, y = write()
     quick = "--epochs", "4", "--batch-size", "8", "--quiet"
