@@ -1,7 +1,6 @@
 """Descent on the upper loss with a dynamic barrier for the value gap."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,13 +12,13 @@ from tfbilevel._calculus.aliases import Nest, State
 from tfbilevel._core.arguments import positive, require_choice, require_number
 from tfbilevel._core.batches import Batches
 from tfbilevel._core.inner_solver import InnerSolver, require_inner
-from tfbilevel._core.method import Method, Step
+from tfbilevel._core.method import Step
 from tfbilevel._core.prepared import Prepared
 from tfbilevel._core.problem import Problem
 from tfbilevel._core.projection import fixed_projection
+from tfbilevel._methods.moves_lower import MovesLower
 from tfbilevel._methods.penalty.divergence import grown
 from tfbilevel._methods.penalty.value_gap import require_warm, solved_copy
-from tfbilevel._optimizers.update_rule import UpdateRule
 
 
 class _Partials(NamedTuple):
@@ -36,7 +35,7 @@ class _Partials(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class BOME(Method):
+class BOME(MovesLower):
     r"""First-order descent whose penalty weight is computed at every step (BOME).
 
         q(x, y) = g(x, y) - g(x, z),          z = T inner steps from y, held constant
@@ -96,11 +95,6 @@ class BOME(Method):
         require_number(self.barrier, "barrier", positive, "above 0 (eta)")
         require_choice(self.control, "control", ("gradient", "gap"))
 
-    @functools.cached_property
-    def rule(self) -> UpdateRule:
-        """The update of `lower_optimizer`."""
-        return UpdateRule(self.lower_optimizer, "lower_optimizer")
-
     @property
     def draws(self) -> int:
         """The number of lower batches that one step uses."""
@@ -109,10 +103,6 @@ class BOME(Method):
     @property
     def takes_second_derivatives(self) -> bool:
         return False
-
-    @property
-    def moves_lower(self) -> bool:
-        return True
 
     @property
     def couples_tasks(self) -> bool:

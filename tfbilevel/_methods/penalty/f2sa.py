@@ -13,11 +13,12 @@ from tfbilevel._calculus.aliases import Nest, State
 from tfbilevel._calculus.loops import serial_loop
 from tfbilevel._core.batches import Batches
 from tfbilevel._core.inner_solver import InnerSolver, require_inner
-from tfbilevel._core.method import Method, Step
+from tfbilevel._core.method import Step
 from tfbilevel._core.prepared import Prepared
 from tfbilevel._core.problem import Problem
 from tfbilevel._core.projection import fixed_projection
 from tfbilevel._core.schedules import Schedule, as_weight
+from tfbilevel._methods.moves_lower import MovesLower
 from tfbilevel._methods.penalty.divergence import grown
 from tfbilevel._methods.penalty.value_gap import (
     penalised,
@@ -25,11 +26,10 @@ from tfbilevel._methods.penalty.value_gap import (
     require_warm,
     solved_copy,
 )
-from tfbilevel._optimizers.update_rule import UpdateRule
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class F2SA(Method):
+class F2SA(MovesLower):
     r"""First-order penalty method that solves both of its copies (F2SA).
 
         z_{t+1} = z_t - update( g_y(x, z_t) ),                            t < T
@@ -92,11 +92,6 @@ class F2SA(Method):
         require_warm(self.inner)
 
     @functools.cached_property
-    def rule(self) -> UpdateRule:
-        """The update of `lower_optimizer`."""
-        return UpdateRule(self.lower_optimizer, "lower_optimizer")
-
-    @functools.cached_property
     def schedule(self) -> Schedule:
         """The weight at every outer step."""
         return as_weight(self.weight, "weight")
@@ -109,10 +104,6 @@ class F2SA(Method):
     @property
     def takes_second_derivatives(self) -> bool:
         return False
-
-    @property
-    def moves_lower(self) -> bool:
-        return True
 
     @property
     def lower_steps(self) -> int:

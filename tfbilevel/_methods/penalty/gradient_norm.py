@@ -10,16 +10,16 @@ import tensorflow as tf
 from tfbilevel._calculus import structure
 from tfbilevel._calculus.aliases import Nest, State
 from tfbilevel._core.batches import Batches
-from tfbilevel._core.method import Method, Step
+from tfbilevel._core.method import Step
 from tfbilevel._core.problem import Problem
 from tfbilevel._core.projection import fixed_projection
 from tfbilevel._core.schedules import Schedule, as_weight
+from tfbilevel._methods.moves_lower import MovesLower
 from tfbilevel._methods.penalty.value_gap import penalty_weight
-from tfbilevel._optimizers.update_rule import UpdateRule
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class GradientNorm(Method):
+class GradientNorm(MovesLower):
     r"""Penalty on the norm of the lower gradient (G-PBGD).
 
         min_{x, y}  f(x, y) + (gamma / 2) ||g_y(x, y)||^2
@@ -65,18 +65,9 @@ class GradientNorm(Method):
         _ = self.rule, self.schedule  # raises for invalid arguments
 
     @functools.cached_property
-    def rule(self) -> UpdateRule:
-        """The update of `lower_optimizer`."""
-        return UpdateRule(self.lower_optimizer, "lower_optimizer")
-
-    @functools.cached_property
     def schedule(self) -> Schedule:
         """The weight at every outer step."""
         return as_weight(self.weight, "weight")
-
-    @property
-    def moves_lower(self) -> bool:
-        return True
 
     @property
     def mean_metrics(self) -> tuple[str, ...]:

@@ -12,18 +12,19 @@ from tfbilevel._calculus import derivatives, structure
 from tfbilevel._calculus.aliases import Nest, State
 from tfbilevel._core.arguments import positive, require_number
 from tfbilevel._core.batches import Batches
-from tfbilevel._core.method import Method, Step
+from tfbilevel._core.method import Step
 from tfbilevel._core.prepared import Prepared
 from tfbilevel._core.problem import Problem
 from tfbilevel._core.projection import fixed_projection
 from tfbilevel._core.schedules import InversePower, Schedule, as_weight
+from tfbilevel._methods.moves_lower import MovesLower
 from tfbilevel._methods.penalty.divergence import grown
 from tfbilevel._methods.penalty.value_gap import penalised
 from tfbilevel._optimizers.update_rule import UpdateRule
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class MEHA(Method):
+class MEHA(MovesLower):
     r"""First-order single loop on the Moreau envelope of the lower loss (MEHA).
 
         v(x, y) = min_z  g(x, z) + |z - y|^2 / (2 gamma)
@@ -89,11 +90,6 @@ class MEHA(Method):
         require_number(self.smoothing, "smoothing", positive, "above 0 (gamma)")
 
     @functools.cached_property
-    def rule(self) -> UpdateRule:
-        """The update of y."""
-        return UpdateRule(self.lower_optimizer, "lower_optimizer")
-
-    @functools.cached_property
     def auxiliary_rule(self) -> UpdateRule:
         """The update of z."""
         if self.auxiliary_optimizer is None:
@@ -113,10 +109,6 @@ class MEHA(Method):
     @property
     def takes_second_derivatives(self) -> bool:
         return False
-
-    @property
-    def moves_lower(self) -> bool:
-        return True
 
     @property
     def mean_metrics(self) -> tuple[str, ...]:

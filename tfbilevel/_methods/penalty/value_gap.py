@@ -13,16 +13,16 @@ from tfbilevel._calculus.aliases import Metrics, Nest, State
 from tfbilevel._core.arguments import require_choice
 from tfbilevel._core.batches import Batches
 from tfbilevel._core.inner_solver import InnerSolver, require_inner
-from tfbilevel._core.method import Method, Step
+from tfbilevel._core.method import Step
 from tfbilevel._core.prepared import Prepared
 from tfbilevel._core.problem import Problem
 from tfbilevel._core.projection import fixed_projection
 from tfbilevel._core.schedules import Schedule, as_weight
-from tfbilevel._optimizers.update_rule import UpdateRule
+from tfbilevel._methods.moves_lower import MovesLower
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class ValueGap(Method):
+class ValueGap(MovesLower):
     r"""First-order penalty on the lower value gap (V-PBGD).
 
         min_{x, y}  f(x, y) + gamma ( g(x, y) - v(x) ),       v(x) = min_z g(x, z)
@@ -83,11 +83,6 @@ class ValueGap(Method):
             require_warm(self.inner)
 
     @functools.cached_property
-    def rule(self) -> UpdateRule:
-        """The update of `lower_optimizer`."""
-        return UpdateRule(self.lower_optimizer, "lower_optimizer")
-
-    @functools.cached_property
     def schedule(self) -> Schedule:
         """The weight at every outer step."""
         return as_weight(self.weight, "weight")
@@ -95,10 +90,6 @@ class ValueGap(Method):
     @property
     def takes_second_derivatives(self) -> bool:
         return False
-
-    @property
-    def moves_lower(self) -> bool:
-        return True
 
     @property
     def mean_metrics(self) -> tuple[str, ...]:

@@ -1,7 +1,6 @@
 """The single loop with a dual multiplier and averaged losses."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
 
 import keras
@@ -17,18 +16,18 @@ from tfbilevel._core.arguments import (
     require_number,
 )
 from tfbilevel._core.batches import Batches
-from tfbilevel._core.method import Method, Step
+from tfbilevel._core.method import Step
 from tfbilevel._core.prepared import Prepared
 from tfbilevel._core.problem import Problem
 from tfbilevel._core.projection import fixed_projection
+from tfbilevel._methods.moves_lower import MovesLower
 from tfbilevel._methods.stochastic.directions import directions, followed, lagrangian
-from tfbilevel._optimizers.update_rule import UpdateRule
 
 STEPS = ("scheduled", "exact")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class BAMM(Method):
+class BAMM(MovesLower):
     r"""One step of y, of a multiplier v and of x per outer step (BAMM, DM).
 
     All three updates use the same (x_k, y_k, v_k); s is the lower optimizer's rate:
@@ -117,15 +116,6 @@ class BAMM(Method):
                 "of its weight. Leave it out, or pass tb.Aggregation(...). "
                 f"Received: strategy={self.strategy}"
             )
-
-    @functools.cached_property
-    def rule(self) -> UpdateRule:
-        """The update of `lower_optimizer`."""
-        return UpdateRule(self.lower_optimizer, "lower_optimizer")
-
-    @property
-    def moves_lower(self) -> bool:
-        return True
 
     @property
     def couples_tasks(self) -> bool:

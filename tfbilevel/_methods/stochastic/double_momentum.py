@@ -12,17 +12,17 @@ from keras.optimizers.schedules import LearningRateSchedule
 from tfbilevel._calculus import structure
 from tfbilevel._calculus.aliases import Metrics, Nest, State
 from tfbilevel._core.batches import Batches
-from tfbilevel._core.method import Method, Step
+from tfbilevel._core.method import Step
 from tfbilevel._core.prepared import Prepared
 from tfbilevel._core.problem import Problem
 from tfbilevel._core.projection import fixed_projection
 from tfbilevel._core.schedules import InversePower, Schedule, as_rate
+from tfbilevel._methods.moves_lower import MovesLower
 from tfbilevel._methods.stochastic.recursive_momentum import as_momentum, recursive
-from tfbilevel._optimizers.update_rule import UpdateRule
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class DoubleMomentum(Method):
+class DoubleMomentum(MovesLower):
     """Steps of y and of x along directions with recursive momentum.
 
         u_k = g_y(x_k, y_k; S) + l_k ( u_{k-1} - g_y(x_{k-1}, y_{k-1}; S) )
@@ -48,11 +48,6 @@ class DoubleMomentum(Method):
         """h and its metrics, from lower batches 1, 2, ..."""
 
     @functools.cached_property
-    def rule(self) -> UpdateRule:
-        """The update of `lower_optimizer`."""
-        return UpdateRule(self.lower_optimizer, "lower_optimizer")
-
-    @functools.cached_property
     def scales(self) -> Schedule:
         """eta at every outer step."""
         return as_rate(self.scale, "scale")
@@ -64,10 +59,6 @@ class DoubleMomentum(Method):
             as_momentum(self.lower_momentum, "lower_momentum"),
             as_momentum(self.upper_momentum, "upper_momentum"),
         )
-
-    @property
-    def moves_lower(self) -> bool:
-        return True
 
     @property
     def couples_tasks(self) -> bool:

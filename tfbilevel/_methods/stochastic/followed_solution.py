@@ -9,14 +9,13 @@ from keras.optimizers.schedules import LearningRateSchedule
 
 from tfbilevel._calculus import structure
 from tfbilevel._calculus.aliases import Nest, State
-from tfbilevel._core.method import Method
 from tfbilevel._core.problem import Problem
 from tfbilevel._core.schedules import Schedule, as_rate
-from tfbilevel._optimizers.update_rule import UpdateRule
+from tfbilevel._methods.moves_lower import MovesLower
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class FollowedSolution(Method):
+class FollowedSolution(MovesLower):
     """One step of y by an optimizer and one of v by a rate, per outer step."""
 
     lower_optimizer: keras.optimizers.Optimizer
@@ -26,18 +25,9 @@ class FollowedSolution(Method):
         _ = self.rule, self.rates  # raises for invalid arguments
 
     @functools.cached_property
-    def rule(self) -> UpdateRule:
-        """The update of `lower_optimizer`."""
-        return UpdateRule(self.lower_optimizer, "lower_optimizer")
-
-    @functools.cached_property
     def rates(self) -> Schedule:
         """The step size of v at every outer step."""
         return as_rate(self.rate, "rate")
-
-    @property
-    def moves_lower(self) -> bool:
-        return True
 
     @property
     def couples_tasks(self) -> bool:

@@ -1,7 +1,6 @@
 """The two-timescale single loop."""
 
 import dataclasses
-import functools
 
 import keras
 import tensorflow as tf
@@ -10,16 +9,16 @@ from tfbilevel._calculus import structure
 from tfbilevel._calculus.aliases import Nest, State
 from tfbilevel._core.arguments import not_negative, require_count, require_number
 from tfbilevel._core.batches import Batches
-from tfbilevel._core.method import Method, Step
+from tfbilevel._core.method import Step
 from tfbilevel._core.problem import Problem
 from tfbilevel._core.projection import fixed_projection
+from tfbilevel._methods.moves_lower import MovesLower
 from tfbilevel._methods.stochastic.bsa import random_product
 from tfbilevel._methods.stochastic.series import require_series
-from tfbilevel._optimizers.update_rule import UpdateRule
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class TTSA(Method):
+class TTSA(MovesLower):
     r"""One stochastic lower step per upper step, on two time scales (TTSA).
 
         y_{k+1} = y_k - (k + 1)^{-b} update( g_y(x_k, y_k; S) )
@@ -82,19 +81,10 @@ class TTSA(Method):
                 f"upper_power={self.upper_power}"
             )
 
-    @functools.cached_property
-    def rule(self) -> UpdateRule:
-        """The update of `lower_optimizer`."""
-        return UpdateRule(self.lower_optimizer, "lower_optimizer")
-
     @property
     def draws(self) -> int:
         """The largest number of lower batches that one step uses."""
         return 1 + self.max_steps
-
-    @property
-    def moves_lower(self) -> bool:
-        return True
 
     @property
     def couples_tasks(self) -> bool:
