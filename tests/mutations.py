@@ -125,8 +125,8 @@ FAULTS = [
     Fault(
         "stocbio",
         "g_xy on the batch of the last factor, not on the one after it",
-        "self.draws - 1",
-        "self.draws - 2",
+        "after = first + (terms if stride else 1)",
+        "after = first + (terms if stride else 1) - 1",
         ("test_stochastic.py -k stocbio",),
     ),
     Fault(
