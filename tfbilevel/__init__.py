@@ -89,7 +89,10 @@ from tfbilevel._methods.penalty.augmented_lagrangian import (
     AugmentedLagrangian as AugmentedLagrangian,
 )
 from tfbilevel._methods.penalty.bome import BOME as BOME
+from tfbilevel._methods.penalty.bvfsm import BVFSM as BVFSM
 from tfbilevel._methods.penalty.f2sa import F2SA as F2SA
+from tfbilevel._methods.penalty.f3sa import F3SA as F3SA
+from tfbilevel._methods.penalty.gaffa import GAFFA as GAFFA
 from tfbilevel._methods.penalty.gradient_norm import GradientNorm as GradientNorm
 from tfbilevel._methods.penalty.meha import MEHA as MEHA
 from tfbilevel._methods.penalty.penalty_schedule import (
