@@ -52,11 +52,14 @@ class Slices:
         return -self.coupling(draw).T @ y
 
 
-def assert_follows(method: tb.Method, wanted: Callable[[], Any]) -> None:
+def assert_follows(
+    method: tb.Method, wanted: Callable[[], Any], xla: bool = False
+) -> None:
     """`wanted()` yields (x, y) after every step."""
     step = tf.function(
         lambda x, y, batches, state: PROBLEM.step(method, x, y, batches, state),
         autograph=False,
+        jit_compile=xla,
     )
     x, y = tf.constant(X), tf.constant(Y)
     state = method.init(PROBLEM, x, y)
@@ -240,8 +243,11 @@ UNBIASED = {
     fast_where("soba".__eq__, [name for name in UNBIASED if name[:4] != "bome"]),
 )
 def test_the_mean_over_all_batches_is_the_step_of_the_mean_loss(name: str) -> None:
+    assert_unbiased(UNBIASED[name]())
+
+
+def assert_unbiased(method: Any) -> None:
     """Exact enumeration of three minibatches, from a state with momentum in it."""
-    method = UNBIASED[name]()
     x, y = tf.constant(X), tf.constant(Y)
     begun = PROBLEM.step(method, x, y, FULL, method.init(PROBLEM, x, y))
     x, y = x - UPPER_RATE * begun.upper_gradient, begun.lower
