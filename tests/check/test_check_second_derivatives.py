@@ -98,6 +98,10 @@ def branched(function: Callable) -> Callable:
     return lambda z: tf.cond(tf.size(z) > 0, lambda: function(z), lambda: z)
 
 
+def norm(lower: Any) -> tf.Tensor:
+    return tf.reduce_sum(lower.trainable_variables[0] ** 2)
+
+
 REFUSED = {
     "fractional": (fractional, "FractionalMaxPoolGrad", "tf.nn.max_pool2d"),
     "dilation": (dilation, "Dilation2DBackpropInput", "extract_patches"),
@@ -140,6 +144,9 @@ def test_refused_by_name_before_work_is_lost(name: str, tmp_path: Any) -> None:
         tb.F2SA(tb.InnerSolver(SGD(0.1), 1), SGD(0.1), 1.0),
         tb.BOME(tb.InnerSolver(SGD(0.1), 1), SGD(0.1)),
         tb.MEHA(SGD(0.1)),
+        tb.F3SA(SGD(0.1), 1.0),
+        tb.BVFSM(tb.InnerSolver(SGD(0.1), 1), SGD(1e-3), 1, slack=1e3),
+        tb.GAFFA(SGD(0.1), lambda upper, lower: 0.1 - upper(None)[0] + norm(lower)),
         tb.FiniteDifference(tb.InnerSolver(SGD(0.1), 1)),
         tb.RankOne(tb.InnerSolver(SGD(0.1), 2)),
         tb.Unroll(

@@ -230,6 +230,9 @@ BAD: dict[str, tuple[Callable[[], Any], list[str]]] = {
             (tb.F2SA, {"inner": inner(), "weight": 1.0}),
             (tb.BOME, {"inner": inner()}),
             (tb.MEHA, {}),
+            (tb.F3SA, {"weight": 1.0}),
+            (tb.BVFSM, {"inner": inner(), "steps": 2}),
+            (tb.GAFFA, {"constraints": lambda x, y: y}),
             (tb.AugmentedLagrangian, {"steps": 2}),
         )
     },

@@ -54,6 +54,12 @@ def plain(steps=3):
     return tb.InnerSolver(SGD(0.2), steps)
 
 
+def squares(upper, lower):
+    """Constraints of both models."""
+    of_upper = sum(tf.reduce_mean(v**2) for v in upper.trainable_variables)
+    return [tf.reduce_sum(v**2) - 0.1 * of_upper for v in lower.trainable_variables]
+
+
 METHODS = {
     "unroll": lambda: tb.Unroll(inner()),
     "unroll-checkpoint": lambda: tb.Unroll(inner(), memory="checkpoint"),
@@ -91,6 +97,9 @@ METHODS = {
     "f2sa": lambda: tb.F2SA(plain(2), SGD(0.1), 2.0),
     "bome": lambda: tb.BOME(plain(2), SGD(0.1)),
     "meha": lambda: tb.MEHA(SGD(0.1)),
+    "f3sa": lambda: tb.F3SA(SGD(0.1), 2.0),
+    "bvfsm": lambda: tb.BVFSM(plain(2), SGD(0.02), 2),
+    "gaffa": lambda: tb.GAFFA(SGD(0.1), squares),
     "value-gap": lambda: tb.ValueGap(inner(), SGD(0.1), weight=2.0),
     "value-gap-constant": lambda: tb.ValueGap(None, SGD(0.1), weight=2.0),
     "gradient-norm": lambda: tb.GradientNorm(SGD(0.1), weight=2.0),

@@ -133,6 +133,9 @@ METHODS: dict[str, Callable[[], tb.Method]] = {
     "sustain": lambda: tb.SUSTAIN(SGD(0.1), 2, 0.2),
     "f2sa": lambda: tb.F2SA(inner(), SGD(0.1), 1.7),
     "meha": lambda: tb.MEHA(SGD(0.1)),
+    "f3sa": lambda: tb.F3SA(SGD(0.1), 1.7),
+    # The tasks are inside, outside and left at different steps.
+    "bvfsm": lambda: tb.BVFSM(inner(), SGD(0.1), 3, slack=0.5),
     "value-gap": lambda: tb.ValueGap(inner(), SGD(0.1), 1.7),
     "gradient-norm": lambda: tb.GradientNorm(SGD(0.1), 1.7),
     "augmented-lagrangian": lambda: tb.AugmentedLagrangian(
@@ -169,6 +172,8 @@ RELATIVES = {
     "amigo",
     "fsla",
     "meha",
+    "f3sa",
+    "bvfsm",
 }
 
 
@@ -223,6 +228,8 @@ APART = [
     "sustain",
     "f2sa",
     "meha",
+    "f3sa",
+    "bvfsm",
     "value-gap",
     "augmented-lagrangian",
 ]

@@ -83,13 +83,16 @@ class BVFSM(MovesLower):
     A barrier must not be left, and whether q < 0 is tested at every point, on the batch
     of that step. From a y outside, also at the start, the step goes half of the way to
     z instead, and a y that is outside at the end is replaced by z. z is always inside.
-    (The paper assumes a y inside; its code moves the barrier with y instead.)
+    (The paper assumes a y inside; its code moves the barrier with y instead.) Begin
+    with a wide barrier, s as large as g varies: y is inside then, and goes to the best
+    of several minima before the barrier becomes narrow.
 
     Cost: T_z + T_y + 2 lower gradients, T_y + 1 upper ones and T_y + 1 values of g; no
     second derivatives. Memory: one more copy of y. The curvature of the barrier near
-    its boundary is about |f_y|^2 / sigma, so the rate of y must fall with sigma. Prefer
-    `ValueGap` or `BOME` if g is convex: they need no schedules of four numbers. Prefer
-    `Implicit` where second derivatives are affordable.
+    its boundary is about |f_y|^2 / sigma, so the rate of y must fall with sigma. P is
+    not linear, so steps of minibatches are biased. Prefer `ValueGap` or `BOME` if g is
+    convex: they need no schedules of four numbers. Prefer `Implicit` where second
+    derivatives are affordable.
 
     Slices of a stacked lower batch: those of z's steps, of y's steps, one for d_x
     (`tb.pair(..., lower_batches=method.draws)`); with fewer they repeat.
@@ -121,9 +124,9 @@ class BVFSM(MovesLower):
         ... )
         >>> inner = tb.InnerSolver(keras.optimizers.SGD(0.5), steps=10)
         >>> method = tb.BVFSM(inner, keras.optimizers.SGD(0.02), steps=10,
-        ...     relaxation=0.02, slack=1e-3)
+        ...     relaxation=0.05, slack=tb.Geometric(10.0, 0.99))
         >>> result = tb.minimize(problem, method, tf.constant(3.0), tf.constant(0.0),
-        ...     keras.optimizers.SGD(0.05), tb.Batches(None, None), steps=500)
+        ...     keras.optimizers.SGD(0.05), tb.Batches(None, None), steps=800)
         >>> round(float(result.upper), 1), round(float(result.lower), 1)
         (0.5, 0.5)
 
@@ -140,7 +143,7 @@ class BVFSM(MovesLower):
     _: dataclasses.KW_ONLY
     penalty: str = "log"
     relaxation: Number = InversePower(0.1, 0.5)
-    slack: Number = InversePower(0.1, 0.5)
+    slack: Number = InversePower(1.0, 0.5)
     auxiliary_ridge: Number = InversePower(0.01, 1.0)
     lower_ridge: Number = InversePower(0.01, 1.0)
 
@@ -327,7 +330,7 @@ class BVFSM(MovesLower):
             return (
                 t + 1,
                 moved,
-                _stayed(outside, optimizer, after),
+                after._replace(slots=here.where(outside, optimizer.slots, after.slots)),
                 tf.where(t == 0, size, begun),
                 size,
                 count + tf.cast(outside, size.dtype),
@@ -367,14 +370,3 @@ def _with_ridge(here: Prepared, weight: tf.Tensor) -> Prepared:
         made = dataclasses.replace(loss, each=ridged)
     problem = dataclasses.replace(here.problem, lower_loss=made)
     return dataclasses.replace(here, problem=problem)
-
-
-def _stayed(outside: tf.Tensor, before: Any, after: Any) -> Any:
-    """The optimizer's state before its update for y that were outside."""
-
-    def chosen(old: tf.Tensor, new: tf.Tensor) -> tf.Tensor:
-        if new.shape.rank < outside.shape.rank:
-            return new  # a counter of all tasks
-        return structure.where(outside, old, new)
-
-    return tf.nest.map_structure(chosen, before, after)
