@@ -174,6 +174,7 @@ ENTRIES: dict[str, Entry] = {
         ),
         3 * TERMS + 3,
     ),
+    "F3SA": Entry(lambda r, p: tb.F3SA(sgd(r, p), tb.LinearRamp(1.0, 100.0, 5000)), 12),
     "BOME": Entry(lambda r, p: tb.BOME(inner(r, TERMS), sgd(r, p)), TERMS + 3),
     "MEHA": Entry(lambda r, p: tb.MEHA(sgd(r, p)), 6),
     "Implicit, full batch": Entry(

@@ -18,6 +18,7 @@ from test_recursions_penalty import (
 from test_stochastic import COUPLINGS, HESSIANS, PROBLEM, SGD, X, Y
 
 import tfbilevel as tb
+from tfbilevel._keras.replicas.strategies import require_together
 
 
 def float64(*values: Any) -> list[tf.Tensor]:
@@ -244,6 +245,10 @@ def test_a_barrier_that_stays_left_is_reported() -> None:
             "`initial_multiplier` must be",
         ),
         (
+            lambda: tb.GAFFA(SGD(0.1), constraints, initial_multiplier=-np.ones(3)),
+            "`initial_multiplier` must be from 0",
+        ),
+        (
             lambda: tb.GAFFA(SGD(0.1), constraints, upper_weight=-1.0),
             "`upper_weight` must not be negative",
         ),
@@ -259,7 +264,7 @@ def test_ranges(build: Callable, message: str) -> None:
     [
         (of_batch, {}, "`initial_multiplier` must be a nest"),
         (lambda x, y: y > 0, {}, "`constraints` must be floating"),
-        (lambda x, y: [], {}, "`constraints` must have at least one"),
+        (lambda x, y: [], {}, "`constraints` must have at least one value"),
         (
             constraints,
             {"initial_multiplier": np.zeros(3)},
@@ -284,6 +289,13 @@ def test_tasks_are_refused() -> None:
     method = tb.GAFFA(SGD(0.1), constraints)
     with pytest.raises(ValueError, match="tb.GAFFA takes no tasks(.|\n)*Received: "):
         method.init(tb.over_tasks(PROBLEM), *float64(X, Y[None]))
+
+
+def test_constraints_of_the_batch_are_refused_on_several_replicas() -> None:
+    require_together(tb.GAFFA(SGD(0.1), constraints), PROBLEM)
+    method = tb.GAFFA(SGD(0.1), of_batch, initial_multiplier=np.zeros(2))
+    with pytest.raises(ValueError, match="on several replicas(.|\n)*Received: "):
+        require_together(method, PROBLEM)
 
 
 def bounded(upper: Any, lower: Any) -> Any:

@@ -306,7 +306,8 @@ class BVFSM(MovesLower):
 
         def outside_at(gap: tf.Tensor) -> tf.Tensor:
             # Not gap >= 0: what is not a number is not inside.
-            return ~(gap < 0) if self.is_barrier else tf.zeros_like(gap, tf.bool)
+            inside = gap < 0 if self.is_barrier else tf.ones_like(gap, tf.bool)
+            return tf.logical_not(inside)
 
         def body(t: tf.Tensor, y: Any, optimizer: Any, *counts: Any) -> tuple:
             begun, _, count = counts

@@ -175,11 +175,7 @@ class F3SA(MovesLower):
             before.lower_gradient(last.auxiliary, 0)[1],
             estimates.z,
         )
-        f_y = smoothed(
-            here.upper_partials(y)[2],
-            before.upper_partials(last.lower)[2],
-            estimates.f_y,
-        )
+        f_y = smoothed(_f_y(here, y), _f_y(before, last.lower), estimates.f_y)
         g_y = smoothed(
             here.lower_gradient(y, 1)[1],
             before.lower_gradient(last.lower, 1)[1],
@@ -221,6 +217,14 @@ class F3SA(MovesLower):
                 **metrics,
             },
         )
+
+
+def _f_y(here: Prepared, y: Nest) -> Any:
+    """f_y, zero for what f does not depend on: g does."""
+    _, (slope,) = derivatives.value_and_partials(
+        lambda y: here.problem.upper_loss(here.upper, y, here.batches.upper), y
+    )
+    return derivatives.fill_zeros(slope, y)
 
 
 def _of_upper(here: Prepared, y: Nest, z: Nest, like: tf.Tensor) -> tuple[Any, Any]:

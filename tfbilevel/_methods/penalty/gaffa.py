@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,12 +11,7 @@ from keras.optimizers.schedules import LearningRateSchedule
 
 from tfbilevel._calculus import derivatives, structure
 from tfbilevel._calculus.aliases import Nest, State
-from tfbilevel._core.arguments import (
-    positive,
-    require_callable,
-    require_number,
-    takes,
-)
+from tfbilevel._core.arguments import positive, require_callable, require_number
 from tfbilevel._core.batches import Batches
 from tfbilevel._core.method import Step
 from tfbilevel._core.prepared import Prepared
@@ -26,8 +20,11 @@ from tfbilevel._core.projection import fixed_projection
 from tfbilevel._core.schedules import InversePower, Schedule, as_weight
 from tfbilevel._methods.moves_lower import MovesLower
 from tfbilevel._methods.penalty.divergence import grown
+from tfbilevel._methods.penalty.lower_constraints import (
+    LowerConstraints,
+    require_between,
+)
 from tfbilevel._optimizers.update_rule import UpdateRule
-from tfbilevel._randomness.seeds import LOWER_LOSS, ROLE, Noisy, as_seed, folded
 
 LAST = 1  # the number of the lower batch of everything after the step of theta
 
@@ -107,9 +104,10 @@ class GAFFA(MovesLower):
 
     Raises:
         ValueError: for an unsupported optimizer, constraints that are not a function or
-            an argument out of its range; in `init` over tasks, for values that are not
-            floating or have no static shape, and for constraints of a batch without a
-            nest as `initial_multiplier`.
+            an argument out of its range; in `init` over tasks, for values without a
+            static shape, and for constraints of a batch without a nest as
+            `initial_multiplier`; for values that are not floating, or not like the
+            multipliers; on several replicas for constraints of a batch.
 
     Example:
         >>> problem = tb.Problem(
@@ -144,14 +142,7 @@ class GAFFA(MovesLower):
         require_callable(self.constraints, "constraints")
         for name in ("smoothing", "multiplier_smoothing", "largest_multiplier"):
             require_number(getattr(self, name), name, positive, "above 0")
-        if isinstance(self.initial_multiplier, numbers.Real):
-            most = self.largest_multiplier
-            require_number(
-                self.initial_multiplier,
-                "initial_multiplier",
-                lambda v: 0 <= v <= most,
-                f"from 0 to `largest_multiplier`, {most:g}",
-            )
+        require_between(self.initial_multiplier, self.largest_multiplier)
 
     @functools.cached_property
     def rules(self) -> tuple[UpdateRule, UpdateRule]:
@@ -166,10 +157,10 @@ class GAFFA(MovesLower):
         """w at every outer step."""
         return as_weight(self.upper_weight, "upper_weight")
 
-    @property
-    def reads_batches(self) -> bool:
-        """Whether the constraints are functions of the lower batch too."""
-        return takes(self.constraints, 3)
+    @functools.cached_property
+    def held(self) -> LowerConstraints:
+        """The constraints."""
+        return LowerConstraints(self.constraints)
 
     @property
     def draws(self) -> int:
@@ -188,7 +179,7 @@ class GAFFA(MovesLower):
                 "or tb.MEHA. Received: a problem over tasks"
             )
         upper, lower = structure.to_tensors((upper, lower))
-        multiplier = self._begun(problem, upper, lower)
+        multiplier = self.held.begun(problem, upper, lower, self.initial_multiplier)
         return {
             "step": tf.constant(0, tf.int64),
             "optimizer": self.rule.init(lower),
@@ -205,7 +196,7 @@ class GAFFA(MovesLower):
         here = problem.prepared(upper, batches)
         weight, y = self._weight(state, lower), structure.to_tensors(lower)
         z = state["multiplier"]
-        values = self._constraints(here, y, z)
+        values = self.held.values(here, y, z, LAST)
         made = self._maximisers(here, y, state, values)
         theta, multiplier, _ = made
         seen: dict[str, Any] = {}
@@ -263,7 +254,7 @@ class GAFFA(MovesLower):
     ) -> Callable[[Nest], tf.Tensor]:
         at, weight = problem.prepared(upper, batches), self._weight(state, lower)
         y, z = structure.to_tensors(lower), state["multiplier"]
-        values = self._constraints(at, y, z)
+        values = self.held.values(at, y, z, LAST)
         theta, multiplier, _ = self._maximisers(at, y, state, values)
 
         def value(x: Nest) -> tf.Tensor:
@@ -279,25 +270,12 @@ class GAFFA(MovesLower):
         dtype = structure.to_tensors(tf.nest.flatten(lower)[0]).dtype
         return tf.cast(self.schedule(state["step"]), dtype)
 
-    def _of_three(self, x: Any, y: Any, batch: Any) -> Any:
-        """The user's function, called with as much as it takes."""
-        return self.constraints(*((x, y, batch) if self.reads_batches else (x, y)))
-
-    def _constraints(
-        self, here: Prepared, y: Nest, multiplier: Nest, draw: Any = LAST
-    ) -> Any:
-        """h, after a check that it is like the multipliers."""
-        values = here.evaluated(self._of_three, y, draw)
-        rule = "return values like the multipliers"
-        structure.require_like(values, multiplier, "constraints", rule)
-        return values
-
     def _lagrangian(
         self, here: Prepared, y: Nest, multiplier: Nest, draw: Any = LAST
     ) -> tuple[tf.Tensor, Any]:
         """g + <multiplier, h> in the first lower leaf's dtype, and h."""
         dtype = tf.nest.flatten(y)[0].dtype
-        values = self._constraints(here, y, multiplier, draw)
+        values = self.held.values(here, y, multiplier, draw)
         held = structure.dot(multiplier, values)
         return tf.cast(here.lower_loss(y, draw), dtype) + tf.cast(held, dtype), values
 
@@ -319,53 +297,6 @@ class GAFFA(MovesLower):
             here.problem.projected_lower(here.upper, theta),
             tf.nest.map_structure(tf.nn.relu, raised),
             optimizer,
-        )
-
-    def _begun(self, problem: Problem, upper: Nest, lower: Nest) -> Any:
-        """z at the start."""
-        number = isinstance(self.initial_multiplier, numbers.Real)
-        if self.reads_batches:
-            if number:
-                raise ValueError(
-                    "`initial_multiplier` must be a nest like the values of the "
-                    "constraints if these read the batch: how many there are is not "
-                    "known before the first batch. Pass for example np.zeros([100]). "
-                    f"Received: initial_multiplier={self.initial_multiplier!r}"
-                )
-            made = structure.copied(self.initial_multiplier)
-            _require_values(made, "initial_multiplier")
-            return made
-        seed = folded(as_seed(problem.seed), ROLE, LOWER_LOSS)
-        values = problem._evaluated(self._of_three, upper, lower, Noisy(None, seed))
-        _require_values(values, "constraints")
-        if not number:
-            made = structure.copied(self.initial_multiplier)
-            rule = "be a number, or like the values of the constraints"
-            structure.require_like(made, values, "initial_multiplier", rule)
-            return made
-        return tf.nest.map_structure(
-            lambda v: tf.fill(
-                v.shape, structure.scalar(self.initial_multiplier, v.dtype)
-            ),
-            values,
-        )
-
-
-def _require_values(values: Any, name: str) -> None:
-    """Raise unless they are floating tensors of static shapes."""
-    leaves = tf.nest.flatten(values)
-    for leaf in leaves:
-        if not leaf.dtype.is_floating or not leaf.shape.is_fully_defined():
-            raise ValueError(
-                f"`{name}` must be floating tensors of static shapes, one entry per "
-                "constraint. Cast them, and return the constraints' values, not "
-                f"whether they hold. Received: shape {leaf.shape}, dtype "
-                f"{leaf.dtype.name}"
-            )
-    if not leaves:
-        raise ValueError(
-            f"`{name}` must have at least one entry. Use tb.MEHA without constraints. "
-            f"Received: {values!r}"
         )
 
 
