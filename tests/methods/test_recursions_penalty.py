@@ -72,7 +72,7 @@ SIGMA = {"log": 0.4, "inverse": 0.4, "quadratic": 8.0}
 
 def bvfsm(penalty: str) -> Callable:
     def steps() -> Any:
-        x, y, z = X, Y, Y
+        x, y, z, velocity = X, Y, Y, 0 * Y
         inside, outside = 0, 0
         for k in range(STEPS):
             at, mu, theta = Slices(k), 0.3 / (k + 1), 0.2 / (k + 1)
@@ -89,7 +89,8 @@ def bvfsm(penalty: str) -> Callable:
                 if penalty == "quadratic" or q < 0:
                     weight = SLOPES[penalty](q, sigma)
                     along = y - TARGET + weight * at.g_y(t, x, y) + theta * y
-                    y, inside = y - 0.1 * along, inside + 1
+                    velocity = 0.5 * velocity - 0.1 * along
+                    y, inside = y + velocity, inside + 1
                 else:
                     y, outside = (y + z) / 2, outside + 1
             if penalty != "quadratic" and gap(5, y) >= 0:
@@ -179,7 +180,7 @@ def of_gaffa(function: Callable, rows: Rows, **options: Any) -> tb.GAFFA:
 def of_bvfsm(penalty: str) -> tb.BVFSM:
     return tb.BVFSM(
         INNER,
-        SGD(0.1),
+        SGD(0.1, momentum=0.5),  # exact in float32, in which Keras keeps it
         3,
         penalty=penalty,
         relaxation=tb.Geometric(SIGMA[penalty], 0.9),
