@@ -77,6 +77,7 @@ class BVFSM(MovesLower):
         "inverse":    P(q) = -sigma / q             a barrier: q < 0
         "quadratic":  P(q) = max(q, 0)^2 / (2 sigma)
 
+    ("log" is that of the paper of 2021; that of 2023 truncates it far from q = 0.)
     sigma, s, mu and theta go to 0 with the outer steps, and phi to f(x, y*(x)), for y*
     the best for f of all lower solutions (optimistic). g need not be convex.
 
