@@ -212,39 +212,34 @@ def f3sa(oracle: Oracle, x: Vector, y: Vector) -> tuple[Vector, Vector]:
     return references.value_gap(oracle, x, end, z, WEIGHT)[0], end
 
 
-WIDE, NARROW = 30.0, 0.5  # no y is outside of the one, all are of the other
+SLACK = 30.0  # no y is outside
 
 
-def bvfsm(slope: Callable[[float], float], slack: float = WIDE) -> Callable:
+def bvfsm(oracle: Oracle, x: Vector, y: Vector) -> tuple[Vector, Vector]:
     """z makes 3 steps and y 2. r cancels in the difference of g."""
+    h, linear = oracle.hessian(x), oracle.linear(x)
+    z = y
+    for _ in range(3):
+        z = z - oracle.rate * (oracle.g_y(x, z) + 0.1 * z)
 
-    def expected(oracle: Oracle, x: Vector, y: Vector) -> tuple[Vector, Vector]:
-        h, linear = oracle.hessian(x), oracle.linear(x)
-        z = y
-        for _ in range(3):
-            z = z - oracle.rate * (oracle.g_y(x, z) + 0.1 * z)
+    def weight(y: Vector) -> float:
+        gap = 0.5 * (y @ h @ y - z @ h @ z) - linear @ (y - z)
+        return WEIGHT / (SLACK + 0.05 * z @ z - gap)
 
-        def weight(y: Vector) -> float:
-            gap = 0.5 * (y @ h @ y - z @ h @ z) - linear @ (y - z)
-            return slope(gap - 0.05 * z @ z - slack)
-
-        for _ in range(2):
-            along = oracle.f_y(x, y) + weight(y) * oracle.g_y(x, y) + 0.2 * y
-            y = y - LOWER_RATE * along
-        gap = oracle.g_x(x, y) - oracle.g_x(x, z)
-        return oracle.f_x(x, y) + weight(y) * gap, y
-
-    return expected
+    for _ in range(2):
+        along = oracle.f_y(x, y) + weight(y) * oracle.g_y(x, y) + 0.2 * y
+        y = y - LOWER_RATE * along
+    gap = oracle.g_x(x, y) - oracle.g_x(x, z)
+    return oracle.f_x(x, y) + weight(y) * gap, y
 
 
-def of_bvfsm(penalty: str, slack: float = WIDE) -> Callable[[Oracle], tb.Method]:
-    return lambda oracle: tb.BVFSM(
+def of_bvfsm(oracle: Oracle) -> tb.Method:
+    return tb.BVFSM(
         inner(oracle, 3),
         rate(),
         2,
-        penalty=penalty,
         relaxation=WEIGHT,
-        slack=slack,
+        slack=SLACK,
         auxiliary_ridge=0.1,
         lower_ridge=0.2,
     )
@@ -451,19 +446,7 @@ METHODS = [
         None,
         True,
     ),
-    Row("bvfsm-log", of_bvfsm("log"), bvfsm(lambda q: WEIGHT / -q)),
-    Row(
-        "bvfsm-inverse",
-        of_bvfsm("inverse"),
-        bvfsm(lambda q: WEIGHT / q**2),
-        oracles=("scalar",),
-    ),
-    Row(
-        "bvfsm-quadratic",
-        of_bvfsm("quadratic", NARROW),
-        bvfsm(lambda q: max(q, 0) / WEIGHT, NARROW),
-        oracles=("scalar",),
-    ),
+    Row("bvfsm", of_bvfsm, bvfsm),
     Row(
         "gaffa",
         lambda oracle: tb.GAFFA(

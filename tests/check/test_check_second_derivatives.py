@@ -11,6 +11,7 @@ import pytest
 import sweep_second_derivatives as sweep
 import tensorflow as tf
 from small_models import SGD, unroll
+from suites import fast_where
 
 import tfbilevel as tb
 from tfbilevel._calculus import derivatives
@@ -139,21 +140,26 @@ def test_refused_by_name_before_work_is_lost(name: str, tmp_path: Any) -> None:
 
 @pytest.mark.parametrize(
     "method",
-    [
-        tb.ValueGap(tb.InnerSolver(SGD(0.1), 1), SGD(0.1), 1.0),
-        tb.F2SA(tb.InnerSolver(SGD(0.1), 1), SGD(0.1), 1.0),
-        tb.BOME(tb.InnerSolver(SGD(0.1), 1), SGD(0.1)),
-        tb.MEHA(SGD(0.1)),
-        tb.F3SA(SGD(0.1), 1.0),
-        tb.BVFSM(tb.InnerSolver(SGD(0.1), 1), SGD(1e-3), 1, slack=1e3),
-        tb.GAFFA(SGD(0.1), lambda upper, lower: 0.1 - upper(None)[0] + norm(lower)),
-        tb.FiniteDifference(tb.InnerSolver(SGD(0.1), 1)),
-        tb.RankOne(tb.InnerSolver(SGD(0.1), 2)),
-        tb.Unroll(
-            tb.InnerSolver(SGD(0.1), 2, learned_rate=lambda u: tf.reduce_mean(u(None))),
-            first_order=True,
-        ),
-    ],
+    fast_where(
+        lambda method: not isinstance(method, tb.F3SA | tb.BVFSM | tb.GAFFA),
+        [
+            tb.ValueGap(tb.InnerSolver(SGD(0.1), 1), SGD(0.1), 1.0),
+            tb.F2SA(tb.InnerSolver(SGD(0.1), 1), SGD(0.1), 1.0),
+            tb.BOME(tb.InnerSolver(SGD(0.1), 1), SGD(0.1)),
+            tb.MEHA(SGD(0.1)),
+            tb.F3SA(SGD(0.1), 1.0),
+            tb.BVFSM(tb.InnerSolver(SGD(0.1), 1), SGD(1e-3), 1, slack=1e3),
+            tb.GAFFA(SGD(0.1), lambda upper, lower: 0.1 - upper(None)[0] + norm(lower)),
+            tb.FiniteDifference(tb.InnerSolver(SGD(0.1), 1)),
+            tb.RankOne(tb.InnerSolver(SGD(0.1), 2)),
+            tb.Unroll(
+                tb.InnerSolver(
+                    SGD(0.1), 2, learned_rate=lambda u: tf.reduce_mean(u(None))
+                ),
+                first_order=True,
+            ),
+        ],
+    ),
     ids=lambda method: type(method).__name__,
 )
 def test_first_order_methods_are_not_held_to_it(method: tb.Method) -> None:

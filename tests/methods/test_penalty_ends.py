@@ -78,16 +78,16 @@ def test_a_box_whose_bound_is_learned() -> None:
     method = tb.GAFFA(
         SGD(0.1),
         lambda x, y: {"above": y["v"] - x, "below": [-1.0 - y["v"][:, None]]},
-        upper_weight=0.005,
+        upper_weight=0.01,
     )
     found = tb.minimize(
         problem,
         method,
         *float64(0.0),
         {"v": tf.zeros([3], tf.float64)},
-        SGD(0.2),
+        SGD(0.4),
         NOTHING,
-        steps=9000,
+        steps=4000,
     )
     # Only the first bound moves y, so x minimises (x - 2)^2 / 2 + x^2 / 2.
     np.testing.assert_allclose(found.upper, 1.0, atol=0.02)
@@ -95,8 +95,7 @@ def test_a_box_whose_bound_is_learned() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("penalty", ["log", "quadratic"])
-def test_the_best_of_many_lower_solutions(penalty: str) -> None:
+def test_the_best_of_many_lower_solutions() -> None:
     """min (x - 2)^2 + |y - 4|^2 over the minima of sin(x + y_i - 2), from (0, 0).
 
     y_i = 2 + c - x with c = 3 pi / 2, the minimum nearest to 4, and then
@@ -106,24 +105,21 @@ def test_the_best_of_many_lower_solutions(penalty: str) -> None:
         lambda x, y, batch: (x - 2.0) ** 2 + tf.reduce_sum((y - 4.0) ** 2),
         lambda x, y, batch: tf.reduce_sum(tf.sin(x + y - 2.0)),
     )
-    barrier = penalty == "log"
     method = tb.BVFSM(
         tb.InnerSolver(SGD(0.1), 20),
         SGD(0.01),
         20,
-        penalty=penalty,
-        relaxation=tb.Geometric(1.0 if barrier else 20.0, 0.995 if barrier else 0.99),
+        relaxation=tb.Geometric(1.0, 0.995),
         # Wider than the range of g at first, so that y is free to go to its valley.
-        slack=tb.Geometric(5.0, 0.99) if barrier else 0.0,
+        slack=tb.Geometric(5.0, 0.99),
     )
     found = tb.minimize(
         problem, method, *float64(0.0, [0.0, 0.0]), SGD(0.02), NOTHING, steps=500
     )
     c = 1.5 * np.pi
     x = (2 * c - 2) / 3
-    near = 0.1 if barrier else 0.25
-    assert abs(found.upper - x) < near
-    np.testing.assert_allclose(found.lower, 2 + c - x, atol=near)
+    assert abs(found.upper - x) < 0.1
+    np.testing.assert_allclose(found.lower, 2 + c - x, atol=0.1)
     assert found.metrics["infeasible"] == 0
 
 

@@ -231,7 +231,7 @@ def test_estimates_are_unbiased(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["log", "quadratic", "gaffa"])
+@pytest.mark.parametrize("name", ["log", "gaffa"])
 def test_the_check_agrees(name: str) -> None:
     """The gradient is that of `objective`, where more than one term of it is active."""
     method, x, y = CASES[name][0](), tf.constant(X), tf.constant(Y)

@@ -228,7 +228,6 @@ APART = [
     "sustain",
     "f2sa",
     "meha",
-    "f3sa",
     "bvfsm",
     "value-gap",
     "augmented-lagrangian",
