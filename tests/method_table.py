@@ -222,7 +222,7 @@ def bvfsm(oracle: Oracle, x: Vector, y: Vector) -> tuple[Vector, Vector]:
     for _ in range(3):
         z = z - oracle.rate * (oracle.g_y(x, z) + 0.1 * z)
 
-    def weight(y: Vector) -> float:
+    def weight(y: Vector) -> Any:
         gap = 0.5 * (y @ h @ y - z @ h @ z) - linear @ (y - z)
         return WEIGHT / (SLACK + 0.05 * z @ z - gap)
 
