@@ -63,6 +63,7 @@ def test_a_projection_on_a_half_space() -> None:
         error = found.upper - x_wanted, found.lower - y_wanted, [z - z_wanted]
         errors.append(np.abs(np.concatenate(error)).max())
         assert found.metrics["violation"] < 1e-3
+        assert 0 < found.metrics["gap"] < w**2  # 0 where y solves the lower problem
     assert errors[1] < 0.02 and 3.5 < errors[0] / errors[1] < 4.5
 
 
