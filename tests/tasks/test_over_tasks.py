@@ -216,11 +216,7 @@ APART = [
     "gradient-solver",
     "stocbio",
     "bamm",
-    "soba",
-    "fsla",
-    "amigo",
-    "mrbo",
-    "sustain",
+    "soba",  # and all others that follow the linear system's solution
     "f2sa",
     "meha",
     "value-gap",
