@@ -81,7 +81,16 @@ MODES = ("eager", "graph", "xla")
 
 
 # Their recursions over several steps are tested by themselves, in graphs.
-BY_STEPS = {"fsla", "amigo", "mrbo", "sustain", "meha", "implicit-minres"}
+BY_STEPS = {
+    "srba",
+    "fsla",
+    "amigo",
+    "mrbo",
+    "vrbo",
+    "sustain",
+    "meha",
+    "implicit-minres",
+}
 
 
 def in_every_mode(row: Row, oracle: Oracle, dtype: str) -> bool:

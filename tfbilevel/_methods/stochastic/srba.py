@@ -146,7 +146,7 @@ class SRBA(FollowedSolution):
         after = structure.add_scaled(solution, -self.rates(step), along_v)
         if self.radius is not None:
             size = norm(after)
-            inside = structure.ratio(tf.cast(self.radius, size.dtype), size)
+            inside = structure.ratio(structure.scalar(self.radius, size.dtype), size)
             after = structure.scale(tf.where(size > self.radius, inside, 1), after)
         return Step(
             upper_gradient=spoiled(along_x, along_v),
