@@ -72,8 +72,7 @@ class Stack:
 
     def at(self, slices: Any, part: int | None) -> Data:
         rows = self.rows[np.asarray(slices) % DRAWS].reshape(-1)
-        size = ROWS // PARTS
-        targets = TARGETS if part is None else TARGETS[part * size : (part + 1) * size]
+        targets = TARGETS if part is None else TARGETS[part::PARTS]
         return Data(HESSIANS[rows].mean(0), COUPLINGS[rows].mean(0), targets)
 
     def all(self) -> Data:
@@ -190,8 +189,7 @@ def test_steps_are_those_of_the_paper(name: str, mode: str) -> None:
 
 def one_slice(i: int, part: int) -> tb.Batches:
     """A minibatch of each level."""
-    size = ROWS // PARTS
-    targets = tf.constant(TARGETS[part * size : (part + 1) * size])
+    targets = tf.constant(TARGETS[part::PARTS])
     return tb.Batches(targets, (tf.constant(HESSIANS[i]), tf.constant(COUPLINGS[i])))
 
 
@@ -384,6 +382,20 @@ def test_features_are_prepared_for_the_slices_in_use(name: str) -> None:
         ends.append((x, y))
     for a, b in zip(*ends, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-11)
+
+
+def test_parts_of_sparse_upper_batches() -> None:
+    dense = np.arange(36.0).reshape(6, 2, 3) * (np.arange(36).reshape(6, 2, 3) % 5 > 1)
+    number = tf.constant(2)
+    for problem, axis in ((PROBLEM, 0), (tb.over_tasks(PROBLEM), 1)):
+        values = np.swapaxes(dense, 0, axis)
+        both = (tf.constant(values), tf.sparse.from_dense(values), None)
+        slices = Slices(problem, tb.Batches(both, None), 3)
+        made = tuple(slices._part(leaf, number) for leaf in both)
+        wanted = np.swapaxes(dense[2::3], 0, axis)
+        np.testing.assert_array_equal(made[0], wanted)
+        np.testing.assert_array_equal(tf.sparse.to_dense(made[1]), wanted)
+        assert made[1].shape == wanted.shape and made[2] is None
 
 
 def test_successive_slices_of_sparse_batches() -> None:

@@ -225,7 +225,6 @@ APART = [
     "fsla",
     "amigo",
     "mrbo",
-    "vrbo",
     "sustain",
     "f2sa",
     "meha",

@@ -17,7 +17,8 @@ class Slices:
     """The batches of one outer step as many small ones, which may be joined.
 
     The lower slices are those of stacked batches; a plain batch is one slice. The upper
-    batch is cut along its examples into parts of equal size.
+    batch is cut along its examples into parts of equal size: part p has every p-th of
+    them, so that the parts of replicas together are that of one device.
 
     Args:
         problem: the problem.
@@ -64,10 +65,19 @@ class Slices:
         if self.upper == 1 or not self._has_examples(leaf):
             return leaf
         size = leaf.shape[self._axis] // self.upper
-        first = number * size
         if isinstance(leaf, tf.SparseTensor):
-            return sparse_examples(leaf, self._axis, first, size)
-        return tf.gather(leaf, first + tf.range(size), axis=self._axis)
+            return self._sparse_part(leaf, number, size)
+        return tf.gather(leaf, number + self.upper * tf.range(size), axis=self._axis)
+
+    def _sparse_part(self, leaf: tf.SparseTensor, number: Any, size: int) -> Any:
+        sizes = tf.unstack(leaf.dense_shape, leaf.shape.rank)
+        before, after = sizes[: self._axis], sizes[self._axis + 1 :]
+        rows = tf.sparse.reshape(leaf, tf.stack([*before, size, self.upper, *after]))
+        taken = sparse_examples(rows, self._axis + 1, number, 1)
+        made = tf.sparse.reshape(taken, tf.stack([*before, size, *after]))
+        shape = leaf.shape.as_list()
+        made.set_shape([*shape[: self._axis], size, *shape[self._axis + 1 :]])
+        return made
 
     def _has_examples(self, leaf: Any) -> bool:
         """Whether it is divided; what has no axis of examples belongs to all parts."""
