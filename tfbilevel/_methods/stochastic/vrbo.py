@@ -57,9 +57,9 @@ class VRBO(MovesLower):
     `tb.minimize`, make it the full one.
 
     Cost: 2 (T + 1) lower gradients, as many upper ones, and 2 (T + 1) (`terms` + 1)
-    products. Every `period` steps n gradients and n (`terms` + 1) products more, for n
-    slices, one after the other: loops of no iteration otherwise, because replicas that
-    exchange sums cannot branch. Memory: two more copies of x and of y. Assumes g
+    products. Every `period` steps n (`terms` + 1) gradients and as many products more,
+    for n slices, one after the other: loops of no iteration otherwise, because replicas
+    that exchange sums cannot branch. Memory: two more copies of x and of y. Assumes g
     strongly convex in y, and `rate` below 1 / (largest eigenvalue of g_yy on any
     batch). Prefer `SRBA`, which makes no series; `MRBO` if no large batch can be had.
 
