@@ -46,7 +46,9 @@ class Slices:
         """
         seeds = tf.stack([tf.cast(seed, tf.int64), step])
         free = tf.random.stateless_uniform([2], seeds, 0, 2**31 - 1, tf.int32)
-        return free[0] % self.lower, free[1] % self.upper
+        lower, upper = tf.unstack(free)
+        floormod = tf.math.floormod
+        return floormod(lower, self.lower), floormod(upper, self.upper)
 
     def prepared(self, upper: Any, slice_: Any, part: Any, count: int = 1) -> Prepared:
         """The problem with `count` successive lower slices, which become number 0, 1,

@@ -179,7 +179,8 @@ class VRBO(MovesLower):
         def estimated(x: Nest, y: Nest, t: tf.Tensor) -> _Estimates:
             """g_y and h from the batches of step t."""
             number, count = first + t * self._each, self._each
-            here = slices.prepared(x, number, (part + t) % slices.upper, count)
+            own = tf.math.floormod(part + t, slices.upper)
+            here = slices.prepared(x, number, own, count)
             _, gradient = here.lower_gradient(y, 0)
             made, metrics = series_gradient(here, y, self.terms, self.rate, first=1)
             metrics = {name: tf.cast(value, kind) for name, value in metrics.items()}
