@@ -76,6 +76,8 @@ NAMES = {
     "Step",
     "SOBA",
     "SABA",
+    "SRBA",
+    "VRBO",
     "FSLA",
     "AmIGO",
     "MRBO",

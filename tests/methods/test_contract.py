@@ -81,9 +81,25 @@ MODES = ("eager", "graph", "xla")
 
 
 # Their recursions over several steps are tested by themselves, in graphs.
-BY_STEPS = {"fsla", "amigo", "mrbo", "sustain", "meha", "implicit-minres"}
-SLOW_GRAPHS = {"f3sa", "bvfsm", "gaffa"}
-BY_STEPS |= SLOW_GRAPHS
+BY_STEPS = {
+    "srba",
+    "fsla",
+    "amigo",
+    "mrbo",
+    "vrbo",
+    "sustain",
+    "meha",
+    "f3sa",
+    "bvfsm",
+    "gaffa",
+    "implicit-minres",
+}
+
+
+# Loops of both kinds of steps, which take long to trace.
+LONG_PROGRAMS = {"srba", "vrbo"}
+# Nested structures of these are slow too: their recursions are quick, in graphs.
+SLOW_GRAPHS = {*LONG_PROGRAMS, "f3sa", "bvfsm", "gaffa"}
 
 
 def in_every_mode(row: Row, oracle: Oracle, dtype: str) -> bool:
