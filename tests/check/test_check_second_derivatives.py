@@ -141,6 +141,7 @@ def test_refused_by_name_before_work_is_lost(name: str, tmp_path: Any) -> None:
         tb.BOME(tb.InnerSolver(SGD(0.1), 1), SGD(0.1)),
         tb.MEHA(SGD(0.1)),
         tb.FiniteDifference(tb.InnerSolver(SGD(0.1), 1)),
+        tb.PersistentES(tb.InnerSolver(SGD(0.1), 1, start="cold"), 2),
         tb.RankOne(tb.InnerSolver(SGD(0.1), 2)),
         tb.Unroll(
             tb.InnerSolver(SGD(0.1), 2, learned_rate=lambda u: tf.reduce_mean(u(None))),

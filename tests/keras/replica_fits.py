@@ -70,6 +70,9 @@ METHODS = {
     "implicit-normal-cg": lambda: tb.Implicit(inner(), tb.NormalConjugateGradient(4)),
     "implicit-minres": lambda: tb.Implicit(inner(), tb.MINRES(4)),
     "implicit-nystrom": lambda: tb.Implicit(inner(), tb.Nystrom(2, damping=0.1)),
+    "implicit-identity": lambda: tb.Implicit(
+        inner(), tb.Identity(), through="optimizer"
+    ),
     "implicit-direct": lambda: tb.Implicit(inner(), tb.Direct()),
     "implicit-gradient-solver": lambda: tb.Implicit(
         inner(), tb.GradientSolver(SGD(0.2), 4)
@@ -91,6 +94,9 @@ METHODS = {
     "f2sa": lambda: tb.F2SA(plain(2), SGD(0.1), 2.0),
     "bome": lambda: tb.BOME(plain(2), SGD(0.1)),
     "meha": lambda: tb.MEHA(SGD(0.1)),
+    "persistent-es": lambda: tb.PersistentES(
+        tb.InnerSolver(SGD(0.2, momentum=0.5), 2, start="cold"), 4, scale=0.01
+    ),
     "value-gap": lambda: tb.ValueGap(inner(), SGD(0.1), weight=2.0),
     "value-gap-constant": lambda: tb.ValueGap(None, SGD(0.1), weight=2.0),
     "gradient-norm": lambda: tb.GradientNorm(SGD(0.1), weight=2.0),

@@ -28,6 +28,9 @@ METHODS = {
     "low-rank": lambda: tb.Implicit(inner(), tb.Nystrom(2, damping=0.1)),
     "minimal-residuals": lambda: tb.Implicit(inner(), tb.MINRES(3)),
     "barrier": lambda: tb.BOME(tb.InnerSolver(SGD(0.2), 3), SGD(0.1)),
+    "particles": lambda: tb.PersistentES(
+        tb.InnerSolver(SGD(0.2, momentum=0.5), 3, start="cold"), 6
+    ),
     "forward": lambda: tb.ForwardUnroll(tb.InnerSolver(SGD(0.2), 3)),
     "differences": lambda: tb.FiniteDifference(tb.InnerSolver(SGD(0.2), 3)),
     "solver": lambda: tb.Implicit(inner(), tb.ConjugateGradient(4)),

@@ -81,7 +81,8 @@ MODES = ("eager", "graph", "xla")
 
 
 # Their recursions over several steps are tested by themselves, in graphs.
-BY_STEPS = {"fsla", "amigo", "mrbo", "sustain", "meha", "implicit-minres"}
+BY_STEPS = {"fsla", "amigo", "mrbo", "sustain", "meha"}
+BY_STEPS |= {"implicit-minres", "implicit-identity", "persistent-es"}
 
 
 def in_every_mode(row: Row, oracle: Oracle, dtype: str) -> bool:
