@@ -192,25 +192,6 @@ def test_short_windows_have_the_wrong_sign_and_this_has_not() -> None:
     assert float(step.upper_gradient) == pytest.approx(one_window)
 
 
-@pytest.mark.slow
-def test_it_finds_the_optimum_where_short_windows_run_away() -> None:
-    problem, y = balance(), tf.zeros([SIZE], tf.float64)
-    x = tf.constant(-0.2, tf.float64)
-    inner = tb.InnerSolver(SGD(1.0), 2, start="cold")
-    method = tb.PersistentES(inner, STEPS_OF_CHAIN, 8, SCALE, "mean")
-    found = tb.minimize(problem, method, x, y, SGD(0.02), NO_DATA, steps=600)
-    # The optimum of the mean of f over the windows' ends.
-    unit, units = np.zeros(SIZE), []
-    for t in range(STEPS_OF_CHAIN):
-        unit = CHAIN @ unit + PUSH
-        units += [unit[0]] if t % 2 else []
-    best = np.sum(units) / np.sum(np.square(units))
-    assert abs(float(found.upper) - best) < 0.2 * abs(best)
-    warm = tb.Unroll(tb.InnerSolver(SGD(1.0), 2))
-    away = tb.minimize(problem, warm, x, y, SGD(0.02), NO_DATA, steps=600)
-    assert abs(float(away.upper)) > 100 * abs(best)
-
-
 @pytest.mark.parametrize("mapping", ["vectorized", "sequential"])
 @pytest.mark.slow
 def test_learned_starts_convolutions_and_both_mappings(
