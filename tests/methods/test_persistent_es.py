@@ -91,7 +91,8 @@ def follow(problem: tb.Problem, method: Any, x: Any, y: Any, steps: int) -> list
     return made
 
 
-@pytest.mark.parametrize("end", fast_where("final".__eq__, ["final", "mean"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("end", ["final", "mean"])
 def test_the_expectation_is_the_gradient_of_the_smoothed_loss(end: str) -> None:
     """A learned rate x: y <- (1 - x h) y, two steps in each of three windows.
 
@@ -156,6 +157,7 @@ def balance() -> tb.Problem:
     return tb.Problem(lambda x, y, batch: 0.5 * (y[0] - 1.0) ** 2, lower_loss)
 
 
+@pytest.mark.slow
 def test_short_windows_have_the_wrong_sign_and_this_has_not() -> None:
     """Noise e_i = scale sqrt(W) in window i of pair i alone: the second moments are
     those of independent noise, and f is quadratic, so the mean is the expectation."""
@@ -220,13 +222,14 @@ def test_learned_starts_convolutions_and_both_mappings(
     x = {"start": tf.constant([0.5, -0.3])}
     y = spread(x)
     plain = follow(problem, method, x, y, 2)
-    compiled = tf.function(
-        lambda: follow(problem, method, x, y, 2), autograph=False, jit_compile=True
-    )()
     assert calls
-    for a, b in zip(plain, compiled, strict=True):
-        for u, v in zip(tf.nest.flatten(a), tf.nest.flatten(b), strict=True):
-            np.testing.assert_allclose(u, v, rtol=2e-5, atol=1e-6)
+    if mapping == "vectorized":
+        xla = tf.function(
+            lambda: follow(problem, method, x, y, 2), autograph=False, jit_compile=True
+        )
+        for a, b in zip(plain, xla(), strict=True):
+            for u, v in zip(tf.nest.flatten(a), tf.nest.flatten(b), strict=True):
+                np.testing.assert_allclose(u, v, rtol=2e-5, atol=1e-6)
     # Two accelerated steps from y_0 = x: y_1 = 3/4 y_0, u_1 = y_1 (s_0 = 1).
     ends = [(0.75**2 * (np.array([0.5, -0.3]) + sign * e) - 1) ** 2 for sign in (1, -1)]
     half = (ends[0].sum(1) - ends[1].sum(1)) / 2
@@ -234,6 +237,7 @@ def test_learned_starts_convolutions_and_both_mappings(
     np.testing.assert_allclose(plain[0].upper_gradient["start"], want, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_it_takes_no_second_derivatives() -> None:
     @tf.custom_gradient
     def square(y: Any) -> Any:
@@ -293,14 +297,16 @@ def test_a_run_is_saved_and_resumed(tmp_path: Any) -> None:
     generator = np.random.default_rng(0)
     batch = generator.normal(size=(5, 5, 2)).astype("float32"), np.ones([5, 5, 1], "f4")
     dataset = tf.data.Dataset.from_tensor_slices(tb.Batches(batch, batch))
-    whole, resumed = build(), build()
-    whole.fit(dataset.take(2), verbose=0)
-    whole.save_weights(str(tmp_path / "run.weights.h5"))
-    whole.fit(dataset.skip(2), verbose=0)
-    resumed.load_weights(str(tmp_path / "run.weights.h5"))
-    resumed.fit(dataset.skip(2), verbose=0)
-    assert np.ptp(whole.upper.get_weights()[0]) > 0
-    for a, b in zip(whole.get_weights(), resumed.get_weights(), strict=True):
+    model, ends = build(), []
+    model.fit(dataset.take(2), verbose=0)
+    model.save_weights(str(tmp_path / "run.weights.h5"))
+    for _ in range(2):
+        model.load_weights(str(tmp_path / "run.weights.h5"))
+        begun = model.get_weights()
+        model.fit(dataset.skip(2), verbose=0)
+        ends.append(model.get_weights())
+    assert min(np.abs(a - b).max() for a, b in zip(begun[:3], ends[0], strict=False))
+    for a, b in zip(*ends, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
 
 

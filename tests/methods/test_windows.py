@@ -31,6 +31,7 @@ def windows() -> Any:
         yield x, y
 
 
+@pytest.mark.slow
 def test_a_window_goes_on_from_where_the_last_one_ended() -> None:
     inner = tb.InnerSolver(SGD(RATE, momentum=0.5), WINDOW, optimizer_state="carry")
     assert_follows(tb.Unroll(inner), windows)
