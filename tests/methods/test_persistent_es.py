@@ -238,6 +238,22 @@ def test_learned_starts_convolutions_and_both_mappings(
 
 
 @pytest.mark.slow
+def test_all_particles_have_the_same_samples() -> None:
+    """f = x n with noise n: the difference of a pair is n e, and f is n at x = 1."""
+    problem = tb.Problem(
+        lambda x, y, batch: x * tf.random.normal([], dtype=x.dtype) + 0 * y,
+        lambda x, y, batch: y**2 * tf.random.uniform([], dtype=y.dtype),
+    )
+    noise = np.array([[0.3, -0.7, 0.2]])
+    inner = tb.InnerSolver(SGD(0.1), 2, start="cold")
+    method = with_noise(tb.PersistentES(inner, 2, 3, SCALE), tf.constant(noise))
+    one = tf.constant(1.0, tf.float64)
+    (made,) = follow(problem, method, one, one, 1)
+    want = made.metrics["upper_loss"] * np.mean(noise**2) / SCALE**2
+    np.testing.assert_allclose(made.upper_gradient, want, rtol=1e-10)
+
+
+@pytest.mark.slow
 def test_it_takes_no_second_derivatives() -> None:
     @tf.custom_gradient
     def square(y: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -88,3 +89,20 @@ def test_a_rate_of_the_inner_step_is_learned(memory: str) -> None:
             made.upper_gradient, slope.T @ (expected - TARGET), rtol=1e-10
         )
         y, state = made.lower, made.state
+
+
+def test_steps_of_several_numbers_have_no_rate() -> None:
+    """Tasks that stop at different steps: t would be one number per task."""
+    tasks = tb.over_tasks(
+        tb.Problem(
+            lambda x, y, batch: tf.reduce_sum(y**2) + 0 * batch,
+            lambda x, y, batch: tf.reduce_sum((y - x) ** 2) + 0 * batch,
+        )
+    )
+    inner = tb.InnerSolver(
+        keras.optimizers.Adam(9.0), 2, atol=0.1, learned_rate=lambda x, t: x / 9
+    )
+    x, y, method = tf.constant(0.3), tf.zeros([2, 2]), tb.Implicit(inner)
+    batches = tb.Batches(tf.zeros([2]), tf.zeros([2]))
+    with pytest.raises(ValueError, match="`learned_rate` must be .*Received: atol"):
+        tasks.step(method, x, y, batches, method.init(tasks, x, y))

@@ -63,6 +63,12 @@ def updated(
     if inner.learned_rate is not None:
         learned = inner.learned_rate
         if takes_two(learned):
+            if state.iteration.shape.rank:
+                raise ValueError(
+                    "`learned_rate` must be a function of x alone with `atol` over "
+                    "tasks, whose steps have other numbers. Leave `atol` out. "
+                    f"Received: atol={inner.atol!r}"
+                )
             learned = lambda x: inner.learned_rate(x, state.iteration)  # noqa: E731
         made = here.problem._reading(learned, here.upper)
     if made is None:
