@@ -34,7 +34,9 @@ def particles(end: str) -> Any:
 
     def steps() -> Any:
         x, lasts = X, np.zeros(PAIRS)
-        ys = vs = s = None
+        ys: list = []
+        vs: list = []
+        s = np.zeros([PAIRS, 2])
         for k in range(STEPS):
             at, window = Slices(k), k % WINDOWS
             e = SCALE * np.array(
