@@ -52,9 +52,10 @@ class PersistentES(Method):
     T = `horizon`: every window has (f - f of the window before) * (T / K) in place of
     f. `end="mean"`: that of the mean of f over the ends of the windows.
 
-    Cost: (2 `pairs` + 1) K gradients of g and as many f; no second derivatives, and
-    f and g may jump. Memory: 2 `pairs` + 1 copies of y and the slots. The last copy
-    runs with x itself: it is the lower variables, and has both losses. For few upper
+    Cost: (2 `pairs` + 1) K gradients of g in y, and 2 `pairs` + 1 values of f; no
+    derivatives in x: f and g may jump there. Memory: 2 `pairs` + 1 copies of y and the
+    slots. The last copy runs with x itself, and returns to the start with the others:
+    it is the lower variables, at which the metrics have both losses. For few upper
     variables (a schedule of the learning rate, a few coefficients), also where the
     gradient of a long loop explodes. Prefer `ForwardUnroll` if the whole loop can be
     run and differentiated for one outer step: it has no noise.
