@@ -44,6 +44,7 @@ import tfbilevel as tb  # noqa: E402
 
 SIZE, EXAMPLES, BATCH = 100, 10_000, 64
 TERMS = 10  # of series, and steps of y and v where a method makes several
+STEPS = 5  # of y in VRBO
 TOGETHER = 50  # outer steps between two looks at h
 RATES, RATIOS = (0.1, 0.3, 1.0), (0.01, 0.1, 1.0)  # times 1 / (largest eigenvalue)
 GOAL = 1e-4
@@ -117,7 +118,8 @@ class Decay(keras.optimizers.schedules.LearningRateSchedule):
 
 class Entry(NamedTuple):
     """A method: how it is built from a rate and a power, its calls per outer step, and
-    whether it takes all examples, or fixed batches with their number."""
+    whether it takes all examples, fixed batches with their number, or all examples in
+    blocks, of which it takes what it needs."""
 
     build: Callable[[float, float], tb.Method]
     calls: float
@@ -132,7 +134,8 @@ def inner(rate: float, steps: int) -> tb.InnerSolver:
     return tb.InnerSolver(sgd(rate), steps)
 
 
-FIXED = EXAMPLES // BATCH  # batches of SABA
+FIXED = EXAMPLES // BATCH  # batches of SABA; blocks of SRBA and VRBO
+PERIOD = 10  # outer steps of VRBO from one full batch to the next
 FULL = EXAMPLES / BATCH
 ENTRIES: dict[str, Entry] = {
     "SOBA": Entry(lambda r, p: tb.SOBA(sgd(r, p), Decay(r, p)), 4),
@@ -143,6 +146,12 @@ ENTRIES: dict[str, Entry] = {
         4,
         "fixed",
     ),
+    "SRBA": Entry(
+        lambda r, p: tb.SRBA(sgd(r, p), Decay(r, p), upper_parts=FIXED),
+        # Every FIXED steps all blocks, otherwise one block at two points.
+        4 + 8 * (FIXED - 1) / FIXED,
+        "blocks",
+    ),
     "FSLA": Entry(lambda r, p: tb.FSLA(sgd(r, p), Decay(r, p), 0.9), 9),
     "AmIGO": Entry(
         lambda r, p: tb.AmIGO(inner(r, TERMS), TERMS, Decay(r, p)), 3 * TERMS + 3
@@ -152,6 +161,13 @@ ENTRIES: dict[str, Entry] = {
             sgd(r), TERMS, r, scale=tb.InversePower(1.0, p) if p else 1.0
         ),
         4 * TERMS + 8,
+    ),
+    "VRBO": Entry(
+        lambda r, p: tb.VRBO(
+            sgd(r, p), TERMS, r, STEPS, period=PERIOD, upper_parts=FIXED
+        ),
+        (STEPS + 1) * (4 * TERMS + 8) + FIXED * (2 * TERMS + 4) / PERIOD,
+        "blocks",
     ),
     "SUSTAIN": Entry(
         lambda r, p: tb.SUSTAIN(
@@ -207,11 +223,16 @@ def batches_of(data: Quadratic, kind: str, draws: int) -> Callable[[tf.Tensor], 
     if kind == "full":
         whole = tb.Batches((d, e), (a, b))
         return lambda key: whole
+    blocks = [
+        tf.reshape(each[: FIXED * BATCH], [FIXED, BATCH, *each.shape[1:]])
+        for each in arrays
+    ]
+    if kind == "blocks":
+        stacked = tb.StackedBatches(
+            (d[: FIXED * BATCH], e[: FIXED * BATCH]), tuple(blocks[:2])
+        )
+        return lambda key: stacked
     if kind == "fixed":
-        blocks = [
-            tf.reshape(each[: FIXED * BATCH], [FIXED, BATCH, *each.shape[1:]])
-            for each in arrays
-        ]
 
         def one(key: tf.Tensor) -> Any:
             i, j = tf.unstack(tf.random.stateless_uniform([2], key, 0, FIXED, tf.int32))

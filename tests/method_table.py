@@ -179,6 +179,11 @@ def double_momentum(terms: int) -> Callable:
     return expected
 
 
+def vrbo(oracle: Oracle, x: Vector, y: Vector) -> tuple[Vector, Vector]:
+    """The first step only estimates."""
+    return references.series(oracle, x, y, 0.2, 4), y
+
+
 def f2sa(oracle: Oracle, x: Vector, y: Vector) -> tuple[Vector, Vector]:
     z = references.descend(oracle, x, y, oracle.rate, 3)[-1]
     for _ in range(3):
@@ -391,6 +396,12 @@ METHODS = [
         bamm,  # v = 0 still here too
         oracles=("quadratic", "scalar"),
     ),
+    Row(
+        "srba",
+        lambda oracle: tb.SRBA(rate(), 0.2),
+        bamm,  # and here
+        oracles=("quadratic", "scalar"),
+    ),
     Row("fsla", lambda oracle: tb.FSLA(rate(), 0.2), fsla, None, True),
     Row(
         "amigo",
@@ -407,6 +418,7 @@ METHODS = [
         None,
         True,
     ),
+    Row("vrbo", lambda oracle: tb.VRBO(rate(), 3, 0.2), vrbo, None, True),
     Row("f2sa", lambda oracle: tb.F2SA(inner(oracle, 3), rate(), WEIGHT), f2sa),
     Row("bome", lambda oracle: tb.BOME(inner(oracle, 3), rate(), 2.5), bome),
     Row(

@@ -106,8 +106,10 @@ from tfbilevel._methods.stochastic import FSLA as FSLA
 from tfbilevel._methods.stochastic import MRBO as MRBO
 from tfbilevel._methods.stochastic import SABA as SABA
 from tfbilevel._methods.stochastic import SOBA as SOBA
+from tfbilevel._methods.stochastic import SRBA as SRBA
 from tfbilevel._methods.stochastic import SUSTAIN as SUSTAIN
 from tfbilevel._methods.stochastic import TTSA as TTSA
+from tfbilevel._methods.stochastic import VRBO as VRBO
 from tfbilevel._methods.stochastic import AmIGO as AmIGO
 from tfbilevel._methods.stochastic import StocBiO as StocBiO
 from tfbilevel._minimize import Point as Point

@@ -171,9 +171,11 @@ def test_all_other_methods_are() -> None:
         tb.TTSA(rate),
         tb.BAMM(rate),
         tb.SOBA(rate),
+        tb.SRBA(rate),
         tb.FSLA(rate),
         tb.AmIGO(inner),
         tb.MRBO(rate),
+        tb.VRBO(rate),
         tb.SUSTAIN(rate),
     ]
     assert all(method.takes_second_derivatives for method in methods)

@@ -78,6 +78,8 @@ NAMES = {
     "Step",
     "SOBA",
     "SABA",
+    "SRBA",
+    "VRBO",
     "FSLA",
     "AmIGO",
     "MRBO",

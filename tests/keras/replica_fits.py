@@ -88,9 +88,11 @@ METHODS = {
     "ttsa": lambda: tb.TTSA(SGD(0.2), 2, 0.2),
     "bamm": lambda: tb.BAMM(SGD(0.2)),
     "soba": lambda: tb.SOBA(SGD(0.2), 0.2),
+    "srba": lambda: tb.SRBA(SGD(0.2), 0.2, period=2, upper_parts=3),
     "fsla": lambda: tb.FSLA(SGD(0.2), 0.2),
     "amigo": lambda: tb.AmIGO(plain(2), 2, 0.2),
     "mrbo": lambda: tb.MRBO(SGD(0.2), 2, 0.2),
+    "vrbo": lambda: tb.VRBO(SGD(0.2), 2, 0.2, steps=2, period=2, upper_parts=3),
     "f2sa": lambda: tb.F2SA(plain(2), SGD(0.1), 2.0),
     "bome": lambda: tb.BOME(plain(2), SGD(0.1)),
     "meha": lambda: tb.MEHA(SGD(0.1)),
@@ -110,6 +112,8 @@ OF_METHOD = {
     "value-gap-constant": "weights",
     "stocbio": "stacked",
     "bsa": "stacked",
+    "srba": "stacked",
+    "vrbo": "stacked",
 }
 # Kinds whose last batch has an example less, so that parts are even, and then not.
 MIXED = ("mixed", "weights")

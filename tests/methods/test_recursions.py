@@ -292,9 +292,11 @@ FEW = tb.InnerSolver(SGD(0.1), 2)
 # A step size -> the method; above 2 / (largest eigenvalue) something of it grows.
 GROWING = {
     "SOBA": lambda rate: tb.SOBA(SGD(0.1), rate),
+    "SRBA": lambda rate: tb.SRBA(SGD(0.1), rate, period=4),
     "FSLA": lambda rate: tb.FSLA(SGD(0.1), rate),
     "AmIGO": lambda rate: tb.AmIGO(FEW, 4, rate),
     "MRBO": lambda rate: tb.MRBO(SGD(0.1), 8, rate),
+    "VRBO": lambda rate: tb.VRBO(SGD(0.1), 8, rate),
     "F2SA": lambda rate: tb.F2SA(FEW, SGD(rate), 100.0),
     "MEHA": lambda rate: tb.MEHA(SGD(rate), SGD(0.1), upper_weight=0.01),
 }
