@@ -172,13 +172,19 @@ def load(path: pathlib.Path, source: str) -> dict[str, Classes]:
     return require_apart(splits)
 
 
-def parser(description: str | None) -> argparse.ArgumentParser:
-    """The flags of a command that writes classes."""
+def parser(description: str | None, download: bool = False) -> argparse.ArgumentParser:
+    """The flags of a command that writes classes; whether `--download` is one."""
     made = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     made.add_argument("--data-dir", type=pathlib.Path, help="folder of the data files")
     made.add_argument("--out", type=pathlib.Path, required=True, help=".npz to write")
+    if download:
+        made.add_argument(
+            "--download",
+            action="store_true",
+            help="fetch the data set by tensorflow-datasets, if it is not there",
+        )
     return made
 
 

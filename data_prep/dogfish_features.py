@@ -1,6 +1,6 @@
 """Computes features of the dogfish images (or similar ones) with a frozen network.
 
-    python data_prep/dogfish_features.py --data dogfish.npz --out dogfish_features.h5
+    python data_prep/dogfish_features.py --data-file dogfish.npz --out dogfish.h5
 
 The bundle is CodaLab's dataset_dog-fish_train-900_test-300.npz. It contains `X_train`
 and `X_test`, images [n, height, width, channels] in [-1, 1], and `Y_train` and
@@ -30,7 +30,7 @@ from data_prep import hdf5
 from data_prep.command_line import one_line_errors, positive, seed
 
 KIND = "tfbilevel image features 1"
-TOOL = "python data_prep/dogfish_features.py --data FILE.npz --out FILE.h5"
+TOOL = "python data_prep/dogfish_features.py --data-file FILE.npz --out FILE.h5"
 PARTS = ("train", "test")
 
 
@@ -347,7 +347,13 @@ def main(argv: list[str] | None = None) -> dict[str, tuple[int, ...]]:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--data", type=pathlib.Path, required=True, help=".npz file of images")
+    add(
+        "--data-file",
+        "--data",
+        type=pathlib.Path,
+        required=True,
+        help=".npz file of images",
+    )
     add("--out", type=pathlib.Path, required=True, help=".h5 file for the features")
     add(
         "--weights",
@@ -361,7 +367,7 @@ def main(argv: list[str] | None = None) -> dict[str, tuple[int, ...]]:
     args = parser.parse_args(argv)
     with one_line_errors(__file__):
         shapes = prepare(
-            args.data,
+            args.data_file,
             args.out,
             args.weights,
             args.model,

@@ -51,7 +51,9 @@ CIFAR_FS = {
 }
 
 
-def load(split: str, data_dir: pathlib.Path | None = None) -> dict[str, Classes]:
+def load(
+    split: str, data_dir: pathlib.Path | None = None, download: bool | None = None
+) -> dict[str, Classes]:
     """The three splits of "fc100" or "cifar_fs", uint8 32 x 32 x 3.
 
     Raises:
@@ -69,7 +71,7 @@ def load(split: str, data_dir: pathlib.Path | None = None) -> dict[str, Classes]
     names: dict[str, list[str]] = {}
     parts = []
     for file in ("train", "test"):
-        data, names = load_named("cifar100", file, data_dir)
+        data, names = load_named("cifar100", file, data_dir, download)
         parts.append(data)
     images, fine, coarse = (
         np.concatenate([part[key] for part in parts])
@@ -95,10 +97,11 @@ def divide(classes: Classes, above: dict[str, str], split: str) -> dict[str, Cla
 
 
 def main(argv: list[str] | None = None) -> dict[str, int]:
-    flags = parser(__doc__)
+    flags = parser(__doc__, download=True)
     flags.add_argument("--split", choices=("fc100", "cifar-fs"), default="fc100")
     args = flags.parse_args(argv)
-    read = functools.partial(load, args.split.replace("-", "_"), args.data_dir)
+    split = args.split.replace("-", "_")
+    read = functools.partial(load, split, args.data_dir, args.download)
     return prepare(__file__, args.out, args.split, read)
 
 

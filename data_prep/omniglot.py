@@ -40,7 +40,9 @@ TEST_COUNT, SORTED_VALIDATION = 423, 100
 
 
 def load(
-    data_dir: pathlib.Path | None = None, rule: str = "vinyals"
+    data_dir: pathlib.Path | None = None,
+    rule: str = "vinyals",
+    download: bool | None = None,
 ) -> dict[str, Classes]:
     """The three splits, uint8 [n, 28, 28, 1].
 
@@ -50,15 +52,19 @@ def load(
     """
     if rule not in RULES:
         raise ValueError(f"`rule` must be one of {RULES}. Received: rule={rule!r}")
-    background, evaluation = (characters(file, data_dir) for file in ("train", "test"))
+    background, evaluation = (
+        characters(file, data_dir, download) for file in ("train", "test")
+    )
     return divide(background, evaluation, rule)
 
 
-def characters(file: str, data_dir: pathlib.Path | None) -> Classes:
+def characters(
+    file: str, data_dir: pathlib.Path | None, download: bool | None = None
+) -> Classes:
     """One of the two published sets: names are alphabet/number, sorted."""
     if data_dir is not None and (data_dir / FOLDERS["train"]).is_dir():
         return drawings(data_dir / FOLDERS[file])
-    data, names = load_named("omniglot", file, data_dir)
+    data, names = load_named("omniglot", file, data_dir, download)
     numbers = data["alphabet"].astype(int) * 1000 + data["alphabet_char_id"]
     labels = {
         int(number): f"{names['alphabet'][number // 1000]}/{number % 1000:02d}"
@@ -137,10 +143,10 @@ def divide(background: Classes, evaluation: Classes, rule: str) -> dict[str, Cla
 
 
 def main(argv: list[str] | None = None) -> dict[str, int]:
-    flags = parser(__doc__)
+    flags = parser(__doc__, download=True)
     flags.add_argument("--split", choices=RULES, default="vinyals")
     args = flags.parse_args(argv)
-    read = functools.partial(load, args.data_dir, args.split)
+    read = functools.partial(load, args.data_dir, args.split, args.download)
     return prepare(__file__, args.out, "omniglot", read)
 
 

@@ -1,6 +1,6 @@
 """Converts SVHN's cropped digits from the published .mat files to one HDF5 file.
 
-    python data_prep/svhn.py --mat-dir DIR --out svhn.h5
+    python data_prep/svhn.py --data-dir DIR --out svhn.h5
 
 DIR contains `train_32x32.mat` and `test_32x32.mat` (format 2), as published or saved
 again as MATLAB 7.3. --seed selects 100 training digits of each class as validation
@@ -26,7 +26,7 @@ from data_prep.errors import one_line
 from data_prep.images import Part
 
 KIND = "tfbilevel svhn 1"
-TOOL = "python data_prep/svhn.py --mat-dir DIR --out FILE"
+TOOL = "python data_prep/svhn.py --data-dir DIR --out FILE"
 COUNTS = {"train": 73_257, "test": 26_032}
 PARTS = ("train", "validation", "test")
 GREY = (0.2989, 0.5870, 0.1140)
@@ -53,7 +53,7 @@ def read_mat(path: pathlib.Path, count: int | None) -> Digits:
     if not path.exists():
         raise FileNotFoundError(
             f"{path} does not exist. Download the cropped digits (format 2) from "
-            "http://ufldl.stanford.edu/housenumbers and point --mat-dir at them"
+            "http://ufldl.stanford.edu/housenumbers and point --data-dir at them"
         )
     try:
         content: dict[str, Any] = (
@@ -201,7 +201,9 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--mat-dir", type=pathlib.Path, required=True)
+    parser.add_argument(
+        "--data-dir", "--mat-dir", type=pathlib.Path, required=True, help="of both .mat"
+    )
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--validation-per-class", type=positive(int), default=100)
     parser.add_argument("--seed", type=seed, default=0)
@@ -211,7 +213,7 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
     args = parser.parse_args(argv)
     with one_line_errors(__file__):
         counts = prepare(
-            args.mat_dir, args.out, args.validation_per_class, args.seed, args.any_size
+            args.data_dir, args.out, args.validation_per_class, args.seed, args.any_size
         )
     sizes = ", ".join(f"{part} {count:,}" for part, count in counts.items())
     print(f"{args.out}: {sizes} images, 32 x 32 x 3, uint8")

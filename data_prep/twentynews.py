@@ -2,7 +2,8 @@
 
 Documents are word counts, scaled to length 1, as returned by
 `sklearn.datasets.fetch_20newsgroups_vectorized`. Its training part is divided into two
-halves, training and validation, with the same proportions of classes.
+halves, training and validation, with the same proportions of classes. Generated
+documents come in the same form.
 """
 
 import os
@@ -15,7 +16,14 @@ import numpy as np
 import sklearn.datasets
 import sklearn.feature_extraction.text
 import sklearn.model_selection
+import sklearn.preprocessing
 import tensorflow as tf
+
+from data_prep import documents, network
+from data_prep.errors import one_line
+
+DATASETS = ("20news", "generated")
+BY_HAND = "python -c 'import sklearn.datasets as d; d.fetch_20newsgroups_vectorized()'"
 
 
 class Part(NamedTuple):
@@ -39,7 +47,12 @@ class Data(NamedTuple):
 
 
 def load(
-    folder: pathlib.Path | None, features: str, most: int | None, seed: int
+    folder: pathlib.Path | None,
+    features: str,
+    most: int | None,
+    seed: int,
+    download: bool | None = None,
+    dataset: str = "20news",
 ) -> Data:
     """The three parts; the split depends only on the seed.
 
@@ -48,12 +61,19 @@ def load(
         features: "counts", scaled to length 1, or "tfidf".
         most: number of features to keep, the most frequent ones; `None`: all.
         seed: the seed of the split.
+        download: whether scikit-learn downloads a data set that is missing.
+        dataset: one of DATASETS.
 
     Raises:
-        FileNotFoundError: if scikit-learn does not find the data set.
+        FileNotFoundError: if scikit-learn does not find the data set, and does not
+            download it.
         ValueError: if it cannot be split.
     """
-    train, test, words, classes = fetch(folder, features, most)
+    if dataset == "generated":
+        corpus = generated(features)
+    else:
+        corpus = fetch(folder, features, download)
+    train, test, words, classes = reduced(*corpus, features, most)
     first, second = sklearn.model_selection.train_test_split(
         np.arange(len(train.labels)),
         test_size=0.5,
@@ -63,20 +83,45 @@ def load(
     return Data(take(train, first), take(train, second), test, words, classes)
 
 
+def home_of(folder: pathlib.Path | None = None) -> pathlib.Path:
+    """The given folder, or where scikit-learn looks by default."""
+    default = os.environ.get("SCIKIT_LEARN_DATA", "~/scikit_learn_data")
+    return pathlib.Path(folder or default).expanduser()
+
+
+def is_there(dataset: str) -> bool:
+    """Whether a data set is where scikit-learn looks by default."""
+    files = ("20news-bydate*.pkz", "20newsgroup_vectorized*.pkl")
+    found = any(any(home_of().glob(name)) for name in files)
+    return dataset != "20news" or found
+
+
+def generated(features: str) -> tuple[Part, Part, np.ndarray, int]:
+    """As `fetch`, of generated documents."""
+    parts = []
+    for name in ("train", "test"):
+        counts, labels = documents.make(name)
+        if features == "counts":
+            counts = sklearn.preprocessing.normalize(counts)
+        parts.append(Part(counts, labels))
+    return *parts, documents.words(), documents.CLASSES
+
+
 def fetch(
-    folder: pathlib.Path | None, features: str, most: int | None
+    folder: pathlib.Path | None, features: str, download: bool | None = None
 ) -> tuple[Part, Part, np.ndarray, int]:
     """Both official parts, the feature names and the number of classes."""
-    default = os.environ.get("SCIKIT_LEARN_DATA", "~/scikit_learn_data")
-    home = pathlib.Path(folder or default).expanduser()
+    home = home_of(folder)
     try:
-        if not home.is_dir():  # otherwise scikit-learn would create it
+        if download and not any(home.glob("20news*")):
+            network.require()
+        if not (home.is_dir() or download):  # otherwise scikit-learn would create it
             raise FileNotFoundError
         train, test = (
             sklearn.datasets.fetch_20newsgroups_vectorized(
                 subset=subset,
                 data_home=str(home),
-                download_if_missing=False,
+                download_if_missing=bool(download),
                 normalize=features == "counts",
             )
             for subset in ("train", "test")
@@ -92,13 +137,30 @@ def fetch(
             "20newsgroup_vectorized*.pkl there, or copy the folder again"
         ) from None
     except OSError as error:
+        if download:
+            raise FileNotFoundError(
+                f"20 Newsgroups could not be downloaded ({one_line(error)}). On a "
+                f"machine with a network run {BY_HAND}, and point --data-dir at a copy "
+                "of the folder that it makes"
+            ) from None
         raise FileNotFoundError(
             f"20 Newsgroups is not in {home}. Set SCIKIT_LEARN_DATA (or --data-dir) to "
-            "a folder that has it, or download it once: python -c 'import "
-            "sklearn.datasets as d; d.fetch_20newsgroups_vectorized()'"
+            f"a folder that has it, or fetch it with --download, or by {BY_HAND}"
         ) from error
-    counts, test_counts = train.data, test.data
-    words = np.asarray(train.feature_names)
+    parts = Part(train.data, train.target), Part(test.data, test.target)
+    return *parts, np.asarray(train.feature_names), len(train.target_names)
+
+
+def reduced(
+    train: Part,
+    test: Part,
+    words: np.ndarray,
+    classes: int,
+    features: str,
+    most: int | None,
+) -> tuple[Part, Part, np.ndarray, int]:
+    """The most frequent features of both parts, weighed as asked for."""
+    counts, test_counts = train.features, test.features
     if most is not None:
         frequent = np.argsort(-counts.getnnz(axis=0), kind="stable")
         kept = np.sort(frequent[:most])
@@ -108,10 +170,10 @@ def fetch(
         weigh = sklearn.feature_extraction.text.TfidfTransformer().fit(counts)
         counts, test_counts = map(weigh.transform, (counts, test_counts))
     return (
-        Part(counts.tocsr().astype("float32"), train.target.astype("int32")),
-        Part(test_counts.tocsr().astype("float32"), test.target.astype("int32")),
+        Part(counts.tocsr().astype("float32"), train.labels.astype("int32")),
+        Part(test_counts.tocsr().astype("float32"), test.labels.astype("int32")),
         words,
-        len(train.target_names),
+        classes,
     )
 
 

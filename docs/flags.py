@@ -21,6 +21,7 @@ KINDS = {  # the scripts' argparse types, by the names that are no plain English
     "finite": "number",
     "share": "number above 0, at most 1",
     "fraction": "number from 0 to below 1",
+    "share_of_noise": "number from 0 to below 1",
 }
 COMMON = {"--help", "--out", "--resume", "--seed"}  # on docs/experiments.md
 
@@ -50,7 +51,11 @@ def parser_of(script: str) -> argparse.ArgumentParser:
 
 
 def row(action: argparse.Action) -> str:
-    names = ", ".join(f"`{name}`" for name in action.option_strings)
+    name, *others = (f"`{one}`" for one in action.option_strings)
+    if isinstance(action, argparse.BooleanOptionalAction):
+        names = ", ".join([name, *others])
+    else:  # names from publications, or from before
+        names = name + (f" (also {', '.join(others)})" if others else "")
     cells = (names, values(action), default(action), help_text(action))
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
 

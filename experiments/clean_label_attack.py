@@ -1,8 +1,8 @@
 """Clean-label poisoning: one correctly labelled training image flips one test image.
 
     python experiments/clean_label_attack.py --out runs/clean-label
-    python experiments/clean_label_attack.py --data dogfish.npz --features dogfish.h5 \\
-        --weights imagenet --out runs/dogfish
+    python experiments/clean_label_attack.py --data-file dogfish.npz \\
+        --features-file dogfish.h5 --weights imagenet --out runs/dogfish
 
 A classifier is a linear head on the features phi of a frozen network. For a target, a
 test image t of class c, the poison starts as the nearest training image b of the other
@@ -22,10 +22,10 @@ An attack succeeds if most of several heads, trained from scratch with the poiso
 assign the target to the other class. Reproduces the clean-label attack of Mehra and
 Hamm (2021), arXiv:1911.03432; the settings of the published code are the defaults.
 
-Without --data the images are two classes of --dataset, and phi is a small convolutional
-network that this script trains on the other classes. With --data they are an .npz file
-in the published layout, and phi is Inception-v3 or --model; its features are computed
-in advance by data_prep/dogfish_features.py, or by this script.
+Without --data-file the images are two classes of --dataset, and phi is a small
+convolutional network that this script trains on the other classes. With --data-file
+they are an .npz file in the published layout, and phi is Inception-v3 or --model; its
+features are computed in advance by data_prep/dogfish_features.py, or by this script.
 """
 
 import argparse
@@ -39,92 +39,19 @@ import common
 import keras
 import numpy as np
 import tensorflow as tf
+from settings.clean_label_attack import add_flags, completed
 
 import tfbilevel as tb
 from data_prep import dogfish_features, hdf5, images
 from data_prep.dogfish_features import Pictures
 
-METHODS = ("penalty", "feature-collision")
 PARTS = dogfish_features.PARTS
-DATASETS = ("digits", "mnist", "fashion_mnist")
-# Defaults of flags that only apply to some runs.
-PENALTY = {"inner_steps": 10, "lower_lr": 1e-3}
-PENALTY |= {"weight": 1.0, "lower_weight": 1.0, "tolerance": 1.0}
-OWN_IMAGES = {
-    "dataset": "digits",
-    "data_dir": None,
-    "classes": (4, 9),
-    "train_size": None,
-    "test_size": None,
-    "feature_epochs": 5,
-}
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = common.Parser(description=__doc__)
-    add, above = parser.add_argument, common.positive
-    add("--data", type=pathlib.Path, help=".npz with X_train, Y_train, X_test, Y_test")
-    add("--features", type=pathlib.Path, help="features of --data, precomputed")
-    add("--weights", help="Inception-v3's weights: imagenet (default), FILE, none")
-    add("--model", type=pathlib.Path, help="another feature model, saved by Keras")
-    add("--dataset", choices=DATASETS, help="without --data; default: digits")
-    add("--data-dir", type=pathlib.Path, help="tensorflow-datasets folder")
-    add("--classes", type=int, nargs=2, help="two classes of --dataset; default: 4 9")
-    add("--train-size", type=above(int), help="per class; default 900 (digits 300)")
-    add("--test-size", type=above(int), help="per class; default 300 (digits 100)")
-    add("--feature-epochs", type=above(int), help="for the small network; default 5")
-    add("--method", choices=METHODS, default="penalty")
-    add("--poisons", type=above(int), default=1, help="per target")
-    add("--max-targets", type=above(int), help="default: all that are classified right")
-    add(
-        "--start",
-        type=common.at_least(int, 0),
-        default=0,
-        help="first test image to consider",
-    )
-    add("--outer-steps", type=above(int), default=201)
-    add("--inner-steps", type=above(int), help="penalty: T; default 10")
-    add("--upper-lr", type=above(float), default=0.01, help="rate of the poison")
-    add("--lower-lr", type=above(float), help="penalty: default 0.001")
-    add("--weight", type=above(float), help="penalty: rho at the start; default 1")
-    add(
-        "--lower-weight",
-        type=common.at_least(float, 0),
-        help="penalty: lambda at the start; default 1",
-    )
-    add("--tolerance", type=above(float), help="penalty: epsilon; default 1")
-    add(
-        "--beta",
-        type=common.at_least(float, 0),
-        default=0.01,
-        help="weight of the distance to the base",
-    )
-    add("--head-steps", type=above(int), default=2001, help="for training a head")
-    add("--head-lr", type=above(float), default=1e-3)
-    add("--retrain-seeds", type=above(int), default=3, help="heads that vote")
-    add("--jit", choices=("on", "off"), default="on", help="XLA for training heads")
-    args = parser.parse_args(argv)
-    bundle, penalty = args.data is not None, args.method == "penalty"
-    files = not bundle and args.dataset not in (None, "digits")
-    needs = {
-        **dict.fromkeys(("features", "model", "weights"), (bundle, "--data")),
-        **dict.fromkeys(OWN_IMAGES, (not bundle, "no --data")),
-        **dict.fromkeys(PENALTY, (penalty, "--method penalty")),
-        "data_dir": (files, "--dataset mnist or fashion_mnist"),
-    }
-    parser.reject_ineffective_flags(args, needs)
-    if args.weights is not None and args.model is not None:
-        parser.error("--weights and --model choose different networks: give only one")
-    for name, value in (PENALTY | OWN_IMAGES | {"weights": "imagenet"}).items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    if len(set(args.classes)) != 2 or not all(0 <= c <= 9 for c in args.classes):
-        parser.error(f"--classes must be two of 0, ..., 9, got {args.classes}")
-    digits = args.dataset == "digits"
-    for name, large, small in (("train_size", 900, 300), ("test_size", 300, 100)):
-        if getattr(args, name) is None:
-            setattr(args, name, small if digits else large)
-    return args
+    add_flags(parser)
+    return completed(parser, parser.parse_args(argv))
 
 
 # Images, features.
@@ -138,7 +65,8 @@ def load_files(args: argparse.Namespace) -> tuple[images.Part, images.Part]:
         files = [images.Part(whole.images[cut], whole.labels[cut]) for cut in cuts]
     else:
         files = [
-            images.load_file(args.dataset, split, args.data_dir) for split in PARTS
+            images.load_file(args.dataset, split, args.data_dir, args.download)
+            for split in PARTS
         ]
     train, test = (
         images.Part(part.images.astype(np.float32) / 127.5 - 1, part.labels)
@@ -202,7 +130,7 @@ def prepare_pictures(
     extractor: keras.Model | None,
 ) -> tuple[dict[str, Pictures], keras.Model]:
     """Images and features of both parts, and the feature network."""
-    data, model, features = args.data, args.model, args.features
+    data, model, features = args.data_file, args.model, args.features_file
     if data is None:
         data, model = out / "images.npz", out / "feature_model.keras"
         if not model.exists():
@@ -226,7 +154,7 @@ def require_targets(args: argparse.Namespace, part: str, labels: np.ndarray) -> 
     """Raise unless there are two classes with as many images as the flags require."""
     if set(labels.tolist()) != {0, 1}:
         raise ValueError(
-            f"Y_{part} of --data must hold the classes 0 and 1. Received: "
+            f"Y_{part} of --data-file must hold the classes 0 and 1. Received: "
             f"{sorted(set(labels.tolist()))}"
         )
     least = int(np.bincount(labels.astype(int)).min())
@@ -243,15 +171,15 @@ def require_targets(args: argparse.Namespace, part: str, labels: np.ndarray) -> 
 
 
 def extractor_of(args: argparse.Namespace) -> keras.Model:
-    """The feature network for --data; raises errors before anything is written."""
-    bundle = dogfish_features.Bundle(args.data)
+    """The feature network for --data-file; raises errors before anything is written."""
+    bundle = dogfish_features.Bundle(args.data_file)
     extractor = dogfish_features.build_extractor(args.weights, args.model)
     for part in PARTS:
         header = bundle.header(f"X_{part}")
-        dogfish_features.require_images(header, extractor, args.data)
+        dogfish_features.require_images(header, extractor, args.data_file)
         require_targets(args, part, bundle.array(f"Y_{part}").ravel())
-    if args.features is not None:
-        dogfish_features.load(args.features)
+    if args.features_file is not None:
+        dogfish_features.load(args.features_file)
         return extractor
     for part in PARTS:
         where = hdf5.slices(0, bundle.header(f"X_{part}").shape[0], 100)
@@ -286,9 +214,9 @@ def mean_loss(heads: list, features: Any, labels: Any) -> tf.Tensor:
 
 def head_trainer(args: argparse.Namespace) -> Callable:
     """A function ((features, labels), initial heads) -> trained heads."""
-    optimizer, jit = keras.optimizers.RMSprop(args.head_lr), args.jit == "on"
+    optimizer, jit = keras.optimizers.RMSprop(args.train_lr), args.jit == "on"
     return common.trainer(
-        lambda heads, batch: mean_loss(heads, *batch), optimizer, args.head_steps, jit
+        lambda heads, batch: mean_loss(heads, *batch), optimizer, args.train_steps, jit
     )
 
 
@@ -420,7 +348,7 @@ def run_attack(
     read = np.flatnonzero((before > 0.5).all(axis=0))
     targets = read[read >= args.start][: args.max_targets]
     if not len(targets):
-        remedy = "lower --start" if len(read) else "train them longer (--head-steps)"
+        remedy = "lower --start" if len(read) else "train them longer (--train-steps)"
         raise ValueError(
             "no test image from --start on is read correctly by every head: "
             f"{remedy}, in a new folder. Received: --start {args.start}"
@@ -564,15 +492,15 @@ def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
     with common.one_line_errors(__file__):
         chosen, extractor = {}, None
-        if args.data is None:
+        if args.data_file is None:
             chosen = choose_images(args)
         else:
             extractor = extractor_of(args)
         pictures: dict[str, Pictures] = {}
-        if args.features is not None:
+        if args.features_file is not None:
             # Nothing is computed; errors appear before the folder is created.
             pictures, extractor = prepare_pictures(args, args.out, chosen, extractor)
-        run = common.Run(args.out, common.settings(args), args.resume)
+        run = common.begin(args, common.settings(args))
         summary = run.summary()
         if summary is None:
             if not pictures:

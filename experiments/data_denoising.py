@@ -88,7 +88,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = common.Parser(description=__doc__)
     add, above = parser.add_argument, common.positive
     add("--dataset", choices=DATASETS, default="digits")
-    add("--data-dir", type=pathlib.Path, help="tensorflow-datasets folder")
+    parser.add_data_flags("folder of tensorflow-datasets, or of the published files")
     add("--data-file", type=pathlib.Path, help="svhn: made by data_prep/svhn.py")
     add("--net", choices=NETS, help="by data set")
     add("--method", choices=METHODS + BASELINES, default="penalty")
@@ -137,7 +137,9 @@ def reject_ineffective_flags(parser: common.Parser, args: argparse.Namespace) ->
         {
             **dict.fromkeys(for_methods, (bilevel, "a bilevel --method")),
             "retrain_threshold": (bilevel, "a bilevel --method"),
-            "data_dir": (files, "a --dataset of tensorflow-datasets"),
+            **dict.fromkeys(
+                ("data_dir", "download"), (files, "a --dataset of tensorflow-datasets")
+            ),
             "dropout": (dropping, "a --net with dropout"),
             **dict.fromkeys(
                 ("retrain_epochs", "retrain_lr"), (retraining, "--retrain-threshold")
@@ -230,10 +232,12 @@ def load_parts(args: argparse.Namespace) -> list[images.Part]:
         test = images.Part(whole.images[cut:], whole.labels[cut:])
     else:
         name = args.dataset.removesuffix("-small")
-        loaded = [images.load_file(name, s, args.data_dir) for s in ("train", "test")]
-        if name == "mnist":
-            loaded[0] = images.in_published_order(loaded[0], "train")
+        loaded = (
+            images.load_file(name, split, args.data_dir, args.download)
+            for split in ("train", "test")
+        )
         file, test = map(scaled, loaded)
+        file = images.in_published_order(file, "train")
     if args.train_size + args.validation_size > len(file.labels):
         raise ValueError(
             f"--train-size and --validation-size must fit in {len(file.labels)} "
@@ -578,7 +582,7 @@ def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
     with common.one_line_errors(__file__):
         parts = load_parts(args)
-        run = common.Run(args.out, common.settings(args), args.resume)
+        run = common.begin(args, common.settings(args))
     one = functools.partial(one_trial, parts=parts)
     summary = common.trials(args, run, one)
     for name in ("test_accuracy", "test_accuracy_std", "last_epoch_test_accuracy",

@@ -52,11 +52,23 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = common.Parser(description=__doc__)
     add, above = parser.add_argument, common.positive
     add("--dataset", choices=images.DATASETS, default="digits")
-    add("--data-dir", type=pathlib.Path, help="tensorflow-datasets folder")
+    parser.add_data_flags("folder of tensorflow-datasets, or of the published files")
     add("--net", choices=NETS, default="linear")
     add("--method", choices=METHODS + BASELINES, default="v-pbgd")
-    add("--pollution-rate", type=float, default=0.5)
-    add("--pollution", choices=label_noise.RULES, default="published")
+    add(
+        "--noise",
+        "--pollution-rate",
+        type=float,
+        default=0.5,
+        help="share of labels that are drawn again",
+    )
+    add(
+        "--noise-kind",
+        "--pollution",
+        choices=label_noise.RULES,
+        default="published",
+        help="whether the right label may be drawn",
+    )
     add("--train-size", type=above(int), help="default 5000 (digits 2000)")
     add("--validation-size", type=above(int), help="default 5000 (digits 1000)")
     add("--test-size", type=above(int), help="default 10000 (digits 1500)")
@@ -76,12 +88,22 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="bda: weight of g; 1 - that of f, or constant as in BDA's published code",
     )
     add("--dynamics", choices=("gd", "nesterov-t", "nesterov-m"), default="gd")
-    add("--momentum", type=common.fraction, help="nesterov-m; default 0.9")
+    add(
+        "--inner-momentum",
+        "--momentum",
+        type=common.fraction,
+        help="nesterov-m; default 0.9",
+    )
     add("--gamma-init", type=common.at_least(float, 0))
     add("--gamma-max", type=above(float))
     add("--gamma-steps", type=above(int), help="length of gamma's ramp")
     add("--auxiliary", choices=("persistent", "copy"), help="v-pbgd: start of z")
-    add("--reg", type=common.at_least(float, 0), help="L2 coefficient of g")
+    add(
+        "--regularisation",
+        "--reg",
+        type=common.at_least(float, 0),
+        help="L2 coefficient of g",
+    )
     add("--eval-every", type=above(int), help="outer steps between evaluations")
     add(
         "--baseline-epochs",
@@ -116,7 +138,8 @@ def fill_defaults(
     files = args.dataset != "digits", "a --dataset with files"
     of_file = args.method == "kept+val"
     parser.reject_ineffective_flags(
-        args, {"data_dir": files, "kept": (of_file, "--method kept+val")}
+        args,
+        {"data_dir": files, "download": files, "kept": (of_file, "--method kept+val")},
     )
     if of_file and (args.kept is None or args.trials > 1):
         parser.error(
@@ -147,10 +170,10 @@ def fill_defaults(
             "first step is the same: raise --inner-steps"
         )
     with_momentum = args.dynamics == "nesterov-m"
-    needs = {"momentum": (with_momentum, "--dynamics nesterov-m")}
+    needs = {"inner_momentum": (with_momentum, "--dynamics nesterov-m")}
     parser.reject_ineffective_flags(args, needs)
-    if with_momentum and args.momentum is None:
-        args.momentum = 0.9
+    if with_momentum and args.inner_momentum is None:
+        args.inner_momentum = 0.9
     return args
 
 
@@ -214,7 +237,7 @@ def build_method(args: argparse.Namespace, network: keras.Model) -> tb.Method:
     sgd = keras.optimizers.SGD
 
     def inner_steps(**options: Any) -> tb.InnerSolver:
-        momentum = args.momentum or 0.0
+        momentum = args.inner_momentum or 0.0
         return tb.InnerSolver(
             sgd(args.inner_lr, momentum, nesterov=momentum > 0),
             args.inner_steps,
@@ -404,11 +427,11 @@ def draw_inner_curve(run: common.Run, curve: np.ndarray) -> dict[str, float]:
 
 def load_data(args: argparse.Namespace) -> dict:
     generator = np.random.default_rng(args.seed)
-    whole = images.load_training_file(args.dataset, args.data_dir)
+    whole = images.load_training_file(args.dataset, args.data_dir, args.download)
     sizes = [getattr(args, f"{part}_size") for part in PARTS]
     train, *others = images.split(whole, sizes, generator)
     polluted, clean = label_noise.pollute(
-        train.labels, args.pollution_rate, generator, args.pollution
+        train.labels, args.noise, generator, args.noise_kind
     )
 
     def tensors(part: images.Part) -> tuple:
@@ -429,7 +452,7 @@ def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
     with common.one_line_errors(__file__):
         data = load_data(args)
-        run = common.Run(args.out, common.settings(args), args.resume)
+        run = common.begin(args, common.settings(args))
     drawn = {args.seed: data}
 
     def one(own: argparse.Namespace, run: common.Run) -> dict:
@@ -483,7 +506,7 @@ def clean(
         weights,
         network,
         upper_loss,
-        functools.partial(lower_loss, reg=args.reg),
+        functools.partial(lower_loss, reg=args.regularisation),
         lower_start="learned" if learned else None,
     )
     model.compile(

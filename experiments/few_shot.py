@@ -88,9 +88,9 @@ def load_splits(args: argparse.Namespace) -> dict[str, classes.Classes]:
     elif args.data_file:
         splits = classes.load(args.data_file, name)
     elif name == "omniglot":
-        splits = omniglot.load(folder, args.split)
+        splits = omniglot.load(folder, args.split, args.download)
     elif name in ("fc100", "cifar-fs"):
-        splits = fc100.load(name.replace("-", "_"), folder)
+        splits = fc100.load(name.replace("-", "_"), folder, args.download)
     else:
         if folder is None:
             raise ValueError(
@@ -115,15 +115,15 @@ def draw(
 
 
 def build_blocks(args: argparse.Namespace, make: networks.Initializers) -> list:
-    if args.network in ("resnet12", "residual"):
+    if args.net in ("resnet12", "residual"):
         whole = {"resnet12": networks.resnet12, "residual": networks.residual_encoder}
-        return whole[args.network](make)
+        return whole[args.net](make)
     return {
         "norm-relu-pool": networks.norm_relu_pool_conv4,
         "pool-norm-relu": networks.pool_norm_relu_conv4,
         "relu-pool-norm": networks.relu_pool_norm_conv4,
         "shifted": networks.shifted_conv4,
-    }[args.network](args.filters, make)
+    }[args.net](args.filters, make)
 
 
 def build_networks(
@@ -151,7 +151,7 @@ def build_networks(
         if args.method == "imaml":
             kind = "zero"
         elif args.method in FOLLOWERS:
-            kind = "glorot" if args.network == "resnet12" else "small"
+            kind = "glorot" if args.net == "resnet12" else "small"
         elif args.method in WHOLE and args.dataset.endswith("imagenet"):
             kind = "glorot"
         features = width.output_shape[-1]
@@ -255,7 +255,7 @@ def build_method(
         learned_rate=None if decay else learned_rates(args, model),
     )
     if args.method == "imaml":
-        return tb.Implicit(inner, tb.ConjugateGradient(args.cg_steps))
+        return tb.Implicit(inner, tb.ConjugateGradient(args.solver_steps))
     if args.method == "approxgrad":
         solver = tb.GradientSolver(
             common.adam(args.solver_lr),
@@ -531,7 +531,7 @@ def train(args: argparse.Namespace, run: common.Run, splits: dict) -> dict:
 
 
 def about(args: argparse.Namespace) -> dict:
-    names = ("method", "dataset", "network", "head", "ways", "shots", "queries", "seed")
+    names = ("method", "dataset", "net", "head", "ways", "shots", "queries", "seed")
     return {name: getattr(args, name) for name in names}
 
 
@@ -581,7 +581,7 @@ def main(argv: list[str] | None = None) -> dict:
         splits = load_splits(args)
         for some in splits.values():
             draw(args, some, 0)  # too many ways or shots raise an error before any work
-        run = common.Run(args.out, common.settings(args), args.resume)
+        run = common.begin(args, common.settings(args))
     summary = common.trials(args, run, functools.partial(train, splits=splits))
     spread = "test_accuracy_ci95" if args.trials == 1 else "test_accuracy_std"
     print(

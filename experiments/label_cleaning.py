@@ -1,11 +1,11 @@
 """Clean wrong labels of real digits: `tb.LabelCleaner` beside cleanlab and others.
 
     python experiments/label_cleaning.py --out runs/demo
-    python experiments/label_cleaning.py --noise symmetric --out runs/symmetric
+    python experiments/label_cleaning.py --noise-kind symmetric --out runs/symmetric
 
 3,300 of the 5,000 digits that are included in the installed packages have doubtful
 labels, 40 percent of them wrong. 200 more have labels that are known to be right. What
-is left over tests. By `--noise`, a wrong label is
+is left over tests. By `--noise-kind`, a wrong label is
 
     class-dependent   the digit that looks most like the right one: a 4 is called 9
     symmetric         any other digit, all of them equally often
@@ -87,13 +87,34 @@ class Found(NamedTuple):
     predicted: np.ndarray | None
 
 
+def share_of_noise(text: str) -> float:
+    """`common.fraction`, with the remedy for command lines from before --noise-kind."""
+    if text in NOISES:
+        raise argparse.ArgumentTypeError(
+            f"is the share of wrong labels; their kind is --noise-kind {text}"
+        )
+    return common.fraction(text)
+
+
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = common.Parser(description=__doc__)
     add, positive = parser.add_argument, common.positive(int)
-    add("--noise", choices=NOISES, default="class-dependent")
-    add("--noise-rate", type=common.fraction, default=0.4, help="share of wrong labels")
+    add("--noise-kind", choices=NOISES, default="class-dependent")
+    add(
+        "--noise",
+        "--noise-rate",
+        type=share_of_noise,
+        default=0.4,
+        help="share of wrong labels",
+    )
     add("--train-size", type=positive, default=3300, help="doubtful labels")
-    add("--trusted-size", type=positive, default=200, help="labels known to be right")
+    add(
+        "--validation-size",
+        "--trusted-size",
+        type=positive,
+        default=200,
+        help="labels known to be right",
+    )
     add("--test-size", type=positive, default=1500)
     add("--epochs", type=positive, default=16, help="of every training")
     add("--open", action="store_true", help="open the report in a browser")
@@ -102,18 +123,18 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def load_data(args: argparse.Namespace) -> Data:
     generator = np.random.default_rng(args.seed)
-    sizes = [args.train_size, args.trusted_size, args.test_size]
+    sizes = [args.train_size, args.validation_size, args.test_size]
     train, trusted, test = images.split(
         images.load_training_file("digits"), sizes, generator
     )
     missing = {*range(10)} - {*trusted.labels.tolist()}
     if missing:
         raise ValueError(
-            "among the trusted digits every class must occur. Raise --trusted-size. "
+            "among the trusted digits every class must occur. Raise --validation-size. "
             f"Received: none of class {', '.join(map(str, sorted(missing)))} among "
-            f"{args.trusted_size}"
+            f"{args.validation_size}"
         )
-    given = with_noise(train.labels, args.noise, args.noise_rate, generator)
+    given = with_noise(train.labels, args.noise_kind, args.noise, generator)
     return Data(train._replace(labels=given), trusted, test, train.labels)
 
 
@@ -334,7 +355,7 @@ def main(argv: list[str] | None = None) -> dict:
                 "Received: no package of this name"
             )
         data = load_data(args)
-        run = common.Run(args.out, common.settings(args, "open"), args.resume)
+        run = common.begin(args, common.settings(args, "open"))
     done = {row["method"] for row in run.rows()}
     for step, (name, way) in enumerate(WAYS.items(), start=1):
         if name in done:
@@ -359,8 +380,8 @@ def main(argv: list[str] | None = None) -> dict:
 def summarise(args: argparse.Namespace, run: common.Run) -> dict:
     rows = common.numbers(run.rows())
     return {
+        "noise_kind": args.noise_kind,
         "noise": args.noise,
-        "noise_rate": args.noise_rate,
         "seed": args.seed,
         "seconds": sum(row["seconds"] for row in rows),
         "methods": {

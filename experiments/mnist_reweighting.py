@@ -1,6 +1,6 @@
 """Reweighting 20,000 MNIST digits with wrong labels: stochastic bilevel methods.
 
-    python experiments/mnist_reweighting.py --method stocbio --noise-rate 0.4 \\
+    python experiments/mnist_reweighting.py --method stocbio --noise 0.4 \\
         --out runs/stocbio
     python experiments/mnist_reweighting.py --compare --seconds 150 --out runs/compare
 
@@ -41,7 +41,7 @@ the
 
 The hypergradient is the paper's. The published script's is about twice as long, so its
 outer rate of 0.1 corresponds to our `--upper-lr 0.2`. At such rates the weights hardly
-leave 0.5 in 50 outer steps, and the curves compare how fast y is found. `--noise-rate
+leave 0.5 in 50 outer steps, and the curves compare how fast y is found. `--noise
 0.4 --upper-lr 50 --inner-lr 0.02 --seconds 60` shows stocbio reweighting. bsa's inner
 rate of 0.1 is far above 2 / (curvature on one example), so its y never converges;
 `--inner-lr 0.003` corrects that.
@@ -52,7 +52,6 @@ rate of 0.1 is far above 2 / (curvature on one example), so its y never converge
 import argparse
 import dataclasses
 import math
-import pathlib
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -78,7 +77,7 @@ class Settings:
 
     outer_steps: int = 50
     inner_steps: int | None = 200
-    hessian_q: int = 3
+    solver_steps: int = 3
     eta: float | None = None
     batch_size: int | None = None  # None: all examples
     tolerance: float | None = None
@@ -95,13 +94,14 @@ DEFAULTS = {
     "aid-fp": Settings(),
     "aid-cg": Settings(),
     "reverse": Settings(),
-    "hoag": Settings(hessian_q=100, tolerance=0.5, tolerance_decay=0.9),
+    "hoag": Settings(solver_steps=100, tolerance=0.5, tolerance_decay=0.9),
     "bsa": Settings(eta=0.001, batch_size=1, eval_every=100, jit="on"),
     "ttsa": Settings(10_000, None, eta=0.001, batch_size=1, eval_every=1000, jit="on"),
 }
 METHODS = tuple(DEFAULTS)
 # Flags that the published script accepts with every method, even without effect.
 IGNORED = ("batch_size", "eta", "inner_steps")
+DATASETS = ("mnist", "fashion_mnist", "digits")
 SIZES = {"digits": (2000, 1000, 1500)}
 
 
@@ -135,9 +135,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--method", choices=(*METHODS, "all"), default="stocbio")
     which.add_argument("--compare", action="store_true", help="as --method all")
-    add("--dataset", choices=("mnist", "fashion_mnist", "digits"), default="mnist")
-    add("--data-dir", type=pathlib.Path, help="tensorflow-datasets folder")
-    add("--noise-rate", type=float, default=0.1, help="share of wrong labels")
+    add("--dataset", choices=DATASETS, help="default: mnist, without its files digits")
+    parser.add_data_flags("tensorflow-datasets folder, or of IDX files")
+    add(
+        "--noise", "--noise-rate", type=float, default=0.1, help="share of wrong labels"
+    )
     add("--train-size", type=above(int), help="default 20000 (digits 2000)")
     add("--validation-size", type=above(int), help="default 5000 (digits 1000)")
     add("--test-size", type=above(int), help="default 10000 (digits 1500)")
@@ -145,7 +147,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--seconds", type=above(float), help="training time; --compare: 150 each")
     add("--outer-steps", type=above(int), help="default 50 (ttsa 10000), or no limit")
     add("--inner-steps", type=above(int), help="default 200; hoag: at most")
-    add("--hessian-q", type=above(int), help="products, or steps differentiated")
+    add(
+        "--solver-steps",
+        "--hessian-q",
+        type=above(int),
+        help="Hessian products; reverse: steps differentiated",
+    )
     add("--eta", type=above(float), help="stocbio, bsa, ttsa: step of the factors")
     add("--batch-size", type=above(int), help="stocbio, bsa, ttsa")
     add("--tolerance", type=above(float), help="hoag: initial value")
@@ -158,6 +165,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     if args.compare:
         args.method = "all"
     del args.compare
+    other = parser.choose_dataset(args, "mnist", images.is_prepared, "digits")
     sizes = SIZES.get(args.dataset, (20_000, 5000, 10_000))
     for part, size in zip(("train", "validation", "test"), sizes, strict=True):
         if getattr(args, f"{part}_size") is None:
@@ -168,7 +176,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     published = [DEFAULTS[method] for method in methods]
     parser.reject_unused_flags(args, published, f"--method {args.method}", IGNORED)
     files = args.dataset != "digits", "a --dataset with files"
-    parser.reject_ineffective_flags(args, {"data_dir": files})
+    parser.reject_ineffective_flags(
+        args, dict.fromkeys(("data_dir", "download"), files)
+    )
     try:
         args.jobs = [
             job_of(args, method, args.seed + trial)
@@ -177,6 +187,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         ]
     except ValueError as error:
         parser.error(str(error))
+    parser.warn(other)
     return args
 
 
@@ -184,14 +195,14 @@ def job_of(args: argparse.Namespace, method: str, seed: int) -> argparse.Namespa
     """The complete settings of one run: one method, one seed."""
     job = common.filled(args, DEFAULTS[method])
     job.method, job.seed = method, seed
-    if method == "reverse" and args.hessian_q is None:
-        job.hessian_q = min(job.hessian_q, job.inner_steps)
+    if method == "reverse" and args.solver_steps is None:
+        job.solver_steps = min(job.solver_steps, job.inner_steps)
     if args.outer_steps is None and args.seconds is not None:
         job.outer_steps = None
-    if method == "reverse" and job.hessian_q > job.inner_steps:
+    if method == "reverse" and job.solver_steps > job.inner_steps:
         raise ValueError(
-            "--hessian-q must not exceed --inner-steps with --method reverse, got "
-            f"{job.hessian_q} of {job.inner_steps}: lower one or raise the other"
+            "--solver-steps must not exceed --inner-steps with --method reverse, got "
+            f"{job.solver_steps} of {job.inner_steps}: lower one or raise the other"
         )
     if job.outer_steps is not None and args.eval_every is None:
         job.eval_every = min(job.eval_every, max(1, job.outer_steps // 5))
@@ -213,7 +224,8 @@ def load_parts(args: argparse.Namespace) -> list[images.Part]:
     else:
         file, test = (
             images.in_published_order(
-                images.load_file(args.dataset, split, args.data_dir), split
+                images.load_file(args.dataset, split, args.data_dir, args.download),
+                split,
             )
             for split in ("train", "test")
         )
@@ -235,7 +247,7 @@ def add_noise(parts: list[images.Part], job: argparse.Namespace) -> Data:
     """The parts as tensors, with training labels corrupted once."""
     train, validation, test = parts
     noisy, clean = label_noise.pollute(
-        train.labels, job.noise_rate, np.random.default_rng(job.seed), "strict"
+        train.labels, job.noise, np.random.default_rng(job.seed), "strict"
     )
     pixels = scale(train.images)
     return Data(
@@ -308,21 +320,21 @@ def per_execution(job: argparse.Namespace) -> int:
 def build_method(job: argparse.Namespace) -> tb.Method:
     optimizer = keras.optimizers.SGD(job.inner_lr)
     if job.method == "ttsa":
-        return tb.TTSA(optimizer, job.hessian_q, job.eta, seed=job.seed)
+        return tb.TTSA(optimizer, job.solver_steps, job.eta, seed=job.seed)
     if job.method == "hoag":
         tolerance = tb.Geometric(job.tolerance, job.tolerance_decay)
         inner = tb.InnerSolver(optimizer, job.inner_steps, atol=tolerance)
-        solver = tb.ConjugateGradient(job.hessian_q, rtol=tolerance)
+        solver = tb.ConjugateGradient(job.solver_steps, rtol=tolerance)
         return tb.Implicit(inner, solver)
     inner = tb.InnerSolver(optimizer, job.inner_steps)
     if job.method == "stocbio":
-        return tb.StocBiO(inner, job.hessian_q, job.eta)
+        return tb.StocBiO(inner, job.solver_steps, job.eta)
     if job.method == "bsa":
-        return tb.BSA(inner, job.hessian_q, job.eta, seed=job.seed)
+        return tb.BSA(inner, job.solver_steps, job.eta, seed=job.seed)
     if job.method == "reverse":
-        return tb.Unroll(inner, last=job.hessian_q)
+        return tb.Unroll(inner, last=job.solver_steps)
     solver = {"aid-fp": tb.FixedPoint, "aid-cg": tb.ConjugateGradient}[job.method]
-    return tb.Implicit(inner, solver(job.hessian_q, rtol=1e-12))
+    return tb.Implicit(inner, solver(job.solver_steps, rtol=1e-12))
 
 
 def index_batches(
@@ -407,7 +419,7 @@ def summarise(job: argparse.Namespace, rows: list[dict[str, str]]) -> dict:
     return {
         "method": job.method,
         "dataset": job.dataset,
-        "noise_rate": job.noise_rate,
+        "noise": job.noise,
         "seed": job.seed,
         "outer_steps": int(final["step"]),
         "seconds": final["seconds"],
@@ -444,7 +456,7 @@ def draw_run(
         cleaning.draw_histograms(weights, logits, data.clean, bins)
         weights.set(xlabel="x_i", title="logits of the weights")
         weights.grid(alpha=0.3)
-        page.suptitle(f"{job.method}, {job.dataset}, {job.noise_rate:.0%} wrong labels")
+        page.suptitle(f"{job.method}, {job.dataset}, {job.noise:.0%} wrong labels")
 
 
 def draw_comparison(args: argparse.Namespace, rows: list[dict[str, str]]) -> None:
@@ -467,7 +479,7 @@ def draw_comparison(args: argparse.Namespace, rows: list[dict[str, str]]) -> Non
         for plot in axes:
             plot.grid(alpha=0.3)
             plot.legend()
-        page.suptitle(f"{args.dataset}, {args.noise_rate:.0%} wrong labels")
+        page.suptitle(f"{args.dataset}, {args.noise:.0%} wrong labels")
 
 
 def compare(
@@ -525,7 +537,7 @@ def main(argv: list[str] | None = None) -> dict:
         parts = load_parts(args)
         data = add_noise(parts, args.jobs[0])
         config = common.settings(args.jobs[0] if alone else args, "jobs")
-        run = common.Run(args.out, config, args.resume)
+        run = common.begin(args, config)
     if alone:
         summary = run.summary() or train(args.jobs[0], run, data)
         print_table([summary])

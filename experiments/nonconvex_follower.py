@@ -1,7 +1,7 @@
 """Three small problems in which the choice of the lower solution matters.
 
     python experiments/nonconvex_follower.py --out runs/follower
-    python experiments/nonconvex_follower.py --example sine \\
+    python experiments/nonconvex_follower.py --problem sine \\
         --method ia-gm iaptt-gm --project-inner --out runs/projected
 
 sine: a nonconvex follower with three starts (x0, y0).
@@ -192,7 +192,13 @@ class Path(NamedTuple):
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = common.Parser(description=__doc__)
     add, above = parser.add_argument, common.positive
-    add("--example", choices=EXAMPLES, nargs="+", help="default: all with the --method")
+    add(
+        "--problem",
+        "--example",
+        choices=EXAMPLES,
+        nargs="+",
+        help="default: all with the --method",
+    )
     add("--method", choices=METHODS, nargs="+", help="default: all of the examples")
     add("--outer-steps", type=above(int))
     add("--inner-steps", type=above(int))
@@ -224,24 +230,24 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def check(parser: common.Parser, args: argparse.Namespace) -> None:
     """Reject unused flags; fill in the methods and each example's settings."""
-    if args.example is None:  # those that have one of the methods
-        args.example = [
+    if args.problem is None:  # those that have one of the methods
+        args.problem = [
             name
             for name, example in EXAMPLES.items()
             if args.method is None or {*args.method} & {*example.methods}
         ]
-    known = {m for name in args.example for m in EXAMPLES[name].methods}
+    known = {m for name in args.problem for m in EXAMPLES[name].methods}
     args.method = [m for m in METHODS if m in (args.method or known)]
     for method in args.method:
         if method not in known:
             parser.error(
-                f"--method {method} has no effect with --example "
-                f"{' '.join(args.example)}: leave it out"
+                f"--method {method} has no effect with --problem "
+                f"{' '.join(args.problem)}: leave it out"
             )
-    for name in args.example:
+    for name in args.problem:
         if not {*args.method} & {*EXAMPLES[name].methods}:
             parser.error(
-                f"--example {name} has none of --method {' '.join(args.method)}: add "
+                f"--problem {name} has none of --method {' '.join(args.method)}: add "
                 f"one of {', '.join(EXAMPLES[name].methods)}"
             )
     for name, users in USERS.items():
@@ -250,22 +256,22 @@ def check(parser: common.Parser, args: argparse.Namespace) -> None:
                 f"{common.flag(name)} has no effect with --method "
                 f"{' '.join(args.method)}: leave it out"
             )
-    if args.project_inner and "sine" not in args.example:
-        parser.error("--project-inner needs --example sine: only its y is bounded")
+    if args.project_inner and "sine" not in args.problem:
+        parser.error("--project-inner needs --problem sine: only its y is bounded")
     if args.settle is not None and not 0 <= args.settle <= 1:
         parser.error(f"--settle must be between 0 and 1, got {args.settle}")
-    sizes = [EXAMPLES[name].dimension for name in args.example]
+    sizes = [EXAMPLES[name].dimension for name in args.problem]
     if args.dimension is not None and not any(sizes):
-        parser.error("--dimension needs --example sine or convex: counter's is fixed")
-    for name in args.example:
+        parser.error("--dimension needs --problem sine or convex: counter's is fixed")
+    for name in args.problem:
         for start in args.start or ():
             check_start(parser, name, start)
-    args.examples = {name: chosen(EXAMPLES[name], args) for name in args.example}
+    args.examples = {name: chosen(EXAMPLES[name], args) for name in args.problem}
     names = [field.name for field in dataclasses.fields(Settings)]
     given = {k: getattr(args, k) for k in names if getattr(args, k) is not None}
     args.settings = {
         name: dataclasses.replace(EXAMPLES[name].settings, **given)
-        for name in args.example
+        for name in args.problem
     }
 
 
@@ -275,7 +281,7 @@ def check_start(parser: common.Parser, name: str, start: list[float]) -> None:
     for value, (axis, (least, most)) in zip(start, bounds.items(), strict=True):
         if not least <= value <= most:
             parser.error(
-                f"--start X Y needs {axis} in [{least:g}, {most:g}] with --example "
+                f"--start X Y needs {axis} in [{least:g}, {most:g}] with --problem "
                 f"{name}, got {value:g}"
             )
 
@@ -527,7 +533,7 @@ def print_table(summary: dict) -> None:
 def solve_all(args: argparse.Namespace, run: common.Run) -> dict[str, Paths]:
     jobs = [
         (name, method, start)
-        for name in args.example
+        for name in args.problem
         for method in args.method
         if method in EXAMPLES[name].methods
         for start in args.examples[name].starts
@@ -546,11 +552,11 @@ def solve_all(args: argparse.Namespace, run: common.Run) -> dict[str, Paths]:
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
-    kept = ("example", "method", "start", "dimension", "tolerance", "seed")
+    kept = ("problem", "method", "start", "dimension", "tolerance", "seed")
     config = {name: getattr(args, name) for name in kept}
     config |= {name: dataclasses.asdict(s) for name, s in args.settings.items()}
     with common.one_line_errors(__file__):
-        run = common.Run(args.out, config, args.resume)
+        run = common.begin(args, config)
     run.rewind(-1)  # a resumed run starts from the beginning, since it takes seconds
     begun = time.perf_counter()
     with common.many_runs():

@@ -127,8 +127,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add, above = parser.add_argument, common.positive
     add("--attack", choices=ATTACKS, default="untargeted")
     add("--method", choices=METHODS, default="penalty")
-    add("--dataset", choices=("mnist", "digits"), default="mnist")
-    add("--data-dir", type=pathlib.Path, help="tensorflow-datasets folder")
+    add(
+        "--dataset",
+        choices=("mnist", "digits"),
+        help="default: mnist, without its files digits",
+    )
+    parser.add_data_flags("tensorflow-datasets folder, or of IDX files")
     add("--poisons", type=above(int), nargs="+", default=[60], help="how many images")
     add("--trials", type=above(int), default=1, help="runs, at seeds SEED, SEED + 1..")
     add("--outer-steps", type=above(int))
@@ -143,11 +147,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--eval-every", type=above(int), help="outer steps; default 100")
     add("--jit", choices=common.JIT, help="default auto")
     args = parser.parse_args(argv)
+    other = parser.choose_dataset(args, "mnist", images.is_prepared, "digits")
     moved = args.method != "label-flip", "a --method that moves images"
     idle = {"stay_close": 0.0, "eval_every": 100, "jit": "auto"}
     files = args.dataset != "digits", "--dataset mnist"
     parser.reject_ineffective_flags(
-        args, dict.fromkeys(idle, moved) | {"data_dir": files}
+        args,
+        dict.fromkeys(idle, moved) | dict.fromkeys(("data_dir", "download"), files),
     )
     for name, value in idle.items():
         if getattr(args, name) is None:
@@ -166,6 +172,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                 f"--poisons must be even for --attack targeted, which uses half of "
                 f"them for each digit, got {count}"
             )
+    parser.warn(other)
     return args
 
 
@@ -180,7 +187,7 @@ def load_files(args: argparse.Namespace) -> list[images.Part]:
     return [
         flat(
             images.in_published_order(
-                images.load_file("mnist", split, args.data_dir), split
+                images.load_file("mnist", split, args.data_dir, args.download), split
             )
         )
         for split in ("train", "test")
@@ -519,7 +526,7 @@ def main(argv: list[str] | None = None) -> dict:
         ]
         # The first job's data are sampled before anything is written.
         draw_data(args, files, *jobs[0])
-        run = common.Run(args.out, common.settings(args), args.resume)
+        run = common.begin(args, common.settings(args))
     train = trainer(args)
 
     def one(own: argparse.Namespace, run: common.Run) -> dict:

@@ -91,9 +91,15 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--problem", nargs="+", choices=names, default=list(names))
     add("--method", nargs="+", choices=METHODS, default=list(METHODS))
     add("--inner-steps", nargs="+", type=above(int), default=[1, 5, 10], help="T")
-    add("--trials", type=above(int), default=20, help="starts")
+    add("--starts", "--trials", type=above(int), default=20)
     add("--outer-steps", type=above(int), default=40_001)
-    add("--record-every", type=above(int), default=10)
+    add(
+        "--eval-every",
+        "--record-every",
+        type=above(int),
+        default=10,
+        help="updates between points of the curves",
+    )
     add("--upper-lr", type=above(float), default=1e-3)
     add("--lower-lr", type=above(float), default=1e-4, help="for v and for p")
     add("--damping", type=common.at_least(float, 0), help="approxgrad; default 1e-6")
@@ -126,7 +132,7 @@ def draw(args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     blocks = [generator.normal(size=(BLOCK // 2, BLOCK)) for _ in range(2)]
     matrix = np.zeros((BLOCK, 2 * BLOCK))
     matrix[: BLOCK // 2, :BLOCK], matrix[BLOCK // 2 :, BLOCK:] = blocks
-    shape = (args.trials, 2 * BLOCK)
+    shape = (args.starts, 2 * BLOCK)
     u, v = (generator.uniform(-BOUND, BOUND, shape) for _ in range(2))
     return matrix, u, v
 
@@ -200,7 +206,7 @@ def build_method(
             weight=args.weight,
             lower_weight=args.lower_weight,
             atol=args.tolerance,
-            independent_starts=args.trials,
+            independent_starts=args.starts,
             schedule=tb.PenaltySchedule(args.growth, *[1 / args.growth] * 3),
         )
     return method, common.adam(args.upper_lr)
@@ -253,7 +259,7 @@ def solve(args: argparse.Namespace, job: Job, path: pathlib.Path) -> None:
         seconds.append(time.perf_counter() - begun)
     curves = {name: np.concatenate([one[name] for one in traces]) for name in traces[0]}
     steps = np.arange(1, args.outer_steps + 1)
-    kept = (steps % args.record_every == 0) | (steps == args.outer_steps)
+    kept = (steps % args.eval_every == 0) | (steps == args.outer_steps)
     curves = {name: values[kept] for name, values in curves.items()}
     for name, value in start.items():
         curves[name] = np.concatenate([value.numpy()[None], curves[name]])
@@ -348,7 +354,7 @@ def log(run: common.Run, found: dict[Job, Any]) -> None:
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
     with common.one_line_errors(__file__):
-        run = common.Run(args.out, common.settings(args), args.resume)
+        run = common.begin(args, common.settings(args))
     # approxgrad's T steps cannot keep up with the moving solution. The residual, which
     # the results contain, is the subject of the comparison, so no warning is needed.
     warnings.simplefilter("ignore", tb.DivergenceWarning)
@@ -377,7 +383,7 @@ def main(argv: list[str] | None = None) -> dict:
     summaries = [summarise(job, curves) for job, curves in found.items()]
     print_table(summaries, "error", "error after the last update")
     print_table(summaries, "full_error", "the same of u and v themselves (full_error)")
-    unit = f"seconds for 10,000 updates of {args.trials} starts"
+    unit = f"seconds for 10,000 updates of {args.starts} starts"
     print_table(summaries, "seconds_per_10000_updates", unit)
     summary = {"runs": summaries}
     run.summarise(summary)

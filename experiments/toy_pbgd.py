@@ -131,7 +131,7 @@ def clusters(x: np.ndarray, y: np.ndarray, width: float = 0.05) -> list[dict]:
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
     with common.one_line_errors(__file__):
-        run = common.Run(args.out, common.settings(args), args.resume)
+        run = common.begin(args, common.settings(args))
     run.rewind(0)  # a resumed run starts from the beginning, since it takes seconds
     generator = np.random.default_rng(args.seed)
     x = tf.constant(generator.uniform(0, 3.5, args.starts))

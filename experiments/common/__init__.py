@@ -40,6 +40,7 @@ from common.pictures import plot_columns as plot_columns
 from common.progress import FitProgress as FitProgress
 from common.progress import Progress as Progress
 from common.run import Run as Run
+from common.run import begin as begin
 from common.run import best_row as best_row
 from common.run import numbers as numbers
 from common.run import rows_of as rows_of

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import datetime
 import math
 import pathlib
 import sys
@@ -20,7 +21,8 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, with exit status 2.
 
     The flags common to all experiments are added at once: `--out`, `--resume`,
-    `--seed`.
+    `--seed`. Without `--out` the folder is `runs/NAME-DATE-TIME`, named after the
+    script.
     """
 
     def __init__(self, **keywords: Any):
@@ -29,18 +31,78 @@ class Parser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
             **keywords,
         )
-        self.add_argument("--out", type=pathlib.Path, required=True, help="folder")
+        self.add_argument(
+            "--out", type=pathlib.Path, help="folder; default: runs/NAME-DATE-TIME"
+        )
         self.add_argument(
             "--resume", action="store_true", help="continue the run in --out"
         )
         self.add_argument("--seed", type=seed, default=0, help="for all random choices")
 
+    def parse_known_args(self, *arguments: Any, **keywords: Any) -> Any:
+        args, unknown = super().parse_known_args(*arguments, **keywords)
+        if args.out is None:
+            if args.resume:
+                self.error("--resume needs --out FOLDER, that of the run to continue")
+            # With milliseconds: a shell may start several at once.
+            now = datetime.datetime.now().isoformat("-", "milliseconds")
+            moment = now.replace(":", "").replace(".", "-")
+            args.out = pathlib.Path("runs", f"{pathlib.Path(self.prog).stem}-{moment}")
+        return args, unknown
+
+    def add_data_flags(self, folder: str) -> None:
+        """Add `--data-dir` and `--download`, for scripts whose data are in files.
+
+        Args:
+            folder: what `--data-dir` is, for its help text.
+        """
+        self.add_argument("--data-dir", type=pathlib.Path, help=folder)
+        self.add_argument(
+            "--download",
+            action="store_true",
+            default=None,  # as every flag that was not given
+            help="fetch the data set, if it is not there",
+        )
+
+    def choose_dataset(
+        self,
+        args: argparse.Namespace,
+        published: str,
+        is_there: Callable[[str], bool],
+        otherwise: str,
+    ) -> str | None:
+        """Choose the data set if no flag did: the published one, if it can be had.
+
+        With `--data-dir` or `--download` it is the published one in any case.
+
+        Args:
+            args: the parsed flags, whose `dataset` is set.
+            published: the data set of the published experiment.
+            is_there: whether a data set is where it is looked for without flags.
+            otherwise: a data set that needs no files.
+
+        Returns:
+            A warning if it is the other one, for `warn` when all flags are checked.
+        """
+        if args.dataset is not None:
+            return None
+        asked = args.data_dir is not None or args.download
+        args.dataset = published if asked or is_there(published) else otherwise
+        if args.dataset == published:
+            return None
+        return (
+            f"{published} is not on this machine: --dataset {otherwise} is used "
+            f"(--download fetches {published}, --data-dir says where it is)"
+        )
+
     def error(self, message: str) -> NoReturn:
         print(f"{self.prog}: {message} (see --help)", file=sys.stderr)
         raise SystemExit(2)
 
-    def warn(self, message: str) -> None:
-        """Print one line on standard error and continue."""
+    def warn(self, message: str | None) -> None:
+        """Print one line on standard error, unless there is nothing to say."""
+        if message is None:
+            return
         print(f"{self.prog}: warning: {message}", file=sys.stderr)
 
     def reject_unused_flags(
@@ -102,7 +164,7 @@ def filled(args: argparse.Namespace, published: Any) -> argparse.Namespace:
 
 def settings(args: argparse.Namespace, *hidden: str) -> dict[str, Any]:
     """The flags that determine a run's results, by name."""
-    hidden = ("out", "resume", *hidden)
+    hidden = ("out", "resume", "download", *hidden)
     return {k: v for k, v in sorted(vars(args).items()) if k not in hidden}
 
 

@@ -1,5 +1,6 @@
 """The folder of a run."""
 
+import argparse
 import atexit
 import contextlib
 import csv
@@ -17,6 +18,18 @@ import tfbilevel as tb
 
 LOCK = ".lock"  # exists while a process works in the folder
 PARTIAL = ".partial"  # suffix of a file that is being written
+
+
+def begin(args: argparse.Namespace, config: Mapping[str, Any]) -> "Run":
+    """The run of a script's flags; prints its folder, which `--resume` needs.
+
+    Args:
+        args: flags with `out` and `resume`.
+        config: as for `Run`.
+    """
+    run = Run(args.out, config, args.resume)
+    print(f"{'Continuing' if args.resume else 'Writing to'} {run.out}", flush=True)
+    return run
 
 
 class Run:

@@ -16,7 +16,7 @@ class Settings(InversionFree):
     outer_steps: int | None
     upper_optimizer: str | None = "sgd"
     eval_every: int | None = 10
-    reg: float | None = 0.0
+    regularisation: float | None = 0.0
     jit: str | None = "auto"
     auxiliary: str | None = None
     memory: str | None = None

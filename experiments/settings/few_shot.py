@@ -20,6 +20,7 @@ DATASETS = (
     "cifar-fs",
 )
 CHARACTERS = ("glyphs", "omniglot")
+DOWNLOADED = ("omniglot", "fc100", "cifar-fs")  # by tensorflow-datasets
 WHOLE = ("maml", "fomaml", "meta-sgd", "imaml")  # all weights are lower variables
 FRESH = ("fo-itd-bio", "approxgrad", "penalty")  # a new head at every outer step
 LEARNED = ("anil", "iaptt-gm")  # head starts are upper variables
@@ -50,7 +51,7 @@ class Settings(InversionFree):
     approxgrad and penalty have Adam's `lower_lr` instead.
     """
 
-    network: str
+    net: str
     filters: int | None = 64
     head: str
     queries: int
@@ -64,7 +65,7 @@ class Settings(InversionFree):
     alpha_decay: float | None = None
     bda_rule: str | None = None
     proximal: float | None = None
-    cg_steps: int | None = None
+    solver_steps: int | None = None
     test_steps: int
     test_lr: float | None = None
     test_tasks: int
@@ -76,7 +77,7 @@ def stocbio(
     """Meta-learning settings of the stocBiO paper and of methods based on them."""
     return Settings(
         **{
-            "network": "norm-relu-pool",
+            "net": "norm-relu-pool",
             "head": "linear",
             "queries": 5,
             "tasks": 32,
@@ -101,11 +102,11 @@ def imaml(proximal: float, steps: int, outer_steps: int, filters: int) -> Settin
         steps,
         outer_steps,
         proximal=proximal,
-        cg_steps=5,
+        solver_steps=5,
         tasks=16,
         queries=15,
         test_tasks=1000,
-        network="relu-pool-norm",
+        net="relu-pool-norm",
         filters=filters,
     )
 
@@ -113,7 +114,7 @@ def imaml(proximal: float, steps: int, outer_steps: int, filters: int) -> Settin
 def iaptt(dataset: str, network: str | None, **other: Any) -> Settings:
     """Settings of the IAPTT-GM paper; head and rates for characters are our choice."""
     images: dict[str, Any] = {
-        "network": "pool-norm-relu",
+        "net": "pool-norm-relu",
         "filters": 32,
         "head": "linear" if network in VECTORS else "conv",
         "inner_lr": 0.01,
@@ -121,7 +122,7 @@ def iaptt(dataset: str, network: str | None, **other: Any) -> Settings:
         "test_lr": 0.1,
     }
     characters: dict[str, Any] = {
-        "network": "relu-pool-norm",
+        "net": "relu-pool-norm",
         "filters": 64,
         "head": "cosine",
         "inner_lr": 0.4,
@@ -164,7 +165,7 @@ def inversion_free(
     else:
         own = {"solver_lr": rate, "damping": 1e-3}
     return Settings(
-        network="shifted" if character else "residual",
+        net="shifted" if character else "residual",
         filters=filters,
         head="cosine",
         queries=15,
@@ -223,11 +224,7 @@ def published(
 def add_flags(parser: Parser) -> None:
     add, above = parser.add_argument, positive
     add("--dataset", choices=DATASETS, default="glyphs")
-    add(
-        "--data-dir",
-        type=pathlib.Path,
-        help="folder of the data set's files, or of tensorflow-datasets",
-    )
+    parser.add_data_flags("folder of the data set's files, or of tensorflow-datasets")
     add("--data-file", type=pathlib.Path, help=".npz made by its data_prep command")
     add("--split", choices=omniglot.RULES, help="of omniglot; default: vinyals")
     add(
@@ -242,7 +239,7 @@ def add_flags(parser: Parser) -> None:
     add("--tasks", type=above(int), help="tasks per meta-batch; by method")
     add("--outer-steps", type=above(int), help="meta-iterations; by method")
     add("--seconds", type=above(float), help="stop after this training time")
-    add("--network", choices=NETWORKS, help="by method and data set")
+    add("--net", "--network", choices=NETWORKS, help="by method and data set")
     add("--filters", type=above(int), help="for a four-block network")
     add("--head", choices=HEADS, help="by method and data set")
     add("--head-blocks", type=above(int), help="number of --head blocks; default 1")
@@ -255,7 +252,7 @@ def add_flags(parser: Parser) -> None:
     add("--alpha-decay", type=share, help="bda: factor on alpha per inner step")
     add("--bda-rule", choices=("aggregated", "bda-repo"), help="bda: weight of g")
     add("--proximal", type=above(float), help="imaml: weight of |y - x|^2 / 2 in g")
-    add("--cg-steps", type=above(int), help="imaml")
+    add("--solver-steps", "--cg-steps", type=above(int), help="imaml: Hessian products")
     add(
         "--regulariser",
         choices=("none", "distance", "quasi-norm", "quasi-norm-published"),
@@ -278,9 +275,9 @@ def add_flags(parser: Parser) -> None:
 
 def completed(parser: Parser, args: argparse.Namespace) -> argparse.Namespace:
     """The flags, with published settings for those not given; checks for errors."""
-    own = published(args.method, args.dataset, args.ways, args.shots, args.network)
+    own = published(args.method, args.dataset, args.ways, args.shots, args.net)
     parser.reject_unused_flags(args, [own], f"--method {args.method}")
-    reject_ineffective(parser, args, args.network or own.network)
+    reject_ineffective(parser, args, args.net or own.net)
     args = with_defaults(args, own)
     if args.rotations is None:
         args.rotations = args.dataset in CHARACTERS
@@ -294,11 +291,11 @@ def completed(parser: Parser, args: argparse.Namespace) -> argparse.Namespace:
             f"--head must be linear or cosine for --method {args.method}, which makes "
             f"a new one at every outer step, got {args.head}"
         )
-    if args.head == "conv" and (args.network in VECTORS or args.dataset in CHARACTERS):
+    if args.head == "conv" and (args.net in VECTORS or args.dataset in CHARACTERS):
         parser.error(
             "--head conv needs a feature map of at least 2 x 2: images larger than "
             f"characters and a four-block network, got --dataset {args.dataset} "
-            f"--network {args.network}"
+            f"--net {args.net}"
         )
     if args.regulariser == "distance" and args.method in FRESH:
         parser.error("--regulariser distance needs a head that has one start")
@@ -321,8 +318,12 @@ def reject_ineffective(parser: Parser, args: argparse.Namespace, network: str) -
             args.dataset != "glyphs" and args.data_file is None,
             "a --dataset with files, without --data-file",
         ),
+        "download": (
+            args.dataset in DOWNLOADED and args.data_file is None,
+            f"--dataset {', '.join(DOWNLOADED)}, without --data-file",
+        ),
         "split": (omniglot_itself, "--dataset omniglot without --data-file"),
-        "filters": (network not in VECTORS, "a four-block --network"),
+        "filters": (network not in VECTORS, "a four-block --net"),
         "head_blocks": (args.head == "blocks", "--head blocks"),
         "regularisation": (args.regulariser != "none", "--regulariser"),
         "quasi_norm_power": (quasi, "--regulariser quasi-norm"),

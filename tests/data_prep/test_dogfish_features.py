@@ -39,7 +39,7 @@ def model(tmp_path):
 def test_features_are_the_models(model, tmp_path):
     data, out = tmp_path / "d.npz", tmp_path / "f.h5"
     arrays = write_bundle(data)
-    flags = ["--data", str(data), "--out", str(out), "--batch", "4"]
+    flags = ["--data-file", str(data), "--out", str(out), "--batch", "4"]
     shapes = dogfish_features.main([*flags, "--model", str(tmp_path / "model.keras")])
     assert shapes == {"train": (9, 5), "test": (4, 5)}  # the last batch is there
     kernel, bias = model.get_weights()
@@ -85,16 +85,16 @@ def test_other_images_of_the_same_name_and_size_are_not_gone_on_with(
 def test_inception_itself(tmp_path):
     data, out = tmp_path / "d.npz", tmp_path / "f.h5"
     write_bundle(data, sizes=(2, 2), shape=(299, 299, 3))
-    flags = ["--data", str(data), "--out", str(out), "--weights", "none"]
+    flags = ["--data-file", str(data), "--out", str(out), "--weights", "none"]
     assert dogfish_features.main(flags) == {"train": (2, 2048), "test": (2, 2048)}
     features = dogfish_features.load(out)["train"].features
     assert np.ptp(features, axis=0).max() > 0  # of two different images
     # Random, and the same network again, or the attack would refuse these features; it
     # differentiates through it.
     attack = load_experiment("clean_label_attack")
-    flags = ["--data", str(data), "--features", str(out), "--weights", "none"]
+    flags = ["--data-file", str(data), "--features-file", str(out), "--weights", "none"]
     flags += ["--max-targets", "1", "--outer-steps", "1", "--inner-steps", "1"]
-    flags += ["--head-steps", "20", "--retrain-seeds", "1", "--jit", "off"]
+    flags += ["--train-steps", "20", "--retrain-seeds", "1", "--jit", "off"]
     summary = attack.main([*flags, "--out", str(tmp_path / "attack")])
     assert summary["targets"] == 1 and summary["distortion"] > 0
 
@@ -167,7 +167,7 @@ def test_bad_files_are_one_line(damage, message, model, tmp_path, capsys):
         flat.save(chosen)
     out = tmp_path / "f.h5"
     with pytest.raises(SystemExit) as stop:
-        flags = ["--data", str(data), "--out", str(out), "--model", str(chosen)]
+        flags = ["--data-file", str(data), "--out", str(out), "--model", str(chosen)]
         dogfish_features.main(flags)
     assert stop.value.code == 2
     error = capsys.readouterr().err

@@ -280,7 +280,7 @@ def test_omniglot_from_tensorflow_datasets(tmp_path, monkeypatch):
     """A few characters, as tensorflow-datasets gives them: 105 x 105 x 3, ink dark."""
     names = {"alphabet": ["Greek", "Latin"], "label": []}
 
-    def load_named(dataset, file, data_dir):
+    def load_named(dataset, file, data_dir, download):
         assert dataset == "omniglot"
         pages = np.full((6, 105, 105, 3), 255, np.uint8)
         for number, page in enumerate(pages):

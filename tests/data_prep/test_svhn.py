@@ -32,7 +32,7 @@ def folder(tmp_path):
 def test_parts_are_the_files_images(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(svhn, "PIECE", 7)  # the last piece is a smaller one
     out = tmp_path / "svhn.h5"
-    flags = ["--mat-dir", str(folder), "--out", str(out), "--any-size"]
+    flags = ["--data-dir", str(folder), "--out", str(out), "--any-size"]
     counts = svhn.main([*flags, "--validation-per-class", "2", "--seed", "5"])
     assert counts == {"train": 70, "validation": 20, "test": 40}
     images, labels = write_mat(tmp_path / "again.mat", 90, 0)
@@ -72,7 +72,7 @@ def test_validation_digits_are_random():
 def test_the_published_counts_are_asked_for(folder, tmp_path, capsys):
     assert svhn.COUNTS["train"] - 10 * 100 == 72_257
     with pytest.raises(SystemExit) as stop:
-        svhn.main(["--mat-dir", str(folder), "--out", str(tmp_path / "x.h5")])
+        svhn.main(["--data-dir", str(folder), "--out", str(tmp_path / "x.h5")])
     assert stop.value.code == 2
     error = capsys.readouterr().err
     assert "must hold 73257 digits" in error and error.count("\n") == 1
@@ -95,7 +95,7 @@ def test_bad_files_are_one_line(damage, folder, tmp_path, capsys):
         scipy.io.savemat(path, {"X": images, "y": np.zeros((5, 1))})
     out = tmp_path / "x.h5"
     with pytest.raises(SystemExit) as stop:
-        svhn.main(["--mat-dir", str(folder), "--out", str(out), "--any-size"])
+        svhn.main(["--data-dir", str(folder), "--out", str(out), "--any-size"])
     assert stop.value.code == 2
     error = capsys.readouterr().err
     assert "train_32x32.mat" in error and error.count("\n") == 1
@@ -107,14 +107,14 @@ def test_a_file_that_is_there_is_not_written_over(folder, tmp_path, capsys):
     out.write_text("kept")
     flags = ["--any-size", "--validation-per-class", "2"]
     with pytest.raises(SystemExit) as stop:
-        svhn.main(["--mat-dir", str(folder), "--out", str(out), *flags])
+        svhn.main(["--data-dir", str(folder), "--out", str(out), *flags])
     assert stop.value.code == 2 and out.read_text() == "kept"
     error = capsys.readouterr().err
     assert "exists already" in error and error.count("\n") == 1
 
 
 def test_too_few_digits_of_a_class(folder, tmp_path, capsys):
-    flags = ["--mat-dir", str(folder), "--out", str(tmp_path / "x.h5"), "--any-size"]
+    flags = ["--data-dir", str(folder), "--out", str(tmp_path / "x.h5"), "--any-size"]
     with pytest.raises(SystemExit):
         svhn.main([*flags, "--validation-per-class", "10"])
     assert "got 10 where there are 9 of the digit" in capsys.readouterr().err

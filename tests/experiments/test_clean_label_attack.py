@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from experiment_scripts import arrays_of, drawn, load_experiment
+from settings.clean_label_attack import METHODS
 
 import tfbilevel as tb
 
 attack = load_experiment("clean_label_attack")
 SMALL = ["--train-size", "30", "--test-size", "10", "--feature-epochs", "1"]
-SMALL += ["--max-targets", "2", "--outer-steps", "6", "--head-steps", "150"]
+SMALL += ["--max-targets", "2", "--outer-steps", "6", "--train-steps", "150"]
 SMALL += ["--jit", "off"]
 
 
@@ -198,7 +199,7 @@ def test_published_settings_are_the_defaults():
     """specs: penalty 7."""
     args = attack.parse_args(["--out", "x"])
     assert (args.outer_steps, args.upper_lr, args.beta) == (201, 0.01, 0.01)
-    assert (args.head_steps, args.head_lr, args.poisons) == (2001, 0.001, 1)
+    assert (args.train_steps, args.train_lr, args.poisons) == (2001, 0.001, 1)
     assert (args.inner_steps, args.lower_lr) == (10, 0.001)
     assert (args.weight, args.lower_weight, args.tolerance) == (1, 1, 1)
     sizes = attack.parse_args(["--out", "x", "--dataset", "mnist"])
@@ -207,7 +208,7 @@ def test_published_settings_are_the_defaults():
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("_few_images")
-@pytest.mark.parametrize("method", attack.METHODS)
+@pytest.mark.parametrize("method", METHODS)
 def test_the_whole_pipeline(method, tmp_path):
     summary = attack.main([*SMALL, "--method", method, "--out", str(tmp_path)])
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
@@ -295,20 +296,37 @@ def test_a_bundle_with_a_feature_model(tmp_path, capsys):
     keras.Sequential(
         [keras.Input((6, 6, 3)), keras.layers.Flatten(), keras.layers.Dense(16, "relu")]
     ).save(tmp_path / "m.keras")
-    flags = ["--data", str(tmp_path / "d.npz"), "--model", str(tmp_path / "m.keras")]
-    flags += ["--max-targets", "2", "--outer-steps", "5", "--head-steps", "300"]
+    flags = [
+        "--data-file",
+        str(tmp_path / "d.npz"),
+        "--model",
+        str(tmp_path / "m.keras"),
+    ]
+    flags += ["--max-targets", "2", "--outer-steps", "5", "--train-steps", "300"]
     summary = attack.main([*flags, "--out", str(tmp_path / "run")])
     assert summary["targets"] == 2 and summary["clean_test_accuracy"] > 90
     # Classes that are not 0 and 1: said before any feature is made.
     np.savez(tmp_path / "e.npz", **arrays | {"Y_test": arrays["Y_test"] + 1})
-    wrong = [*flags, "--data", str(tmp_path / "e.npz"), "--out", str(tmp_path / "e")]
+    wrong = [
+        *flags,
+        "--data-file",
+        str(tmp_path / "e.npz"),
+        "--out",
+        str(tmp_path / "e"),
+    ]
     with pytest.raises(SystemExit):
         attack.main(wrong)
-    assert "Y_test of --data must hold the classes" in capsys.readouterr().err
+    assert "Y_test of --data-file must hold the classes" in capsys.readouterr().err
     assert not (tmp_path / "e").exists()
     # Pixels of another range: likewise.
     np.savez(tmp_path / "r.npz", **arrays | {"X_test": arrays["X_test"] * 127.5})
-    wrong = [*flags, "--data", str(tmp_path / "r.npz"), "--out", str(tmp_path / "r")]
+    wrong = [
+        *flags,
+        "--data-file",
+        str(tmp_path / "r.npz"),
+        "--out",
+        str(tmp_path / "r"),
+    ]
     with pytest.raises(SystemExit):
         attack.main(wrong)
     assert "images must lie in [-1, 1]" in capsys.readouterr().err
@@ -317,7 +335,7 @@ def test_a_bundle_with_a_feature_model(tmp_path, capsys):
     keras.Sequential(
         [keras.Input((6, 6, 3)), keras.layers.Flatten(), keras.layers.Dense(16, "relu")]
     ).save(tmp_path / "m.keras")
-    flags += ["--features", str(tmp_path / "run" / "features.h5")]
+    flags += ["--features-file", str(tmp_path / "run" / "features.h5")]
     with pytest.raises(SystemExit):
         attack.main([*flags, "--out", str(tmp_path / "other")])
     assert "features of another network" in capsys.readouterr().err
@@ -327,13 +345,16 @@ def test_a_bundle_with_a_feature_model(tmp_path, capsys):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--features", "x.h5"], "--features needs --data"),
-        (["--weights", "none"], "--weights needs --data"),
-        (["--data", "x.npz", "--classes", "1", "2"], "--classes needs no --data"),
+        (["--features-file", "x.h5"], "--features-file needs --data-file"),
+        (["--weights", "none"], "--weights needs --data-file"),
+        (
+            ["--data-file", "x.npz", "--classes", "1", "2"],
+            "--classes needs no --data-file",
+        ),
         (["--method", "feature-collision", "--weight", "2"], "--weight needs --method"),
         (["--classes", "4", "4"], "--classes must be two of"),
         (["--train-size", "5000"], "--train-size must not exceed"),
-        (["--data", "/nowhere.npz"], "does not exist"),
+        (["--data-file", "/nowhere.npz"], "does not exist"),
         (["--dataset", "mnist", "--data-dir", "/nowhere"], "not prepared"),
         (["--data-dir", "/nowhere"], "--data-dir needs --dataset mnist"),
         (["--beta", "-1"], "at least 0"),

@@ -113,7 +113,7 @@ def test_the_parts_share_no_image(dataset, monkeypatch):
 
     monkeypatch.setattr(images, "load_digits", lambda: file(5000, 0))
     files = {"train": file(8000, 0), "test": file(50, 8000)}
-    monkeypatch.setattr(images, "load_file", lambda name, split, folder: files[split])
+    monkeypatch.setattr(images, "load_file", lambda name, split, *_: files[split])
     monkeypatch.setattr(images, "in_published_order", lambda part, split: part)
     monkeypatch.setattr(denoising, "scaled", lambda part: part)
     sizes = ["--train-size", "2000", "--validation-size", "1000", "--test-size", "50"]

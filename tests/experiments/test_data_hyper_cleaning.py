@@ -175,7 +175,14 @@ def test_methods_are_what_they_are_called():
         assert inner.accelerated is accelerated
         assert inner.optimizer.momentum == momentum
         assert inner.optimizer.nesterov == (momentum > 0)
-    flags = ["--method", "iaptt-gm", "--dynamics", "nesterov-m", "--momentum", "0.5"]
+    flags = [
+        "--method",
+        "iaptt-gm",
+        "--dynamics",
+        "nesterov-m",
+        "--inner-momentum",
+        "0.5",
+    ]
     assert built(*flags).inner.optimizer.momentum == 0.5
 
 
@@ -510,9 +517,9 @@ def test_published_settings_are_the_defaults():
     expected = {
         "upper_lr": 0.1, "lower_lr": 0.1, "inner_lr": 0.01, "inner_steps": 1,
         "gamma_init": 0, "gamma_max": 0.2, "gamma_steps": 30_000,
-        "outer_steps": 40_000, "reg": 0, "train_size": 5000,
-        "validation_size": 5000, "test_size": 10_000, "pollution_rate": 0.5,
-        "pollution": "published", "eval_every": 10, "upper_optimizer": "sgd",
+        "outer_steps": 40_000, "regularisation": 0, "train_size": 5000,
+        "validation_size": 5000, "test_size": 10_000, "noise": 0.5,
+        "noise_kind": "published", "eval_every": 10, "upper_optimizer": "sgd",
     }  # fmt: skip
     assert {k: v[k] for k in expected} == expected
     w = parse("--method", "g-pbgd", "--net", "linear", "--dataset", "mnist")
@@ -643,15 +650,15 @@ def test_cleaning_losses_are_the_formulas():
         (["--gamma-init", "1"], "--gamma-max must not be below"),
         (["--dynamics", "nesterov-t"], "a single inner step"),
         (["--dataset", "mnist", "--data-dir", "/nowhere"], "not prepared"),
-        (["--momentum", "0.5"], "--momentum needs --dynamics nesterov-m"),
+        (["--inner-momentum", "0.5"], "--inner-momentum needs --dynamics nesterov-m"),
         (
-            ["--dynamics", "nesterov-m", "--momentum", "1"],
-            "--momentum: must be in [0, 1)",
+            ["--dynamics", "nesterov-m", "--inner-momentum", "1"],
+            "--inner-momentum/--momentum: must be in [0, 1)",
         ),
         (["--train-size", "9999"], "fit in 5000"),
-        (["--pollution-rate", "1.5"], "pollution rate"),
+        (["--noise", "1.5"], "pollution rate"),
         (["--gamma-init", "-1"], "at least 0"),
-        (["--reg", "nan"], "at least 0"),
+        (["--regularisation", "nan"], "at least 0"),
         (["--resume"], "folder with a run"),
         (["--seed", "-1"], "--seed: must be from 0"),
     ],

@@ -81,10 +81,10 @@ def test_published_settings():
     args = parse("--method", "iaptt-gm", "--dataset", "tiered-imagenet")
     assert (args.tasks, args.outer_steps, args.inner_steps) == (4, 80_000, 10)
     assert (args.inner_lr, args.final_lr, args.upper_lr) == (0.01, 0.001, 0.001)
-    assert (args.head, args.network, args.filters) == ("conv", "pool-norm-relu", 32)
+    assert (args.head, args.net, args.filters) == ("conv", "pool-norm-relu", 32)
     assert (args.test_lr, args.test_steps, args.test_tasks) == (0.1, 10, 1000)
     args = parse("--method", "iaptt-gm", "--dataset", "omniglot")
-    assert (args.head, args.network, args.filters) == ("cosine", "relu-pool-norm", 64)
+    assert (args.head, args.net, args.filters) == ("cosine", "relu-pool-norm", 64)
     assert (args.inner_lr, args.final_lr, args.test_lr) == (0.4, 0.04, 0.4)
     args = parse("--method", "penalty", "--dataset", "omniglot")
     assert (args.tasks, args.outer_steps, args.inner_steps) == (30, 5000, 20)
@@ -93,16 +93,16 @@ def test_published_settings():
     args = parse("--method", "penalty", "--dataset", "omniglot", "--ways", "20")
     assert (args.tasks, args.outer_steps) == (15, 10_000)
     args = parse("--method", "approxgrad", "--dataset", "mini-imagenet")
-    assert (args.tasks, args.upper_lr, args.network) == (2, 0.001, "residual")
+    assert (args.tasks, args.upper_lr, args.net) == (2, 0.001, "residual")
     assert (args.test_lr, args.test_steps) == (0.001, 100)
     flags = ["--method", "approxgrad", "--dataset", "mini-imagenet", "--shots", "5"]
     assert parse(*flags).outer_steps == 10_001
-    args = parse("--method", "penalty", "--dataset", "fc100", "--network", "shifted")
+    args = parse("--method", "penalty", "--dataset", "fc100", "--net", "shifted")
     assert (args.tasks, args.filters, args.outer_steps) == (4, 32, 20_001)
     args = parse("--method", "maml", "--ways", "20")
     assert (args.inner_steps, args.inner_lr, args.test_steps) == (5, 0.1, 5)
     assert parse("--method", "maml").test_steps == 3
-    args = parse("--method", "rhg", "--dataset", "fc100", "--network", "resnet12")
+    args = parse("--method", "rhg", "--dataset", "fc100", "--net", "resnet12")
     assert args.head == "linear"
     args = parse("--method", "t-rhg", "--dataset", "mini-imagenet")
     assert (args.last, args.inner_steps) == (5, 10)
@@ -120,8 +120,8 @@ def test_published_settings():
             steps,
             filters,
         )
-        assert (args.network, args.queries, args.tasks) == ("relu-pool-norm", 15, 16)
-        assert (args.inner_lr, args.upper_lr, args.cg_steps) == (0.1, 0.001, 5)
+        assert (args.net, args.queries, args.tasks) == ("relu-pool-norm", 15, 16)
+        assert (args.inner_lr, args.upper_lr, args.solver_steps) == (0.1, 0.001, 5)
         assert args.test_tasks == 1000
         head = few_shot.build_networks(args, (84, 84, 3))[1]
         assert not any(np.any(v) for v in head.get_weights())
@@ -221,7 +221,7 @@ def test_new_tasks_are_learned_as_in_training_unless_asked():
             "--quasi-norm-epsilon: must be above zero",
         ),
         (["--head-blocks", "2"], "--head-blocks needs --head blocks"),
-        (["--network", "resnet12", "--filters", "9"], "--filters needs a four-block"),
+        (["--net", "resnet12", "--filters", "9"], "--filters needs a four-block"),
         (["--method", "rhg", "--head", "conv"], "feature map of at least 2 x 2"),
         (["--method", "meta-sgd", "--test-lr", "1"], "--test-lr has no effect"),
         (["--method", "rhg", "--head", "blocks", "--head-blocks", "4"], "at most 3"),
@@ -418,7 +418,7 @@ def test_imaml_solves_its_proximal_system():
     """d_x / lambda is v of (H + lambda I) v = f_y: H v by differences of gradients."""
     # So large a lambda that H + lambda I is positive definite.
     flags = ["--proximal", "40", "--inner-lr", "0.01"]
-    flags += ["--inner-steps", "2", "--cg-steps", "80"]
+    flags += ["--inner-steps", "2", "--solver-steps", "80"]
     model, x, y, batch = one_task("imaml", *flags)
     problem, method = model.problem, model.method
     state = method.init(problem, x, y)
@@ -700,7 +700,7 @@ def test_fc100_end_to_end(tmp_path):
         ["--dataset", "fc100", "--data-dir", str(tmp_path / "tfds"), *SMALL]
         + ["--method", "itd-bio", "--inner-steps", "3", "--out", str(tmp_path / "run")]
     )
-    assert summary["network"] == "norm-relu-pool"
+    assert summary["net"] == "norm-relu-pool"
     assert 0 <= summary["test_accuracy"] <= 100
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["settings"]["split"] is None  # Omniglot's
@@ -712,7 +712,7 @@ def test_fc100_end_to_end(tmp_path):
     ("method", "network"), [("iaptt-gm", "resnet12"), ("penalty", "residual")]
 )
 def test_meta_gradients_of_the_large_networks(method, network):
-    flags = ["--network", network, "--head", "cosine", "--inner-steps", "1"]
+    flags = ["--net", network, "--head", "cosine", "--inner-steps", "1"]
     args = parse("--method", method, *flags, "--tasks", "1", "--queries", "1")
     args.ways = 2
     model = few_shot.build_model(args, SHAPE)

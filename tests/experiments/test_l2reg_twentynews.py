@@ -12,6 +12,7 @@ import common
 import keras
 import numpy as np
 import pytest
+import scipy.sparse.linalg
 import scipy.special
 import sklearn.datasets
 import sklearn.utils
@@ -20,7 +21,7 @@ from experiment_scripts import drawn, load_experiment
 from suites import fast_where
 
 import tfbilevel as tb
-from data_prep import twentynews
+from data_prep import documents, twentynews
 
 news = load_experiment("l2reg_twentynews")
 
@@ -447,7 +448,7 @@ def test_an_interrupted_run_resumes_to_the_same_numbers(
 @pytest.mark.usefixtures("no_pictures")
 def test_seconds_end_a_run_and_retraining_is_on_both_halves(tmp_path: Any):
     flags = ["--method", "reverse", "--inner-lr", "5", "--inner-momentum", "0.5"]
-    limits = ["--seconds", "0.001", "--final-steps", "6", "--upper-lr", "1000"]
+    limits = ["--seconds", "0.001", "--retrain-steps", "6", "--upper-lr", "1000"]
     summary = news.main([*flags, *limits, "--out", str(tmp_path)])
     assert summary["outer_steps"] == 1
     assert [int(row["step"]) for row in rows_of(tmp_path)] == [0, 1]
@@ -559,7 +560,7 @@ def test_the_others_go_on_past_a_failed_method(
         (["--seconds", "nan"], "above zero"),
         (["--inner-momentum", "1"], "in [0, 1)"),
         (["--method", "reverse", "--tolerance", "1"], "--tolerance has no effect"),
-        (["--method", "aid-cg", "--tolerance-ratio", "0.5"], "has no effect"),
+        (["--method", "aid-cg", "--tolerance-decay", "0.5"], "has no effect"),
         (["--batch-size", "22"], "got 22 of 21"),
         (["--method", "reverse", "--solver-steps", "20"], "got 20 of 10"),
         (["--method", "all", *BATCHES[:2]], "got 100 of 21"),
@@ -641,3 +642,39 @@ def test_divergence_is_one_line(tmp_path: Any, capsys: Any):
     assert stop.value.code == 1
     error = capsys.readouterr().err.strip()
     assert "NaN or infinite" in error and "\n" not in error
+
+
+# Generated documents.
+
+
+def test_generated_documents_are_as_said():
+    """20 classes in proportion, rows of length 1, the same ones every time."""
+    data = twentynews.load(None, "counts", None, 0, dataset="generated")
+    sizes = [len(part.labels) for part in (data.train, data.validation, data.test)]
+    assert sizes == [1000, 1000, 1000] and data.classes == 20
+    assert np.bincount(data.test.labels).tolist() == [50] * 20
+    counts, labels = documents.make("train")
+    assert counts.sum(axis=1).ravel().tolist() == [[60] * 2000]
+    lengths = scipy.sparse.linalg.norm(data.train.features, axis=1)
+    np.testing.assert_allclose(lengths, 1, rtol=1e-6)
+    assert (documents.make("train").counts != counts).nnz == 0
+    # 15 percent of the words are classes' words, 0.3 * 19 / 20 of them another's.
+    entries = counts.tocoo()
+    names = documents.words()[entries.col]
+    own = np.array([name.startswith("class") for name in names])
+    assert entries.data[own].sum() / counts.sum() == pytest.approx(0.15, abs=0.005)
+    of_class = [name.split("-")[0] for name in names[own]]
+    wanted = [f"class{label}" for label in labels[entries.row[own]]]
+    astray = entries.data[own] @ (np.array(of_class) != wanted)
+    assert astray / entries.data[own].sum() == pytest.approx(0.285, abs=0.01)
+
+
+@pytest.mark.slow
+def test_common_words_are_regularised_more_than_the_classes(tmp_path, monkeypatch):
+    monkeypatch.setenv("SCIKIT_LEARN_DATA", str(tmp_path / "nothing"))
+    news.main(["--method", "aid-cg", "--out", str(tmp_path / "run")])
+    coefficients = np.load(tmp_path / "run" / "coefficients.npy")
+    common_ones = np.array([w.startswith("common") for w in documents.words()])
+    assert np.median(coefficients[common_ones]) > 2 * np.median(
+        coefficients[~common_ones]
+    )

@@ -14,7 +14,7 @@ from data_prep.images import Part
 demo = load_experiment("label_cleaning")
 
 SMALL = [
-    *("--train-size", "150", "--trusted-size", "60", "--test-size", "70"),
+    *("--train-size", "150", "--validation-size", "60", "--test-size", "70"),
     *("--epochs", "1"),
 ]
 
@@ -180,9 +180,12 @@ def test_a_run_writes_its_files_and_is_resumed(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--trusted-size", "10"], "every class must occur. Raise --trusted-size"),
+        (
+            ["--validation-size", "10"],
+            "every class must occur. Raise --validation-size",
+        ),
         (["--train-size", "4000"], "fit in 5000"),
-        (["--noise-rate", "1"], "must be in"),
+        (["--noise", "1"], "must be in"),
     ],
 )
 def test_bad_flags_are_one_line_before_training(flags, said, tmp_path, capsys):

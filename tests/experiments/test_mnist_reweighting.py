@@ -42,8 +42,8 @@ def digits():
 # On one worker: the comparison they look at takes half a minute.
 ONE_COMPARISON = pytest.mark.xdist_group("comparison")
 COMPARISON = [
-    *("--compare", *SMALL, *DRAWS, "--noise-rate", "0.3", "--jit", "off"),
-    *("--outer-steps", "3", "--hessian-q", "7"),
+    *("--compare", *SMALL, *DRAWS, "--noise", "0.3", "--jit", "off"),
+    *("--outer-steps", "3", "--solver-steps", "7"),
 ]
 
 
@@ -68,14 +68,14 @@ def compared(tmp_path_factory):
 
 def test_published_settings_are_the_defaults():
     for method in reweighting.METHODS:
-        args = parse("--method", method)
+        args = parse("--dataset", "mnist", "--method", method)
         (job,) = args.jobs
         assert (args.train_size, args.validation_size) == (20_000, 5000)
-        assert (args.test_size, args.noise_rate, args.seconds) == (10_000, 0.1, None)
+        assert (args.test_size, args.noise, args.seconds) == (10_000, 0.1, None)
         assert (job.upper_lr, job.inner_lr) == (0.1, 0.1)
         assert job.inner_steps == (None if method == "ttsa" else 200)
         assert job.outer_steps == (10_000 if method == "ttsa" else 50)
-        assert job.hessian_q == (100 if method == "hoag" else 3)
+        assert job.solver_steps == (100 if method == "hoag" else 3)
         size = {"stocbio": 50, "bsa": 1, "ttsa": 1}.get(method)
         assert job.batch_size == size
         made = reweighting.build_method(job)
@@ -175,7 +175,7 @@ def test_mnist_is_read_from_both_of_its_files(monkeypatch):
     """Numbered images: the first ones train, the last ones validate."""
     orders = []
 
-    def load(name, split, folder):
+    def load(name, split, folder, download):
         first = {"train": 0, "test": 1000}[split]
         numbers = np.arange(first, first + 500)
         return images.Part(numbers, numbers % 10)
@@ -192,7 +192,7 @@ def test_mnist_is_read_from_both_of_its_files(monkeypatch):
 
 
 def test_measures_are_the_formulas(digits):
-    (job,) = parse(*SMALL, *DRAWS, "--noise-rate", "0.3").jobs
+    (job,) = parse(*SMALL, *DRAWS, "--noise", "0.3").jobs
     data = reweighting.add_noise(digits, job)
     model = reweighting.build_model(job, data)
     generator = np.random.default_rng(0)
@@ -237,7 +237,7 @@ def test_a_finished_comparison_resumed_trains_nothing(compared, monkeypatch):
 
 
 def test_labels_are_corrupted_once_and_exactly_the_share_asked_for(digits):
-    (job,) = parse(*SMALL, *DRAWS, "--noise-rate", "0.4").jobs
+    (job,) = parse(*SMALL, *DRAWS, "--noise", "0.4").jobs
     before = digits[0].labels.copy()
     data = reweighting.add_noise(digits, job)
     noisy, true = (
@@ -305,8 +305,8 @@ def float64():
 
 def test_aid_cg_is_the_dense_solution_of_softmax_regression(float64):
     """Weighted softmax regression differentiated by hand, in NumPy."""
-    flags = ["--method", "aid-cg", "--hessian-q", "200", "--inner-steps", "30"]
-    flags += ["--train-size", "7", "--validation-size", "6", "--noise-rate", "0.3"]
+    flags = ["--method", "aid-cg", "--solver-steps", "200", "--inner-steps", "30"]
+    flags += ["--train-size", "7", "--validation-size", "6", "--noise", "0.3"]
     (job,) = parse(*flags).jobs
     generator = np.random.default_rng(0)
     parts = [
@@ -390,13 +390,16 @@ def test_a_budget_of_time_ends_a_run(tmp_path):
         (["--method", "aid-cg", "--tolerance", "0.1"], "--tolerance has no effect"),
         (["--method", "ttsa", "--tolerance-decay", "0.5"], "has no effect"),
         (
-            ["--method", "reverse", "--inner-steps", "2", "--hessian-q", "3"],
-            "--hessian-q must not exceed",
+            ["--method", "reverse", "--inner-steps", "2", "--solver-steps", "3"],
+            "--solver-steps must not exceed",
         ),
-        (["--batch-size", "6000"], "--batch-size must not exceed --validation-size"),
+        (
+            ["--dataset", "mnist", "--batch-size", "6000"],
+            "--batch-size must not exceed --validation-size",
+        ),
         (["--data-dir", "/nowhere"], "not prepared"),
         (["--dataset", "digits", "--train-size", "4000"], "fit in 3500"),
-        (["--dataset", "digits", "--noise-rate", "1.5"], "pollution rate"),
+        (["--dataset", "digits", "--noise", "1.5"], "pollution rate"),
         (["--dataset", "digits", "--resume"], "folder with a run"),
         (["--method", "hoag", "--compare"], "not allowed with argument --method"),
     ],

@@ -141,7 +141,7 @@ ONE_RUN = pytest.mark.xdist_group("follower")
 def run(tmp_path_factory):
     """The sine problem by iaptt-gm and the convex one by ia-gm-a, as published."""
     out = tmp_path_factory.mktemp("follower")
-    flags = ["--example", "sine", "convex", "--method", "iaptt-gm", "ia-gm-a"]
+    flags = ["--problem", "sine", "convex", "--method", "iaptt-gm", "ia-gm-a"]
     return out, follower.main([*flags, "--out", str(out)])
 
 
@@ -272,7 +272,7 @@ def test_files(run):
 
 def test_published_settings_are_the_defaults():
     args = follower.parse_args(["--out", "x"])
-    assert args.example == ["sine", "counter", "convex"]
+    assert args.problem == ["sine", "counter", "convex"]
     sine = args.settings["sine"]
     assert (sine.outer_steps, sine.inner_steps) == (500, 40)
     assert (sine.upper_lr, sine.inner_lr) == (0.1, 5e-4)
@@ -287,7 +287,7 @@ def test_published_settings_are_the_defaults():
 @pytest.mark.parametrize("method", ["ls", "rhg", "iaptt-gm"])
 def test_dimensions_of_the_sine_are_so_many_copies_of_one(method):
     """F and f are sums: every component follows the problem of one dimension."""
-    flags = ["--out", "x", "--example", "sine", "--start", "7", "-1"]
+    flags = ["--out", "x", "--problem", "sine", "--start", "7", "-1"]
     args = follower.parse_args([*flags, "--dimension", "3", "--outer-steps", "30"])
     (start,) = args.examples["sine"].starts
     one = follower.solve(SINE, method, "(7, -1)", args.settings["sine"])
@@ -307,7 +307,7 @@ def test_dimensions_of_the_sine_are_so_many_copies_of_one(method):
 
 def test_convex_in_any_dimension_from_any_start():
     """Of NumPy's loop with d for 50, x and y from 0.5 and -1."""
-    flags = ["--out", "x", "--example", "convex", "--dimension", "4"]
+    flags = ["--out", "x", "--problem", "convex", "--dimension", "4"]
     args = follower.parse_args([*flags, "--start", "0.5", "-1", "--outer-steps", "3"])
     example, settings = args.examples["convex"], args.settings["convex"]
     path = follower.solve(example, "ia-gm", "(0.5, -1)", settings)
@@ -351,7 +351,7 @@ def test_pictures_say_what_they_show(tmp_path, monkeypatch):
             assert {"ia-gm from (5, 1)", "ia-gm from (7, -1)"} <= labels
 
 
-SHORT = ["--example", "counter", "--method", "rhg", "--outer-steps", "3"]
+SHORT = ["--problem", "counter", "--method", "rhg", "--outer-steps", "3"]
 
 
 @pytest.mark.slow
@@ -377,22 +377,22 @@ def test_a_run_is_resumed_to_the_same_rows_and_never_overwritten(tmp_path, capsy
     "flags, message",
     [
         (["--exmaple", "sine"], "unrecognized arguments"),
-        (["--example", "cosine"], "invalid choice"),
+        (["--problem", "cosine"], "invalid choice"),
         (["--method", "sgd"], "invalid choice"),
         (["--outer-steps", "0"], "above zero"),
         (["--inner-lr", "nan"], "above zero"),
         (["--settle", "1.5"], "--settle must be between 0 and 1"),
         (["--alpha", "2"], "--alpha: must be above 0 and at most 1"),
-        (["--example", "counter", "--method", "ls"], "--method ls has no effect"),
-        (["--example", "sine", "convex", "--method", "rhg"], "--example convex has no"),
-        (["--method", "ns", "--example", "sine", "--alpha", "1"], "--alpha has"),
-        (["--example", "convex", "--project-inner"], "--project-inner needs"),
-        (["--start", "0.5", "2"], "needs X in [1, 10] with --example sine, got 0.5"),
-        (["--start", "1", "-3"], "needs Y in [-2, 2] with --example sine, got -3"),
-        (["--example", "counter", "--start", "-101", "0"], "X in [-100, 100]"),
+        (["--problem", "counter", "--method", "ls"], "--method ls has no effect"),
+        (["--problem", "sine", "convex", "--method", "rhg"], "--problem convex has no"),
+        (["--method", "ns", "--problem", "sine", "--alpha", "1"], "--alpha has"),
+        (["--problem", "convex", "--project-inner"], "--project-inner needs"),
+        (["--start", "0.5", "2"], "needs X in [1, 10] with --problem sine, got 0.5"),
+        (["--start", "1", "-3"], "needs Y in [-2, 2] with --problem sine, got -3"),
+        (["--problem", "counter", "--start", "-101", "0"], "X in [-100, 100]"),
         (["--start", "nan", "0"], "--start: must be finite"),
         (["--start", "1"], "--start: expected 2 arguments"),
-        (["--example", "counter", "--dimension", "2"], "--dimension needs"),
+        (["--problem", "counter", "--dimension", "2"], "--dimension needs"),
         (["--dimension", "0"], "above zero"),
         (["--resume"], "folder with a run"),
     ],

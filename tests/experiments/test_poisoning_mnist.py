@@ -31,7 +31,7 @@ def file_of(count, seed):
 
 
 def test_untargeted_parts_are_disjoint_and_labels_wrong():
-    args = parse("--poisons", "7")
+    args = parse("--dataset", "mnist", "--poisons", "7")
     files = [file_of(12_000, 0), file_of(500, 1)]
     data = poisoning.draw_data(args, files, 7, seed=3)
     sizes = [len(part.labels) for part in (data.train, data.validation, data.test)]
@@ -45,7 +45,8 @@ def test_untargeted_parts_are_disjoint_and_labels_wrong():
 
 
 def test_targeted_parts():
-    args = parse("--attack", "targeted", "--poisons", "6")
+    flags = ["--dataset", "mnist", "--attack", "targeted", "--poisons", "6"]
+    args = parse(*flags)
     files = [file_of(12_000, 0), file_of(6000, 1)]
     data = poisoning.draw_data(args, files, 6, seed=3)
     assert np.bincount(data.train.labels).tolist() == [100] * 10
@@ -66,7 +67,7 @@ def test_targeted_parts():
 def test_mnist_is_read_from_both_of_its_files(monkeypatch):
     orders = []
 
-    def load(name, split, folder):
+    def load(name, split, folder, download):
         value = {"train": 51, "test": 102}[split]
         return images.Part(np.full((3, 2, 2, 1), value), np.arange(3))
 

@@ -11,11 +11,11 @@ from experiment_scripts import arrays_of, load_experiment
 import tfbilevel as tb
 
 synthetic = load_experiment("synthetic_penalty")
-SMALL = ["--trials", "3", "--outer-steps", "40", "--inner-steps", "2", "--jit", "off"]
+SMALL = ["--starts", "3", "--outer-steps", "40", "--inner-steps", "2", "--jit", "off"]
 
 
 def setting():
-    args = synthetic.parse_args(["--out", "x", "--trials", "2", "--seed", "3"])
+    args = synthetic.parse_args(["--out", "x", "--starts", "2", "--seed", "3"])
     return args, *synthetic.draw(args)
 
 
@@ -79,7 +79,7 @@ def test_errors_look_at_what_the_table_says():
 
 def test_methods_have_the_published_settings():
     args = synthetic.parse_args(["--out", "x"])
-    assert (args.outer_steps, args.trials, args.inner_steps) == (40_001, 20, [1, 5, 10])
+    assert (args.outer_steps, args.starts, args.inner_steps) == (40_001, 20, [1, 5, 10])
     method, upper = synthetic.build_method(args, synthetic.Job("ex1", "penalty", 5))
     assert float(upper.learning_rate) == pytest.approx(1e-3)
     assert upper.epsilon == 1e-8
@@ -158,7 +158,7 @@ def test_penalty_sees_the_null_space_and_approxgrad_does_not(tmp_path):
     """The published run but for the number of starts. A simulation in NumPy had 0.0324
     (0.0346 with the null space) and 0.0024 (9.26)."""
     flags = ["--problem", "ex3", "--method", "approxgrad", "penalty"]
-    flags += ["--inner-steps", "10", "--trials", "4", "--out", str(tmp_path)]
+    flags += ["--inner-steps", "10", "--starts", "4", "--out", str(tmp_path)]
     runs = {run["method"]: run for run in synthetic.main(flags)["runs"]}
     assert runs["penalty"]["error"] < 0.05 and runs["penalty"]["full_error"] < 0.05
     assert runs["approxgrad"]["error"] < 0.05
@@ -196,7 +196,7 @@ def test_jit_reaches_the_loop(flags, jit, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(tb, "minimize", minimize)
-    args = synthetic.parse_args(["--out", "x", "--trials", "1", *flags])
+    args = synthetic.parse_args(["--out", "x", "--starts", "1", *flags])
     with pytest.raises(KeyboardInterrupt):
         synthetic.solve(args, synthetic.Job("ex1", "gd", 1), tmp_path / "x.npz")
     assert seen == [jit]
