@@ -3,11 +3,15 @@ PYTHON ?= python3
 BIN := .venv/bin
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: demo test test-slow lint docs bench bench-env clean
+.PHONY: demo experiments test test-slow lint docs bench bench-env clean
 
 demo: .venv/experiments
 	rm -rf runs/demo
 	$(BIN)/python experiments/label_cleaning.py --out runs/demo
+
+# Goes on where it was ended; `rm -rf runs/gallery` begins again.
+experiments: .venv/experiments
+	$(BIN)/python experiments/gallery.py
 
 # One process for each of two cores: more only import TensorFlow once more.
 PYTEST = $(BIN)/python -m pytest -n 2 --dist loadgroup --max-worker-restart=0
