@@ -21,6 +21,7 @@ import os
 import pathlib
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -79,7 +80,7 @@ GALLERY = {
     ),
     "hyper-cleaning-aid": Entry(
         "data_hyper_cleaning",
-        "--method aid-cg --outer-steps 100",
+        "--method aid-cg --outer-steps 400",
         "Data hyper-cleaning: implicit gradients",
         "The same problem by conjugate gradients on the lower level's Hessian.",
         60,
@@ -93,35 +94,35 @@ GALLERY = {
     ),
     "follower": Entry(
         "nonconvex_follower",
-        "--outer-steps 150",
+        "",
         "The non-convex follower",
         "Which of several lower solutions a method ends at decides what it finds.",
         60,
     ),
     "reweighting": Entry(
         "mnist_reweighting",
-        "--dataset digits --compare --seconds 4",
+        "--dataset digits --compare --seconds 8",
         "Reweighting digits",
         "Seven methods in the same seconds: minibatches against full batches.",
         60,
     ),
     "newsgroups": Entry(
         "l2reg_twentynews",
-        "--dataset generated --method all --seconds 3",
+        "--dataset generated --method all --outer-steps 80",
         "One penalty per word",
         "One L2 coefficient for every word of generated documents.",
         60,
     ),
     "synthetic": Entry(
         "synthetic_penalty",
-        "--outer-steps 4000 --starts 10",
+        "--inner-steps 1 10 --outer-steps 20000 --starts 10",
         "Four synthetic problems",
         "What a singular lower Hessian does to each method.",
         60,
     ),
     "denoising": Entry(
         "data_denoising",
-        "--epochs 10 --pretrain-epochs 30 --retrain-epochs 100",
+        "--epochs 40",
         "Denoising",
         "The importance of every training example, learned in minibatches.",
         60,
@@ -135,7 +136,7 @@ GALLERY = {
     ),
     "clean-label": Entry(
         "clean_label_attack",
-        "--max-targets 4",
+        "--max-targets 6",
         "A clean-label attack",
         "One image with the right label has another one misread.",
         60,
@@ -178,11 +179,10 @@ def command(name: str, entry: Entry) -> list[str]:
 
 def run(folder: pathlib.Path, entry: Entry, threads: int) -> dict[str, Any]:
     """Run an experiment, or what is left of it, and return how it ended."""
-    known = result(folder)
-    if known.get("flags") != entry.flags and folder.exists():
+    if is_complete(folder, entry):
+        return result(folder)
+    if folder.exists() and result(folder).get("flags") != entry.flags:
         shutil.rmtree(folder)  # of another command: only this script writes here
-    elif known.get("exit") == 0:
-        return known
     folder.mkdir(parents=True, exist_ok=True)
     write(folder / RESULT, {"flags": entry.flags})
     own = folder / "run"
@@ -190,6 +190,9 @@ def run(folder: pathlib.Path, entry: Entry, threads: int) -> dict[str, Any]:
     argv += [*shlex.split(entry.flags), "--out", str(own)]
     if (own / "config.json").exists():
         argv.append("--resume")
+        # A gallery that was killed may have left the process that works there.
+        with filelock.FileLock(own / ".lock"):
+            pass
     environment = {"TF_NUM_INTRAOP_THREADS": str(threads)} | dict(os.environ)
     begun = time.monotonic()
     with (
@@ -225,6 +228,11 @@ def wait(process: subprocess.Popen) -> tuple[int, float | None]:
     return process.returncode, used.ru_utime + used.ru_stime
 
 
+def is_complete(folder: pathlib.Path, entry: Entry) -> bool:
+    known = result(folder)
+    return (known.get("flags"), known.get("exit")) == (entry.flags, 0)
+
+
 def result(folder: pathlib.Path) -> dict[str, Any]:
     try:
         return json.loads((folder / RESULT).read_text())
@@ -250,7 +258,7 @@ def run_all(args: argparse.Namespace) -> list[str]:
     def one(name: str) -> None:
         nonlocal ended
         folder = args.out / name
-        kept = result(folder).get("exit") == 0
+        kept = is_complete(folder, GALLERY[name])
         if not kept:
             print(f"{name}: started", flush=True)
         made = run(folder, GALLERY[name], threads)
@@ -295,10 +303,11 @@ def page(args: argparse.Namespace, left: int) -> str:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    ended = {name: result(args.out / name) for name in GALLERY if name in args.only}
     sections = [
         section(name, args.out / name)
-        for name in GALLERY
-        if name in args.only and "exit" in result(args.out / name)
+        for name, made in ended.items()
+        if "exit" in made and made["flags"] == GALLERY[name].flags
     ]
     return template.render(sections=sections, left=left)
 
@@ -386,4 +395,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the experiments too
     main()

@@ -111,13 +111,21 @@ def test_a_failure_is_named_and_the_others_go_on(
 
 
 def test_another_command_begins_again(
-    scripts: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+    scripts: pathlib.Path,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
 ) -> None:
     make(tmp_path, "one")
+    capsys.readouterr()
     one = gallery.GALLERY["one"]
     other = gallery.dataclasses.replace(one, flags=f"{one.flags} --more 1")
     monkeypatch.setitem(gallery.GALLERY, "one", other)
+    args = gallery.parse_args(["--out", str(tmp_path)])
+    assert "First." not in gallery.page(args, left=1)  # its numbers are of the former
     make(tmp_path, "one")
+    assert "First." in gallery.page(args, left=0)
+    assert "one: done in" in capsys.readouterr().out
     (line,) = starts(tmp_path, "one")
     assert "--more 1" in line and "--resume" not in line
 
