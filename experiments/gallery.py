@@ -372,6 +372,14 @@ def shown(value: Any) -> str:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     with one_line_errors(__file__):
+        for name in args.only:
+            folder = args.out / name
+            if folder.exists() and any(folder.iterdir()) and not result(folder):
+                raise ValueError(
+                    "--out must be new, or the folder of a gallery, whose experiments "
+                    f"may be begun again. Name another one. Received: {folder}, made "
+                    "by another program"
+                )
         args.out.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(args.out / ".lock")
         try:

@@ -146,6 +146,19 @@ def test_an_experiment_that_was_killed_is_continued(
     assert [line.endswith("--resume") for line in starts(tmp_path, "one")] == [0]
 
 
+def test_a_folder_of_somebody_else_is_left_alone(
+    scripts: pathlib.Path, tmp_path: pathlib.Path, capsys: Any
+) -> None:
+    """Such as `runs`, with runs of the same names in it."""
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "summary.json").touch()
+    with pytest.raises(SystemExit) as stop:
+        make(tmp_path, "one")
+    assert stop.value.code == 2
+    assert "made by another program" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "one").iterdir()] == ["summary.json"]
+
+
 def test_a_gallery_in_use_is_one_line(
     scripts: pathlib.Path, tmp_path: pathlib.Path, capsys: Any
 ) -> None:
