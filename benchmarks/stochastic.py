@@ -205,7 +205,11 @@ def prepared(part: str, folder: pathlib.Path, arguments: argparse.Namespace):
     path = folder / "data.npz"
     if not path.exists():
         options = {"condition": arguments.condition} if part == "a" else {}
-        np.savez(folder / "unfinished.npz", **PARTS[part].made(**options))
+        try:
+            arrays = PARTS[part].made(**options)
+        except FileNotFoundError as error:
+            raise SystemExit(f"error: {error}") from None
+        np.savez(folder / "unfinished.npz", **arrays)
         (folder / "unfinished.npz").rename(path)
     return path
 

@@ -278,7 +278,8 @@ def picture(
             calls = np.array(seen["steps"]) * row["calls_per_step"]
             style = ":" if title.endswith(", JAX") else ("-", "--", "-.")[number // 10]
             for axis, against in zip(pair, (calls, seen["seconds"]), strict=True):
-                axis.loglog(against, seen["value"], style, label=title)
+                marker = "." if len(seen["value"]) == 1 else None
+                axis.loglog(against, seen["value"], style, marker=marker, label=title)
         label = f"{name}, {case} percent noise" if case else name
         pair[0].set(xlabel="oracle calls", ylabel=label)
         pair[1].set(xlabel="seconds")
