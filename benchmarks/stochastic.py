@@ -69,7 +69,7 @@ class Defaults(NamedTuple):
 DEFAULTS = {
     "a": Defaults(0.5, 5.0, 3),
     "b": Defaults(0.3, 2.0, 3),
-    "c": Defaults(0.4, 2.0, 2),
+    "c": Defaults(0.3, 2.0, 2),
 }
 # One setting for each part, from the middle of its grid.
 QUICK = {

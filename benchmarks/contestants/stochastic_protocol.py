@@ -27,7 +27,7 @@ from stochastic_problems import BATCH, PARTS, Grid, Problem, load  # noqa: E402
 
 TERMS = 10  # of series, and steps of y and v where a method makes several
 RAMP = (1.0, 100.0, 5000)  # the weight of F2SA and ValueGap: from, to, outer steps
-APART = 1.15  # of two expensive looks, at least this factor in time
+APART = 1.3  # of two expensive looks, at least this factor in time
 HOPELESS = 1e6  # a run with so large a measurement ends
 
 
