@@ -13,9 +13,10 @@ Every method has the grid of its problem: a lower rate, the ratio of the upper t
 lower rate, and whether both decay like (k + 1)^(-0.4); rates of a series do not decay.
 Batches of 64 random examples at both levels, numbered by NumPy, so that all methods pay
 the same for them: nothing. (SABA needs fixed batches, blocks of 64; full-batch methods
-take all examples.) Each setting is run for --look seconds with three seeds, and the
-best three (in (c) two) by the median of the seeds for --seconds with three seeds; of
-these, the table has the best median of each column. Full-batch methods need one seed.
+take all examples, and others may take all in blocks of 64.) Each setting is run for
+--look seconds with three seeds, and the best three (in (c) two) by the median of the
+seeds for --seconds with three seeds; of these, the table has the best median of each
+column. Full-batch methods need one seed.
 
 Seconds are of the processor, with one thread, compiled by XLA; compilation and
 measuring are not counted. One oracle call is one gradient of f or g on a batch; a
@@ -49,8 +50,8 @@ sys.path[:0] = [str(HERE.parent), str(HERE), str(CONTESTANTS)]
 
 import environment  # noqa: E402
 import stochastic_report as report  # noqa: E402
-from stochastic_library import ENTRIES  # noqa: E402
-from stochastic_problems import BATCH, PARTS, load  # noqa: E402
+from stochastic_library import ENTRIES, sizes_of  # noqa: E402
+from stochastic_problems import PARTS, load  # noqa: E402
 from stochastic_protocol import Plan, Setting, read  # noqa: E402
 from workers import pinned, processor, worker_environment  # noqa: E402
 
@@ -227,11 +228,8 @@ def planned(part: str, arguments: argparse.Namespace) -> Plan:
 
 def calls_of(method: str, problem: Any) -> float:
     """Oracle calls of one outer step."""
-    entry = ENTRIES[method]
-    if entry.kind != "full":
-        return entry.of_lower + entry.of_upper
-    upper, lower = (len(level[0]) for level in problem.examples(problem.cases[0]))
-    return (entry.of_lower * lower + entry.of_upper * upper) / BATCH
+    calls = ENTRIES[method].calls
+    return calls(sizes_of(problem)) if callable(calls) else calls
 
 
 def main(argv: list[str] | None = None) -> int:

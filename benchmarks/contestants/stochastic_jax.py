@@ -186,7 +186,7 @@ class Compiled:
         self.compiled = traced.compile()
         jax.block_until_ready(self.several(carried, given))
 
-    def begin(self, case: str) -> Any:
+    def begin(self, case: str, seed: int = 0) -> Any:
         x, y = map(jnp.asarray, self.problem.start())
         return jnp.asarray(0, jnp.int32), self.of.begin(x, y)
 

@@ -3,7 +3,7 @@
 One oracle call is one gradient of f or of g on a batch, in x, in y or in both at one
 point. A product with g_yy, with g_xy or with both, of one vector at one point, counts
 as two. Values of f and g that only metrics need are not computed, and not counted.
-What a method counts is written beside it: its calls of g, then those of f.
+What a method counts is written beside it. "At two points" doubles what follows.
 """
 
 import argparse
@@ -60,80 +60,73 @@ class Sizes(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """A method: how it is built from a rate r, a power p and the sizes s; its calls of
-    g and of f in one outer step; and its batches (`protocol.Method`)."""
+    """A method: how it is built from a rate r, a power p and the sizes s; its calls in
+    one outer step, a number or a function of the sizes; and its batches
+    (`protocol.Method`)."""
 
     build: Callable[[float, float, Sizes], tb.Method]
-    of_lower: float
-    of_upper: float
+    calls: float | Callable[[Sizes], float]
     kind: str = "random"
 
 
 ENTRIES: dict[str, Entry] = {
     # g_y, and (g_yy v, g_xy v); f_x and f_y.
-    "SOBA": Entry(lambda r, p, s: tb.SOBA(sgd(r, p), Decay(r, p)), 3, 1),
+    "SOBA": Entry(lambda r, p, s: tb.SOBA(sgd(r, p), Decay(r, p)), 4),
     # As SOBA; the tables take no calls.
     "SABA": Entry(
         lambda r, p, s: tb.SABA(
             sgd(r, p), Decay(r, p), lower_batches=s.lower, upper_batches=s.upper
         ),
-        3,
-        1,
+        4,
         "fixed",
     ),
-    # g_y, g_yy v, and g_xy v at two points; f at two points.
-    "FSLA": Entry(lambda r, p, s: tb.FSLA(sgd(r, p), Decay(r, p), 0.9), 7, 2),
+    # g_y, g_yy v; at two points: f, g_xy v.
+    "FSLA": Entry(lambda r, p, s: tb.FSLA(sgd(r, p), Decay(r, p), 0.9), 9),
     # T of g_y, T of g_yy v, one of g_xy v; f.
     "AmIGO": Entry(
         lambda r, p, s: tb.AmIGO(inner(r, p, TERMS), TERMS, Decay(r, p)),
-        3 * TERMS + 2,
-        1,
+        3 * TERMS + 3,
     ),
     # At two points: g_y, T of g_yy v, one of g_xy v; f.
     "MRBO": Entry(
-        lambda r, p, s: tb.MRBO(sgd(r), TERMS, r, scale=scale(p)), 4 * TERMS + 6, 2
+        lambda r, p, s: tb.MRBO(sgd(r), TERMS, r, scale=scale(p)), 4 * TERMS + 8
     ),
     # At two points: g_y, (T - 1) / 2 of g_yy v on average, one of g_xy v; f.
     "SUSTAIN": Entry(
-        lambda r, p, s: tb.SUSTAIN(sgd(r), TERMS, r, scale=scale(p)), 2 * TERMS + 4, 2
+        lambda r, p, s: tb.SUSTAIN(sgd(r), TERMS, r, scale=scale(p)), 2 * TERMS + 6
     ),
     # T of g_y, T of g_yy v, one of g_xy v; f.
     "StocBiO": Entry(
-        lambda r, p, s: tb.StocBiO(inner(r, p, TERMS), TERMS, r), 3 * TERMS + 2, 1
+        lambda r, p, s: tb.StocBiO(inner(r, p, TERMS), TERMS, r), 3 * TERMS + 3
     ),
     # T of g_y, (T - 1) / 2 of g_yy v on average, one of g_xy v; f.
-    "BSA": Entry(
-        lambda r, p, s: tb.BSA(inner(r, p, TERMS), TERMS, r), 2 * TERMS + 1, 1
-    ),
+    "BSA": Entry(lambda r, p, s: tb.BSA(inner(r, p, TERMS), TERMS, r), 2 * TERMS + 2),
     # g_y, (T - 1) / 2 of g_yy v on average, one of g_xy v; f.
     "TTSA": Entry(
         lambda r, p, s: tb.TTSA(sgd(r), TERMS, r, upper_power=p, lower_power=p),
-        TERMS + 2,
-        1,
+        TERMS + 3,
     ),
     # As SOBA.
-    "BAMM": Entry(lambda r, p, s: tb.BAMM(sgd(r), 1.0, p), 3, 1),
+    "BAMM": Entry(lambda r, p, s: tb.BAMM(sgd(r), 1.0, p), 4),
     # g_y at z, g_x at z, (g_x, g_y) at y; f.
     "ValueGap": Entry(
-        lambda r, p, s: tb.ValueGap(inner(r, p, 1), sgd(r, p), ramp()), 3, 1
+        lambda r, p, s: tb.ValueGap(inner(r, p, 1), sgd(r, p), ramp()), 4
     ),
     # T of g_y at z, T at y, g_x at both; T of f_y, and f_x.
     "F2SA": Entry(
         lambda r, p, s: tb.F2SA(inner(r, p, TERMS), sgd(r, p, TERMS), ramp()),
-        2 * TERMS + 2,
-        TERMS + 1,
+        3 * TERMS + 3,
     ),
     # T of g_y at z, (g_x, g_y) at y, g_x at z; f.
-    "BOME": Entry(lambda r, p, s: tb.BOME(inner(r, p, TERMS), sgd(r, p)), TERMS + 2, 1),
-    # g_y at z and y, g_x at both; f_y and f_x, at two points.
-    "MEHA": Entry(lambda r, p, s: tb.MEHA(sgd(r, p)), 4, 2),
-    # T of g_y, at most T + 1 of g_yy v, one of g_xy v; f.
+    "BOME": Entry(lambda r, p, s: tb.BOME(inner(r, p, TERMS), sgd(r, p)), TERMS + 3),
+    # g_y at z and at y, g_x at both after that; f_y, and f_x after that.
+    "MEHA": Entry(lambda r, p, s: tb.MEHA(sgd(r, p)), 6),
+    # T of g_y, at most T + 1 of g_yy v, one of g_xy v; f; all on all batches.
     "Implicit, full batch": Entry(
         lambda r, p, s: tb.Implicit(
             inner(r, 0.0, TERMS), tb.ConjugateGradient(TERMS, warm_start=True)
         ),
-        3 * TERMS + 4,
-        1,
+        lambda s: (3 * TERMS + 4) * s.lower + s.upper,
         "full",
     ),
 }
@@ -177,6 +170,12 @@ PROBLEMS = {
 }
 
 
+def sizes_of(problem: Any) -> Sizes:
+    return Sizes(
+        *(len(each[0]) // BATCH for each in problem.examples(problem.cases[0]))
+    )
+
+
 class Carried(NamedTuple):
     examples: tuple[tuple, tuple]
     now: tuple  # the outer step, x, y and the method's state
@@ -187,9 +186,7 @@ class Compiled:
 
     def __init__(self, part: str, problem: Any, entry: Entry, setting: Setting):
         self.kind, self.problem, self.of = entry.kind, problem, PROBLEMS[part]
-        self.sizes = Sizes(
-            *(len(each[0]) // BATCH for each in problem.examples(problem.cases[0]))
-        )
+        self.sizes = sizes_of(problem)
         self.rate = setting.rate / problem.largest
         self.upper_rate, self.power = self.rate * setting.ratio, setting.power
         self.method = entry.build(self.rate, setting.power, self.sizes)
@@ -208,10 +205,14 @@ class Compiled:
         self.several(carried, given)  # compiles
         self.bytes = self._bytes(carried, given)
 
-    def begin(self, case: str) -> Carried:
+    def begin(self, case: str, seed: int = 0) -> Carried:
         x, y = tf.nest.map_structure(tf.constant, self.problem.start())
         state = self.method.init(self.of, x, y)
         examples = tf.nest.map_structure(self._tensor, self.problem.examples(case))
+        if self.kind == "blocks":
+            examples = tuple(_mixed(level, seed) for level in examples)
+        if self.kind in ("blocks", "fixed"):
+            examples = tf.nest.map_structure(_blocks, examples)
         return Carried(examples, (tf.constant(0, tf.int64), x, y, state))
 
     def _tensor(self, array: np.ndarray) -> tf.Tensor:
@@ -280,21 +281,32 @@ class Compiled:
         """The batches of one outer step from their numbers."""
         if self.kind == "full":
             return tb.Batches(*examples)
+        if self.kind == "blocks":
+            # The upper batch is one, of all blocks.
+            whole = tuple(tf.reshape(b, [-1, *b.shape[2:]]) for b in examples[0])
+            return tb.StackedBatches(whole, examples[1])
         if self.kind == "random":
             return tb.StackedBatches(
                 tuple(tf.gather(each, upper) for each in examples[0]),
                 tuple(tf.gather(each, lower) for each in examples[1]),
             )
         blocks = (
-            (*(_block(each, number) for each in level), number)
+            (*(tf.gather(each, number) for each in level), number)
             for level, number in zip(examples, (upper, lower), strict=True)
         )
         return tb.Batches(*blocks)
 
 
-def _block(examples: tf.Tensor, number: tf.Tensor) -> tf.Tensor:
+def _blocks(examples: tf.Tensor) -> tf.Tensor:
+    """[n // BATCH, BATCH, ...], without the last few."""
     whole = examples[: examples.shape[0] // BATCH * BATCH]
-    return tf.gather(tf.reshape(whole, [-1, BATCH, *whole.shape[1:]]), number)
+    return tf.reshape(whole, [-1, BATCH, *whole.shape[1:]])
+
+
+def _mixed(level: tuple, seed: int) -> tuple:
+    """The examples in a random order."""
+    order = np.random.default_rng(seed).permutation(level[0].shape[0])
+    return tuple(tf.gather(each, order) for each in level)
 
 
 def build(arguments: argparse.Namespace, problem: Any) -> Callable[[Setting], Compiled]:

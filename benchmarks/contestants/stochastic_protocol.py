@@ -46,7 +46,8 @@ class Method(Protocol):
 
     Attributes:
         kind: "random": every batch holds BATCH random examples; "fixed": it is one of
-            the n // BATCH blocks of the examples; "full": all examples.
+            the n // BATCH blocks of the examples; "full": all examples; "blocks": all
+            of them in those blocks, which the method chooses from, mixed by the seed.
         draws: the number of lower batches of an outer step.
         together: the number of outer steps in one call.
     """
@@ -55,7 +56,7 @@ class Method(Protocol):
     draws: int
     together: int
 
-    def begin(self, case: str) -> Any:
+    def begin(self, case: str, seed: int) -> Any:
         """What is carried, before the first step; the case's examples are part."""
         ...
 
@@ -119,7 +120,7 @@ def run(
     """
     sizes = tuple(len(arrays[0]) for arrays in problem.examples(case))
     numbers = batches(method.kind, method.draws, method.together, sizes, seed)
-    carried, began = method.begin(case), time.perf_counter()
+    carried, began = method.begin(case, seed), time.perf_counter()
     steps, spent, next_look = 0, 0.0, 0.0
     looks: dict[str, list] = {"steps": [], "seconds": [], "found": []}
     while spent < seconds:
