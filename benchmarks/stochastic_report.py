@@ -121,6 +121,7 @@ def summary(
                 each["steps"][-1] / each["seconds"][-1] for each in kept
             ),
             "calls_per_step": result.calls,
+            "order": kept[0]["order"],
             "bytes": kept[0]["step_bytes"],
             "peak_bytes": max(each["peak_bytes"] for each in kept),
             "trace": trace(sorted(kept, key=end)[len(kept) // 2], shown, zero),
@@ -222,6 +223,7 @@ def table(part: str, problem: Any, made: dict[str, Any]) -> list[str]:
     names = [problem.measures[number] for number in others]
     heads = [
         "method",
+        "order",
         name,
         *names,
         f"calls to {goal:g}",
@@ -238,11 +240,12 @@ def table(part: str, problem: Any, made: dict[str, Any]) -> list[str]:
     for title in order:
         row = rows[title]
         if "value" not in row:
-            lines.append(f"| {title} | diverged |" + " |" * (len(heads) - 2))
+            lines.append(f"| {title} | | diverged |" + " |" * (len(heads) - 3))
             continue
         calls, seconds = row.get("calls_to_goal"), row.get("seconds_to_goal")
         cells = [
             title,
+            str(row["order"]),
             shown.show(row["value"]),
             *(f"{row['others'][number]:.4g}" for number in others),
             "-" if calls is None else f"{calls:,.0f}",

@@ -59,7 +59,7 @@ class SOBA:
     (the paper's v is minus this one).
     """
 
-    draws = 1
+    draws, order = 1, 2
 
     @staticmethod
     def begin(x: jax.Array, y: jax.Array) -> tuple:
@@ -87,7 +87,7 @@ class StocBiO:
     x <- x - beta (f_x - g_xy eta sum_j r_j)
     """
 
-    draws = 2 * TERMS + 1
+    draws, order = 2 * TERMS + 1, 2
 
     @staticmethod
     def begin(x: jax.Array, y: jax.Array) -> tuple:
@@ -122,7 +122,7 @@ class F2SA:
     x <- x - xi alpha_k (f_x + lambda (g_x(x, y) - g_x(x, z)))
     """
 
-    draws = 2 * TERMS + 1
+    draws, order = 2 * TERMS + 1, 1
 
     @staticmethod
     def begin(x: jax.Array, y: jax.Array) -> tuple:
@@ -172,7 +172,8 @@ class Compiled:
     kind = "random"
 
     def __init__(self, problem: Any, method: Any, setting: Setting):
-        self.problem, self.of, self.draws = problem, method, method.draws
+        self.problem, self.of = problem, method
+        self.draws, self.order = method.draws, method.order
         self.together = problem.together
         self.rate = setting.rate / problem.largest
         self.ratio, self.power = setting.ratio, setting.power

@@ -191,6 +191,7 @@ class Compiled:
         self.upper_rate, self.power = self.rate * setting.ratio, setting.power
         self.method = entry.build(self.rate, setting.power, self.sizes)
         self.draws = getattr(self.method, "draws", 1)
+        self.order = 1 + self.method.takes_second_derivatives
         self.together = 2 if entry.kind == "full" else problem.together
         self.tensors: dict[int, tf.Tensor] = {}
         carried = self.begin(problem.cases[0])

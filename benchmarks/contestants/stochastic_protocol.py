@@ -50,11 +50,13 @@ class Method(Protocol):
             of them in those blocks, which the method chooses from, mixed by the seed.
         draws: the number of lower batches of an outer step.
         together: the number of outer steps in one call.
+        order: of the derivatives that it takes, 1 or 2.
     """
 
     kind: str
     draws: int
     together: int
+    order: int
 
     def begin(self, case: str, seed: int) -> Any:
         """What is carried, before the first step; the case's examples are part."""
@@ -238,7 +240,7 @@ def made(plan: Plan, problem: Problem, build: Callable[[Setting], Method], book:
                 method, problem, key["case"], key["seed"], seconds, stage == "look"
             )
             memory = {"step_bytes": method.step_bytes(), "peak_bytes": peak_resident()}
-            book.add({**key, **record, **memory})
+            book.add({**key, **record, **memory, "order": method.order})
 
     for setting in plan.settings:
         make("look", setting, list(problem.cases), plan.look)
