@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import keras
 import numpy as np
 import references
+import tensorflow as tf
 from problems import ORACLES, Oracle, Vector, cast, unflat
 
 import tfbilevel as tb
@@ -178,6 +179,11 @@ def double_momentum(terms: int) -> Callable:
     return expected
 
 
+def vrbo(oracle: Oracle, x: Vector, y: Vector) -> tuple[Vector, Vector]:
+    """The first step only estimates."""
+    return references.series(oracle, x, y, 0.2, 4), y
+
+
 def f2sa(oracle: Oracle, x: Vector, y: Vector) -> tuple[Vector, Vector]:
     z = references.descend(oracle, x, y, oracle.rate, 3)[-1]
     for _ in range(3):
@@ -202,6 +208,72 @@ def meha(oracle: Oracle, x: Vector, y: Vector) -> tuple[Vector, Vector]:
     end = y - LOWER_RATE * along
     gap = oracle.g_x(x, end) - oracle.g_x(x, z)
     return oracle.f_x(x, end) / WEIGHT + gap, end
+
+
+def f3sa(oracle: Oracle, x: Vector, y: Vector) -> tuple[Vector, Vector]:
+    """Without a step before there is no momentum."""
+    z = references.descend(oracle, x, y, oracle.rate, 1)[-1]
+    end = y - LOWER_RATE / WEIGHT * (oracle.f_y(x, y) + WEIGHT * oracle.g_y(x, y))
+    return references.value_gap(oracle, x, end, z, WEIGHT)[0], end
+
+
+SLACK = 30.0  # no y is outside
+
+
+def bvfsm(oracle: Oracle, x: Vector, y: Vector) -> tuple[Vector, Vector]:
+    """z makes 3 steps and y 2. r cancels in the difference of g."""
+    h, linear = oracle.hessian(x), oracle.linear(x)
+    z = y
+    for _ in range(3):
+        z = z - oracle.rate * (oracle.g_y(x, z) + 0.1 * z)
+
+    def weight(y: Vector) -> Any:
+        gap = 0.5 * (y @ h @ y - z @ h @ z) - linear @ (y - z)
+        return WEIGHT / (SLACK + 0.05 * z @ z - gap)
+
+    for _ in range(2):
+        along = oracle.f_y(x, y) + weight(y) * oracle.g_y(x, y) + 0.2 * y
+        y = y - LOWER_RATE * along
+    gap = oracle.g_x(x, y) - oracle.g_x(x, z)
+    return oracle.f_x(x, y) + weight(y) * gap, y
+
+
+def of_bvfsm(oracle: Oracle) -> tb.Method:
+    return tb.BVFSM(
+        inner(oracle, 3),
+        rate(),
+        2,
+        relaxation=WEIGHT,
+        slack=SLACK,
+        auxiliary_ridge=0.1,
+        lower_ridge=0.2,
+    )
+
+
+def constraints(x: Any, y: Any) -> Any:
+    """Of every entry of y, and of both levels together."""
+    sums = [tf.add_n([tf.reduce_sum(v) for v in tf.nest.flatten(n)]) for n in (x, y)]
+    return {"both": sums[0] * sums[1], "own": tf.nest.map_structure(add_tenth, y)}
+
+
+def add_tenth(y: Any) -> Any:
+    return y + 0.1
+
+
+def gaffa(oracle: Oracle, x: Vector, y: Vector) -> tuple[Vector, Vector]:
+    """z = 0.3 and theta = y at first; derivatives of <m, h> by hand."""
+
+    def h_y(m: Vector) -> Vector:
+        return m[0] * x.sum() + m[1:]
+
+    z = np.full(1 + len(y), 0.3)
+    theta = y - LOWER_RATE * (oracle.g_y(x, y) + h_y(z))
+    values = np.concatenate([[x.sum() * y.sum()], y + 0.1])
+    raised = np.maximum(z + 0.7 * values, 0)
+    along = oracle.f_y(x, y) / WEIGHT + oracle.g_y(x, y) + h_y(raised)
+    d_x = oracle.f_x(x, y) / WEIGHT + oracle.g_x(x, y) - oracle.g_x(x, theta)
+    d_x = d_x + raised[0] * y.sum() - z[0] * theta.sum()
+    return d_x, y - LOWER_RATE * (along - (y - theta) / 0.6)
 
 
 def rank_one(oracle: Oracle, x: Vector, y: Vector) -> tuple[Vector, Vector]:
@@ -347,6 +419,12 @@ METHODS = [
         bamm,  # v = 0 still here too
         oracles=("quadratic", "scalar"),
     ),
+    Row(
+        "srba",
+        lambda oracle: tb.SRBA(rate(), 0.2),
+        bamm,  # and here
+        oracles=("quadratic", "scalar"),
+    ),
     Row("fsla", lambda oracle: tb.FSLA(rate(), 0.2), fsla, None, True),
     Row(
         "amigo",
@@ -363,12 +441,35 @@ METHODS = [
         None,
         True,
     ),
+    Row("vrbo", lambda oracle: tb.VRBO(rate(), 3, 0.2), vrbo, None, True),
     Row("f2sa", lambda oracle: tb.F2SA(inner(oracle, 3), rate(), WEIGHT), f2sa),
     Row("bome", lambda oracle: tb.BOME(inner(oracle, 3), rate(), 2.5), bome),
     Row(
         "meha",
         lambda oracle: tb.MEHA(rate(), smoothing=0.6, upper_weight=1 / WEIGHT),
         meha,
+    ),
+    Row(
+        "f3sa",
+        lambda oracle: tb.F3SA(
+            rate(), WEIGHT, auxiliary_optimizer=keras.optimizers.SGD(oracle.rate)
+        ),
+        f3sa,
+        None,
+        True,
+    ),
+    Row("bvfsm", of_bvfsm, bvfsm),
+    Row(
+        "gaffa",
+        lambda oracle: tb.GAFFA(
+            rate(),
+            constraints,
+            smoothing=0.6,
+            multiplier_smoothing=0.7,
+            upper_weight=1 / WEIGHT,
+            initial_multiplier=0.3,
+        ),
+        gaffa,
     ),
     Row(
         "value-gap",

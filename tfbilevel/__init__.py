@@ -89,7 +89,10 @@ from tfbilevel._methods.penalty.augmented_lagrangian import (
     AugmentedLagrangian as AugmentedLagrangian,
 )
 from tfbilevel._methods.penalty.bome import BOME as BOME
+from tfbilevel._methods.penalty.bvfsm import BVFSM as BVFSM
 from tfbilevel._methods.penalty.f2sa import F2SA as F2SA
+from tfbilevel._methods.penalty.f3sa import F3SA as F3SA
+from tfbilevel._methods.penalty.gaffa import GAFFA as GAFFA
 from tfbilevel._methods.penalty.gradient_norm import GradientNorm as GradientNorm
 from tfbilevel._methods.penalty.meha import MEHA as MEHA
 from tfbilevel._methods.penalty.penalty_schedule import (
@@ -102,8 +105,10 @@ from tfbilevel._methods.stochastic import FSLA as FSLA
 from tfbilevel._methods.stochastic import MRBO as MRBO
 from tfbilevel._methods.stochastic import SABA as SABA
 from tfbilevel._methods.stochastic import SOBA as SOBA
+from tfbilevel._methods.stochastic import SRBA as SRBA
 from tfbilevel._methods.stochastic import SUSTAIN as SUSTAIN
 from tfbilevel._methods.stochastic import TTSA as TTSA
+from tfbilevel._methods.stochastic import VRBO as VRBO
 from tfbilevel._methods.stochastic import AmIGO as AmIGO
 from tfbilevel._methods.stochastic import StocBiO as StocBiO
 from tfbilevel._minimize import Point as Point

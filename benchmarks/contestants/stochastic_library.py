@@ -33,6 +33,10 @@ class Decay(keras.optimizers.schedules.LearningRateSchedule):
         return self.rate * tf.pow(count, -self.power)
 
 
+STEPS = 5  # of y in VRBO
+PERIOD = 10  # outer steps of VRBO from one full batch to the next
+
+
 def sgd(rate: float, power: float = 0.0, every: int = 1) -> keras.optimizers.Optimizer:
     """SGD whose rate decays once in so many of its steps."""
     return keras.optimizers.SGD(Decay(rate, power, every) if power else rate)
@@ -80,6 +84,12 @@ ENTRIES: dict[str, Entry] = {
         4,
         "fixed",
     ),
+    # At two points: g_y, (g_yy v, g_xy v); f. Once for s.lower steps all batches at one.
+    "SRBA": Entry(
+        lambda r, p, s: tb.SRBA(sgd(r, p), Decay(r, p), upper_parts=s.upper),
+        lambda s: 8 * (s.lower - 1) / s.lower + 3 + s.upper / s.lower,
+        "blocks",
+    ),
     # g_y, g_yy v; at two points: f, g_xy v.
     "FSLA": Entry(lambda r, p, s: tb.FSLA(sgd(r, p), Decay(r, p), 0.9), 9),
     # T of g_y, T of g_yy v, one of g_xy v; f.
@@ -90,6 +100,17 @@ ENTRIES: dict[str, Entry] = {
     # At two points: g_y, T of g_yy v, one of g_xy v; f.
     "MRBO": Entry(
         lambda r, p, s: tb.MRBO(sgd(r), TERMS, r, scale=scale(p)), 4 * TERMS + 8
+    ),
+    # MRBO's at each of STEPS + 1 points; every PERIOD steps all batches at one point.
+    "VRBO": Entry(
+        lambda r, p, s: tb.VRBO(
+            sgd(r, p, STEPS), TERMS, r, STEPS, PERIOD, upper_parts=s.upper
+        ),
+        lambda s: (
+            (STEPS + 1) * (4 * TERMS + 8)
+            + ((2 * TERMS + 3) * s.lower + s.upper) / PERIOD
+        ),
+        "blocks",
     ),
     # At two points: g_y, (T - 1) / 2 of g_yy v on average, one of g_xy v; f.
     "SUSTAIN": Entry(
@@ -117,6 +138,8 @@ ENTRIES: dict[str, Entry] = {
         lambda r, p, s: tb.F2SA(inner(r, p, TERMS), sgd(r, p, TERMS), ramp()),
         3 * TERMS + 3,
     ),
+    # At two points: g_y at z and at y, g_x at both after that; f_y, and f_x after that.
+    "F3SA": Entry(lambda r, p, s: tb.F3SA(sgd(r, p), ramp()), 12),
     # T of g_y at z, (g_x, g_y) at y, g_x at z; f.
     "BOME": Entry(lambda r, p, s: tb.BOME(inner(r, p, TERMS), sgd(r, p)), TERMS + 3),
     # g_y at z and at y, g_x at both after that; f_y, and f_x after that.

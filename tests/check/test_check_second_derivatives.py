@@ -11,6 +11,7 @@ import pytest
 import sweep_second_derivatives as sweep
 import tensorflow as tf
 from small_models import SGD, unroll
+from suites import fast_where
 
 import tfbilevel as tb
 from tfbilevel._calculus import derivatives
@@ -98,6 +99,10 @@ def branched(function: Callable) -> Callable:
     return lambda z: tf.cond(tf.size(z) > 0, lambda: function(z), lambda: z)
 
 
+def norm(lower: Any) -> tf.Tensor:
+    return tf.reduce_sum(lower.trainable_variables[0] ** 2)
+
+
 REFUSED = {
     "fractional": (fractional, "FractionalMaxPoolGrad", "tf.nn.max_pool2d"),
     "dilation": (dilation, "Dilation2DBackpropInput", "extract_patches"),
@@ -135,18 +140,26 @@ def test_refused_by_name_before_work_is_lost(name: str, tmp_path: Any) -> None:
 
 @pytest.mark.parametrize(
     "method",
-    [
-        tb.ValueGap(tb.InnerSolver(SGD(0.1), 1), SGD(0.1), 1.0),
-        tb.F2SA(tb.InnerSolver(SGD(0.1), 1), SGD(0.1), 1.0),
-        tb.BOME(tb.InnerSolver(SGD(0.1), 1), SGD(0.1)),
-        tb.MEHA(SGD(0.1)),
-        tb.FiniteDifference(tb.InnerSolver(SGD(0.1), 1)),
-        tb.RankOne(tb.InnerSolver(SGD(0.1), 2)),
-        tb.Unroll(
-            tb.InnerSolver(SGD(0.1), 2, learned_rate=lambda u: tf.reduce_mean(u(None))),
-            first_order=True,
-        ),
-    ],
+    fast_where(
+        lambda method: not isinstance(method, tb.F3SA | tb.BVFSM | tb.GAFFA),
+        [
+            tb.ValueGap(tb.InnerSolver(SGD(0.1), 1), SGD(0.1), 1.0),
+            tb.F2SA(tb.InnerSolver(SGD(0.1), 1), SGD(0.1), 1.0),
+            tb.BOME(tb.InnerSolver(SGD(0.1), 1), SGD(0.1)),
+            tb.MEHA(SGD(0.1)),
+            tb.F3SA(SGD(0.1), 1.0),
+            tb.BVFSM(tb.InnerSolver(SGD(0.1), 1), SGD(1e-3), 1, slack=1e3),
+            tb.GAFFA(SGD(0.1), lambda upper, lower: 0.1 - upper(None)[0] + norm(lower)),
+            tb.FiniteDifference(tb.InnerSolver(SGD(0.1), 1)),
+            tb.RankOne(tb.InnerSolver(SGD(0.1), 2)),
+            tb.Unroll(
+                tb.InnerSolver(
+                    SGD(0.1), 2, learned_rate=lambda u: tf.reduce_mean(u(None))
+                ),
+                first_order=True,
+            ),
+        ],
+    ),
     ids=lambda method: type(method).__name__,
 )
 def test_first_order_methods_are_not_held_to_it(method: tb.Method) -> None:
@@ -170,9 +183,11 @@ def test_all_other_methods_are() -> None:
         tb.TTSA(rate),
         tb.BAMM(rate),
         tb.SOBA(rate),
+        tb.SRBA(rate),
         tb.FSLA(rate),
         tb.AmIGO(inner),
         tb.MRBO(rate),
+        tb.VRBO(rate),
         tb.SUSTAIN(rate),
     ]
     assert all(method.takes_second_derivatives for method in methods)

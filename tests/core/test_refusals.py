@@ -98,11 +98,16 @@ def test_a_network_at_both_levels_is_refused() -> None:
         lambda: tb.TTSA(SGD(0.1), 1, 0.1),
         lambda: tb.BAMM(SGD(0.1)),
         lambda: tb.SOBA(SGD(0.1)),
+        lambda: tb.SRBA(SGD(0.1)),
         lambda: tb.FSLA(SGD(0.1)),
         lambda: tb.MRBO(SGD(0.1)),
+        lambda: tb.VRBO(SGD(0.1)),
         lambda: tb.F2SA(tb.InnerSolver(SGD(0.1), 1), SGD(0.1), 1.0),
         lambda: tb.BOME(tb.InnerSolver(SGD(0.1), 1), SGD(0.1)),
         lambda: tb.MEHA(SGD(0.1)),
+        lambda: tb.F3SA(SGD(0.1), 1.0),
+        lambda: tb.BVFSM(tb.InnerSolver(SGD(0.1), 1), SGD(0.1), 1),
+        lambda: tb.GAFFA(SGD(0.1), lambda upper, lower: lower.weights[0]),
     ],
 )
 def test_methods_that_move_y_are_refused_where_y_is_not_kept(method: Any) -> None:

@@ -54,6 +54,12 @@ def plain(steps=3):
     return tb.InnerSolver(SGD(0.2), steps)
 
 
+def squares(upper, lower):
+    """Constraints of both models."""
+    of_upper = sum(tf.reduce_mean(v**2) for v in upper.trainable_variables)
+    return [tf.reduce_sum(v**2) - 0.1 * of_upper for v in lower.trainable_variables]
+
+
 METHODS = {
     "unroll": lambda: tb.Unroll(inner()),
     "unroll-checkpoint": lambda: tb.Unroll(inner(), memory="checkpoint"),
@@ -85,12 +91,17 @@ METHODS = {
     "ttsa": lambda: tb.TTSA(SGD(0.2), 2, 0.2),
     "bamm": lambda: tb.BAMM(SGD(0.2)),
     "soba": lambda: tb.SOBA(SGD(0.2), 0.2),
+    "srba": lambda: tb.SRBA(SGD(0.2), 0.2, period=2, upper_parts=3),
     "fsla": lambda: tb.FSLA(SGD(0.2), 0.2),
     "amigo": lambda: tb.AmIGO(plain(2), 2, 0.2),
     "mrbo": lambda: tb.MRBO(SGD(0.2), 2, 0.2),
+    "vrbo": lambda: tb.VRBO(SGD(0.2), 2, 0.2, steps=2, period=2, upper_parts=3),
     "f2sa": lambda: tb.F2SA(plain(2), SGD(0.1), 2.0),
     "bome": lambda: tb.BOME(plain(2), SGD(0.1)),
     "meha": lambda: tb.MEHA(SGD(0.1)),
+    "f3sa": lambda: tb.F3SA(SGD(0.1), 2.0),
+    "bvfsm": lambda: tb.BVFSM(plain(2), SGD(0.02), 2),
+    "gaffa": lambda: tb.GAFFA(SGD(0.1), squares),
     "value-gap": lambda: tb.ValueGap(inner(), SGD(0.1), weight=2.0),
     "value-gap-constant": lambda: tb.ValueGap(None, SGD(0.1), weight=2.0),
     "gradient-norm": lambda: tb.GradientNorm(SGD(0.1), weight=2.0),
@@ -104,6 +115,8 @@ OF_METHOD = {
     "value-gap-constant": "weights",
     "stocbio": "stacked",
     "bsa": "stacked",
+    "srba": "stacked",
+    "vrbo": "stacked",
 }
 # Kinds whose last batch has an example less, so that parts are even, and then not.
 MIXED = ("mixed", "weights")

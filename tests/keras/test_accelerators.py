@@ -19,6 +19,10 @@ def inner():
     return tb.InnerSolver(SGD(0.2, momentum=0.5), steps=3)
 
 
+def squares(upper, lower):
+    return [tf.reduce_sum(v**2) - 1.0 for v in lower.trainable_variables]
+
+
 # Together they have every operation that the library uses in a step.
 METHODS = {
     "replay": lambda: tb.Unroll(inner(), end="pessimistic"),
@@ -28,6 +32,8 @@ METHODS = {
     "low-rank": lambda: tb.Implicit(inner(), tb.Nystrom(2, damping=0.1)),
     "minimal-residuals": lambda: tb.Implicit(inner(), tb.MINRES(3)),
     "barrier": lambda: tb.BOME(tb.InnerSolver(SGD(0.2), 3), SGD(0.1)),
+    "barriers": lambda: tb.BVFSM(tb.InnerSolver(SGD(0.2), 3), SGD(0.1), 2),
+    "constraints": lambda: tb.GAFFA(SGD(0.1), squares),
     "forward": lambda: tb.ForwardUnroll(tb.InnerSolver(SGD(0.2), 3)),
     "differences": lambda: tb.FiniteDifference(tb.InnerSolver(SGD(0.2), 3)),
     "solver": lambda: tb.Implicit(inner(), tb.ConjugateGradient(4)),

@@ -3,8 +3,9 @@
 One test per defect that concerns what this library has. Elsewhere: D7
 (test_model.py::test_callbacks_work), D9 (test_differentiable.py: AdamW is Keras's),
 D13 (test_stochastic.py), D16 and D17 (test_data_prep.py, test_data_hyper_cleaning.py),
-D18 (FiniteDifference in test_contract.py). Of D5, D6, D12 and D20 there is nothing
-here: barriers, zero-order estimators, configuration files. D22 (tests that accept 60
+D5 and D6 (test_recursions_penalty.py, test_penalty_ends.py: multipliers, a barrier that
+is tested), D18 (FiniteDifference in test_contract.py). Of D12 and D20 there is nothing
+here: zero-order estimators, configuration files. D22 (tests that accept 60
 percent) is the tolerances of all files here.
 """
 

@@ -52,11 +52,14 @@ class Slices:
         return -self.coupling(draw).T @ y
 
 
-def assert_follows(method: tb.Method, wanted: Callable[[], Any]) -> None:
+def assert_follows(
+    method: tb.Method, wanted: Callable[[], Any], xla: bool = False
+) -> None:
     """`wanted()` yields (x, y) after every step."""
     step = tf.function(
         lambda x, y, batches, state: PROBLEM.step(method, x, y, batches, state),
         autograph=False,
+        jit_compile=xla,
     )
     x, y = tf.constant(X), tf.constant(Y)
     state = method.init(PROBLEM, x, y)
@@ -240,8 +243,11 @@ UNBIASED = {
     fast_where("soba".__eq__, [name for name in UNBIASED if name[:4] != "bome"]),
 )
 def test_the_mean_over_all_batches_is_the_step_of_the_mean_loss(name: str) -> None:
+    assert_unbiased(UNBIASED[name]())
+
+
+def assert_unbiased(method: Any) -> None:
     """Exact enumeration of three minibatches, from a state with momentum in it."""
-    method = UNBIASED[name]()
     x, y = tf.constant(X), tf.constant(Y)
     begun = PROBLEM.step(method, x, y, FULL, method.init(PROBLEM, x, y))
     x, y = x - UPPER_RATE * begun.upper_gradient, begun.lower
@@ -292,9 +298,11 @@ FEW = tb.InnerSolver(SGD(0.1), 2)
 # A step size -> the method; above 2 / (largest eigenvalue) something of it grows.
 GROWING = {
     "SOBA": lambda rate: tb.SOBA(SGD(0.1), rate),
+    "SRBA": lambda rate: tb.SRBA(SGD(0.1), rate, period=4),
     "FSLA": lambda rate: tb.FSLA(SGD(0.1), rate),
     "AmIGO": lambda rate: tb.AmIGO(FEW, 4, rate),
     "MRBO": lambda rate: tb.MRBO(SGD(0.1), 8, rate),
+    "VRBO": lambda rate: tb.VRBO(SGD(0.1), 8, rate),
     "F2SA": lambda rate: tb.F2SA(FEW, SGD(rate), 100.0),
     "MEHA": lambda rate: tb.MEHA(SGD(rate), SGD(0.1), upper_weight=0.01),
 }

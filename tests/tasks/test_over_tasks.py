@@ -127,12 +127,17 @@ METHODS: dict[str, Callable[[], tb.Method]] = {
     "bsa": lambda: tb.BSA(inner(), 3, 0.2),
     "ttsa": lambda: tb.TTSA(SGD(0.1), 2, 0.2),
     "soba": lambda: tb.SOBA(SGD(0.1), 0.2),
+    "srba": lambda: tb.SRBA(SGD(0.1), 0.2, period=3, radius=0.7),
     "fsla": lambda: tb.FSLA(SGD(0.1), 0.2),
     "amigo": lambda: tb.AmIGO(inner(), 3, 0.2),
     "mrbo": lambda: tb.MRBO(SGD(0.1), 2, 0.2),
+    "vrbo": lambda: tb.VRBO(SGD(0.1), 2, 0.2, steps=2),
     "sustain": lambda: tb.SUSTAIN(SGD(0.1), 2, 0.2),
     "f2sa": lambda: tb.F2SA(inner(), SGD(0.1), 1.7),
     "meha": lambda: tb.MEHA(SGD(0.1)),
+    "f3sa": lambda: tb.F3SA(SGD(0.1), 1.7),
+    # The tasks are inside, outside and left at different steps.
+    "bvfsm": lambda: tb.BVFSM(inner(), SGD(0.1), 3, slack=0.5),
     "value-gap": lambda: tb.ValueGap(inner(), SGD(0.1), 1.7),
     "gradient-norm": lambda: tb.GradientNorm(SGD(0.1), 1.7),
     "augmented-lagrangian": lambda: tb.AugmentedLagrangian(
@@ -165,10 +170,14 @@ RELATIVES = {
     "direct",
     "ttsa",
     "mrbo",
+    "vrbo",
     "sustain",
     "amigo",
+    "srba",
     "fsla",
     "meha",
+    "f3sa",
+    "bvfsm",
 }
 
 
@@ -216,13 +225,11 @@ APART = [
     "gradient-solver",
     "stocbio",
     "bamm",
-    "soba",
-    "fsla",
-    "amigo",
-    "mrbo",
-    "sustain",
+    "soba",  # and all others that follow the linear system's solution
+    "srba",
     "f2sa",
     "meha",
+    "bvfsm",
     "value-gap",
     "augmented-lagrangian",
 ]

@@ -57,6 +57,11 @@ def require_number(
 
 def takes_two(function: Callable) -> bool:
     """Whether a function has at least two required positional parameters."""
+    return takes(function, 2)
+
+
+def takes(function: Callable, count: int) -> bool:
+    """Whether a function has at least so many required positional parameters."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
@@ -66,7 +71,7 @@ def takes_two(function: Callable) -> bool:
         inspect.Parameter.POSITIONAL_OR_KEYWORD,
     )
     required = [p for p in parameters if p.kind in positional and p.default is p.empty]
-    return len(required) >= 2
+    return len(required) >= count
 
 
 def positive(value: Any) -> bool:

@@ -43,6 +43,32 @@ class StackedBatches(Batches):
         return tf.nest.map_structure(lambda leaf: _slice(leaf, index), self.lower)
 
 
+def count_lower(batches: Batches) -> Any:
+    """The number of lower batches, a tensor if it is not static."""
+    leaves = [leaf for leaf in tf.nest.flatten(batches.lower) if leaf is not None]
+    if not isinstance(batches, StackedBatches) or not leaves:
+        return 1
+    known = leaves[0].shape[0]
+    return tf.shape(leaves[0])[0] if known is None else known
+
+
+def successive_lower(batches: Batches, first: Any, count: int) -> Any:
+    """The lower batches first, ..., first + count - 1, as a lower part of the same kind
+    of batches."""
+    if not isinstance(batches, StackedBatches):
+        return batches.lower
+    taken = [batches.lower_at(first + number) for number in range(count)]
+
+    def together(*leaves: Any) -> Any:
+        if leaves[0] is None:
+            return None
+        if isinstance(leaves[0], tf.SparseTensor):
+            return tf.sparse.concat(0, [tf.sparse.expand_dims(v, 0) for v in leaves])
+        return tf.stack(leaves)
+
+    return tf.nest.map_structure(together, *taken)
+
+
 def _slice(leaf: Any, index: tf.Tensor) -> Any:
     """leaf[index] along the first axis of a dense, ragged or sparse tensor."""
     if leaf is None:

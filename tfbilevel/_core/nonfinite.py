@@ -49,8 +49,9 @@ class NonFiniteError(FloatingPointError):
 class DivergenceWarning(UserWarning):
     """A method led away from the solution.
 
-    Its linear solve ended further from the solution than it started, or the lower
-    directions of a first-order method became ten times as long as the first one.
+    Its linear solve ended further from the solution than it started; or the lower
+    directions of a first-order method became ten times as long as the first one, or its
+    lower variables stayed outside of a barrier.
     """
 
 
@@ -69,9 +70,10 @@ def warn_diverged(method: Method, step: int | None = None) -> None:
     else:
         message = (
             f"{name} diverged{when}: the direction of the lower variables is ten times "
-            "as long as in the first step. Usual causes: (a) a rate of "
-            "`lower_optimizer` above 2 / (largest curvature of the penalised loss), "
-            "(b) a rate of the upper optimizer that is too large. Lower them"
+            "as long as in the first step, or they are outside of a barrier. Usual "
+            "causes: (a) a rate of `lower_optimizer` above 2 / (largest curvature of "
+            "the penalised loss), (b) a rate of the upper optimizer that is too large. "
+            "Lower them; raise the `slack` of a barrier"
         )
     warnings.warn(
         f"{message}. The metric `diverged` counts such steps",

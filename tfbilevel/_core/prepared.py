@@ -163,6 +163,25 @@ class Prepared:
         batch = self.batches.lower_at(draw)
         return self.mean(self.problem.lower_loss(self.upper, lower, batch))
 
+    def lower_losses(self, lower: Nest, draw: Any = 0) -> tf.Tensor:
+        """g; over tasks, one value per task.
+
+        Args:
+            draw: the number of the lower batch.
+        """
+        batch = self.batches.lower_at(draw)
+        return self._value(losses(self.problem.lower_loss)(self.upper, lower, batch))
+
+    def evaluated(self, function: Callable, lower: Nest, draw: Any = 0) -> Any:
+        """A user's function of (x, y, lower batch), such as constraints of y.
+
+        Args:
+            function: returns any nest. In `tb.BilevelModel` it receives the models.
+            draw: the number of the lower batch.
+        """
+        batch = self.batches.lower_at(draw)
+        return self.problem._evaluated(function, self.upper, lower, batch)
+
     def lower_gradient(self, lower: Nest, draw: Any = 0) -> tuple[tf.Tensor, Nest]:
         """g and g_y, with every entry connected.
 

@@ -69,7 +69,8 @@ class Problem:
             step changes.
         reads: (function, x) -> the function's result; how an inner solver's
             `learned_rate` and `hyperparameters` are called. `None`: with x.
-            `tb.BilevelModel` calls them with the upper model.
+            `tb.BilevelModel` calls them with the upper model. For the constraints of
+            `tb.GAFFA`, (function, x, y, batch) -> the result.
         seed: an integer, the seed of everything that the functions sample. Within an
             outer step they are fixed functions, with any way of sampling (`tf.random`,
             `keras.random`, random layers); `seeded` gives each outer step other
@@ -95,9 +96,7 @@ class Problem:
     project_upper: Callable[[Nest], Nest] | None = None
     project_lower: Callable[..., Any] | None = None
     prepare: Callable[[Any, Batches], Batches] | None = None
-    reads: Callable[[Callable, Any], Any] | None = dataclasses.field(
-        default=None, kw_only=True
-    )
+    reads: Callable[..., Any] | None = dataclasses.field(default=None, kw_only=True)
     seed: Any = dataclasses.field(default=0, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -184,6 +183,18 @@ class Problem:
         own = self._own_upper(upper)
         return function(own) if self.reads is None else self.reads(function, own)
 
+    def _evaluated(
+        self, function: Callable, upper: Nest, lower: Nest, batch: Any
+    ) -> Nest:
+        """The value of a function of both levels' variables and a lower batch."""
+
+        def at(*arguments: Any) -> Any:
+            if self.reads is None:
+                return function(*arguments)
+            return self.reads(function, *arguments)
+
+        return structure.to_tensors(noisy(at)(upper, lower, batch))
+
     def _fixed(self, function: Callable | None, role: int) -> Callable | None:
         return function and with_seed(as_seed(self.seed), role, function)
 
@@ -268,6 +279,7 @@ class Problem:
         start = self.lower_start
         problem = _Joined(
             of=self,
+            at_lower=at_lower,
             upper_loss=rewired(self.upper_loss, at_upper),
             lower_loss=rewired(self.lower_loss, at_lower),
             lower_start=start and (lambda joined: start(joined["upper"])),
@@ -282,15 +294,26 @@ class Problem:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Joined(Problem):
-    """A prepared problem: its upper variables include the prepared batches."""
+    """A prepared problem: its upper variables include the prepared batches.
+
+    Attributes:
+        of: the problem.
+        at_lower: the arguments of the lower loss here -> those of the problem's own.
+    """
 
     of: Problem = dataclasses.field(kw_only=True)
+    at_lower: Callable[..., tuple] = dataclasses.field(kw_only=True)
 
     def _own_upper(self, upper: Nest) -> Nest:
         return upper["upper"]
 
     def _sampled(self, start: Callable, step: tf.Tensor, lower: Nest) -> Nest:
         return self.of._sampled(start, step, lower)
+
+    def _evaluated(
+        self, function: Callable, upper: Nest, lower: Nest, batch: Any
+    ) -> Nest:
+        return self.of._evaluated(function, *self.at_lower(upper, lower, batch))
 
 
 def _total_gradient(upper: Nest) -> Callable[[Nest, Nest], Nest]:

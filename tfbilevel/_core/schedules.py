@@ -230,12 +230,17 @@ def as_weight(value: Any, name: str) -> Schedule:
 
 def as_rate(value: Any, name: str) -> Schedule:
     """The schedule of a step size: positive at its start, never negative."""
+    return as_positive(value, name, "it is a step size")
+
+
+def as_positive(value: Any, name: str, why: str) -> Schedule:
+    """The schedule, after a check that it starts above 0 and is never negative."""
     schedule = as_schedule(value, name)
     start, end = at_ends(schedule)
     if not (start > 0 and end >= 0):
         raise ValueError(
             f"`{name}` must be above 0, or a schedule that starts above 0 and does not "
-            f"become negative: it is a step size. Received: {name}={value!r}, from "
+            f"become negative: {why}. Received: {name}={value!r}, from "
             f"{start:g} to {end:g}"
         )
     return schedule

@@ -112,7 +112,7 @@ class Levels:
             project_upper=project_upper and self._upper_projection(project_upper),
             project_lower=project_lower and self._lower_projection(project_lower),
             prepare=prepare and self._at_upper_variables(prepare),
-            reads=self._rate,
+            reads=self._reading,
         )
         self._one = self.problem
         self.mapping = mapping
@@ -320,10 +320,12 @@ class Levels:
 
         return at
 
-    def _rate(self, rate: Callable, x: list) -> Any:
+    def _reading(self, function: Callable, x: list, *others: Any) -> Any:
+        if others:
+            return self.at_variables(function)(x, *others)
         with self._scope(x):
             try:
-                return structure.to_tensors(rate(self.upper))
+                return structure.to_tensors(function(self.upper))
             except (TypeError, AttributeError, LookupError, ValueError) as error:
                 raise ValueError(
                     "`learned_rate` is called with the upper model, like the losses "

@@ -8,6 +8,7 @@ import tensorflow as tf
 from tfbilevel._core.method import Method
 from tfbilevel._core.problem import Problem
 from tfbilevel._methods.hypergradient.forward_unroll import ForwardUnroll
+from tfbilevel._methods.penalty.gaffa import GAFFA
 
 REPLICATED = (tf.distribute.MirroredStrategy, tf.distribute.MultiWorkerMirroredStrategy)
 # Why not: what must be there before each of them can be used.
@@ -141,4 +142,10 @@ def require_together(method: Method, problem: Problem) -> None:
             "replicas: it takes a derivative in every prepared number, and each "
             "replica prepares its own examples. Use tb.Unroll, which gives the same "
             f"gradient. Received: method={method!r}"
+        )
+    if isinstance(method, GAFFA) and method.held.reads_batches:
+        raise ValueError(
+            "`constraints` of tb.GAFFA must not read the batch on several replicas, of "
+            "which each has examples of its own. Train on one device. "
+            f"Received: method={method!r}"
         )

@@ -7,6 +7,8 @@ from tfbilevel._methods.stochastic.fsla import FSLA as FSLA
 from tfbilevel._methods.stochastic.mrbo import MRBO as MRBO
 from tfbilevel._methods.stochastic.saba import SABA as SABA
 from tfbilevel._methods.stochastic.soba import SOBA as SOBA
+from tfbilevel._methods.stochastic.srba import SRBA as SRBA
 from tfbilevel._methods.stochastic.stocbio import StocBiO as StocBiO
 from tfbilevel._methods.stochastic.sustain import SUSTAIN as SUSTAIN
 from tfbilevel._methods.stochastic.ttsa import TTSA as TTSA
+from tfbilevel._methods.stochastic.vrbo import VRBO as VRBO

@@ -139,7 +139,14 @@ class BAMM(MovesLower):
         here = self._prepared(problem, upper, batches, state)
         lower, multiplier = structure.to_tensors(lower), state["multiplier"]
         made = directions(here, lower, multiplier)
-        metrics, largest = followed(here, made, state["largest"])
+        metrics, largest = followed(
+            here.norm,
+            made.losses,
+            lower=made.lower,
+            solution=made.solution,
+            slope=made.slope,
+            largest=state["largest"],
+        )
         against = made.solution
         rate, upper_scale = self._steps(state["step"], made.slope.dtype)
         if self.multiplier_step == "exact":

@@ -131,6 +131,6 @@ def random_product(
     metrics = {
         "upper_loss": upper_loss,
         "lower_loss": lower_loss,
-        **growth_metrics(here, term, adjoint),
+        **growth_metrics(here.norm, term, adjoint),
     }
     return here.gradient(partial, mixed), metrics

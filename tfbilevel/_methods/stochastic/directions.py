@@ -1,5 +1,6 @@
 """The three directions of methods that follow the linear system's solution."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -49,10 +50,8 @@ def directions(
     lower_loss, gradient, products = here.lower_gradient_pullback(lower, draw)
     mixed, curved = products(structure.scale(-1, solution))
     against = structure.subtract(structure.scale(-1, curved), adjoint)
-    # A nonfinite f_y or g_yy v would be noticed one step later, after v is lost.
-    seen = tf.where(structure.all_finite(against), 1.0, np.nan)
     return Directions(
-        upper=structure.scale(seen, here.gradient(partial, mixed)),
+        upper=spoiled(here.gradient(partial, mixed), against),
         lower=gradient,
         solution=against,
         slope=here.norm(adjoint),
@@ -61,25 +60,68 @@ def directions(
     )
 
 
+class OfLower(NamedTuple):
+    """What the directions take from a lower batch.
+
+    Attributes:
+        gradient: g_y.
+        curved: g_yy v.
+        mixed: g_xy v, in the problem's own x.
+        loss: g; over tasks, the mean.
+    """
+
+    gradient: Any
+    curved: Any
+    mixed: Any
+    loss: tf.Tensor
+
+
+def of_lower(here: Prepared, lower: Nest, solution: Nest) -> OfLower:
+    """From the first lower batch."""
+    value, gradient, products = here.lower_gradient_pullback(lower, 0)
+    mixed, curved = products(solution)
+    zeros = structure.zeros_like(here.upper)
+    return OfLower(gradient, curved, here.gradient(zeros, mixed), value)
+
+
 def followed(
-    here: Prepared, made: Directions, largest: tf.Tensor
+    norm: Callable[[Nest], tf.Tensor],
+    losses: Metrics,
+    *,
+    lower: Nest,
+    solution: Nest,
+    slope: tf.Tensor,
+    largest: tf.Tensor,
 ) -> tuple[Metrics, tf.Tensor]:
     """How well y and v follow their solutions, and the largest |f_y| so far.
 
     Args:
-        here: the problem of this outer step.
-        made: the directions of this step.
+        norm: of nests like y; over tasks, one per task.
+        losses: `upper_loss` and `lower_loss`.
+        lower: g_y, as this step knows it.
+        solution: g_yy v - f_y, likewise.
+        slope: |f_y|.
         largest: the largest |f_y| before.
     """
-    size = here.norm(made.solution)
-    largest = tf.maximum(largest, made.slope)
+    size = norm(solution)
+    largest = tf.maximum(largest, slope)
     metrics = {
-        **made.losses,
-        "stationarity": here.norm(made.lower),
-        "residual": structure.ratio(size, made.slope),
+        **losses,
+        "stationarity": norm(lower),
+        "residual": structure.ratio(size, slope),
         "diverged": too_far(size, largest),
     }
     return metrics, largest
+
+
+def spoiled(direction: Any, against: Nest) -> Any:
+    """The direction of x, all NaN if the step of v is not finite.
+
+    That would be noticed one step later, after v is lost.
+    """
+    return structure.scale(
+        tf.where(structure.all_finite(against), 1.0, np.nan), direction
+    )
 
 
 def too_far(size: tf.Tensor, largest: tf.Tensor) -> tf.Tensor:

@@ -7,14 +7,14 @@ import tensorflow as tf
 from keras.optimizers.schedules import LearningRateSchedule
 
 from tfbilevel._calculus import structure
-from tfbilevel._calculus.aliases import Metrics, Nest, State
+from tfbilevel._calculus.aliases import Nest, State
 from tfbilevel._core.batches import Batches
 from tfbilevel._core.method import Step
 from tfbilevel._core.prepared import Prepared
 from tfbilevel._core.problem import Problem
 from tfbilevel._core.projection import fixed_projection
 from tfbilevel._core.schedules import Schedule
-from tfbilevel._methods.stochastic.directions import too_far
+from tfbilevel._methods.stochastic.directions import followed
 from tfbilevel._methods.stochastic.followed_solution import FollowedSolution
 from tfbilevel._methods.stochastic.recursive_momentum import as_momentum, recursive
 from tfbilevel._methods.stochastic.series import mixed_product
@@ -113,15 +113,14 @@ class FSLA(FollowedSolution):
         _, partial_before, _ = before.upper_partials(lower)
         old, _ = _upper_gradient(before, lower, solution, partial_before)
         direction = recursive(self.momenta, state["step"], now, old, state["direction"])
-        slope, size = here.norm(adjoint), here.norm(against)
-        largest = tf.maximum(state["largest"], slope)
-        metrics: Metrics = {
-            "upper_loss": upper_loss,
-            "lower_loss": lower_loss,
-            "stationarity": here.norm(gradient),
-            "residual": structure.ratio(size, slope),
-            "diverged": too_far(size, largest),
-        }
+        metrics, largest = followed(
+            here.norm,
+            {"upper_loss": upper_loss, "lower_loss": lower_loss},
+            lower=gradient,
+            solution=against,
+            slope=here.norm(adjoint),
+            largest=state["largest"],
+        )
         return Step(
             upper_gradient=direction,
             lower=moved,

@@ -8,14 +8,13 @@ import numpy as np
 import tensorflow as tf
 
 from tfbilevel._calculus import structure
-from tfbilevel._calculus.aliases import Metrics, Nest, State
+from tfbilevel._calculus.aliases import Nest, State
 from tfbilevel._core.arguments import require_count
 from tfbilevel._core.batches import Batches
 from tfbilevel._core.method import Step
-from tfbilevel._core.prepared import Prepared
 from tfbilevel._core.problem import Problem
 from tfbilevel._core.projection import fixed_projection
-from tfbilevel._methods.stochastic.directions import too_far
+from tfbilevel._methods.stochastic.directions import followed, of_lower
 from tfbilevel._methods.stochastic.followed_solution import FollowedSolution
 
 
@@ -168,9 +167,9 @@ class SABA(FollowedSolution):
         here = problem.prepared(upper, batches)
         lower, solution = structure.to_tensors(lower), state["solution"]
         number = self._number(batches.lower_at(0), "lower")
-        of_lower, lower_loss = _of_lower(here, lower, solution)
+        *made, lower_loss = of_lower(here, lower, solution)
         (gradient, curved, mixed), lower_table = state["lower_table"].corrected(
-            number, of_lower
+            number, tuple(made)
         )
         number = self._number(batches.upper, "upper")
         upper_loss, partial, adjoint = here.upper_partials(lower)
@@ -178,15 +177,14 @@ class SABA(FollowedSolution):
             number, (adjoint, here.gradient(partial))
         )
         against = structure.subtract(curved, adjoint)
-        slope, size = structure.norm(adjoint), structure.norm(against)
-        largest = tf.maximum(state["largest"], slope)
-        metrics: Metrics = {
-            "upper_loss": upper_loss,
-            "lower_loss": lower_loss,
-            "stationarity": structure.norm(gradient),
-            "residual": structure.ratio(size, slope),
-            "diverged": too_far(size, largest),
-        }
+        metrics, largest = followed(
+            structure.norm,
+            {"upper_loss": upper_loss, "lower_loss": lower_loss},
+            lower=gradient,
+            solution=against,
+            slope=structure.norm(adjoint),
+            largest=state["largest"],
+        )
         moved, optimizer = self.rule.update(gradient, state["optimizer"], lower)
         rate = self.rates(state["step"])
         return Step(
@@ -235,12 +233,3 @@ class SABA(FollowedSolution):
             "and their directions are kept under that number. "
             f"Received: {tf.nest.map_structure(lambda leaf: leaf.shape, batch)}"
         )
-
-
-def _of_lower(here: Prepared, lower: Nest, solution: Nest) -> tuple[Any, tf.Tensor]:
-    """(g_y, g_yy v, g_xy v) of the lower batch, the last in the problem's own x; and
-    its loss."""
-    value, gradient, products = here.lower_gradient_pullback(lower, 0)
-    mixed, curved = products(solution)
-    zeros = structure.zeros_like(here.upper)
-    return (gradient, curved, here.gradient(zeros, mixed)), value

@@ -1,5 +1,6 @@
 """Stochastic estimates of the inverse Hessian's product with f_y."""
 
+from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
@@ -70,7 +71,7 @@ def series_gradient(
     metrics = {
         "upper_loss": upper_loss,
         "lower_loss": lower_loss,
-        **growth_metrics(here, term, adjoint),
+        **growth_metrics(here.norm, term, adjoint),
     }
     return here.gradient(partial, mixed), metrics
 
@@ -81,8 +82,10 @@ def mixed_product(here: Prepared, lower: Nest, vector: Nest, draw: Any) -> tuple
     return pullback(vector, curvature=False)[0], value
 
 
-def growth_metrics(here: Prepared, term: Any, vector: Nest) -> Metrics:
+def growth_metrics(
+    norm: Callable[[Nest], tf.Tensor], term: Any, vector: Nest
+) -> Metrics:
     """The growth of the products, one value per task; above 1 the series does not
     converge."""
-    growth = structure.ratio(here.norm(term), here.norm(vector))
+    growth = structure.ratio(norm(term), norm(vector))
     return {"growth": growth, "diverged": tf.cast(growth > 1.001, growth.dtype)}

@@ -74,7 +74,14 @@ class SOBA(FollowedSolution):
         here = problem.prepared(upper, batches)
         lower, solution = structure.to_tensors(lower), state["solution"]
         made = directions(here, lower, solution)
-        metrics, largest = followed(here, made, state["largest"])
+        metrics, largest = followed(
+            here.norm,
+            made.losses,
+            lower=made.lower,
+            solution=made.solution,
+            slope=made.slope,
+            largest=state["largest"],
+        )
         moved, optimizer = self.rule.update(made.lower, state["optimizer"], lower)
         rate = self.rates(state["step"])
         return Step(
