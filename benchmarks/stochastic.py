@@ -20,7 +20,8 @@ column. Full-batch methods need one seed.
 
 Seconds are of the processor, with one thread, compiled by XLA; compilation and
 measuring are not counted. One oracle call is one gradient of f or g on a batch; a
-product with g_yy, g_xy or both counts as two, whatever it really takes. Full-batch
+product with g_yy, g_xy or both counts as two, and a value that a method needs (BVFSM)
+as one, whatever it really takes. Full-batch
 methods count a call for every 64 examples. Every row of the library says what it
 counts.
 

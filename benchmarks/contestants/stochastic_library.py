@@ -2,7 +2,8 @@
 
 One oracle call is one gradient of f or of g on a batch, in x, in y or in both at one
 point. A product with g_yy, with g_xy or with both, of one vector at one point, counts
-as two. Values of f and g that only metrics need are not computed, and not counted.
+as two. A value that the method needs counts as one; values that only metrics need are
+not computed, and not counted.
 What a method counts is written beside it. "At two points" doubles what follows.
 """
 
@@ -84,7 +85,7 @@ ENTRIES: dict[str, Entry] = {
         4,
         "fixed",
     ),
-    # At two points: g_y, (g_yy v, g_xy v); f. Once for s.lower steps all batches at one.
+    # At two points: g_y, (g_yy v, g_xy v); f. Every s.lower steps all batches at one.
     "SRBA": Entry(
         lambda r, p, s: tb.SRBA(sgd(r, p), Decay(r, p), upper_parts=s.upper),
         lambda s: 8 * (s.lower - 1) / s.lower + 3 + s.upper / s.lower,
@@ -142,6 +143,12 @@ ENTRIES: dict[str, Entry] = {
     "F3SA": Entry(lambda r, p, s: tb.F3SA(sgd(r, p), ramp()), 12),
     # T of g_y at z, (g_x, g_y) at y, g_x at z; f.
     "BOME": Entry(lambda r, p, s: tb.BOME(inner(r, p, TERMS), sgd(r, p)), TERMS + 3),
+    # T of g_y at z, T at y, with as many values of g at z; g_x at both, and a value; T
+    # of f_y, and f_x. The curvature grows like 1 / sigma, and so y's rate falls.
+    "BVFSM": Entry(
+        lambda r, p, s: tb.BVFSM(inner(r, p, TERMS), sgd(r, 0.5, TERMS), TERMS),
+        4 * TERMS + 4,
+    ),
     # g_y at z and at y, g_x at both after that; f_y, and f_x after that.
     "MEHA": Entry(lambda r, p, s: tb.MEHA(sgd(r, p)), 6),
     # T of g_y, at most T + 1 of g_yy v, one of g_xy v; f; all on all batches.
