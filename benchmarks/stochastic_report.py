@@ -252,12 +252,19 @@ def table(part: str, problem: Any, made: dict[str, Any]) -> list[str]:
             "-" if seconds is None else f"{seconds:.3g}",
             f"{row['steps_per_second']:,.0f}",
             f"{row['calls_per_step']:,.0f}",
-            "-" if row["bytes"] is None else f"{row['bytes'] / 2**20:.2f}",
+            mebibytes(row["bytes"]),
             f"{row['peak_bytes'] / 2**20:.0f}",
             ", ".join(f"{each:g}" for each in row["setting"]),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def mebibytes(number: int | None) -> str:
+    """Small buffers are not counted, so small numbers say nothing."""
+    if number is None:
+        return "-"
+    return f"{number / 2**20:.1f}" if number >= 2**20 / 10 else "< 0.1"
 
 
 def picture(

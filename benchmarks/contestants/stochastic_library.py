@@ -207,7 +207,7 @@ def sizes_of(problem: Any) -> Sizes:
 
 
 class Carried(NamedTuple):
-    examples: tuple[tuple, tuple]
+    examples: tuple[tuple, ...]  # those of the upper and of the lower loss
     now: tuple  # the outer step, x, y and the method's state
 
 
@@ -330,7 +330,7 @@ class Compiled:
 
 def _blocks(examples: tf.Tensor) -> tf.Tensor:
     """[n // BATCH, BATCH, ...], without the last few."""
-    whole = examples[: examples.shape[0] // BATCH * BATCH]
+    whole = examples[: len(examples) // BATCH * BATCH]
     return tf.reshape(whole, [-1, BATCH, *whole.shape[1:]])
 
 

@@ -11,6 +11,7 @@ import argparse
 import itertools
 import json
 import math
+import os
 import pathlib
 import statistics
 import sys
@@ -81,7 +82,7 @@ class Method(Protocol):
 
 
 def batches(
-    kind: str, draws: int, together: int, sizes: tuple[int, int], seed: int
+    kind: str, draws: int, together: int, sizes: tuple[int, ...], seed: int
 ) -> Iterator[tuple[np.ndarray, ...]]:
     """Upper and lower numbers for one call after the other, the same for all
     frameworks: of examples ("random", [together, BATCH] and [together, draws, BATCH])
@@ -189,7 +190,7 @@ class Book:
     """The runs that were made, one to a line of a file."""
 
     def __init__(self, path: pathlib.Path):
-        self.path, self.records = path, read(path)
+        self.path, self.records, self.parent = path, read(path), os.getppid()
         # A line that was not finished is not there any more.
         path.write_text("".join(map(_line, self.records)))
 
@@ -197,6 +198,9 @@ class Book:
         return any(key.items() <= each.items() for each in self.records)
 
     def add(self, record: dict[str, Any]) -> None:
+        if os.getppid() != self.parent:
+            # A benchmark that goes on has a process of its own for this file.
+            sys.exit("the benchmark was killed")
         self.records.append(record)
         with self.path.open("a") as file:
             file.write(_line(record))
