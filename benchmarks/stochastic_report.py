@@ -129,8 +129,7 @@ def summary(
         for name, factor in ("steps", result.calls), ("seconds", 1.0):
 
             def reached(record: Record, name: str = name) -> float:
-                at = first_below(record, shown.measure, zero + goal)
-                return math.inf if at is None else record[name][at]
+                return when(record, name, shown.measure, zero, goal)
 
             least_of, where = best(settings, reached)
             key = "calls_to_goal" if name == "steps" else "seconds_to_goal"
@@ -173,6 +172,20 @@ def first_below(record: Record, number: int, goal: float) -> int | None:
     ]
     at = above[-1] + 1 if above else 0
     return at if at < len(record["found"]) else None
+
+
+def when(record: Record, name: str, number: int, zero: float, goal: float) -> float:
+    """The steps or the seconds after which the measure stays at or below zero + goal;
+    between two looks its logarithm is a straight line."""
+    at = first_below(record, number, zero + goal)
+    if at is None:
+        return math.inf
+    along, found = record[name], record["found"]
+    if at == 0:
+        return along[0]
+    before, after = (found[i][number] - zero for i in (at - 1, at))
+    share = 1.0 if after <= 0 else math.log(before / goal) / math.log(before / after)
+    return along[at - 1] + share * (along[at] - along[at - 1])
 
 
 def trace(record: Record, shown: Reported, zero: float) -> dict[str, list]:
