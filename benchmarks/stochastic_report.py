@@ -164,19 +164,17 @@ def measure(record: Record, number: int) -> float:
 
 
 def first_below(record: Record, number: int, goal: float) -> int | None:
-    """The number of the look after which it stays at or below the goal."""
-    above = [
-        i
-        for i, found in enumerate(record["found"])
-        if found is None or not found[number] <= goal
-    ]
-    at = above[-1] + 1 if above else 0
-    return at if at < len(record["found"]) else None
+    """The number of the first look at or below the goal. (From when on it stays there
+    would be later the longer a run is.)"""
+    for look, found in enumerate(record["found"]):
+        if found is not None and found[number] <= goal:
+            return look
+    return None
 
 
 def when(record: Record, name: str, number: int, zero: float, goal: float) -> float:
-    """The steps or the seconds after which the measure stays at or below zero + goal;
-    between two looks its logarithm is a straight line."""
+    """The steps or the seconds when the measure first is zero + goal; between two looks
+    its logarithm is a straight line."""
     at = first_below(record, number, zero + goal)
     if at is None:
         return math.inf
