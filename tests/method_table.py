@@ -11,7 +11,7 @@ import keras
 import numpy as np
 import references
 import tensorflow as tf
-from problems import ORACLES, Oracle, Vector, cast, unflat
+from problems import ORACLES, Oracle, Vector, cast, flat, unflat
 
 import tfbilevel as tb
 
@@ -276,6 +276,48 @@ def gaffa(oracle: Oracle, x: Vector, y: Vector) -> tuple[Vector, Vector]:
     return d_x, y - LOWER_RATE * (along - (y - theta) / 0.6)
 
 
+def identity(oracle: Oracle, x: Vector, y: Vector) -> tuple[Vector, Vector]:
+    """v = rate f_y at the solution."""
+    del y
+    end = oracle.solution(x)
+    v = oracle.rate * oracle.f_y(x, end)
+    return oracle.f_x(x, end) - oracle.g_xy(x, end, v), end
+
+
+def known_noise(size: int) -> np.ndarray:
+    return 0.2 * np.random.default_rng(3).normal(size=(2, size))
+
+
+class WithKnownNoise(tb.PersistentES):
+    """XLA samples others than TensorFlow's own operations."""
+
+    def _noise(self, upper: Any, step: Any) -> Any:
+        del step
+        like = tf.nest.map_structure(lambda leaf: np.zeros(leaf.shape), upper)
+        rows = [unflat(row, like) for row in known_noise(len(flat(like)))]
+        return tf.nest.map_structure(
+            lambda leaf, *leaves: tf.constant(np.stack(leaves), leaf.dtype),
+            upper,
+            *rows,
+        )
+
+
+def persistent(oracle: Oracle, x: Vector, y: Vector) -> tuple[Vector, Vector]:
+    """Four particles; before the first window there is no noise to add up."""
+    upper, _, batches = oracle.at("float64")
+    total = np.zeros_like(x)
+    for e in known_noise(len(x)):
+        f = []
+        for at in (x + e, x - e):
+            end = references.descend(oracle, at, y, oracle.rate, FEW)[-1]
+            x_y = (unflat(at, upper), unflat(end, oracle.y))
+            nests = [cast(nest, "float64") for nest in x_y]
+            f.append(float(oracle.problem.upper_loss(*nests, batches[0])))
+        total += e * (f[0] - f[1]) / 2 / 0.2**2
+    # Of two windows, the mean over them is the gradient of f at the end.
+    return 2 * total / 2, references.descend(oracle, x, y, oracle.rate, FEW)[-1]
+
+
 def rank_one(oracle: Oracle, x: Vector, y: Vector) -> tuple[Vector, Vector]:
     end = references.descend(oracle, x, y, oracle.rate, 1)[-1]
     return references.rank_one(oracle, x, end), end
@@ -381,6 +423,7 @@ METHODS = [
     Row("implicit-normal-cg", implicit(tb.NormalConjugateGradient(13)), exact),
     Row("implicit-minres", implicit(tb.MINRES(14, rtol=1e-10)), exact),
     Row("implicit-nystrom", implicit(tb.Nystrom(13, damping=0.3)), damped, None, True),
+    Row("implicit-identity", implicit(tb.Identity()), identity, None, True),
     Row("implicit-direct", implicit(tb.Direct()), exact),
     Row(
         "implicit-gradient-solver",
@@ -470,6 +513,15 @@ METHODS = [
             initial_multiplier=0.3,
         ),
         gaffa,
+    ),
+    Row(
+        "persistent-es",
+        lambda oracle: WithKnownNoise(
+            tb.InnerSolver(SGD(oracle.rate), FEW, start="cold"), 2 * FEW, 2, 0.2
+        ),
+        persistent,
+        None,
+        True,
     ),
     Row(
         "value-gap",

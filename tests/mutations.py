@@ -51,6 +51,13 @@ class Fault(NamedTuple):
 FAULTS = [
     # Hypergradients.
     Fault(
+        "persistent-es",
+        "the noise of earlier windows is forgotten: a truncated gradient",
+        'structure.where(begins, noise, structure.add(state["noise"], noise))',
+        "noise",
+        ("test_persistent_es.py",),
+    ),
+    Fault(
         "unroll",
         "a truncated unroll differentiates one step too many",
         "self.inner.steps - self.differentiated",
@@ -151,6 +158,13 @@ FAULTS = [
         ("test_bamm.py",),
     ),
     # Linear solvers.
+    Fault(
+        "identity",
+        "damping is ignored",
+        "rate / (1 + rate * self.damping)",
+        "rate",
+        ("test_identity.py",),
+    ),
     Fault(
         "conjugate-gradient",
         "the direction's coefficient forgets the preconditioner",

@@ -67,6 +67,7 @@ from tfbilevel._linear_solvers import ConjugateGradient as ConjugateGradient
 from tfbilevel._linear_solvers import Direct as Direct
 from tfbilevel._linear_solvers import FixedPoint as FixedPoint
 from tfbilevel._linear_solvers import GradientSolver as GradientSolver
+from tfbilevel._linear_solvers import Identity as Identity
 from tfbilevel._linear_solvers import IterativeSolver as IterativeSolver
 from tfbilevel._linear_solvers import LinearSolution as LinearSolution
 from tfbilevel._linear_solvers import LinearSolver as LinearSolver
@@ -83,6 +84,9 @@ from tfbilevel._methods.hypergradient.forward_unroll import (
     ForwardUnroll as ForwardUnroll,
 )
 from tfbilevel._methods.hypergradient.implicit import Implicit as Implicit
+from tfbilevel._methods.hypergradient.persistent_es import (
+    PersistentES as PersistentES,
+)
 from tfbilevel._methods.hypergradient.rank_one import RankOne as RankOne
 from tfbilevel._methods.hypergradient.unroll import Unroll as Unroll
 from tfbilevel._methods.penalty.augmented_lagrangian import (

@@ -147,6 +147,7 @@ def test_refused_by_name_before_work_is_lost(name: str, tmp_path: Any) -> None:
             tb.F2SA(tb.InnerSolver(SGD(0.1), 1), SGD(0.1), 1.0),
             tb.BOME(tb.InnerSolver(SGD(0.1), 1), SGD(0.1)),
             tb.MEHA(SGD(0.1)),
+            tb.PersistentES(tb.InnerSolver(SGD(0.1), 1, start="cold"), 2),
             tb.F3SA(SGD(0.1), 1.0),
             tb.BVFSM(tb.InnerSolver(SGD(0.1), 1), SGD(1e-3), 1, slack=1e3),
             tb.GAFFA(SGD(0.1), lambda upper, lower: 0.1 - upper(None)[0] + norm(lower)),

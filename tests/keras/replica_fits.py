@@ -76,6 +76,9 @@ METHODS = {
     "implicit-normal-cg": lambda: tb.Implicit(inner(), tb.NormalConjugateGradient(4)),
     "implicit-minres": lambda: tb.Implicit(inner(), tb.MINRES(4)),
     "implicit-nystrom": lambda: tb.Implicit(inner(), tb.Nystrom(2, damping=0.1)),
+    "implicit-identity": lambda: tb.Implicit(
+        inner(), tb.Identity(), through="optimizer"
+    ),
     "implicit-direct": lambda: tb.Implicit(inner(), tb.Direct()),
     "implicit-gradient-solver": lambda: tb.Implicit(
         inner(), tb.GradientSolver(SGD(0.2), 4)
@@ -102,6 +105,9 @@ METHODS = {
     "f3sa": lambda: tb.F3SA(SGD(0.1), 2.0),
     "bvfsm": lambda: tb.BVFSM(plain(2), SGD(0.02), 2),
     "gaffa": lambda: tb.GAFFA(SGD(0.1), squares),
+    "persistent-es": lambda: tb.PersistentES(
+        tb.InnerSolver(SGD(0.2, momentum=0.5), 2, start="cold"), 4, scale=0.01
+    ),
     "value-gap": lambda: tb.ValueGap(inner(), SGD(0.1), weight=2.0),
     "value-gap-constant": lambda: tb.ValueGap(None, SGD(0.1), weight=2.0),
     "gradient-norm": lambda: tb.GradientNorm(SGD(0.1), weight=2.0),

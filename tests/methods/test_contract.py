@@ -93,13 +93,22 @@ BY_STEPS = {
     "bvfsm",
     "gaffa",
     "implicit-minres",
+    "implicit-identity",
+    "persistent-es",
 }
 
 
 # Loops of both kinds of steps, which take long to trace.
 LONG_PROGRAMS = {"srba", "vrbo"}
 # Nested structures of these are slow too: their recursions are quick, in graphs.
-SLOW_GRAPHS = {*LONG_PROGRAMS, "f3sa", "bvfsm", "gaffa"}
+SLOW_GRAPHS = {
+    *LONG_PROGRAMS,
+    "f3sa",
+    "bvfsm",
+    "gaffa",
+    "persistent-es",
+    "implicit-identity",
+}
 
 
 def in_every_mode(row: Row, oracle: Oracle, dtype: str) -> bool:

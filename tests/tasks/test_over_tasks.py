@@ -108,6 +108,7 @@ METHODS: dict[str, Callable[[], tb.Method]] = {
         tb.GradientSolver(SGD(0.02), 20, objective="residual", rtol=1e-1)
     ),
     "direct": lambda: implicit(tb.Direct()),
+    "identity": lambda: tb.Implicit(adam(), tb.Identity(), through="optimizer"),
     "optimizer-map": lambda: tb.Implicit(
         tb.InnerSolver(SGD(0.1, 0.5), 30),
         tb.NormalConjugateGradient(40, rtol=1e-12),
@@ -168,6 +169,7 @@ RELATIVES = {
     "implicit-pessimistic",
     "gradient-solver",
     "direct",
+    "identity",
     "ttsa",
     "mrbo",
     "vrbo",

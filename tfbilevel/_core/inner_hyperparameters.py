@@ -5,6 +5,7 @@ from typing import Any
 import tensorflow as tf
 
 from tfbilevel._calculus.aliases import Nest
+from tfbilevel._core.arguments import takes_two
 from tfbilevel._core.prepared import Prepared
 from tfbilevel._optimizers.learned_rate import rated, stretched
 from tfbilevel._optimizers.options import option_names
@@ -60,7 +61,16 @@ def updated(
     options = named_options(inner, here.problem, here.upper)
     made = options.pop(RATE, None)
     if inner.learned_rate is not None:
-        made = here.problem._reading(inner.learned_rate, here.upper)
+        learned = inner.learned_rate
+        if takes_two(learned):
+            if state.iteration.shape.rank:
+                raise ValueError(
+                    "`learned_rate` must be a function of x alone with `atol` over "
+                    "tasks, whose steps have other numbers. Leave `atol` out. "
+                    f"Received: atol={inner.atol!r}"
+                )
+            learned = lambda x: inner.learned_rate(x, state.iteration)  # noqa: E731
+        made = here.problem._reading(learned, here.upper)
     if made is None:
         return inner.rule.update(gradient, state, point, options)
     at, rates = rated(state, made, point)

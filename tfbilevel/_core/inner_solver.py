@@ -76,7 +76,8 @@ class InnerSolver:
             tb.Geometric(0.1, 0.9). Only for methods that do not unroll the steps.
         learned_rate: x -> scalar, the rate as a function of the upper variables; or
             x -> rates shaped like the lower variables, or that broadcast to them: one
-            per entry (Meta-SGD), or one per layer. `None`: the rate is not learned.
+            per entry (Meta-SGD), or one per layer. (x, t) -> either, t the number of
+            updates since the optimizer's start, int64: a learned schedule.
         hyperparameters: x -> {name: scalar}, options of the optimizer as functions of
             the upper variables, such as lambda x: {"momentum": tf.sigmoid(x)}: any
             option that is a number ("learning_rate", "momentum", "weight_decay",

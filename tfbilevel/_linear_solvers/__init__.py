@@ -10,6 +10,7 @@ from tfbilevel._linear_solvers.conjugate_gradient import (
 from tfbilevel._linear_solvers.direct import Direct as Direct
 from tfbilevel._linear_solvers.fixed_point import FixedPoint as FixedPoint
 from tfbilevel._linear_solvers.gradient_solver import GradientSolver as GradientSolver
+from tfbilevel._linear_solvers.identity import Identity as Identity
 from tfbilevel._linear_solvers.minres import MINRES as MINRES
 from tfbilevel._linear_solvers.neumann import Neumann as Neumann
 from tfbilevel._linear_solvers.normal_conjugate_gradient import (

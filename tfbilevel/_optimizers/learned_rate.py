@@ -23,8 +23,8 @@ def rated(state: OptimizerState, made: Any, lower: Any) -> tuple[OptimizerState,
         raise ValueError(
             "`learned_rate` must return a scalar or rates that broadcast to the lower "
             "variables, in a nest like theirs. Return one rate, or one tensor for each "
-            "lower variable. One rate per inner step cannot be learned: every step has "
-            f"the same. Received: {made!r} for {lower!r}"
+            "lower variable. One rate per inner step is a function of two arguments, "
+            f"(x, t), t the step. Received: {made!r} for {lower!r}"
         ) from error
     return state._replace(learning_rate=tf.ones_like(rate)), rates
 

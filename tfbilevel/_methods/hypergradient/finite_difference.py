@@ -25,7 +25,7 @@ from tfbilevel._methods.hypergradient.unroll import Unroll
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FiniteDifference(Method):
-    r"""One inner step's hypergradient without second derivatives (DARTS, one-stage).
+    r"""One inner step's hypergradient without second derivatives (DARTS, SAMA).
 
         y' = y - r g_y(x, y),      v = f_y(x, y'),      e = radius / |v|
         dF/dx = f_x(x, y') - r ( g_x(x, y + e v) - g_x(x, y - e v) ) / 2e
@@ -36,7 +36,9 @@ class FiniteDifference(Method):
     computes slowly. In float32 the difference of nearly equal gradients loses digits;
     prefer `Unroll` where it works. There is no pessimistic end, because the published
     method makes only one step. With optimizers other than plain SGD, v is first pulled
-    back through the optimizer's own update.
+    back through the optimizer's own update. So this is also the published form of SAMA,
+    but for f_y, which SAMA takes at y and not after one more step; `Identity` has it
+    there, with second derivatives.
 
     Args:
         inner: the inner solver; the published method makes one step.
@@ -62,7 +64,8 @@ class FiniteDifference(Method):
 
     References:
         Liu, Simonyan, Yang (2019), DARTS: differentiable architecture search.
-        arXiv:1806.09055.
+        arXiv:1806.09055. Choe et al. (2023), Making scalable meta learning practical.
+        arXiv:2310.05674.
     """
 
     inner: InnerSolver
