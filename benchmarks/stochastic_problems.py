@@ -64,7 +64,8 @@ class Quadratic:
     f(x, y) = mean_j (d_j y - e_j)^2 / 2 + |x|^2 / 20
     """
 
-    SIZE, EXAMPLES = 100, 10_000
+    # In whole blocks, or methods with fixed batches would have another problem.
+    SIZE, EXAMPLES = 100, 157 * BATCH
     GRID = Grid((0.1, 0.3, 1.0), (0.01, 0.1, 1.0))
     measures = ("h(x) - min h",)
     cases, every_look, together = ("",), True, 200
@@ -131,7 +132,8 @@ class Logistic:
     def __init__(self, features: np.ndarray, labels: np.ndarray, least: Any = None):
         """`least`: what `found` has found before."""
         self.least = least
-        n, m = len(labels) // 2, 3 * len(labels) // 4
+        # In whole blocks, as in (a).
+        n, m = (len(labels) * k // 4 // BATCH * BATCH for k in (2, 3))
         self.train, self.held, self.test = (
             (features[rows].astype(np.float32), labels[rows].astype(np.float32))
             for rows in (slice(n), slice(n, m), slice(m, None))
