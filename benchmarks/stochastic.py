@@ -1,411 +1,271 @@
-"""Stochastic methods on a quadratic bilevel problem whose value function is known.
+"""Stochastic and first-order methods on three bilevel problems of known difficulty.
 
-    python benchmarks/stochastic.py --out runs/bench-stochastic
+    python benchmarks/stochastic.py --part a --out runs/bench-stochastic
 
-Two linear regressions with 10,000 examples each, 100 variables at both levels:
+Part (a) is a quadratic whose value function h is known, (b) logistic regression with
+one penalty per feature, (c) the cleaning of MNIST at 50, 70 and 90 percent of wrong
+labels (TFDS_DATA_DIR is the folder of tensorflow-datasets): `stochastic_problems.py`.
+The methods are the rows of `contestants/stochastic_library.py`. On (a), SOBA, StocBiO
+and F2SA in JAX (`contestants/stochastic_jax.py`) stand beside them, which make the same
+steps with the same batches: the report has the largest difference.
 
-    g(x, y) = mean_i (a_i y - b_i x)^2 / 2
-    f(x, y) = mean_j (d_j y - e_j)^2 / 2 + |x|^2 / 20
+Every method has the grid of its problem: a lower rate, the ratio of the upper to the
+lower rate, and whether both decay like (k + 1)^(-0.4); rates of a series do not decay.
+Batches of 64 random examples at both levels, numbered by NumPy, so that all methods pay
+the same for them: nothing. (SABA needs fixed batches, blocks of 64; full-batch methods
+take all examples, and others may take all in blocks of 64.) Each setting is run for
+--look seconds with three seeds, and the best three (in (c) two) by the median of the
+seeds for --seconds with three seeds; of these, the table has the best median of each
+column. Full-batch methods need one seed.
 
-The lower Hessian has the condition number --condition. Batches of 64 random examples
-at both levels. Every method has the same grid: a lower rate, the ratio of the upper to
-the lower rate, and whether both decay like (k + 1)^(-0.4). The best of the grid by the
-suboptimality h(x) - min h after --seconds (one thread, compiled by XLA, compilation not
-counted) is run with two more seeds. The table has the median of the three.
+Seconds are of the processor, with one thread, compiled by XLA; compilation and
+measuring are not counted. One oracle call is one gradient of f or g on a batch; a
+product with g_yy, g_xy or both counts as two, and a value that a method needs (BVFSM)
+as one, whatever it really takes. Full-batch
+methods count a call for every 64 examples. Every row of the library says what it
+counts.
 
-One oracle call is one gradient of f or g on a batch; a product with g_yy or g_xy counts
-as two. Full-batch methods count a call for every 64 examples.
+Two methods run side by side, each in a process with a core of its own. With the
+defaults that takes 25 minutes for (a), 15 for (b) and 20 for (c) on two quiet cores.
+Every run is written to OUT/PART/METHOD.jsonl when it ends; an interrupted benchmark
+goes on there. The same options are needed then. `--quick` tries everything in a minute.
 
-Writes stochastic.json, a table and a picture (with matplotlib).
+Writes stochastic-PART.json, .md (a table) and .png (a picture, with matplotlib).
 """
 
 import argparse
-import itertools
 import json
-import math
 import os
 import pathlib
-import statistics
+import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
-os.environ.setdefault("TF_NUM_INTEROP_THREADS", "1")
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import numpy as np
 
-import keras  # noqa: E402
-import numpy as np  # noqa: E402
-import tensorflow as tf  # noqa: E402
+HERE = pathlib.Path(__file__).resolve().parent
+CONTESTANTS = HERE / "contestants"
+sys.path[:0] = [str(HERE.parent), str(HERE), str(CONTESTANTS)]
 
-import tfbilevel as tb  # noqa: E402
+import environment  # noqa: E402
+import stochastic_report as report  # noqa: E402
+from stochastic_library import ENTRIES, sizes_of  # noqa: E402
+from stochastic_problems import PARTS, load  # noqa: E402
+from stochastic_protocol import Plan, Setting, read  # noqa: E402
+from workers import pinned, processor, worker_environment  # noqa: E402
 
-SIZE, EXAMPLES, BATCH = 100, 10_000, 64
-TERMS = 10  # of series, and steps of y and v where a method makes several
-STEPS = 5  # of y in VRBO
-TOGETHER = 50  # outer steps between two looks at h
-RATES, RATIOS = (0.1, 0.3, 1.0), (0.01, 0.1, 1.0)  # times 1 / (largest eigenvalue)
-GOAL = 1e-4
+JAX = ("SOBA", "StocBiO", "F2SA")
+AT_ONCE = 2  # processes
 
 
-class Quadratic(NamedTuple):
-    """The data, and what is known of the value function h."""
+class Defaults(NamedTuple):
+    """Of a part."""
 
-    a: np.ndarray
-    b: np.ndarray
-    d: np.ndarray
-    e: np.ndarray
-    largest: float  # eigenvalue of the lower Hessian
-
-    def value(self, x: np.ndarray) -> float:
-        """h(x)."""
-        y = self.response() @ x
-        return float(0.5 * np.mean((self.d @ y - self.e) ** 2) + 0.05 * x @ x)
-
-    def response(self) -> np.ndarray:
-        """y*(x) = R x."""
-        return np.linalg.solve(self.a.T @ self.a, self.a.T @ self.b)
-
-    def least(self) -> float:
-        """min h."""
-        z = self.d @ self.response()
-        hessian = z.T @ z / len(z) + 0.1 * np.eye(SIZE)
-        return self.value(np.linalg.solve(hessian, z.T @ self.e / len(z)))
+    look: float
+    seconds: float
+    finalists: int
 
 
-def quadratic(condition: float, seed: int = 0) -> Quadratic:
-    generator = np.random.default_rng(seed)
-    roots = np.sqrt(np.geomspace(1 / condition, 1.0, SIZE))
-    basis, _ = np.linalg.qr(generator.normal(size=(SIZE, SIZE)))
-    a = generator.normal(size=(EXAMPLES, SIZE)) * roots @ basis.T
-    # y*(x) follows x through a map of moderate size, and every example has noise.
-    through = generator.normal(size=(SIZE, SIZE)) / math.sqrt(SIZE)
-    noise = generator.normal(size=(EXAMPLES, SIZE)) / SIZE
-    b = a @ through + noise
-    d = generator.normal(size=(EXAMPLES, SIZE)) / math.sqrt(SIZE)
-    e = d @ (through @ generator.normal(size=SIZE))
-    e += 0.1 * generator.normal(size=EXAMPLES)
-    largest = float(np.linalg.eigvalsh(a.T @ a / EXAMPLES)[-1])
-    return Quadratic(a, b, d, e, largest)
-
-
-PROBLEM = tb.Problem(
-    lambda x, y, batch: (
-        0.5 * tf.reduce_mean((tf.linalg.matvec(batch[0], y) - batch[1]) ** 2)
-        + 0.05 * tf.reduce_sum(x * x)
-    ),
-    lambda x, y, batch: (
-        0.5
-        * tf.reduce_mean(
-            (tf.linalg.matvec(batch[0], y) - tf.linalg.matvec(batch[1], x)) ** 2
-        )
-    ),
-)
-
-
-@keras.saving.register_keras_serializable("tfbilevel-benchmarks")
-class Decay(keras.optimizers.schedules.LearningRateSchedule):
-    """rate * (k + 1)^(-power)."""
-
-    def __init__(self, rate: float, power: float):
-        self.rate, self.power = rate, power
-
-    def __call__(self, step: Any) -> Any:
-        return self.rate * tf.pow(tf.cast(step, tf.float32) + 1, -self.power)
-
-
-class Entry(NamedTuple):
-    """A method: how it is built from a rate and a power, its calls per outer step, and
-    whether it takes all examples, fixed batches with their number, or all examples in
-    blocks, of which it takes what it needs."""
-
-    build: Callable[[float, float], tb.Method]
-    calls: float
-    batches: str = "random"
-
-
-def sgd(rate: float, power: float = 0.0) -> keras.optimizers.Optimizer:
-    return keras.optimizers.SGD(Decay(rate, power) if power else rate)
-
-
-def inner(rate: float, steps: int) -> tb.InnerSolver:
-    return tb.InnerSolver(sgd(rate), steps)
-
-
-FIXED = EXAMPLES // BATCH  # batches of SABA; blocks of SRBA and VRBO
-PERIOD = 10  # outer steps of VRBO from one full batch to the next
-FULL = EXAMPLES / BATCH
-ENTRIES: dict[str, Entry] = {
-    "SOBA": Entry(lambda r, p: tb.SOBA(sgd(r, p), Decay(r, p)), 4),
-    "SABA": Entry(
-        lambda r, p: tb.SABA(
-            sgd(r, p), Decay(r, p), lower_batches=FIXED, upper_batches=FIXED
-        ),
-        4,
-        "fixed",
-    ),
-    "SRBA": Entry(
-        lambda r, p: tb.SRBA(sgd(r, p), Decay(r, p), upper_parts=FIXED),
-        # Every FIXED steps all blocks, otherwise one block at two points.
-        4 + 8 * (FIXED - 1) / FIXED,
-        "blocks",
-    ),
-    "FSLA": Entry(lambda r, p: tb.FSLA(sgd(r, p), Decay(r, p), 0.9), 9),
-    "AmIGO": Entry(
-        lambda r, p: tb.AmIGO(inner(r, TERMS), TERMS, Decay(r, p)), 3 * TERMS + 3
-    ),
-    "MRBO": Entry(
-        lambda r, p: tb.MRBO(
-            sgd(r), TERMS, r, scale=tb.InversePower(1.0, p) if p else 1.0
-        ),
-        4 * TERMS + 8,
-    ),
-    "VRBO": Entry(
-        lambda r, p: tb.VRBO(
-            sgd(r, p), TERMS, r, STEPS, period=PERIOD, upper_parts=FIXED
-        ),
-        (STEPS + 1) * (4 * TERMS + 8) + FIXED * (2 * TERMS + 4) / PERIOD,
-        "blocks",
-    ),
-    "SUSTAIN": Entry(
-        lambda r, p: tb.SUSTAIN(
-            sgd(r), TERMS, r, scale=tb.InversePower(1.0, p) if p else 1.0
-        ),
-        2 * TERMS + 6,
-    ),
-    "StocBiO": Entry(lambda r, p: tb.StocBiO(inner(r, TERMS), TERMS, r), 3 * TERMS + 3),
-    "BSA": Entry(lambda r, p: tb.BSA(inner(r, TERMS), TERMS, r), 2 * TERMS + 2),
-    "TTSA": Entry(
-        lambda r, p: tb.TTSA(sgd(r), TERMS, r, upper_power=p, lower_power=p), TERMS + 3
-    ),
-    "BAMM": Entry(lambda r, p: tb.BAMM(sgd(r), 1.0, p), 4),
-    "ValueGap": Entry(
-        lambda r, p: tb.ValueGap(inner(r, 1), sgd(r, p), tb.LinearRamp(1, 100, 5000)), 5
-    ),
-    "F2SA": Entry(
-        lambda r, p: tb.F2SA(
-            inner(r, TERMS), sgd(r, p), tb.LinearRamp(1.0, 100.0, 5000)
-        ),
-        3 * TERMS + 3,
-    ),
-    "F3SA": Entry(lambda r, p: tb.F3SA(sgd(r, p), tb.LinearRamp(1.0, 100.0, 5000)), 12),
-    "BOME": Entry(lambda r, p: tb.BOME(inner(r, TERMS), sgd(r, p)), TERMS + 3),
-    "MEHA": Entry(lambda r, p: tb.MEHA(sgd(r, p)), 6),
-    "Implicit, full batch": Entry(
-        lambda r, p: tb.Implicit(
-            inner(r, TERMS), tb.ConjugateGradient(TERMS, warm_start=True)
-        ),
-        FULL * (3 * TERMS + 3),
-        "full",
-    ),
+DEFAULTS = {
+    "a": Defaults(0.5, 5.0, 3),
+    "b": Defaults(0.3, 2.0, 3),
+    "c": Defaults(0.3, 2.0, 2),
+}
+# One setting for each part, from the middle of its grid.
+QUICK = {
+    "a": Setting(0.3, 0.1, 0.0),
+    "b": Setting(1.0, 10.0, 0.0),
+    "c": Setting(1.0, 1e4, 0.0),
 }
 
 
-class Setting(NamedTuple):
-    rate: float
-    ratio: float
-    power: float
+class Row(NamedTuple):
+    """A row of the table: a method and who makes it."""
+
+    method: str
+    jax: bool
+
+    @property
+    def title(self) -> str:
+        return f"{self.method}, JAX" if self.jax else self.method
+
+    @property
+    def file(self) -> str:
+        return self.title.replace(", ", "-").replace(" ", "_") + ".jsonl"
 
 
-class Trace(NamedTuple):
-    """What was reached after how many outer steps and seconds."""
+def rows_of(part: str, methods: Sequence[str], peers: bool) -> list[Row]:
+    rows = [Row(name, False) for name in methods]
+    if part == "a" and peers:
+        rows += [Row(name, True) for name in JAX if name in methods]
+    return rows
 
-    steps: list[int]
-    seconds: list[float]
-    left: list[float]
 
-
-def batches_of(data: Quadratic, kind: str, draws: int) -> Callable[[tf.Tensor], Any]:
-    """Outer step -> its batches, drawn in the graph; `seed` is part of the step."""
-    arrays = [tf.constant(each, tf.float32) for each in data[:4]]
-    a, b, d, e = arrays
-    if kind == "full":
-        whole = tb.Batches((d, e), (a, b))
-        return lambda key: whole
-    blocks = [
-        tf.reshape(each[: FIXED * BATCH], [FIXED, BATCH, *each.shape[1:]])
-        for each in arrays
+def command(row: Row, part: str, data: pathlib.Path, out: pathlib.Path, plan: Plan):
+    if ENTRIES[row.method].kind == "full":  # its batches are not random
+        plan = plan._replace(seeds=1)
+    script = "stochastic_jax.py" if row.jax else "stochastic_library.py"
+    return [
+        str(environment.PYTHON) if row.jax else sys.executable,
+        str(CONTESTANTS / script),
+        f"--method={row.method}",
+        f"--part={part}",
+        f"--data={data}",
+        f"--out={out / row.file}",
+        f"--plan={json.dumps(plan)}",
     ]
-    if kind == "blocks":
-        stacked = tb.StackedBatches(
-            (d[: FIXED * BATCH], e[: FIXED * BATCH]), tuple(blocks[:2])
+
+
+class Started(NamedTuple):
+    row: Row
+    process: subprocess.Popen
+    log: Any
+    core: int
+
+
+def started(row: Row, core: int, *given: Any) -> Started:
+    out: pathlib.Path = given[2]
+    log = (out / f"{row.file}.log").open("w+")
+    process = subprocess.Popen(
+        command(row, *given),
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        env=worker_environment(1),
+        preexec_fn=pinned(1, core),
+    )
+    return Started(row, process, log, core)
+
+
+def ended(one: Started) -> str | None:
+    """The error of a process that failed."""
+    one.log.seek(0)
+    text = one.log.read()[-3000:]
+    one.log.close()
+    failed = one.process.returncode != 0
+    return f"{one.row.title} ended with {one.process.returncode}:\n{text}" * failed
+
+
+def run_all(rows: list[Row], part: str, data: pathlib.Path, out: pathlib.Path, plan):
+    """The processes of all rows, two at a time; returns their errors."""
+    waiting, running, errors = list(rows), [], []
+    free, begun, shown = list(range(cores())), time.monotonic(), 0.0
+    try:
+        while waiting or running:
+            while waiting and free:
+                row = waiting.pop(0)
+                running.append(started(row, free.pop(0), part, data, out, plan))
+            time.sleep(0.2)
+            for one in [each for each in running if each.process.poll() is not None]:
+                running.remove(one)
+                free.append(one.core)
+                errors += filter(None, [ended(one)])
+            if time.monotonic() - shown > 10 or not (waiting or running):
+                shown = time.monotonic()
+                progress(rows, running, waiting, out, shown - begun)
+    finally:
+        for one in running:
+            one.process.terminate()
+            one.process.wait()
+            one.log.close()
+    return errors
+
+
+def cores() -> int:
+    return min(AT_ONCE, len(os.sched_getaffinity(0)))
+
+
+def progress(rows, running, waiting, out: pathlib.Path, elapsed: float) -> None:
+    now = ", ".join(
+        f"{one.row.title} ({len(read(out / one.row.file))} runs)" for one in running
+    )
+    done = len(rows) - len(running) - len(waiting)
+    left = ""
+    if 0 < done < len(rows):
+        minutes = elapsed / done * (len(rows) - done) / 60
+        left = f", about {minutes:.0f} min left"
+    print(
+        f"{done} of {len(rows)} methods in {elapsed / 60:.1f} min{left}; now: {now}",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def same_options(path: pathlib.Path, options: dict[str, Any]) -> None:
+    """Results in one folder must have the same options."""
+    if path.exists() and json.loads(path.read_text()) != options:
+        raise SystemExit(
+            f"error: {path.parent} has results of other options: {path.read_text()}"
+            "Give those, or another --out."
         )
-        return lambda key: stacked
-    if kind == "fixed":
-
-        def one(key: tf.Tensor) -> Any:
-            i, j = tf.unstack(tf.random.stateless_uniform([2], key, 0, FIXED, tf.int32))
-            taken = [
-                tf.gather(each, row)
-                for each, row in zip(blocks, (i, i, j, j), strict=True)
-            ]
-            return tb.Batches((taken[2], taken[3], j), (taken[0], taken[1], i))
-
-        return one
-
-    def random(key: tf.Tensor) -> Any:
-        rows = tf.random.stateless_uniform(
-            [draws + 1, BATCH], key, 0, EXAMPLES, tf.int32
-        )
-        lower = tf.gather(a, rows[1:]), tf.gather(b, rows[1:])
-        return tb.StackedBatches((tf.gather(d, rows[0]), tf.gather(e, rows[0])), lower)
-
-    return random
+    path.write_text(json.dumps(options) + "\n")
 
 
-def run(
-    entry: Entry, data: Quadratic, setting: Setting, seed: int, seconds: float
-) -> Trace:
-    """From x = 0 and y = 0, until the time is over."""
-    lower_rate = setting.rate / data.largest
-    upper_rate = lower_rate * setting.ratio
-    method = entry.build(lower_rate, setting.power)
-    batches = batches_of(data, entry.batches, getattr(method, "draws", 1))
-
-    def body(k: tf.Tensor, x: Any, y: Any, state: Any) -> tuple:
-        made = PROBLEM.step(
-            method, x, y, batches(tf.stack([tf.constant(seed, tf.int64), k])), state
-        )
-        count = tf.cast(k + 1, tf.float32)
-        # Methods that scale the upper step decay it themselves.
-        power = setting.power if isinstance(made.upper_scale, tuple) else 0.0
-        moved = x - upper_rate * tf.pow(count, -power) * made.upper_gradient
-        return k + 1, made.scaled(x, moved), made.lower, made.state
-
-    @tf.function(autograph=False, jit_compile=True)
-    def several(k: tf.Tensor, x: Any, y: Any, state: Any) -> tuple:
-        return tf.while_loop(
-            lambda now, *_: now < k + TOGETHER,
-            body,
-            (k, x, y, state),
-            maximum_iterations=TOGETHER,
-        )
-
-    x = y = tf.zeros([SIZE])
-    now = (tf.constant(0, tf.int64), x, y, method.init(PROBLEM, x, y))
-    several(*now)  # compiles
-    least, trace, spent = data.least(), Trace([], [], []), 0.0
-    while spent < seconds:
-        began = time.perf_counter()
-        now = several(*now)
-        x = now[1].numpy()
-        spent += time.perf_counter() - began
-        left = data.value(x.astype(np.float64)) - least
-        trace.steps.append(int(now[0]))
-        trace.seconds.append(spent)
-        trace.left.append(left)
-        if not math.isfinite(left) or left > 1e6:
-            break
-    return trace
+def prepared(part: str, folder: pathlib.Path, arguments: argparse.Namespace):
+    """The file of the part's arrays."""
+    path = folder / "data.npz"
+    if not path.exists():
+        options = {"condition": arguments.condition} if part == "a" else {}
+        try:
+            arrays = PARTS[part].made(**options)
+        except FileNotFoundError as error:
+            raise SystemExit(f"error: {error}") from None
+        np.savez(folder / "unfinished.npz", **arrays)
+        (folder / "unfinished.npz").rename(path)
+    return path
 
 
-def end(trace: Trace) -> float:
-    left = trace.left[-1]
-    return left if math.isfinite(left) else math.inf
+def planned(part: str, arguments: argparse.Namespace) -> Plan:
+    if arguments.quick:
+        return Plan([QUICK[part]], 1, 0.05, 0.2, 1)
+    default = DEFAULTS[part]
+    settings = Setting.all(PARTS[part].GRID)
+    look = arguments.look or default.look
+    return Plan(
+        settings, 3, look, arguments.seconds or default.seconds, default.finalists
+    )
 
 
-def first_below(trace: Trace, goal: float) -> int | None:
-    """The number of looks after which it stays below the goal."""
-    above = [i for i, left in enumerate(trace.left) if not left < goal]
-    at = above[-1] + 1 if above else 0
-    return at if at < len(trace.left) else None
-
-
-def best_of(
-    entry: Entry, data: Quadratic, settings: list[Setting], seconds: float, look: float
-) -> dict[str, Any]:
-    """The best setting by a shorter run, then three seeds of it."""
-    tried = [(end(run(entry, data, each, 0, look)), each) for each in settings]
-    _, setting = min(tried)
-    traces = [run(entry, data, setting, seed, seconds) for seed in range(3)]
-    ends = [end(each) for each in traces]
-    reached = [first_below(each, GOAL) for each in traces]
-    found: dict[str, Any] = {
-        "setting": setting._asdict(),
-        "left": statistics.median(ends),
-        "all": ends,
-        "outer_steps_per_second": traces[0].steps[-1] / traces[0].seconds[-1],
-        "calls_per_step": entry.calls,
-        "trace": traces[ends.index(statistics.median_low(ends))]._asdict(),
-    }
-    if None not in reached:
-        pairs = zip(traces, reached, strict=True)
-        found["calls_to_goal"] = statistics.median(
-            entry.calls * trace.steps[i] for trace, i in pairs
-        )
-        pairs = zip(traces, reached, strict=True)
-        found["seconds_to_goal"] = statistics.median(
-            trace.seconds[i] for trace, i in pairs
-        )
-    return found
-
-
-def table(results: dict[str, dict[str, Any]]) -> str:
-    lines = [
-        f"| method | h(x) - min h | calls to {GOAL:g} | seconds to {GOAL:g} "
-        "| outer steps per second | calls per step | rate, ratio, power |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for name, r in sorted(results.items(), key=lambda item: item[1]["left"]):
-        calls, seconds = r.get("calls_to_goal"), r.get("seconds_to_goal")
-        lines.append(
-            f"| {name} | {r['left']:.1e} "
-            f"| {'-' if calls is None else f'{calls:,.0f}'} "
-            f"| {'-' if seconds is None else f'{seconds:.2f}'} "
-            f"| {r['outer_steps_per_second']:,.0f} | {r['calls_per_step']:,.0f} "
-            f"| {', '.join(f'{v:g}' for v in r['setting'].values())} |"
-        )
-    return "\n".join([*lines, ""])
-
-
-def picture(results: dict[str, dict[str, Any]], path: pathlib.Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True)
-    for name, r in results.items():
-        trace = r["trace"]
-        calls = np.array(trace["steps"]) * r["calls_per_step"]
-        for axis, against in zip(axes, (calls, trace["seconds"]), strict=True):
-            axis.loglog(against, trace["left"], label=name)
-    axes[0].set(xlabel="oracle calls", ylabel="h(x) - min h")
-    axes[1].set(xlabel="seconds")
-    axes[1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+def calls_of(method: str, problem: Any) -> float:
+    """Oracle calls of one outer step."""
+    calls = ENTRIES[method].calls
+    return calls if isinstance(calls, (int, float)) else calls(sizes_of(problem))
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=pathlib.Path, required=True)
+    parser.add_argument("--part", choices=PARTS, default="a")
     parser.add_argument("--methods", nargs="+", choices=ENTRIES, default=list(ENTRIES))
-    parser.add_argument("--condition", type=float, default=10.0)
-    parser.add_argument("--seconds", type=float, default=5.0)
-    parser.add_argument("--look", type=float, default=1.0, help="seconds, of the grid")
-    parser.add_argument("--quick", action="store_true", help="one setting")
+    parser.add_argument("--condition", type=float, default=10.0, help="of part (a)")
+    parser.add_argument("--seconds", type=float, help="of a run; default by part")
+    parser.add_argument("--look", type=float, help="seconds, of the grid")
+    parser.add_argument("--quick", action="store_true", help="one setting, briefly")
     arguments = parser.parse_args(argv)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    data, results = quadratic(arguments.condition), {}
-    settings = [Setting(*each) for each in itertools.product(RATES, RATIOS, (0.0, 0.4))]
-    if arguments.quick:
-        settings = [Setting(0.3, 0.1, 0.0)]
-    for name in arguments.methods:
-        entry = ENTRIES[name]
-        results[name] = best_of(
-            entry, data, settings, arguments.seconds, arguments.look
+    part, plan = arguments.part, planned(arguments.part, arguments)
+    folder = arguments.out / part
+    folder.mkdir(parents=True, exist_ok=True)
+    options = {"condition": arguments.condition, "plan": plan}
+    same_options(folder / "options.json", json.loads(json.dumps(options)))
+    data = prepared(part, folder, arguments)
+    peers = environment.PYTHON.exists()
+    if part == "a" and not peers:
+        print(f"note: no JAX: {environment.PYTHON} is missing", file=sys.stderr)
+    rows = rows_of(part, arguments.methods, peers)
+    errors = run_all(rows, part, data, folder, plan)
+    problem = load(part, data)
+    found = {
+        row.title: report.Result(
+            read(folder / row.file), calls_of(row.method, problem), row.jax
         )
-        print(f"{name}: {results[name]['left']:.1e}", file=sys.stderr, flush=True)
-        path = arguments.out / "stochastic.json"
-        path.write_text(json.dumps(results, indent=1) + "\n")
-    text = table(results)
-    (arguments.out / "stochastic.md").write_text(text)
-    print(text)
-    picture(results, arguments.out / "stochastic.png")
-    return 0
+        for row in rows
+    }
+    machine = f"{processor()}; {cores()} processes at once"
+    report.write(arguments.out, part, problem, found, machine)
+    for error in errors:
+        print(f"error: {error}", file=sys.stderr)
+    return int(bool(errors))
 
 
 if __name__ == "__main__":

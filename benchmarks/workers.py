@@ -112,9 +112,9 @@ def worker_environment(threads: int, device: str = "cpu") -> dict[str, str]:
     }
 
 
-def pinned(threads: int) -> Any:
+def pinned(threads: int, first: int = 0) -> Any:
     """Runs in the child process: every library then sees this number of cores."""
-    cores = sorted(os.sched_getaffinity(0))[:threads]
+    cores = sorted(os.sched_getaffinity(0))[first : first + threads]
     return lambda: os.sched_setaffinity(0, cores)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import protocol
 import tensorflow as tf
 from tensorflow_losses import (
+    compiled_ahead,
     cross_entropy,
     device_peak,
     lower_loss,
@@ -44,9 +45,7 @@ class Bare:
         }[arguments.method]
         self.weight = tf.constant(protocol.WEIGHT.get(arguments.method, 0.0))
         self.now = self.start
-        self.step = tf.function(
-            step, autograph=False, jit_compile=arguments.variant == "xla"
-        )
+        self.step = compiled_ahead(step, arguments.variant, self.weight, *self.start)
 
     def hypergradient(self) -> np.ndarray:
         gradient, _ = self.step(self.weight, *self.start)

@@ -11,6 +11,7 @@ import numpy as np
 import protocol
 import tensorflow as tf
 from tensorflow_losses import (
+    compiled_ahead,
     device_peak,
     lower_loss,
     minibatch_loss,
@@ -69,9 +70,7 @@ class Steps:
                 done.state,
             )
 
-        self.step = tf.function(
-            step, autograph=False, jit_compile=arguments.variant == "xla"
-        )
+        self.step = compiled_ahead(step, arguments.variant, *self.start)
 
     def hypergradient(self) -> np.ndarray:
         return self.step(*self.start)[0].numpy()
