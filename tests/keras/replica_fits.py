@@ -2,7 +2,8 @@
 
 A process of its own: TensorFlow makes logical devices before anything else. With
 TF_CONFIG set it is one of several workers. Arguments: "derivatives", or
-METHOD:SIZE:KIND with the size of batches and the kind of data; "every" for METHOD.
+METHOD:SIZE:KIND with the size of batches and the kind of data. METHOD may be "kinds",
+one method of each kind of derivative, which the tests run, or "every", by hand.
 """
 
 import contextlib
@@ -115,7 +116,28 @@ METHODS = {
 }
 
 
-# The kinds of data that methods have in "every"; of others "mixed".
+# One method of each kind of derivative: through steps that are computed again, once or
+# from checkpoints, along them, by differences, without second derivatives; products
+# with g_yy, of several vectors at once, with the derivatives of a step of the optimizer,
+# on batches of their own; gradients of differences of losses; of a gradient's norm;
+# vectors that go on from step to step. All methods whose collectives are stated.
+KINDS = (
+    "unroll",
+    "unroll-checkpoint",
+    "forward-unroll",
+    "finite-difference",
+    "unroll-first-order",
+    "implicit-cg",
+    "implicit-nystrom",
+    "implicit-optimizer",
+    "stocbio",
+    "value-gap",
+    "value-gap-constant",
+    "gradient-norm",
+    "augmented-lagrangian",
+    "soba",
+)
+# The kinds of data that methods have in "kinds" and "every"; of others "mixed".
 OF_METHOD = {
     "unroll-last": "weights",
     "value-gap-constant": "weights",
@@ -366,12 +388,21 @@ def files(folder):
 
     whole = after(2, alone())
     tb.BilevelModel.save_weights = noted
+    model = make("unroll", 5, "mixed", STRATEGY.scope())
+    first = model.get_weights()
+
+    def go_on(epochs, *callbacks):
+        """With the first weights, if the callbacks restore no others."""
+        model.set_weights(first)
+        assert model.outer_step == 0
+        data = pairs(5, "mixed")
+        model.fit(data, epochs=epochs, callbacks=list(callbacks), verbose=0)
+
     kinds = keras.callbacks.BackupAndRestore, tb.Backup
     paths = [str(folder / name) for name in ("of_keras", "ours")]
     keeps = {"delete_checkpoint": False}
-    begun = after(
+    go_on(
         1,
-        STRATEGY.scope(),
         keras.callbacks.ModelCheckpoint(
             str(folder / "{epoch}.weights.h5"), save_weights_only=True
         ),
@@ -380,18 +411,18 @@ def files(folder):
         kinds[1](paths[1]),
     )
     assert len(written) == (0 if WORKER else 3)
-    assert_resumed(after(2, STRATEGY.scope(), kinds[0](paths[0], **keeps)), whole, 2)
+    go_on(2, kinds[0](paths[0], **keeps))
+    assert_resumed(model, whole, 2)
     fewer = folder / f"fewer{WORKER}"
     shutil.copytree(paths[1], fewer)
     assert_resumed(after(2, alone(), tb.Backup(fewer)), whole, 2)
     if not WORKER:
         after(1, alone(), tb.Backup(folder / "more"))
-    assert_resumed(after(2, STRATEGY.scope(), tb.Backup(folder / "more")), whole, 2)
-    ready = begun.outer_step
+    go_on(2, tb.Backup(folder / "more"))
+    assert_resumed(model, whole, 2)
     with pytest.raises(ValueError, match="All workers must begin with the same"):
-        of_own = tb.Backup(folder / ("more" if WORKER else "nothing"))
-        begun.fit(pairs(5, "mixed"), epochs=3, callbacks=[of_own], verbose=0)
-    assert begun.outer_step == (2 * ready if WORKER else ready)
+        go_on(3, tb.Backup(folder / ("more" if WORKER else "nothing")))
+    assert model.outer_step == (2 * STEPS if WORKER else 0)
     tb.BilevelModel.save_weights = save
 
 
@@ -425,10 +456,9 @@ def main(case):
         whole = after(3, contextlib.nullcontext())
         assert (made.outer_step, len(made.history.epoch)) == (3 * STEPS, 2)
         assert_same(made, whole)
-    elif case.startswith("every:"):
-        _, size, kind = case.split(":")
-        assert len(METHODS) > 20
-        for method in METHODS:
+    elif case.startswith(("kinds:", "every:")):
+        which, size, kind = case.split(":")
+        for method in KINDS if which == "kinds" else METHODS:
             equal(f"{method}:{size}:{kind or OF_METHOD.get(method, 'mixed')}")
             print(method, file=sys.stderr, flush=True)
     else:

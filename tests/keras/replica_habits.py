@@ -5,6 +5,7 @@ names of functions of this file.
 """
 
 import contextlib
+import functools
 import pathlib
 import sys
 import tempfile
@@ -56,6 +57,20 @@ def alone(**options):
 
 def together(**options):
     return make(STRATEGY.scope(), **options)
+
+
+@functools.cache
+def kept():
+    models = alone(), together()
+    return [(model, model.get_weights()) for model in models]
+
+
+def same_again():
+    """The two models with their first weights; their steps are traced only once."""
+    for model, first in kept():
+        model.set_weights(first)
+        assert model.outer_step == 0
+    return [model for model, _ in kept()]
 
 
 def values(model):
@@ -111,7 +126,7 @@ def metrics_and_validation_data():
 
 def one_step_at_a_time():
     """`train_on_batch`, and a warm-up that moves nothing."""
-    one, two = alone(), together()
+    one, two = same_again()
     before = values(two)
     two.warm_up(pairs(5, "dense"))
     assert_equal(values(two), before)
@@ -125,13 +140,14 @@ def one_step_at_a_time():
 
 def nan_stops_or_is_skipped_by_all():
     """The NaN is in the second replica's part; nothing of the step is kept."""
-    one, two = alone(), together()
+    one, two = same_again()
     for model in (one, two):
         with pytest.raises(tb.NonFiniteError, match="at outer step 1"):
             model.fit(with_bad(5, 4), verbose=0)
     assert two.outer_step == 1
     assert_equal(values(two), values(one))
 
+    one, two = alone(), together()
     logs, made = (
         model.fit(with_bad(5, 4), on_nonfinite="skip", verbose=0).history
         for model in (one, two)
@@ -190,13 +206,13 @@ def saved_and_resumed():
     data = pairs(5, "dense")
     whole = alone()
     whole.fit(data, epochs=2, verbose=0)
-    for first, second in ((together, alone), (alone, together)):
+    for first, second in ((1, 0), (0, 1)):
         with tempfile.TemporaryDirectory() as folder:
             path = str(pathlib.Path(folder) / "model.weights.h5")
-            begun = first()
+            begun = same_again()[first]
             begun.fit(data, verbose=0)
             begun.save_weights(path)
-            resumed = second()
+            resumed = same_again()[second]
             resumed.load_weights(path)
             assert resumed.outer_step == 3
             resumed.fit(data, verbose=0)
@@ -213,7 +229,7 @@ def backed_up():
             ),
             tb.Backup(str(path / "backup")),
         ]
-        model = together()
+        _, model = same_again()
         model.fit(pairs(5, "dense"), epochs=2, callbacks=callbacks, verbose=0)
         again = together()
         again.load_weights(str(path / "best.weights.h5"))
@@ -281,8 +297,7 @@ def refusals():
 def unknown_number_of_steps():
     """Keras then reads to the end of the data, and finds out there."""
     histories = []
-    for make_model in (alone, together):
-        model = make_model()
+    for model in same_again():
         data = pairs(5, "dense").filter(lambda batches: batches.upper[2][0] >= 0)
         assert int(data.cardinality()) == tf.data.UNKNOWN_CARDINALITY
         logs = model.fit(data, epochs=2, verbose=0).history
@@ -378,7 +393,7 @@ def labels_are_cleaned():
 
 def losses_without_metrics():
     """`evaluate` on batches needs no metrics."""
-    one, two = alone(), together()
+    one, two = same_again()
     logs, made = (
         model.evaluate(pairs(5, "dense"), return_dict=True, verbose=0)
         for model in (one, two)

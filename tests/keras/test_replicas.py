@@ -77,17 +77,16 @@ def test_two_replicas_are_equal_to_one_device():
 
 
 @pytest.mark.slow
-def test_every_method_is_equal_on_two_replicas():
-    """On even and uneven parts, with the stated number of collectives."""
-    run("replica_fits.py", "every:6:")
+def test_every_kind_of_method_is_equal_on_two_replicas():
+    """On even and uneven parts, with the stated number of collectives.
 
+    Losses over tasks sample, too: a task's samples do not depend on its replica.
+    All methods, by hand:
 
-@pytest.mark.slow
-def test_tasks_and_microbatches_are_equal_on_two_replicas():
-    """Losses that sample, too: a task's samples do not depend on its replica."""
-    tasks = "unroll:5:tasks", "rank-one:6:tasks", "implicit-cg:5:sequential-tasks"
-    more = "unroll-checkpoint:6:sequential-tasks", "unroll:7:microbatches"
-    run("replica_fits.py", *tasks, *more)
+        python tests/keras/replica_fits.py every:6: every:5:tasks
+    """
+    tasks = "unroll:5:tasks", "implicit-cg:6:sequential-tasks"
+    run("replica_fits.py", "kinds:6:", *tasks, "value-gap:7:microbatches")
 
 
 HABITS = (
@@ -142,47 +141,33 @@ def workers(count: int, *cases: str, **environment: str):
 
 @pytest.mark.slow
 def test_two_workers_are_equal_to_one_process(tmp_path):
-    """Uneven parts and even ones; files, and other numbers of replicas afterwards."""
-    cases = (
-        "unroll:6:weights",
-        "unroll-first-order:6:mixed",
-        "implicit-cg:6:mixed",
-        "value-gap:6:mixed",
-        "augmented-lagrangian:6:mixed",
-        "stocbio:5:stacked",
-        "unroll:5:tasks",
-        "cleaner",
-        f"files={tmp_path}",
-    )
-    with workers(2, *cases) as started:
-        for process in started:
-            require_equal(process, cases)
+    """Each has two replicas, with parts that are uneven or of one example.
 
+    Files, and other numbers of replicas afterwards.
 
-@pytest.mark.slow
-def test_three_workers_are_equal_to_one_process():
-    """The other methods of docs/scaling.md: by hand."""
-    cases = "unroll:6:mixed", "implicit-cg:5:weights"
-    with workers(3, *cases) as started:
+    The other methods by hand (docs/scaling.md).
+    """
+    cases = "implicit-cg:6:weights", "unroll:5:tasks", "cleaner", f"files={tmp_path}"
+    with workers(2, *cases, DEVICES="2") as started:
         for process in started:
             require_equal(process, cases)
 
 
 @pytest.mark.slow
 def test_a_worker_is_killed_and_all_resume(tmp_path):
-    """Of two workers with two replicas each."""
+    """Of three workers, whose steps are equal to those of one process afterwards."""
     folder = tmp_path / "backup"
-    with workers(2, f"killed={folder}", DEVICES="2", VICTIM="1") as started:
-        killed, left = started[1], started[0]
-        killed.communicate(timeout=300)
-        _, errors = left.communicate(timeout=60)
-    assert killed.returncode == -signal.SIGKILL
-    assert left.returncode == 1
-    printed = errors[errors.rindex("Traceback") :].splitlines()
-    assert "Another worker has ended or cannot be reached" in printed[-1]
-    assert "Start all workers again" in printed[-1]
-    assert len(printed) < 25, errors
-    cases = ("implicit-cg:5:mixed", f"resumed={folder}")
-    with workers(2, *cases, DEVICES="2") as started:
+    with workers(3, f"killed={folder}", VICTIM="1") as started:
+        started[1].communicate(timeout=300)
+        ends = [started[n].communicate(timeout=180)[1] for n in (0, 2)]
+    assert started[1].returncode == -signal.SIGKILL
+    for process, errors in zip((started[0], started[2]), ends, strict=True):
+        assert process.returncode == 1
+        printed = errors[errors.rindex("Traceback") :].splitlines()
+        assert "Another worker has ended or cannot be reached" in printed[-1]
+        assert "Start all workers again" in printed[-1]
+        assert len(printed) < 25, errors
+    cases = (f"resumed={folder}",)
+    with workers(3, *cases) as started:
         for process in started:
             require_equal(process, cases)
