@@ -3,7 +3,9 @@
 A process of its own: TensorFlow makes logical devices before anything else. With
 TF_CONFIG set it is one of several workers. Arguments: "derivatives", or
 METHOD:SIZE:KIND with the size of batches and the kind of data. METHOD may be "kinds",
-one method of each kind of derivative, which the tests run, or "every", by hand.
+one method of each kind of derivative, which the tests run, or "every", by hand. KIND
+may be followed by ":split" or ":function": TensorFlow, or a function, distributes the
+data before `fit` gets them.
 """
 
 import contextlib
@@ -118,7 +120,7 @@ METHODS = {
 
 # One method of each kind of derivative: through steps that are computed again, once or
 # from checkpoints, along them, by differences, without second derivatives; products
-# with g_yy, of several vectors at once, with the derivatives of a step of the optimizer,
+# with g_yy, of several vectors at once, with derivatives of a step of the optimizer,
 # on batches of their own; gradients of differences of losses; of a gradient's norm;
 # vectors that go on from step to step. All methods whose collectives are stated.
 KINDS = (
@@ -205,6 +207,46 @@ def pairs(size, kind):
     return tb.pair(level(STEPS), level(STEPS * draws), draws)
 
 
+def split(data):
+    return STRATEGY.experimental_distribute_dataset(data)
+
+
+def function(data):
+    """The first replica has one example of each batch, the others divide the rest."""
+    replicas = STRATEGY.num_replicas_in_sync
+
+    def own(context):
+        count = replicas // context.num_input_pipelines
+
+        def parts(batches):
+            def part(number):
+                def cut(leaf, axis=0):
+                    rest = tf.shape(leaf)[axis] - 1
+                    ends = [
+                        tf.where(n > 0, 1 + (n - 1) * rest // (replicas - 1), 0)
+                        for n in (number, number + 1)
+                    ]
+                    return tf.gather(leaf, tf.range(*ends), axis=axis)
+
+                axis = int(isinstance(batches, tb.StackedBatches))
+                lower = tuple(cut(leaf, axis) for leaf in batches.lower)
+                return type(batches)(tuple(map(cut, batches.upper)), lower)
+
+            first = context.input_pipeline_id * count
+            return tf.data.Dataset.range(
+                first, first + count, output_type=tf.int32
+            ).map(part)
+
+        return data.flat_map(parts).apply(
+            tf.data.experimental.assert_cardinality(STEPS * count)
+        )
+
+    return STRATEGY.distribute_datasets_from_function(own)
+
+
+BEFORE = {"split": split, "function": function}  # what distributes data before `fit`
+
+
 def make(method, size, kind, scope, eager=False):
     keras.utils.set_random_seed(1)
     with scope:
@@ -229,12 +271,12 @@ def make(method, size, kind, scope, eager=False):
     return model
 
 
-def fit(method, size, kind, scope, eager=False):
+def fit(method, size, kind, scope, eager=False, distribute=lambda data: data):
     """Everything that is saved, and the logs."""
     model = make(method, size, kind, scope, eager)
     trained = model.trainable_variables if not model.tasks else model.upper.weights
     before = [v.numpy() for v in trained]
-    history = model.fit(pairs(size, kind), verbose=0).history
+    history = model.fit(distribute(pairs(size, kind)), verbose=0).history
     assert model.outer_step == STEPS
     moved = zip(before, trained, strict=True)
     assert min(np.abs(a - b.numpy()).max() for a, b in moved) > 1e-3, "nothing trained"
@@ -319,20 +361,25 @@ COLLECTIVES = {
 
 
 def equal(case):
-    method, size, kind = case.split(":")
+    method, size, kind, *before = case.split(":")
+    distribute = [BEFORE[name] for name in before]
     eager = kind not in (
         *OVER_TASKS,
         "microbatches",
     )  # saves a trace, where steps are few
     alone, logs = fit(method, int(size), kind, contextlib.nullcontext(), eager)
     with counting() as counters:
-        together, logged = fit(method, int(size), kind, STRATEGY.scope())
+        together, logged = fit(
+            method, int(size), kind, STRATEGY.scope(), False, *distribute
+        )
     for made, expected in zip(together, alone, strict=True):
         np.testing.assert_allclose(made, expected, rtol=1e-10, atol=1e-10)
     assert logged.keys() == logs.keys()
     for name, values in logs.items():  # means in float32
         np.testing.assert_allclose(logged[name], values, 1e-6, 1e-10, err_msg=name)
     stated = COLLECTIVES.get(f"{method}:{kind}")
+    if stated is not None:
+        stated += len(before)  # the sizes of parts
     made = [counter.numpy() / STEPS for counter in counters]
     assert stated is None or made == [stated] * len(made), (case, made, stated)
 

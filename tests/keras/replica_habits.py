@@ -14,7 +14,16 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from replica_fits import METHODS, SGD, STRATEGY, dense, inner, pairs
+from replica_fits import (
+    METHODS,
+    SGD,
+    STRATEGY,
+    dense,
+    function,
+    inner,
+    pairs,
+    split,
+)
 from replica_fits import fit as a_fit
 
 import tfbilevel as tb
@@ -276,8 +285,10 @@ def refusals():
     few = together()
     with pytest.raises(ValueError, match="at least one example.*batches of 1"):
         few.fit(pairs(1, "dense"), verbose=0)
-    with pytest.raises(ValueError, match="dataset that is not distributed yet"):
-        few.fit(STRATEGY.experimental_distribute_dataset(data), verbose=0)
+    with pytest.raises(ValueError, match="not some examples of each"):
+        few.fit(split(pairs(5, "stacked")), verbose=0)
+    with pytest.raises(ValueError, match="a model of no strategy"):
+        model.fit(split(data), verbose=0)
     with pytest.raises(ValueError, match="a dataset of tb.Batches for the losses"):
         few.evaluate(next(iter(data)), verbose=0)
     ragged = data.map(lambda b: b._replace(upper=(*b.upper, tf.ones([7]))))
@@ -351,6 +362,26 @@ def every_part_of_the_problem():
 
     expected = fitted(contextlib.nullcontext())
     assert_equal(fitted(STRATEGY.scope()), expected)
+
+
+def distributed_before():
+    """`fit`, `evaluate` and `warm_up` take a dataset that is distributed already."""
+    one, two = same_again()
+    data = pairs(5, "dense")
+    two.warm_up(split(data))
+    assert two.outer_step == 0
+    logs = one.fit(data, validation_data=data, verbose=0).history
+    made = two.fit(split(data), validation_data=function(data), verbose=0)
+    assert made.history.keys() == logs.keys()
+    for name, expected in logs.items():
+        assert made.history[name] == pytest.approx(expected, rel=1e-6), name
+    assert_equal(values(two), values(one))
+    again = two.fit(function(data), verbose=0)
+    assert again.params["steps"] == 3  # not one for each part
+    before = values(two)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="must have at least one"):
+        two.fit(split(data.unbatch().skip(14).batch(5)), verbose=0)
+    assert_equal(values(two), before)
 
 
 def other_strategies():

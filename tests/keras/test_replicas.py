@@ -89,6 +89,18 @@ def test_every_kind_of_method_is_equal_on_two_replicas():
     run("replica_fits.py", "kinds:6:", *tasks, "value-gap:7:microbatches")
 
 
+@pytest.mark.slow
+def test_datasets_may_be_distributed_before():
+    """Parts of other sizes than those that `fit` makes; one has a single example."""
+    cases = (
+        "value-gap:6:mixed:split",
+        "unroll:5:tasks:split",
+        "unroll:6:weights:function",
+        "stocbio:5:stacked:function",
+    )
+    run("replica_fits.py", *cases)
+
+
 HABITS = (
     "metrics_and_validation_data",
     "one_step_at_a_time",
@@ -103,6 +115,7 @@ HABITS = (
     "other_strategies",
     "labels_are_cleaned",
     "losses_without_metrics",
+    "distributed_before",
 )
 
 

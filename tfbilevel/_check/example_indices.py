@@ -1,6 +1,7 @@
 """Errors of layers with a row per example in compiled steps, which raise none."""
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -65,7 +66,7 @@ class IndexWatch:
         Args:
             problem: the losses.
             point: () -> (x, y of one task), the values at the time of the failure.
-            data: the batches, or a dataset of them.
+            data: the batches, or an iterable of them.
         """
         try:
             yield
@@ -90,10 +91,11 @@ def explain(problem: Problem, x: Any, y: Any, data: Any) -> None:
     Args:
         problem: the losses.
         x, y: the point; y of one task.
-        data: the batches, or a dataset of them, of which every shape is tried.
+        data: the batches, or an iterable of them, of which every shape is tried.
     """
     seen = set()
-    for batches in [data] if isinstance(data, Batches) else data.take(SEARCHED):
+    several = [data] if isinstance(data, Batches) else data
+    for batches in itertools.islice(several, SEARCHED):
         shapes = str(tf.nest.map_structure(np.shape, batches, expand_composites=True))
         if shapes not in seen:
             seen.add(shapes)

@@ -7,16 +7,23 @@ from typing import Any
 import tensorflow as tf
 
 from tfbilevel._core.batches import Batches
+from tfbilevel._keras.replicas.given import (
+    is_given,
+    require_given_for,
+    specification_of_part,
+)
 
 
-def require_dataset_of_batches(x: Any) -> None:
-    """Raise unless `x` is a dataset of `tb.Batches` and not known to be empty."""
-    if isinstance(x, tf.distribute.DistributedDataset):
-        raise ValueError(
-            "`x` must be a dataset that is not distributed yet: `fit` distributes it, "
-            "because each level's examples are divided. Pass the tf.data.Dataset. "
-            f"Received: {type(x).__name__}"
-        )
+def require_dataset_of_batches(x: Any, strategy: Any) -> None:
+    """Raise unless `x` is a dataset of `tb.Batches` and not known to be empty.
+
+    Args:
+        x: may be distributed by the strategy.
+        strategy: that of the model, or `None`.
+    """
+    if is_given(x):
+        require_given_for(x, strategy)
+        return
     if not isinstance(x, tf.data.Dataset) or not isinstance(x.element_spec, Batches):
         spec = getattr(x, "element_spec", type(x))
         raise ValueError(
@@ -43,6 +50,11 @@ def not_empty(x: Any) -> Iterator[None]:
         yield
     except (StopIteration, tf.errors.OutOfRangeError):
         raise empty(x) from None
+
+
+def specification(x: Any) -> Batches:
+    """The specification of a dataset's elements; of one part if it is distributed."""
+    return specification_of_part(x.element_spec) if is_given(x) else x.element_spec
 
 
 def first_of(x: tf.data.Dataset) -> Batches:

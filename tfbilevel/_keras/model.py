@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
+import tensorflow as tf
 
 from tfbilevel._check.example_indices import IndexWatch
 from tfbilevel._core.arguments import require_choice
@@ -281,7 +282,8 @@ class BilevelModel(Trained):
 
         Args:
             x: the lower level's arrays, (x, y); or a `tf.data.Dataset` of `tb.Batches`,
-                one per outer step (`tb.pair`).
+                one per outer step (`tb.pair`), which the model's strategy may have
+                distributed.
             y: the labels, if `x` holds the inputs alone.
             *arguments: arguments of `keras.Model.fit`.
             with_index: for arrays: lower batches are (x, y, index), with the example
@@ -317,7 +319,7 @@ class BilevelModel(Trained):
             self.tasks,
             self._compile_metrics is not None,
         )
-        elements.require_dataset_of_batches(x)
+        elements.require_dataset_of_batches(x, self._distribute_strategy)
         if on_nonfinite is not None and on_nonfinite != self.on_nonfinite:
             require_choice(on_nonfinite, "on_nonfinite", ON_NONFINITE)
             self.on_nonfinite = on_nonfinite
@@ -329,7 +331,8 @@ class BilevelModel(Trained):
         require_serialisable(self, given.get("callbacks"))
         losses_are_minimised(given.get("callbacks"))
         silent = given.get("verbose") in (0, "0")
-        self._ready(x.element_spec, lambda: elements.first_of(x), announce=not silent)
+        like = elements.specification(x)
+        self._ready(like, lambda: elements.first_of(x), announce=not silent)
         data, given = fit_arguments.from_the_outer_step(x, given, self)
         given["validation_data"] = self._outer.dealt(given.get("validation_data"))
         fit = functools.partial(super().fit, self._outer.dealt(data), **given)
@@ -369,8 +372,9 @@ class BilevelModel(Trained):
             x = elements.tensors(x)
             data, like, first = self._outer.dealt_once(x), x, lambda: x
         else:
-            elements.require_dataset_of_batches(x)
-            data, like = self._outer.dealt(x.take(1)), x.element_spec
+            elements.require_dataset_of_batches(x, self._distribute_strategy)
+            one = x.take(1) if isinstance(x, tf.data.Dataset) else x
+            data, like = self._outer.dealt(one), elements.specification(x)
             first = functools.partial(elements.first_of, x)
         early = self._outer.early
         self._ready(like, first)

@@ -54,8 +54,8 @@ class DealtOnce:
         upper, lower = spec.batches
         if not _are_even(batches.upper, 0, replicas):
             upper = of_any_size(upper, 0)
-        if not _are_even(batches.lower, _lower_axis(batches), replicas):
-            lower = of_any_size(lower, _lower_axis(batches))
+        if not _are_even(batches.lower, lower_axis(batches), replicas):
+            lower = of_any_size(lower, lower_axis(batches))
         self.element_spec = spec._replace(batches=type(batches)(upper, lower))
 
     def __iter__(self) -> "DealtOnce":
@@ -71,7 +71,7 @@ def of_any_size(specification: Any, axis: int) -> Any:
     def unknown(spec: Any) -> Any:
         if hasattr(spec, "_value_specs"):  # one for each replica
             return type(spec)(*map(unknown, spec._value_specs))
-        if spec is None or spec.shape.rank is None or spec.shape.rank <= axis:
+        if not divided(spec, axis) or spec.shape.rank is None:
             return spec
         shape = _sized(spec.shape, axis, None)
         if isinstance(spec, tf.RaggedTensorSpec):
@@ -90,9 +90,9 @@ def require_enough(batches: Any, replicas: int) -> None:
         replicas: the number of replicas.
     """
     levels = {"upper": (batches.upper, 0)}
-    levels["lower"] = (batches.lower, _lower_axis(batches))
+    levels["lower"] = (batches.lower, lower_axis(batches))
     for name, (batch, along) in levels.items():
-        shapes = [leaf.shape for leaf in _divided(batch, along)]
+        shapes = [leaf.shape for leaf in divided(batch, along)]
         known = {shape[along] for shape in shapes if shape.rank is not None} - {None}
         if len(known) > 1:
             raise ValueError(
@@ -112,29 +112,30 @@ def require_enough(batches: Any, replicas: int) -> None:
 
 def part_of(batches: Batches, replica: Any, replicas: int) -> Part:
     """A replica's examples (or tasks): as many as the others have, or one more."""
-    axis = _lower_axis(batches)
+    axis = lower_axis(batches)
     upper, upper_share, first = _slice(batches.upper, 0, replica, replicas)
     lower, lower_share, _ = _slice(batches.lower, axis, replica, replicas)
     return Part(type(batches)(upper, lower), upper_share, lower_share, first)
 
 
-def _lower_axis(batches: Batches) -> int:
+def lower_axis(batches: Batches) -> int:
+    """The axis of the examples in lower batches."""
     return int(isinstance(batches, StackedBatches))
 
 
-def _divided(batch: Any, axis: int) -> list:
-    """The leaves with one entry per example."""
+def divided(batch: Any, axis: int) -> list:
+    """The leaves of a batch that have one entry per example."""
     leaves = [leaf for leaf in tf.nest.flatten(batch) if hasattr(leaf, "shape")]
     return [v for v in leaves if v.shape.rank is None or v.shape.rank > axis]
 
 
 def _slice(batch: Any, axis: int, replica: Any, replicas: int) -> tuple:
     """The part of a batch, its share, and the number of its first example."""
-    divided = _divided(batch, axis)
-    if not divided:
+    leaves = divided(batch, axis)
+    if not leaves:
         nothing = tf.constant(0, tf.int64)
         return batch, tf.constant(1 / replicas, tf.float64), nothing
-    count = tf.cast(number_of_examples(divided[0], axis), tf.int64)
+    count = tf.cast(number_of_examples(leaves[0], axis), tf.int64)
     enough = tf.debugging.assert_greater_equal(
         count,
         tf.constant(replicas, tf.int64),
@@ -143,8 +144,8 @@ def _slice(batch: Any, axis: int, replica: Any, replicas: int) -> tuple:
     with tf.control_dependencies([] if enough is None else [enough]):
         replica = tf.cast(replica, tf.int64)
         begin, end = (count * r // replicas for r in (replica, replica + 1))
-    mine = {id(leaf) for leaf in divided}
-    size = divided[0].shape[axis] if _are_even(batch, axis, replicas) else None
+    mine = {id(leaf) for leaf in leaves}
+    size = leaves[0].shape[axis] if _are_even(batch, axis, replicas) else None
 
     def own(leaf: Any) -> Any:
         if id(leaf) not in mine:
@@ -160,7 +161,7 @@ def _slice(batch: Any, axis: int, replica: Any, replicas: int) -> tuple:
 
 def _are_even(batch: Any, axis: int, replicas: int) -> bool:
     """Whether all parts are known to be of one size."""
-    sizes = {leaf.shape[axis] for leaf in _divided(batch, axis)}
+    sizes = {leaf.shape[axis] for leaf in divided(batch, axis)}
     return all(size is not None and size % replicas == 0 for size in sizes)
 
 

@@ -13,6 +13,12 @@ from tfbilevel._core.parts import Part, of_all_parts
 from tfbilevel._core.problem import Problem
 from tfbilevel._keras.outer_step import ENDS, OuterStep
 from tfbilevel._keras.replicas.dealing import DealtOnce, dealt, require_enough
+from tfbilevel._keras.replicas.given import (
+    in_steps,
+    is_given,
+    local_parts,
+    part_given,
+)
 from tfbilevel._keras.replicas.strategies import (
     is_alone,
     is_replicated,
@@ -105,13 +111,14 @@ class ReplicatedStep(OuterStep):
     def dealt(self, x: Any) -> Any:
         if isinstance(x, tf.data.Dataset) and isinstance(x.element_spec, Batches):
             return dealt(x, self.strategy)
-        return x
+        return in_steps(x) if is_given(x) else x
 
     def dealt_once(self, batches: Batches) -> Any:
         return DealtOnce(batches, self.strategy)
 
     def measure(self, data: Any) -> dict[str, Any]:
-        losses = self.levels.losses(data.batches, self._problem(data))
+        part = _part(data)
+        losses = self.levels.losses(part.batches, self._problem(part))
 
         def update(strategy: Any, losses: dict) -> dict[str, Any]:
             return self.trackers.update(_of(strategy, 0, losses))
@@ -124,18 +131,19 @@ class ReplicatedStep(OuterStep):
 
     def make(self, data: Any, skips: bool) -> dict[str, Any]:
         assert self.carried is not None
-        (x, y), state = self._read(data), self.carried.read()
+        part = _part(data)
+        (x, y), state = self._read(part), self.carried.read()
         number = tf.convert_to_tensor(self.progress.step.value)
-        arguments = (x, y, state, number, data)
+        arguments = (x, y, state, number, part)
         if tf.executing_eagerly():
             step = self._step(*arguments)
         else:
             with without_memory_rewrites():  # here, because replicas are threads
                 step = apart(self._step)(*arguments)
         committed = tf.distribute.get_replica_context().merge_call(
-            self._assign, (step, data.batches, skips)
+            self._assign, (step, part.batches, skips)
         )
-        self._advance(data, number + 1, committed)
+        self._advance(part, number + 1, committed)
         return {}  # Keras would reduce metrics over replicas once more
 
     def _read(self, part: Part) -> tuple[list, list]:
@@ -191,7 +199,11 @@ class ReplicatedStep(OuterStep):
     def run(self, function: Callable[[], Any], x: Any) -> Any:
         self.reads.start()
         ends = (*ENDS, tf.errors.UnavailableError)
-        explained = self.indices.explaining(self.levels.problem, self.levels.point, x)
+        data = x
+        if is_given(x):  # to read one, several workers must read together
+            data = local_parts(x) if is_alone(self.strategy) else ()
+        point = self.levels.point
+        explained = self.indices.explaining(self.levels.problem, point, data)
         with while_all_are_there(), explained:
             return without_frames(function, ends)
 
@@ -228,6 +240,10 @@ class TaskStep(ReplicatedStep):
 
     def _weight(self, part: Part) -> Any:
         return tf.equal(part.first, 0)  # one device takes those of the first task
+
+
+def _part(data: Any) -> Part:
+    return data if isinstance(data, Part) else part_given(data)
 
 
 def _of(strategy: Any, replica: int, values: Any) -> Any:

@@ -5,7 +5,9 @@ from typing import Any
 
 import tensorflow as tf
 
+from tfbilevel._core.batches import Batches
 from tfbilevel._core.parts import Part
+from tfbilevel._keras.replicas.given import of_any_sizes
 
 
 def stepping(
@@ -39,9 +41,12 @@ def stepping(
 
     def call(iterator: Any) -> Any:
         element = next(iterator)
-        if alike and isinstance(element, Part) and iterator.element_spec not in traced:
-            compiled.get_concrete_function(iterator.element_spec)
-            traced.append(iterator.element_spec)
+        if alike and isinstance(element, Part | Batches):
+            spec = iterator.element_spec
+            spec = of_any_sizes(spec) if isinstance(spec, Batches) else spec
+            if spec not in traced:
+                compiled.get_concrete_function(spec)
+                traced.append(spec)
         return compiled(element)
 
     return call
