@@ -31,12 +31,14 @@ recall, of finding the wrong labels. `report.html` shows what LabelCleaner found
 """
 
 import argparse
+import contextlib
 import csv
 import importlib.util
 import pathlib
 import sys
 import time
 import webbrowser
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import common
@@ -117,6 +119,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     add("--test-size", type=positive, default=1500)
     add("--epochs", type=positive, default=16, help="of every training")
+    add(
+        "--replicas",
+        type=positive,
+        default=1,
+        help="logical CPU devices on which everything trains under MirroredStrategy",
+    )
     add("--open", action="store_true", help="open the report in a browser")
     return parser.parse_args(argv)
 
@@ -216,6 +224,18 @@ def classes(network: keras.Model, pixels: np.ndarray) -> np.ndarray:
 def as_given(args: argparse.Namespace, run: common.Run, data: Data) -> Found:
     given = data.train.labels
     return Found(np.zeros(len(given), bool), given, None)
+
+
+def scope_of(replicas: int) -> Callable[[], Any]:
+    """() -> the scope in which networks are made and trained."""
+    if replicas == 1:
+        return contextlib.nullcontext
+    logical = [tf.config.LogicalDeviceConfiguration()] * replicas
+    tf.config.set_logical_device_configuration(
+        tf.config.list_physical_devices("CPU")[0], logical
+    )
+    devices = [f"CPU:{number}" for number in range(replicas)]
+    return tf.distribute.MirroredStrategy(devices).scope
 
 
 def by_network(data: Data, network: keras.Model) -> Found:
@@ -356,13 +376,14 @@ def main(argv: list[str] | None = None) -> dict:
             )
         data = load_data(args)
         run = common.begin(args, common.settings(args, "open"))
+    scope = scope_of(args.replicas)
     done = {row["method"] for row in run.rows()}
     for step, (name, way) in enumerate(WAYS.items(), start=1):
         if name in done:
             continue
         print(f"{step}/{len(WAYS)} {name}", flush=True)
         begun = time.perf_counter()
-        with common.many_runs():
+        with common.many_runs(), scope():
             found = way(args, run, data)
         seconds = time.perf_counter() - begun
         row = {"step": step, "method": name, **scores(found, data), "seconds": seconds}

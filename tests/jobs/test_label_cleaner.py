@@ -13,7 +13,7 @@ from tfbilevel._jobs.cleaning import noise, stages
 from tfbilevel._jobs.cleaning.label_cleaner import _say
 from tfbilevel._jobs.cleaning.learned_noise import opinion_of
 from tfbilevel._jobs.cleaning.rows import Rows, data_of
-from tfbilevel._jobs.cleaning.training import Targets, target_loss
+from tfbilevel._jobs.cleaning.training import Targets, Training, target_loss
 from tfbilevel._jobs.cleaning.trainings import Split
 from tfbilevel._jobs.last_layer import LastLayer, log_probabilities_of
 
@@ -354,6 +354,34 @@ def test_a_given_label_is_not_counted_twice() -> None:
     assert of(0.9 * np.eye(3)[given] + 0.1 / 3) is None
 
 
+def noise_layer() -> Any:
+    """A random augmentation, whose layer counts its calls."""
+    layer = keras.layers.GaussianNoise(0.1, seed=1)
+
+    def moved(batch: tf.Tensor) -> tf.Tensor:
+        return layer(batch, training=True)
+
+    return moved
+
+
+def test_random_augmentation_depends_on_training_and_batch_alone() -> None:
+    """Not on how many batches were read ahead before."""
+    zeros = np.zeros([40, 2], np.float32)
+    labels = Targets.labels(np.zeros(40, int), 3)
+    training = Training(linear(), False, zeros, zeros, noise_layer(), 8, 0.1, seed=5)
+
+    def read(number: int, count: int) -> np.ndarray:
+        data = training._batches(labels, labels, 0.5, None, number)
+        return np.stack([inputs for inputs, *_ in data.take(count)])
+
+    first = read(3, 3)
+    again = read(3, 2)
+    assert first.std() == pytest.approx(0.1, rel=0.3)
+    np.testing.assert_array_equal(again, first[:2])
+    assert len(np.unique(first)) > 50  # of 60: the batches differ
+    assert not np.isin(read(4, 2), first).any()
+
+
 def test_target_loss_by_hand() -> None:
     p = np.array([[0.7, 0.2, 0.1]])
     targets = Targets.of(CONFUSED[:, [1]].T, np.array([[0.0, 1.0, 0.0]]), 0.25)
@@ -459,7 +487,7 @@ def test_a_killed_fit_goes_on_and_ends_in_the_same_place(
         return start, {"learned": sums, "start": [float(seed)]}
 
     monkeypatch.setattr(stages, "learned_belief", belief_of)
-    whole, *_ = fitted(epochs=4)
+    whole, *_ = fitted(epochs=4, augmentation=noise_layer())
 
     class Killed(keras.callbacks.Callback):
         def on_epoch_end(self, epoch, logs=None):
@@ -469,6 +497,7 @@ def test_a_killed_fit_goes_on_and_ends_in_the_same_place(
     trusted = blobs(60, 1)[:2]
     backup = tmp_path / "kept"
     options = {"batch_size": 64, "learning_rate": 0.05, "backup": backup}
+    options["augmentation"] = noise_layer()
     cleaner = tb.LabelCleaner(linear, **options)
     with pytest.raises(KeyboardInterrupt):
         cleaner.fit(

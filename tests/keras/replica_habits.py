@@ -400,15 +400,20 @@ def other_strategies():
 
 
 def labels_are_cleaned():
-    """A LabelCleaner, whose trainings are Keras's."""
+    """A LabelCleaner, whose trainings are Keras's, with random augmentation."""
     random = np.random.default_rng(0)
     right = random.integers(3, size=190)
     x = random.normal(size=(3, 4))[right] * 2 + random.normal(size=(190, 4))
     given = np.where(random.random(190) < 0.3, random.integers(3, size=190), right)
 
     def cleaned(scope, batch_size=32):
+        layer = keras.layers.GaussianNoise(0.3, seed=1)
         cleaner = tb.LabelCleaner(
-            lambda: dense(4, 3), batch_size=batch_size, epochs=1, learn=False
+            lambda: dense(4, 3),
+            augmentation=lambda batch: layer(batch, training=True),
+            batch_size=batch_size,
+            epochs=1,
+            learn=False,
         )
         trusted = x[160:], right[160:]
         with scope:

@@ -70,7 +70,8 @@ class LabelCleaner(Estimator):
             -> model. Its outputs may be logits or probabilities. `None`: a network for
             the kind of data: pictures [n, h, w, c], tables [n, d], or texts.
         augmentation: batch of examples -> batch, for training only, such as
-            keras.layers.RandomTranslation(0.1, 0.1). It helps on pictures.
+            keras.layers.RandomTranslation(0.1, 0.1). It helps on pictures. Its random
+            numbers follow from `seed`, the training and the batch.
         optimizer: a Keras optimizer, which is copied for each training. `None`: that of
             a compiled model, or Adam with a cosine decay from `learning_rate`.
         learning_rate: the first rate of that Adam.

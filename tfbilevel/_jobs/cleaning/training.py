@@ -13,6 +13,8 @@ from tfbilevel._jobs.last_layer import LastLayer, log_probabilities_of
 from tfbilevel._jobs.networks import SMALLEST, log_probabilities
 from tfbilevel._keras.index_batches import index_batches
 from tfbilevel._keras.replicas.workers import has_workers
+from tfbilevel._randomness.operations import fixed_randomness
+from tfbilevel._randomness.seeds import as_seed, of_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +128,7 @@ class Training:
         targets: Targets,
         trusted_targets: Targets,
         trust: float,
+        number: int,
         steps: int,
         epochs: int,
         rows: np.ndarray | None = None,
@@ -139,6 +142,7 @@ class Training:
             targets: of all doubtful examples.
             trusted_targets: of the trusted examples that take part, the first ones.
             trust: their weight in the loss, from 0 to 1.
+            number: of the training; each has random augmentation of its own.
             steps: number of steps in all.
             epochs: number of epochs in which they are counted.
             rows: the doubtful examples that take part; `None`: all.
@@ -150,7 +154,7 @@ class Training:
         if self.schedule is not None:
             self.schedule.steps.assign(steps)
         per_epoch = max(1, steps // epochs)
-        data = self._batches(targets, trusted_targets, trust, rows)
+        data = self._batches(targets, trusted_targets, trust, rows, number)
         history = self.network.fit(
             data,
             epochs=max(1, round(steps / per_epoch)),
@@ -171,7 +175,7 @@ class Training:
         return np.exp(log_probabilities_of(features, weights)), features, weights
 
     def _batches(
-        self, targets: Targets, trusted: Targets, trust: float, rows: Any
+        self, targets: Targets, trusted: Targets, trust: float, rows: Any, number: int
     ) -> tf.data.Dataset:
         with tf.device("CPU:0"):
             x, values = tf.constant(self.x), tf.constant(targets.values)
@@ -187,8 +191,10 @@ class Training:
         shares = [(1 - trust if few else 1.0) * total / count] * count if count else []
         shares += [trust * total / size] * size if size else []
         weights = tf.constant(shares, tf.float32)
+        seed = of_step(as_seed(self.seed), number)
 
-        def batch(index: tf.Tensor, sure_index: tf.Tensor) -> tuple:
+        def batch(at: tf.Tensor, indices: tuple) -> tuple:
+            index, sure_index = indices
             parts, wanted = [], []
             if count:
                 index = tf.gather(rows, index)
@@ -199,12 +205,16 @@ class Training:
                 wanted.append(tf.gather(sure_values, sure_index))
             inputs = tf.concat(parts, axis=0)
             if self.augmentation is not None:
-                inputs = self.augmentation(inputs)
+                # The state of its random numbers would depend on how many batches are
+                # read ahead, which differs between runs and strategies.
+                with fixed_randomness(of_step(seed, at)):
+                    inputs = self.augmentation(inputs)
             return inputs, tf.concat(wanted, axis=0), weights
 
         first = index_batches(len(rows), max(count, 1), self.seed)
         second = index_batches(max(few, 1), max(size, 1), self.seed + 1)
-        return tf.data.Dataset.zip((first, second)).map(batch).prefetch(2)
+        both = tf.data.Dataset.zip((first, second))
+        return both.enumerate().map(batch).prefetch(2)
 
 
 def _require_even_parts(size: int) -> None:

@@ -144,6 +144,7 @@ class Trainings:
             targets,
             Targets.labels(known, self.classes),
             trust,
+            list(TITLES).index(name),
             max(1, round(part * self._steps)),
             max(1, round(part * self._epochs)),
             verbose=self._report(name),
