@@ -38,7 +38,6 @@ import pathlib
 import sys
 import time
 import webbrowser
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import common
@@ -123,7 +122,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--replicas",
         type=positive,
         default=1,
-        help="logical CPU devices on which everything trains under MirroredStrategy",
+        help="logical CPU devices on which LabelCleaner trains, by MirroredStrategy",
     )
     add("--open", action="store_true", help="open the report in a browser")
     return parser.parse_args(argv)
@@ -226,18 +225,6 @@ def as_given(args: argparse.Namespace, run: common.Run, data: Data) -> Found:
     return Found(np.zeros(len(given), bool), given, None)
 
 
-def scope_of(replicas: int) -> Callable[[], Any]:
-    """() -> the scope in which networks are made and trained."""
-    if replicas == 1:
-        return contextlib.nullcontext
-    logical = [tf.config.LogicalDeviceConfiguration()] * replicas
-    tf.config.set_logical_device_configuration(
-        tf.config.list_physical_devices("CPU")[0], logical
-    )
-    devices = [f"CPU:{number}" for number in range(replicas)]
-    return tf.distribute.MirroredStrategy(devices).scope
-
-
 def by_network(data: Data, network: keras.Model) -> Found:
     """A label is suspicious if the network says something else."""
     said = classes(network, data.train.images)
@@ -285,6 +272,14 @@ def by_trusted_cleanlab(args: argparse.Namespace, run: common.Run, data: Data) -
     return by_cleanlab(args, data, probabilities(network, data.train.images))
 
 
+def scope_of(replicas: int) -> Any:
+    """The scope of a strategy with so many logical devices; of none for one."""
+    if replicas == 1:
+        return contextlib.nullcontext()
+    devices = [f"CPU:{number}" for number in range(replicas)]
+    return tf.distribute.MirroredStrategy(devices).scope()
+
+
 def by_cleaner(args: argparse.Namespace, run: common.Run, data: Data) -> Found:
     cleaner = tb.LabelCleaner(
         build_network,
@@ -292,12 +287,13 @@ def by_cleaner(args: argparse.Namespace, run: common.Run, data: Data) -> Found:
         seed=args.seed,
         backup=run.out / "trainings",  # `--resume` goes on there
     )
-    cleaner.fit(
-        *data.train,
-        trusted=tuple(data.trusted),
-        epochs=args.epochs,
-        verbose=1 if sys.stdout.isatty() else 0,
-    )
+    with scope_of(args.replicas):
+        cleaner.fit(
+            *data.train,
+            trusted=tuple(data.trusted),
+            epochs=args.epochs,
+            verbose=1 if sys.stdout.isatty() else 0,
+        )
     issues = {
         name: np.asarray(cleaner.label_issues_[name])
         for name in ("row", "given_label", "suggested_label", "probability_right")
@@ -376,14 +372,17 @@ def main(argv: list[str] | None = None) -> dict:
             )
         data = load_data(args)
         run = common.begin(args, common.settings(args, "open"))
-    scope = scope_of(args.replicas)
+    if args.replicas > 1:  # before TensorFlow is used
+        logical = [tf.config.LogicalDeviceConfiguration()] * args.replicas
+        cpu = tf.config.list_physical_devices("CPU")[0]
+        tf.config.set_logical_device_configuration(cpu, logical)
     done = {row["method"] for row in run.rows()}
     for step, (name, way) in enumerate(WAYS.items(), start=1):
         if name in done:
             continue
         print(f"{step}/{len(WAYS)} {name}", flush=True)
         begun = time.perf_counter()
-        with common.many_runs(), scope():
+        with common.many_runs():
             found = way(args, run, data)
         seconds = time.perf_counter() - begun
         row = {"step": step, "method": name, **scores(found, data), "seconds": seconds}

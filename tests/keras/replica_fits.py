@@ -454,10 +454,12 @@ def files(folder):
             str(folder / "{epoch}.weights.h5"), save_weights_only=True
         ),
         keras.callbacks.CSVLogger(str(folder / "log.csv")),
+        keras.callbacks.TensorBoard(str(folder / "board")),
         kinds[0](paths[0], **keeps),
         kinds[1](paths[1]),
     )
     assert len(written) == (0 if WORKER else 3)
+    assert len([*folder.glob("board/train/*")]) <= 1
     go_on(2, kinds[0](paths[0], **keeps))
     assert_resumed(model, whole, 2)
     fewer = folder / f"fewer{WORKER}"

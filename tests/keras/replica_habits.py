@@ -406,7 +406,7 @@ def labels_are_cleaned():
     x = random.normal(size=(3, 4))[right] * 2 + random.normal(size=(190, 4))
     given = np.where(random.random(190) < 0.3, random.integers(3, size=190), right)
 
-    def cleaned(scope, batch_size=32):
+    def cleaned(scope, batch_size=8):
         layer = keras.layers.GaussianNoise(0.3, seed=1)
         cleaner = tb.LabelCleaner(
             lambda: dense(4, 3),
@@ -424,7 +424,7 @@ def labels_are_cleaned():
     assert_equal(two.model_.get_weights(), one.model_.get_weights())
     np.testing.assert_allclose(two.transition_, one.transition_, atol=1e-6)
     with pytest.raises(ValueError, match="divided evenly among 2 replicas"):
-        cleaned(STRATEGY.scope(), batch_size=33)
+        cleaned(STRATEGY.scope(), batch_size=9)
 
 
 def losses_without_metrics():

@@ -117,7 +117,9 @@ class Training:
 
         self.last = LastLayer(network, probabilities)
         # Several steps per call cost less, but the bar of a short epoch counts them.
-        together = min(8, max(1, len(x) // batch_size // 8))
+        # On several replicas TensorFlow cannot read a batch within a loop over steps.
+        alone = tf.distribute.get_strategy().num_replicas_in_sync == 1
+        together = min(8, max(1, len(x) // batch_size // 8)) if alone else 1
         network.compile(
             self.optimizer, loss, jit_compile=False, steps_per_execution=together
         )

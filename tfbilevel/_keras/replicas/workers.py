@@ -69,12 +69,10 @@ class _OfFirstWorker(keras.callbacks.Callback):
     def set_params(self, params: Any) -> None:
         self.callback.set_params(params)
 
-    def set_model(self, model: Any) -> None:
-        super().set_model(model)
-        self.callback.set_model(model)
-
     def on_train_begin(self, logs: Any = None) -> None:
         if isinstance(self.callback, keras.callbacks.BackupAndRestore):
+            # Not of the others: by this a TensorBoard opens a file.
+            self.callback.set_model(self.model)
             self.callback.on_train_begin(logs)
 
 
