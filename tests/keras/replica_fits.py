@@ -348,9 +348,10 @@ def derivatives():
 # of which each is a loss and its gradient. f, f_x, f_y: 3. A product: 1.
 T = 3
 COLLECTIVES = {
-    "unroll:mixed": 2 * T + 3 + 4 * T,
-    "unroll-checkpoint:mixed": 2 * T + 3 + 6 * T,
-    "unroll-first-order:mixed": 2 * T + 3 + 2 * T,  # each step is evaluated again
+    "unroll:mixed": 2 * T + 3 + 3 * T,
+    "unroll-checkpoint:mixed": 2 * T + 3 + 5 * T,
+    # The gradient of each step is evaluated again.
+    "unroll-first-order:mixed": 2 * T + 3 + T,
     "implicit-cg:mixed": 2 * T + 3 + 2 + 4 + 1,
     "stocbio:stacked": 2 * 2 + 2 + 3 * 2 + 3 + 1,  # T = 2, K = 2
     "value-gap:mixed": 2 * T + 3 + 3 + 2,

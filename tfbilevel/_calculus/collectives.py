@@ -6,6 +6,9 @@ itself are the parts of a longer vector. `spread` copies the first kind to the s
 as the other's derivative.
 """
 
+import contextlib
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import tensorflow as tf
@@ -15,6 +18,37 @@ def several_replicas() -> bool:
     """Whether this is computed on one of several replicas."""
     context = tf.distribute.get_replica_context()
     return context is not None and context.num_replicas_in_sync > 1
+
+
+class _ThreadState(threading.local):
+    """Whether this thread, a replica, evaluates losses whose values nobody reads."""
+
+    unread = False
+
+
+_here = _ThreadState()
+
+
+@contextlib.contextmanager
+def unread_losses() -> Iterator[None]:
+    """A context for losses that are only differentiated: `total_loss` does not sum.
+
+    TensorFlow keeps a sum over replicas that nobody reads.
+    """
+    before, _here.unread = _here.unread, True
+    try:
+        yield
+    finally:
+        _here.unread = before
+
+
+def total_loss(own: Any) -> Any:
+    """The sum over replicas of each replica's own loss.
+
+    In `unread_losses` it is the replica's own one. Its derivatives are the same: that of
+    a sum in each of its terms is one.
+    """
+    return own if _here.unread else total(own)
 
 
 def spread(values: Any) -> Any:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from tfbilevel._calculus.collectives import spread, total
+from tfbilevel._calculus.collectives import spread, total_loss
 from tfbilevel._calculus.derivatives import require_scalar
 from tfbilevel._core.batches import Batches
 from tfbilevel._core.problem import Problem
@@ -50,7 +50,7 @@ def of_all_parts(problem: Problem, part: Part) -> Problem:
         def at(x: Any, y: Any, batch: Any) -> tf.Tensor:
             with of_replica():
                 value = require_scalar(loss(spread(x), spread(y), batch))
-            return total(tf.cast(share, value.dtype) * value)
+            return total_loss(tf.cast(share, value.dtype) * value)
 
         return at
 

@@ -8,6 +8,7 @@ import tensorflow as tf
 
 from tfbilevel._calculus import derivatives, structure
 from tfbilevel._calculus.aliases import Nest
+from tfbilevel._calculus.collectives import unread_losses
 from tfbilevel._calculus.loops import serial_loop
 from tfbilevel._core.inner_solver import InnerSolver, Iterate
 from tfbilevel._core.prepared import Prepared
@@ -283,9 +284,10 @@ class _Sweep:
 
             def inner_map(c: Nest, y: Nest, slots: list) -> tuple[Any, None]:
                 optimizer = now.optimizer._replace(slots=slots)
-                end, _ = self.span.inner.advance(
-                    self.here.at(c), Iterate(y, optimizer), t, self.span.first_order
-                )
+                with unread_losses():
+                    end, _ = self.span.inner.advance(
+                        self.here.at(c), Iterate(y, optimizer), t, self.span.first_order
+                    )
                 return (end.lower, end.optimizer.slots), None
 
             _, _, pullback = derivatives.vjp(
