@@ -45,8 +45,8 @@ def unread_losses() -> Iterator[None]:
 def total_loss(own: Any) -> Any:
     """The sum over replicas of each replica's own loss.
 
-    In `unread_losses` it is the replica's own one. Its derivatives are the same: that of
-    a sum in each of its terms is one.
+    In `unread_losses` it is the replica's own one, which has the same derivatives: the
+    derivative of a sum in each of its terms is one.
     """
     return own if _here.unread else total(own)
 
