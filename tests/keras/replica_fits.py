@@ -86,6 +86,9 @@ METHODS = {
     "implicit-gradient-solver": lambda: tb.Implicit(
         inner(), tb.GradientSolver(SGD(0.2), 4)
     ),
+    "implicit-gradient-solver-reset": lambda: tb.Implicit(
+        inner(), tb.GradientSolver(SGD(0.2), 4, warm_start=False)
+    ),
     "implicit-optimizer": lambda: tb.Implicit(
         inner(), tb.NormalConjugateGradient(4), through="optimizer"
     ),
@@ -150,6 +153,13 @@ OF_METHOD = {
 }
 # Kinds whose last batch has an example less, so that parts are even, and then not.
 MIXED = ("mixed", "weights")
+# Refused over tasks on several replicas: they keep something of single tasks, or do not
+# solve each task from its start, or couple tasks.
+NOT_OVER_TASKS = {
+    *("implicit-gradient-solver", "bsa", "ttsa", "bamm", "soba", "fsla", "amigo"),
+    *("mrbo", "f2sa", "bome", "meha", "value-gap", "value-gap-constant"),
+    *("gradient-norm", "augmented-lagrangian"),
+}
 # Kinds of data over tasks, and how tasks are mapped.
 OVER_TASKS = {"tasks": "vectorized", "sequential-tasks": "sequential"}
 
@@ -509,6 +519,11 @@ def main(case):
     elif case.startswith(("kinds:", "every:")):
         which, size, kind = case.split(":")
         for method in KINDS if which == "kinds" else METHODS:
+            if kind in OVER_TASKS and method in NOT_OVER_TASKS:
+                with pytest.raises(ValueError, match="`method` must"):
+                    fit(method, int(size), kind, STRATEGY.scope())
+                print(method, "is refused over tasks", file=sys.stderr, flush=True)
+                continue
             equal(f"{method}:{size}:{kind or OF_METHOD.get(method, 'mixed')}")
             print(method, file=sys.stderr, flush=True)
     else:
