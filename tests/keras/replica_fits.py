@@ -26,6 +26,8 @@ tf.config.set_logical_device_configuration(
     tf.config.list_physical_devices("CPU")[0],
     [tf.config.LogicalDeviceConfiguration()] * DEVICES,
 )
+if os.environ.get("GRAPPLER") == "off":
+    tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
 if WORKER is None:
     STRATEGY = tf.distribute.MirroredStrategy([f"CPU:{n}" for n in range(DEVICES)])
 else:
@@ -137,7 +139,6 @@ KINDS = (
     "implicit-optimizer",
     "stocbio",
     "value-gap",
-    "value-gap-constant",
     "gradient-norm",
     "augmented-lagrangian",
     "soba",
