@@ -121,20 +121,6 @@ METHODS = {
     "gradient-norm": lambda: tb.GradientNorm(SGD(0.1), weight=2.0),
     "augmented-lagrangian": lambda: tb.AugmentedLagrangian(SGD(0.05), steps=2),
     "sustain": lambda: tb.SUSTAIN(SGD(0.2), max_steps=2, rate=0.2, scale=1.0),
-    "vrbo": lambda: tb.VRBO(SGD(0.2), terms=2, rate=0.2),
-    "srba": lambda: tb.SRBA(SGD(0.2), rate=0.2),
-    "bvfsm": lambda: tb.BVFSM(
-        inner(),
-        SGD(0.02),
-        steps=2,
-        relaxation=0.05,
-        slack=tb.Geometric(10.0, 0.99),
-    ),
-    "f3sa": lambda: tb.F3SA(SGD(0.2), weight=5.0),
-    "persistent-es": lambda: tb.PersistentES(
-        tb.InnerSolver(SGD(0.2), 2, start="cold"), horizon=4, pairs=2
-    ),
-    "implicit-identity": lambda: tb.Implicit(inner(), tb.Identity()),
 }
 
 
