@@ -161,7 +161,7 @@ NOT_OVER_TASKS = {
     *("implicit-gradient-solver", "bsa", "ttsa", "bamm", "soba", "fsla", "amigo"),
     *("mrbo", "f2sa", "bome", "meha", "value-gap", "value-gap-constant"),
     *("gradient-norm", "augmented-lagrangian", "sustain", "vrbo", "srba", "bvfsm"),
-    *("f3sa", "persistent-es"),
+    *("f3sa", "gaffa", "persistent-es"),
 }
 # Kinds of data over tasks, and how tasks are mapped.
 OVER_TASKS = {"tasks": "vectorized", "sequential-tasks": "sequential"}
