@@ -324,8 +324,8 @@ FAULTS = [
     Fault(
         "parts",
         "of several replicas each counts alike, whatever its number of examples",
-        "return total(tf.cast(share, value.dtype) * value)",
-        "return total(0.5 * value)",
+        "return total_loss(tf.cast(share, value.dtype) * value)",
+        "return total_loss(0.5 * value)",
         ("test_replicas.py -k two_replicas_are_equal",),
     ),
     Fault(
