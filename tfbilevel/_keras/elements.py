@@ -52,9 +52,14 @@ def not_empty(x: Any) -> Iterator[None]:
         raise empty(x) from None
 
 
-def specification(x: Any) -> Batches:
+def spec_of(x: Any) -> Batches:
     """The specification of a dataset's elements; of one part if it is distributed."""
     return specification_of_part(x.element_spec) if is_given(x) else x.element_spec
+
+
+def one_of(x: Any) -> Any:
+    """A dataset without the elements after the first; a distributed one has all."""
+    return x if is_given(x) else x.take(1)
 
 
 def first_of(x: tf.data.Dataset) -> Batches:

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
-import tensorflow as tf
 
 from tfbilevel._check.example_indices import IndexWatch
 from tfbilevel._core.arguments import require_choice
@@ -282,8 +281,7 @@ class BilevelModel(Trained):
 
         Args:
             x: the lower level's arrays, (x, y); or a `tf.data.Dataset` of `tb.Batches`,
-                one per outer step (`tb.pair`), which the model's strategy may have
-                distributed.
+                one per outer step (`tb.pair`), also one that is distributed already.
             y: the labels, if `x` holds the inputs alone.
             *arguments: arguments of `keras.Model.fit`.
             with_index: for arrays: lower batches are (x, y, index), with the example
@@ -330,9 +328,8 @@ class BilevelModel(Trained):
             require_measurable(measured, self._compile_metrics, self.tasks)
         require_serialisable(self, given.get("callbacks"))
         losses_are_minimised(given.get("callbacks"))
-        silent = given.get("verbose") in (0, "0")
-        like = elements.specification(x)
-        self._ready(like, lambda: elements.first_of(x), announce=not silent)
+        like, aloud = elements.spec_of(x), given.get("verbose") not in (0, "0")
+        self._ready(like, lambda: elements.first_of(x), announce=aloud)
         data, given = fit_arguments.from_the_outer_step(x, given, self)
         given["validation_data"] = self._outer.dealt(given.get("validation_data"))
         fit = functools.partial(super().fit, self._outer.dealt(data), **given)
@@ -373,8 +370,7 @@ class BilevelModel(Trained):
             data, like, first = self._outer.dealt_once(x), x, lambda: x
         else:
             elements.require_dataset_of_batches(x, self._distribute_strategy)
-            one = x.take(1) if isinstance(x, tf.data.Dataset) else x
-            data, like = self._outer.dealt(one), elements.specification(x)
+            data, like = self._outer.dealt(elements.one_of(x)), elements.spec_of(x)
             first = functools.partial(elements.first_of, x)
         early = self._outer.early
         self._ready(like, first)
