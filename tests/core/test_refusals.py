@@ -227,6 +227,15 @@ def test_a_vector_of_rates_one_per_inner_step_gets_one_line(rates) -> None:
         tb.InnerSolver(keras.optimizers.SGD(0.1), 3, learning_rate=rates)
 
 
+@pytest.mark.parametrize("function", [lambda x: None, lambda x, t: None])
+def test_a_learned_rate_without_return_is_refused(function: Any) -> None:
+    """It is not the optimizer's own rate."""
+    method = tb.Unroll(tb.InnerSolver(SGD(0.1), 3, learned_rate=function))
+    x, problem = tf.ones([2]), quadratic()
+    with pytest.raises(ValueError, match="`learned_rate` must return(.|\n)*Received: "):
+        method.step(problem, x, x, tb.Batches(None, None), method.init(problem, x, x))
+
+
 def test_learned_rates_one_per_inner_step_get_one_line() -> None:
     inner = tb.InnerSolver(keras.optimizers.SGD(0.1), 3, learned_rate=lambda x: x)
     problem = tb.Problem(

@@ -246,6 +246,10 @@ def test_a_barrier_that_stays_left_is_reported() -> None:
             "`initial_multiplier` must be from 0",
         ),
         (
+            lambda: tb.GAFFA(SGD(0.1), constraints, initial_multiplier=None),
+            "`initial_multiplier` must be a number, or",
+        ),
+        (
             lambda: tb.GAFFA(SGD(0.1), constraints, upper_weight=-1.0),
             "`upper_weight` must not be negative",
         ),
@@ -261,6 +265,7 @@ def test_ranges(build: Callable, message: str) -> None:
     [
         (of_batch, {}, "`initial_multiplier` must be a nest"),
         (lambda x, y: y > 0, {}, "`constraints` must be floating"),
+        (lambda x, y: None, {}, "`constraints` must return h"),
         (lambda x, y: [], {}, "`constraints` must have at least one value"),
         (
             constraints,
@@ -280,6 +285,17 @@ def test_constraints_that_do_not_fit(
     method, (x, y) = tb.GAFFA(SGD(0.1), function, **options), float64(X, Y)
     with pytest.raises(ValueError, match=message + r"(.|\n)*Received: "):
         method.step(PROBLEM, x, y, FULL, method.init(PROBLEM, x, y))
+
+
+def test_numbers_in_a_nest_of_multipliers_are_not_rounded() -> None:
+    """0.1 in float32 is 1.5e-9 more."""
+    method = tb.GAFFA(
+        SGD(0.1),
+        lambda x, y: (y[0] - x[0], y[1:] - x[0]),
+        initial_multiplier=(0.1, np.full([2], 0.3)),
+    )
+    first, others = method.init(PROBLEM, *float64(X, Y))["multiplier"]
+    assert float(first) == 0.1 and others.numpy().tolist() == [0.3, 0.3]
 
 
 def test_tasks_are_refused() -> None:

@@ -327,7 +327,8 @@ def test_divergence_is_reported(name: str, recwarn: Any) -> None:
     [
         (tb.SOBA, {"rate": 0.0}, "`rate` must be above 0"),
         (tb.SOBA, {"rate": tb.LinearRamp(0.1, -0.1, 5)}, "`rate` must be above 0"),
-        (tb.SOBA, {"rate": "fast"}, "`rate` must be a number or a schedule"),
+        (tb.SOBA, {"rate": "fast"}, "`rate` must be a finite number, or a sch"),
+        (tb.SOBA, {"rate": np.nan}, "`rate` must be a finite number, or a sch"),
         (tb.FSLA, {"momentum": 1.0}, "`momentum` must be from 0 to below 1"),
         (tb.FSLA, {"momentum": -0.1}, "`momentum` must be from 0 to below 1"),
         (tb.FSLA, {"momentum": tb.Constant(1.1)}, "`momentum` must be from 0"),

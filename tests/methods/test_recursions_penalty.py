@@ -237,3 +237,13 @@ def test_the_check_agrees(name: str) -> None:
     method, x, y = CASES[name][0](), tf.constant(X), tf.constant(Y)
     report = tb.check_hypergradient(PROBLEM, method, x, y, BATCHES, probes=2)
     assert report.error < 1e-7 and report.noise < 1e-7
+
+
+def test_the_check_of_f3sa_agrees_in_later_steps() -> None:
+    """What the momentum of the steps before adds to d_x counts as constant."""
+    method, x, y = of_f3sa(), tf.constant(X), tf.constant(Y)
+    first = method.step(PROBLEM, x, y, BATCHES, method.init(PROBLEM, x, y))
+    report = tb.check_hypergradient(
+        PROBLEM, method, x + 1, first.lower, BATCHES, probes=2, state=first.state
+    )
+    assert report.error < 1e-7 and report.noise < 1e-7

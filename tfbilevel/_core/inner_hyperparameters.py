@@ -71,6 +71,12 @@ def updated(
                 )
             learned = lambda x: inner.learned_rate(x, state.iteration)  # noqa: E731
         made = here.problem._reading(learned, here.upper)
+        if made is None:
+            raise ValueError(
+                "`learned_rate` must return a scalar or rates that broadcast to the "
+                "lower variables. Does the function end without `return`? "
+                "Received: None"
+            )
     if made is None:
         return inner.rule.update(gradient, state, point, options)
     at, rates = rated(state, made, point)

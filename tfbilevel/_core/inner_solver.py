@@ -77,7 +77,8 @@ class InnerSolver:
         learned_rate: x -> scalar, the rate as a function of the upper variables; or
             x -> rates shaped like the lower variables, or that broadcast to them: one
             per entry (Meta-SGD), or one per layer. (x, t) -> either, t the number of
-            updates since the optimizer's start, int64: a learned schedule.
+            updates since the optimizer's start, int64 (tf.cast it before it is
+            multiplied with x): a learned schedule.
         hyperparameters: x -> {name: scalar}, options of the optimizer as functions of
             the upper variables, such as lambda x: {"momentum": tf.sigmoid(x)}: any
             option that is a number ("learning_rate", "momentum", "weight_decay",

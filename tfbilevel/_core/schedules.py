@@ -205,11 +205,12 @@ def as_schedule(value: Any, name: str) -> Schedule:
         return value
     if is_schedule(value):
         return _OfKeras(value)
-    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if number and math.isfinite(value):
         return Constant(float(value))
     raise ValueError(
-        f"`{name}` must be a number or a schedule such as tb.LinearRamp(0.0, 0.2, "
-        f"steps=30000). Received: {name}={value!r}"
+        f"`{name}` must be a finite number, or a schedule such as tb.LinearRamp(0.0, "
+        f"0.2, steps=30000). Received: {name}={value!r}"
     )
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import keras
@@ -73,6 +74,8 @@ class F3SA(MovesLower):
     more copies of y, three of x. Assumes g strongly convex in y and lambda large in the
     end: the error is O(1 / lambda). Prefer `F2SA` where batches have little noise, or
     where y and z need several steps for each of x.
+
+    `tb.check_hypergradient` holds y, z and what momentum adds to d_x constant.
 
     The metrics hold `gap` (g(x, y) - g(x, z) after the steps), `weight` (lambda) and
     `diverged`: 1 if the direction of y is ten times as long as the first of all.
@@ -217,6 +220,26 @@ class F3SA(MovesLower):
                 **metrics,
             },
         )
+
+    def objective(
+        self, problem: Problem, upper: Nest, lower: Nest, batches: Batches, state: State
+    ) -> Callable[[Nest], tf.Tensor]:
+        made = self.step(problem, upper, lower, batches, state)
+        y, z = made.lower, made.state["auxiliary"]
+        weight, scale = penalty_weight(self.schedule, state["step"], y)
+        f_x, g_x = _of_upper(problem.prepared(upper, batches), y, z, weight)
+        plain = structure.scale(scale, structure.add_scaled(f_x, weight, g_x))
+        kept = structure.subtract(made.upper_gradient, plain)
+
+        def value(x: Nest) -> tf.Tensor:
+            """The penalised loss, and what the momentum adds to its derivative."""
+            here = problem.prepared(x, batches)
+            c = here.upper
+            total = scale * here.mean(penalised(here, c, c, y, z, 2, (1.0, weight)))
+            added = structure.dot(kept, structure.to_tensors(x))
+            return total + tf.cast(added, total.dtype)
+
+        return value
 
 
 def _f_y(here: Prepared, y: Nest) -> Any:

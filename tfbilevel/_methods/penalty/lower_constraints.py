@@ -32,7 +32,13 @@ class LowerConstraints:
         return takes(self.function, 3)
 
     def __call__(self, x: Any, y: Any, batch: Any) -> Any:
-        return self.function(*((x, y, batch) if self.reads_batches else (x, y)))
+        made = self.function(*((x, y, batch) if self.reads_batches else (x, y)))
+        if any(leaf is None for leaf in tf.nest.flatten(made)):
+            raise ValueError(
+                "`constraints` must return h, a nest of floating tensors. Does the "
+                f"function end without `return`? Received: {made!r}"
+            )
+        return made
 
     def values(self, here: Prepared, y: Nest, multiplier: Nest, draw: Any) -> Any:
         """h in the multipliers' dtype, after a check that it is like them.
@@ -66,7 +72,10 @@ class LowerConstraints:
         number = isinstance(initial, numbers.Real)
         if not number:
             initial = tf.nest.map_structure(
-                lambda m: structure.scalar(m, dtype), structure.copied(initial)
+                lambda m: structure.scalar(
+                    m if isinstance(m, numbers.Real) else structure.copied(m), dtype
+                ),
+                initial,
             )
         if self.reads_batches:
             if number:
@@ -106,6 +115,11 @@ def require_between(multiplier: Any, most: float) -> None:
         return
     for leaf in tf.nest.flatten(multiplier):
         values = np.asarray(leaf)
+        if values.dtype.kind not in "iuf":
+            raise ValueError(
+                "`initial_multiplier` must be a number, or a nest of numbers or arrays "
+                f"like the values of the constraints. Received: {leaf!r}"
+            )
         if not np.all((values >= 0) & (values <= most)):
             raise ValueError(
                 f"`initial_multiplier` must be {rule}. Received: values from "
