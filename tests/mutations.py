@@ -128,6 +128,43 @@ FAULTS = [
         'vector = structure.add_scaled(state["multiplier"], self.weight, gradient)',
         ("test_augmented_lagrangian.py",),
     ),
+    Fault(
+        "f3sa",
+        "the lower gradient at the point before is of another batch",
+        "before.lower_gradient(last.lower, 1)[1]",
+        "before.lower_gradient(last.lower, 2)[1]",
+        ("test_recursions_penalty.py -k f3sa",),
+    ),
+    Fault(
+        "bvfsm",
+        "the barrier forgets that z minimises g with a ridge",
+        "gap -= 0.5 * numbers.auxiliary_ridge * ridge",
+        "gap -= 0.0 * numbers.auxiliary_ridge * ridge",
+        ("test_recursions_penalty.py -k log",),
+    ),
+    Fault(
+        "value-penalties",
+        "the quadratic penalty is twice what it is",
+        "tf.nn.relu(q) ** 2 / (2 * s)",
+        "tf.nn.relu(q) ** 2 / s",
+        ("test_recursions_penalty.py -k docstring",),
+    ),
+    Fault(
+        "gaffa",
+        "the multipliers follow h at y, not at theta",
+        "of_y, _ = self._lagrangian(here.at(b), y, multiplier)"
+        " of_theta, ahead = self._lagrangian(here.at(b), theta, z)",
+        "of_y, ahead = self._lagrangian(here.at(b), y, multiplier);"
+        " of_theta, _ = self._lagrangian(here.at(b), theta, z)",
+        ("test_recursions_penalty.py -k gaffa",),
+    ),
+    Fault(
+        "lower-constraints",
+        "constraints read the first lower batch in every role",
+        "values = here.evaluated(self, y, draw)",
+        "values = here.evaluated(self, y, 0)",
+        ("test_recursions_penalty.py -k gaffa-batch",),
+    ),
     # Stochastic methods.
     Fault(
         "stocbio",
@@ -156,6 +193,27 @@ FAULTS = [
         "tf.pow(count, -self.decay / 2)",
         "tf.pow(count, -self.decay)",
         ("test_bamm.py",),
+    ),
+    Fault(
+        "srba",
+        "the estimates never begin again from the large batch",
+        "structure.where(large, structure.zeros_like(directions), directions)",
+        "directions",
+        ("test_recursive_estimates.py -k srba",),
+    ),
+    Fault(
+        "vrbo",
+        "the change that the step of x makes is left out",
+        'structure.where(t > 0, upper, state["upper"])',
+        "upper",
+        ("test_recursive_estimates.py -k vrbo",),
+    ),
+    Fault(
+        "slices",
+        "the last slice is never chosen",
+        "floormod(lower, self.lower)",
+        "floormod(lower, tf.maximum(self.lower - 1, 1))",
+        ("test_recursive_estimates.py",),
     ),
     # Linear solvers.
     Fault(

@@ -21,10 +21,27 @@ from test_recursions import (
 from test_stochastic import BATCHES, PROBLEM, SGD, TARGET, X, Y
 
 import tfbilevel as tb
+from tfbilevel._methods.penalty.value_penalties import BARRIERS, PENALTIES
 
 Vector = np.ndarray
 INNER = tb.InnerSolver(SGD(0.3), 2)
 NOTHING = tb.Batches(None, None)
+
+
+def test_penalties_are_those_of_the_docstring() -> None:
+    """Their values, and their slopes by central differences."""
+    values = {
+        "log": lambda q, s: -s * np.log(-q),
+        "inverse": lambda q, s: -s / q,
+        "quadratic": lambda q, s: np.maximum(q, 0) ** 2 / (2 * s),
+    }
+    assert set(values) == set(PENALTIES)
+    for name, wanted in values.items():
+        q = np.array([-2.0, -0.3] if name in BARRIERS else [-2.0, 0.7, 3.0])
+        value, slope = PENALTIES[name]
+        np.testing.assert_allclose(value(tf.constant(q), 0.6), wanted(q, 0.6))
+        differences = (wanted(q + 1e-5, 0.6) - wanted(q - 1e-5, 0.6)) / 2e-5
+        np.testing.assert_allclose(slope(tf.constant(q), 0.6), differences, rtol=1e-6)
 
 
 class Smoothed:
@@ -214,7 +231,7 @@ CASES = {
 @pytest.mark.parametrize(
     ("name", "xla"),
     fast_where(
-        lambda name, xla: not xla and name in ("f3sa", "log", "gaffa"),
+        lambda name, xla: not xla and name in ("f3sa", "log", "gaffa", "gaffa-batch"),
         [*((name, False) for name in CASES), ("log", True)],
     ),
 )
