@@ -61,7 +61,8 @@ class PersistentES(Method):
     run and differentiated for one outer step: it has no noise.
 
     x +- e is not projected: f and g must be defined around x. The samples of the losses
-    and the batches are the same for all particles. Tasks are refused.
+    and the batches are the same for all particles. Tasks are refused. One estimate is
+    noise for the most part, so `tb.check_hypergradient` finds a large `error`.
 
     Args:
         inner: makes the steps of one window; `start` must be "cold" or a function.

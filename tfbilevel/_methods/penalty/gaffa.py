@@ -77,7 +77,8 @@ class GAFFA(MovesLower):
 
     The first step of theta uses slice 0 of a stacked lower batch, all else slice 1
     (`tb.pair(..., lower_batches=2)`). Constraints that read the batch have one
-    multiplier each, so a constraint must be at the same place in every batch.
+    multiplier each, so a constraint must be at the same place in every batch, and all
+    batches have one size.
 
     The metrics hold `gap` (G at this theta, at most the true one), `violation` (the
     largest h, at least 0), `weight` (c_k), `truncated` (1 if a multiplier is r: it is

@@ -61,8 +61,10 @@ class SRBA(FollowedSolution):
         rate: rho, positive: a number or a schedule of the outer step.
         period: the number of steps from one large batch to the next, at least 1.
             `None`: as many as there are lower slices; 1: only large batches.
-        upper_parts: into how many equal parts the upper batch is cut, along its
-            examples. 1: every step takes the whole upper batch.
+        upper_parts: m, into how many equal parts the upper batch is cut: part p has
+            every m-th of its examples, from number p. Every tensor of the batch with
+            an axis has the examples along the first. 1: every step takes the whole
+            upper batch.
         radius: v stays in the ball of this radius, positive; over tasks, that of each
             task. `None`: no projection, as in the authors' experiments. In the paper it
             is (bound of |f_y|) / (smallest eigenvalue of g_yy), which no |v| exceeds at

@@ -72,8 +72,8 @@ class VRBO(MovesLower):
         rate: the series' step size.
         steps: T, the number of steps of y, at least 1. (The paper's m + 1.)
         period: the number of outer steps from one large batch to the next, at least 1.
-        upper_parts: into how many equal parts the upper batch is cut, along its
-            examples; S_t has one of them. 1: the whole upper batch.
+        upper_parts: into how many equal parts the upper batch is cut, as in `SRBA`;
+            S_t has one of them. 1: the whole upper batch.
         seed: of the first slice, an integer.
 
     Raises:
