@@ -52,6 +52,7 @@ NOISES = ("class-dependent", "symmetric")
 ALIKE = np.array([6, 7, 7, 8, 9, 6, 0, 1, 3, 4])  # a 0 is taken for a 6, and so on
 RATE, BATCH, FOLDS = 2e-3, 128, 5  # rate and batch: those of LabelCleaner
 PICTURES = 24
+ALIKE = 3  # pictures that look like the same digit
 COLUMNS = {
     "test_accuracy": "test accuracy",
     "labels_right": "labels right",
@@ -324,14 +325,21 @@ def flags(args: argparse.Namespace) -> str:
 def draw_suspicious(
     path: pathlib.Path, data: Data, issues: dict[str, np.ndarray]
 ) -> None:
-    """The most suspicious digits, with given and suggested label."""
-    rows = issues["row"][:PICTURES]
-    labels = zip(issues["given_label"], issues["suggested_label"], strict=True)
+    """The most suspicious digits, with given and suggested label.
+
+    At most three look like the same digit: the network is surest of one of them, which
+    would fill the picture.
+    """
+    looks = issues["suggested_label"]
+    before = [np.sum(looks[:n] == looks[n]) for n in range(len(looks))]
+    shown = np.flatnonzero(np.less(before, ALIKE))[:PICTURES]
+    rows, given = issues["row"][shown], issues["given_label"][shown]
+    labels = zip(given, looks[shown], strict=True)
     common.draw_images(
         path,
         data.train.images[rows],
-        [f"given {given}, looks {better}" for given, better in labels][:PICTURES],
-        "The most suspicious labels (red: the given label is wrong)",
+        [f"given {given}, looks {better}" for given, better in labels],
+        "The most suspicious labels of each digit (red: the given label is wrong)",
         red=(data.train.labels != data.right)[rows].tolist(),
     )
 

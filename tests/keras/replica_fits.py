@@ -103,6 +103,7 @@ METHODS = {
     "bamm": lambda: tb.BAMM(SGD(0.2)),
     "soba": lambda: tb.SOBA(SGD(0.2), 0.2),
     "srba": lambda: tb.SRBA(SGD(0.2), 0.2, period=2, upper_parts=3),
+    "saba": lambda: tb.SABA(SGD(0.2), 0.2, lower_batches=2, upper_batches=2),
     "fsla": lambda: tb.FSLA(SGD(0.2), 0.2),
     "amigo": lambda: tb.AmIGO(plain(2), 2, 0.2),
     "mrbo": lambda: tb.MRBO(SGD(0.2), 2, 0.2),
@@ -152,13 +153,15 @@ OF_METHOD = {
     "bsa": "stacked",
     "srba": "stacked",
     "vrbo": "stacked",
+    "saba": "numbered",  # its batches carry their numbers
 }
 # Kinds whose last batch has an example less, so that parts are even, and then not.
 MIXED = ("mixed", "weights")
 # Refused over tasks on several replicas: they keep something of single tasks, or do not
 # solve each task from its start, or couple tasks.
 NOT_OVER_TASKS = {
-    *("implicit-gradient-solver", "bsa", "ttsa", "bamm", "soba", "fsla", "amigo"),
+    *("implicit-gradient-solver", "bsa", "ttsa", "bamm", "soba", "saba", "fsla"),
+    "amigo",
     *("mrbo", "f2sa", "bome", "meha", "value-gap", "value-gap-constant"),
     *("gradient-norm", "augmented-lagrangian", "sustain", "vrbo", "srba", "bvfsm"),
     *("f3sa", "gaffa", "persistent-es"),
@@ -215,7 +218,11 @@ def pairs(size, kind):
             generator.integers(CLASSES, size=shape),
             np.arange(count),
         )
-        return tf.data.Dataset.from_tensor_slices(parts).batch(size, same)
+        made = tf.data.Dataset.from_tensor_slices(parts).batch(size, same)
+        if kind == "numbered":  # two batches; the third step has the first one again
+            made = made.take(2).repeat().take(steps).enumerate()
+            made = made.map(lambda number, batch: (*batch, number % 2))
+        return made
 
     return tb.pair(level(STEPS), level(STEPS * draws), draws)
 

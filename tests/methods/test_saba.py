@@ -156,3 +156,21 @@ def test_ranges() -> None:
         arguments = {"rate": 0.1, "lower_batches": 2, "upper_batches": 2, **options}
         with pytest.raises(ValueError, match=message + r"(.|\n)*Received: "):
             tb.SABA(SGD(0.1), **arguments)
+
+
+@pytest.mark.parametrize("of", ["SOBA", "SABA"])
+def test_a_step_of_v_that_is_not_finite_is_seen_at_once(of: str) -> None:
+    """g_yy is infinite, f_x - g_xy v is not: later v would be lost."""
+    problem = tb.Problem(
+        lambda x, y, batch: 0.5 * (y - 1) ** 2 + x**2,
+        lambda x, y, batch: 0.5 * (y - x) ** 2 + tf.maximum(y, 0) ** 1.5,
+    )
+    x, y = tf.constant(1.0), tf.constant(0.0)
+    rate = keras.optimizers.SGD(0.1)
+    if of == "SOBA":
+        method, batches = tb.SOBA(rate, 0.1), tb.Batches(None, None)
+    else:
+        method = tb.SABA(rate, 0.1, lower_batches=1, upper_batches=1)
+        batches = tb.Batches((tf.constant(0),), (tf.constant(0),))
+    step = method.step(problem, x, y, batches, method.init(problem, x, y))
+    assert np.isnan(step.upper_gradient)

@@ -14,7 +14,7 @@ from tfbilevel._core.batches import Batches
 from tfbilevel._core.method import Step
 from tfbilevel._core.problem import Problem
 from tfbilevel._core.projection import fixed_projection
-from tfbilevel._methods.stochastic.directions import followed, of_lower
+from tfbilevel._methods.stochastic.directions import followed, of_lower, spoiled
 from tfbilevel._methods.stochastic.followed_solution import FollowedSolution
 
 
@@ -188,7 +188,7 @@ class SABA(FollowedSolution):
         moved, optimizer = self.rule.update(gradient, state["optimizer"], lower)
         rate = self.rates(state["step"])
         return Step(
-            upper_gradient=structure.subtract(partial, mixed),
+            upper_gradient=spoiled(structure.subtract(partial, mixed), against),
             lower=fixed_projection(problem, upper, moved, "SABA"),
             state={
                 "step": state["step"] + 1,
@@ -220,7 +220,13 @@ class SABA(FollowedSolution):
         """The number of a batch."""
         try:
             number = tf.convert_to_tensor(self.number(batch))
-        except (TypeError, ValueError, KeyError, IndexError) as error:
+        except (
+            TypeError,
+            ValueError,
+            KeyError,
+            IndexError,
+            tf.errors.InvalidArgumentError,  # a slice of a scalar
+        ) as error:
             raise ValueError(self._missing(level, batch)) from error
         if not number.dtype.is_integer or number.shape.num_elements() != 1:
             raise ValueError(self._missing(level, batch))
