@@ -52,7 +52,7 @@ NOISES = ("class-dependent", "symmetric")
 ALIKE = np.array([6, 7, 7, 8, 9, 6, 0, 1, 3, 4])  # a 0 is taken for a 6, and so on
 RATE, BATCH, FOLDS = 2e-3, 128, 5  # rate and batch: those of LabelCleaner
 PICTURES = 24
-ALIKE = 3  # pictures that look like the same digit
+OF_A_DIGIT = 3  # pictures at most
 COLUMNS = {
     "test_accuracy": "test accuracy",
     "labels_right": "labels right",
@@ -332,7 +332,7 @@ def draw_suspicious(
     """
     looks = issues["suggested_label"]
     before = [np.sum(looks[:n] == looks[n]) for n in range(len(looks))]
-    shown = np.flatnonzero(np.less(before, ALIKE))[:PICTURES]
+    shown = np.flatnonzero(np.less(before, OF_A_DIGIT))[:PICTURES]
     rows, given = issues["row"][shown], issues["given_label"][shown]
     labels = zip(given, looks[shown], strict=True)
     common.draw_images(
