@@ -17,11 +17,10 @@ from tfbilevel._core.prepared import Prepared
 from tfbilevel._core.problem import Problem
 from tfbilevel._core.projection import fixed_projection
 from tfbilevel._core.schedules import Schedule, as_weight
-from tfbilevel._methods.moves_lower import MovesLower
 from tfbilevel._methods.penalty.divergence import grown
+from tfbilevel._methods.penalty.moves_copy import MovesCopy
 from tfbilevel._methods.penalty.value_gap import penalised, penalty_weight
 from tfbilevel._methods.stochastic.recursive_momentum import as_momentum, recursive
-from tfbilevel._optimizers.update_rule import UpdateRule
 
 
 class _Estimates(NamedTuple):
@@ -50,7 +49,7 @@ class _Point(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class F3SA(MovesLower):
+class F3SA(MovesCopy):
     r"""`F2SA` in a single loop, with recursive momentum on every gradient (F3SA).
 
         z_{k+1} = z_k - update( ~g_y(x_k, z_k) )
@@ -118,13 +117,6 @@ class F3SA(MovesLower):
         _ = self.rule, self.auxiliary_rule, self.schedule, self.momenta
 
     @functools.cached_property
-    def auxiliary_rule(self) -> UpdateRule:
-        """The update of z."""
-        if self.auxiliary_optimizer is None:
-            return self.rule
-        return UpdateRule(self.auxiliary_optimizer, "auxiliary_optimizer")
-
-    @functools.cached_property
     def schedule(self) -> Schedule:
         """The weight at every outer step."""
         return as_weight(self.weight, "weight")
@@ -138,10 +130,6 @@ class F3SA(MovesLower):
     def draws(self) -> int:
         """The number of lower batches that one step uses."""
         return 3
-
-    @property
-    def takes_second_derivatives(self) -> bool:
-        return False
 
     @property
     def couples_tasks(self) -> bool:

@@ -18,12 +18,12 @@ from tfbilevel._core.prepared import Prepared
 from tfbilevel._core.problem import Problem
 from tfbilevel._core.projection import fixed_projection
 from tfbilevel._core.schedules import InversePower, Schedule, as_weight
-from tfbilevel._methods.moves_lower import MovesLower
 from tfbilevel._methods.penalty.divergence import grown
 from tfbilevel._methods.penalty.lower_constraints import (
     LowerConstraints,
     require_between,
 )
+from tfbilevel._methods.penalty.moves_copy import MovesCopy
 from tfbilevel._optimizers.update_rule import UpdateRule
 
 LAST = 1  # the number of the lower batch of everything after the step of theta
@@ -44,7 +44,7 @@ class _Maximisers(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class GAFFA(MovesLower):
+class GAFFA(MovesCopy):
     r"""First-order single loop for lower problems with constraints (BiC-GAFFA).
 
         y*(x) in argmin_y g(x, y)   subject to   h(x, y) <= 0
@@ -139,19 +139,19 @@ class GAFFA(MovesLower):
     initial_multiplier: Any = 0.0
 
     def __post_init__(self) -> None:
-        _ = self.rule, self.rules, self.schedule  # raises for invalid ones
+        # Raise for invalid ones.
+        _ = self.rule, self.auxiliary_rule, self.multiplier_rule, self.schedule
         require_callable(self.constraints, "constraints")
         for name in ("smoothing", "multiplier_smoothing", "largest_multiplier"):
             require_number(getattr(self, name), name, positive, "above 0")
         require_between(self.initial_multiplier, self.largest_multiplier)
 
     @functools.cached_property
-    def rules(self) -> tuple[UpdateRule, UpdateRule]:
-        """The updates of theta and of z."""
-        names = "auxiliary_optimizer", "multiplier_optimizer"
-        given = [(getattr(self, name), name) for name in names]
-        made = [self.rule if o is None else UpdateRule(o, name) for o, name in given]
-        return made[0], made[1]
+    def multiplier_rule(self) -> UpdateRule:
+        """The update of z."""
+        if self.multiplier_optimizer is None:
+            return self.rule
+        return UpdateRule(self.multiplier_optimizer, "multiplier_optimizer")
 
     @functools.cached_property
     def schedule(self) -> Schedule:
@@ -168,10 +168,6 @@ class GAFFA(MovesLower):
         """The number of lower batches that one step uses."""
         return 2
 
-    @property
-    def takes_second_derivatives(self) -> bool:
-        return False
-
     def init(self, problem: Problem, upper: Nest, lower: Nest) -> State:
         if problem.has_tasks:
             raise ValueError(
@@ -184,8 +180,8 @@ class GAFFA(MovesLower):
         return {
             "step": tf.constant(0, tf.int64),
             "optimizer": self.rule.init(lower),
-            "auxiliary_optimizer": self.rules[0].init(lower),
-            "multiplier_optimizer": self.rules[1].init(multiplier),
+            "auxiliary_optimizer": self.auxiliary_rule.init(lower),
+            "multiplier_optimizer": self.multiplier_rule.init(multiplier),
             "auxiliary": structure.copied(lower),
             "multiplier": multiplier,
             "first": tf.zeros_like(structure.norm(lower)),
@@ -219,7 +215,7 @@ class GAFFA(MovesLower):
             structure.scale(-1, seen["ahead"]), 1 / self.multiplier_smoothing, climb
         )
         moved, optimizer = self.rule.update(along, state["optimizer"], y)
-        raised, of_multiplier = self.rules[1].update(
+        raised, of_multiplier = self.multiplier_rule.update(
             of_z, state["multiplier_optimizer"], z
         )
         most = self.largest_multiplier
@@ -290,7 +286,7 @@ class GAFFA(MovesLower):
         slope = derivatives.require_connected(slope, theta, "lower", "the lower loss")
         pull = structure.subtract(theta, y)
         slope = structure.add_scaled(slope, 1 / self.smoothing, pull)
-        theta, optimizer = self.rules[0].update(
+        theta, optimizer = self.auxiliary_rule.update(
             slope, state["auxiliary_optimizer"], theta
         )
         raised = structure.add_scaled(z, self.multiplier_smoothing, values)

@@ -17,14 +17,13 @@ from tfbilevel._core.prepared import Prepared
 from tfbilevel._core.problem import Problem
 from tfbilevel._core.projection import fixed_projection
 from tfbilevel._core.schedules import InversePower, Schedule, as_weight
-from tfbilevel._methods.moves_lower import MovesLower
 from tfbilevel._methods.penalty.divergence import grown
+from tfbilevel._methods.penalty.moves_copy import MovesCopy
 from tfbilevel._methods.penalty.value_gap import penalised
-from tfbilevel._optimizers.update_rule import UpdateRule
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class MEHA(MovesLower):
+class MEHA(MovesCopy):
     r"""First-order single loop on the Moreau envelope of the lower loss (MEHA).
 
         v(x, y) = min_z  g(x, z) + |z - y|^2 / (2 gamma)
@@ -90,13 +89,6 @@ class MEHA(MovesLower):
         require_number(self.smoothing, "smoothing", positive, "above 0 (gamma)")
 
     @functools.cached_property
-    def auxiliary_rule(self) -> UpdateRule:
-        """The update of z."""
-        if self.auxiliary_optimizer is None:
-            return self.rule
-        return UpdateRule(self.auxiliary_optimizer, "auxiliary_optimizer")
-
-    @functools.cached_property
     def schedule(self) -> Schedule:
         """w at every outer step."""
         return as_weight(self.upper_weight, "upper_weight")
@@ -105,10 +97,6 @@ class MEHA(MovesLower):
     def draws(self) -> int:
         """The number of lower batches that one step uses."""
         return 3
-
-    @property
-    def takes_second_derivatives(self) -> bool:
-        return False
 
     @property
     def mean_metrics(self) -> tuple[str, ...]:
