@@ -300,11 +300,24 @@ class IterativeSolver(LinearSolver):
         )
 
 
-def require_rate(rate: float | None) -> None:
-    """Raise unless the step size is `None` or positive and finite."""
-    if rate is not None:
-        remedy = "Stay below 2 / (largest eigenvalue of the lower Hessian)."
-        require_number(rate, "rate", positive, "above 0", remedy)
+class WithRate:
+    """A linear solver with a step size; `None`: the inner solver's learning rate."""
+
+    rate: float | None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rate is not None:
+            remedy = "Stay below 2 / (largest eigenvalue of the lower Hessian)."
+            require_number(self.rate, "rate", positive, "above 0", remedy)
+
+    @property
+    def needs_rate(self) -> bool:
+        return self.rate is None
+
+    def rate_of(self, system: LinearSystem) -> Any:
+        """The step size for this system."""
+        return system.rate if self.rate is None else self.rate
 
 
 def is_cold(state: State) -> bool:

@@ -14,14 +14,14 @@ from tfbilevel._linear_solvers.base import (
     IterativeSolver,
     LinearSolution,
     LinearSystem,
+    WithRate,
     is_cold,
-    require_rate,
 )
 
 
 @renamed(TOLERANCE)
 @dataclasses.dataclass(frozen=True, eq=False)
-class FixedPoint(IterativeSolver):
+class FixedPoint(WithRate, IterativeSolver):
     r"""Fixed-point iteration for the adjoint of a gradient step (AID-FP).
 
         v <- v + rate (b - A v)
@@ -57,19 +57,11 @@ class FixedPoint(IterativeSolver):
     rate: float | None = None
     warm_start: bool = False
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_rate(self.rate)
-
-    @property
-    def needs_rate(self) -> bool:
-        return self.rate is None
-
     def solve(
         self, system: LinearSystem, rhs: Nest, state: State = ()
     ) -> LinearSolution:
         product, _ = self.damped(system)
-        rate = system.rate if self.rate is None else self.rate
+        rate = self.rate_of(system)
         rhs_norm = system.norm(rhs)
         goal = self.goal(system, rhs_norm.dtype) * rhs_norm
 

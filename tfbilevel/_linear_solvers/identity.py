@@ -10,12 +10,12 @@ from tfbilevel._linear_solvers.base import (
     LinearSolution,
     LinearSolver,
     LinearSystem,
-    require_rate,
+    WithRate,
 )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Identity(LinearSolver):
+class Identity(WithRate, LinearSolver):
     r"""A taken for a multiple of the identity: nothing is solved (SAMA, T1-T2).
 
         v = rate b          as if A were (1 / rate) times the identity
@@ -61,19 +61,11 @@ class Identity(LinearSolver):
 
     rate: float | None = None
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_rate(self.rate)
-
-    @property
-    def needs_rate(self) -> bool:
-        return self.rate is None
-
     def solve(
         self, system: LinearSystem, rhs: Nest, state: State = ()
     ) -> LinearSolution:
         del state
-        rate = system.rate if self.rate is None else self.rate
+        rate = self.rate_of(system)
         value = structure.scale(rate / (1 + rate * self.damping), rhs)
         product, _ = self.damped(system)
         left = system.norm(structure.subtract(rhs, product(value)))

@@ -13,13 +13,13 @@ from tfbilevel._linear_solvers.base import (
     IterativeSolver,
     LinearSolution,
     LinearSystem,
-    require_rate,
+    WithRate,
 )
 
 
 @renamed(TOLERANCE)
 @dataclasses.dataclass(frozen=True, eq=False)
-class Neumann(IterativeSolver):
+class Neumann(WithRate, IterativeSolver):
     r"""The Neumann series of the inverse, truncated after K products.
 
         v = rate * sum_{j=0}^{K} (I - rate A)^j b
@@ -54,20 +54,12 @@ class Neumann(IterativeSolver):
     max_steps: int = 10
     rate: float | None = None
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_rate(self.rate)
-
-    @property
-    def needs_rate(self) -> bool:
-        return self.rate is None
-
     def solve(
         self, system: LinearSystem, rhs: Nest, state: State = ()
     ) -> LinearSolution:
         del state
         product, _ = self.damped(system)
-        rate = system.rate if self.rate is None else self.rate
+        rate = self.rate_of(system)
         rhs_norm = system.norm(rhs)
         goal = self.goal(system, rhs_norm.dtype) * rhs_norm
 
