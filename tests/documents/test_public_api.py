@@ -6,6 +6,7 @@ import importlib
 import inspect
 import pathlib
 import pkgutil
+import re
 
 import keras
 import pytest
@@ -167,6 +168,31 @@ def test_every_public_name_is_documented() -> None:
         assert text and text.splitlines()[0].rstrip()[-1] in ".:;", name
         # A generated docstring is the signature.
         assert not text.startswith(f"{name}("), name
+
+
+def explained(text: str) -> list[str]:
+    """The names under "Args:" and "Attributes:"."""
+    sections = re.findall(
+        r"^(?:Args|Attributes):\n((?:    .*\n?|\n)*)", text, re.MULTILINE
+    )
+    rows = re.findall(r"^    (\**\w[\w, *]*):", "".join(sections), re.MULTILINE)
+    return [name.strip().lstrip("*") for row in rows for name in row.split(",")]
+
+
+def test_a_docstring_explains_every_argument_once() -> None:
+    """Of what a user makes or calls; nobody makes errors and warnings."""
+    found = [getattr(tb, name) for name in sorted(NAMES)]
+    found += [getattr(tb.hyper, name) for name in sorted(HYPER)]
+    for one in found:
+        if inspect.isclass(one) and issubclass(one, Exception):
+            continue
+        names = explained(inspect.getdoc(one))
+        assert len(names) == len(set(names)), one
+        taken = {n for n in inspect.signature(one).parameters if n.strip("_")}
+        assert taken <= set(names), (one, taken - set(names))
+        invented = {name for name in set(names) - taken if not hasattr(one, name)}
+        # Attributes that `fit` sets, as scikit-learn has them.
+        assert not {name for name in invented if not name.endswith("_")}, one
 
 
 EXAMPLES = [

@@ -30,6 +30,10 @@ class StackedBatches(Batches):
     Inner step t takes slice t, and a stochastic linear solve continues after the last
     inner step. Numbers beyond the last slice start again at the first. Leaves may be
     sparse if their entries are sorted, as in datasets.
+
+    Attributes:
+        upper: data of the upper loss.
+        lower: data of the lower loss, every leaf [lower batches, ...].
     """
 
     __slots__ = ()

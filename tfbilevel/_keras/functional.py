@@ -11,7 +11,11 @@ from tfbilevel._workarounds import functions_inline
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Functional:
-    """A Keras model as a pure function, made by `tb.functional`."""
+    """A Keras model as a pure function, made by `tb.functional`.
+
+    Attributes:
+        model: the Keras model.
+    """
 
     model: keras.layers.Layer
 

@@ -188,13 +188,13 @@ class LinearSolver(abc.ABC):
 class IterativeSolver(LinearSolver):
     """A linear solver that makes steps until the residual is small.
 
-    Subclasses have a field `max_steps`; one with a field `warm_start` that is true
     Subclasses have a field `max_steps`. One with a true field `warm_start` carries the
     solution from one outer step to the next.
 
     Args:
         rtol: stop when ||b - A v|| <= rtol * ||b||; not negative. A schedule of the
             outer step can lower it as the outer loop converges.
+        damping: solve (A + damping I) v = b instead; not negative.
 
     Example:
         >>> schedule = tb.Geometric(0.1, 0.5)

@@ -26,6 +26,7 @@ class LazyAdam(keras.optimizers.Optimizer):
     Args:
         learning_rate: a number or a Keras schedule.
         beta_1, beta_2, epsilon: as for `keras.optimizers.Adam`.
+        name: the optimizer's name.
         **keywords: arguments of `keras.optimizers.Optimizer`; its `weight_decay` still
             applies to every entry at every step.
 

@@ -69,6 +69,7 @@ class UpdateRule:
 
     Attributes:
         optimizer: the Keras optimizer.
+        argument: the name that errors give it, that of the user's argument.
         learns: whether `update` may be given options; there is a slot for momentum
             then, even if the optimizer's own is zero.
     """

@@ -19,6 +19,7 @@ class FeaturePenalties(PositiveVector):
     Args:
         n: number of features d, at least 1.
         activation: maps x to coefficients.
+        **keywords: arguments of `keras.layers.Layer`, such as `name`.
 
     Call it with a kernel W of shape [n, ...] for the penalty, a scalar; the
     property `coefficients` gives activation(x).

@@ -95,11 +95,6 @@ class AugmentedLagrangian(Method):
         smoothing: compare a running mean with epsilon^2, in which the past has this
             share, in [0, 1); otherwise one lucky minibatch updates the schedule.
         start: the start of y in every outer step, as in `tb.InnerSolver`.
-        atol: epsilon at the start, positive.
-        initial_multiplier: nu at the start, in every entry.
-        smoothing: compare a running mean with epsilon^2, in which the past has this
-            share, in [0, 1): otherwise one lucky minibatch updates the schedule.
-        start: where every outer step's y starts, as in `tb.InnerSolver`.
         independent_starts: `None`, or the number of independent problems along a
             leading axis of all variables: each has its own schedule, and metrics are
             means.
