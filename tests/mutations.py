@@ -405,7 +405,7 @@ FAULTS = [
         "the given label is counted twice",
         "if _share_right(found, given) <= most:",
         "if _share_right(found, given) <= 1.0:",
-        ("test_label_cleaner.py -k counted_twice",),
+        ("test_noise_models.py -k counted_twice",),
     ),
     Fault(
         "pair",

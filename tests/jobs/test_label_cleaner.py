@@ -1,4 +1,4 @@
-"""Label cleaning: models of the noise, trainings, and the estimator."""
+"""Label cleaning: trainings, and the estimator."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -9,15 +9,11 @@ import pytest
 import tensorflow as tf
 
 import tfbilevel as tb
-from tfbilevel._jobs.cleaning import noise, stages
+from tfbilevel._jobs.cleaning import stages
 from tfbilevel._jobs.cleaning.label_cleaner import _say
-from tfbilevel._jobs.cleaning.learned_noise import opinion_of
-from tfbilevel._jobs.cleaning.rows import Rows, data_of
+from tfbilevel._jobs.cleaning.rows import data_of
 from tfbilevel._jobs.cleaning.training import Targets, Training, target_loss
-from tfbilevel._jobs.cleaning.trainings import Split
 from tfbilevel._jobs.last_layer import LastLayer, log_probabilities_of
-
-CONFUSED = np.array([[0.5, 0.4, 0.1], [0.0, 0.7, 0.3], [0.2, 0.2, 0.6]])
 
 
 def blobs(n: int, seed: int, wrong: float = 0.4) -> tuple:
@@ -97,263 +93,6 @@ def eagerly() -> Iterator[None]:
 EAGER = "ignore:Even though the .tf.config.experimental_run_functions_eagerly"
 
 
-def test_gold_transition_is_the_mean_of_the_predictions_by_class() -> None:
-    predicted = np.array([[0.8, 0.2, 0.0], [0.6, 0.4, 0.0], [0.1, 0.1, 0.8]])
-    found = noise.gold_transition(predicted, np.array([0, 0, 2]), 3)
-    # The sums, plus 0.1 pseudo-examples spread over the classes.
-    third = 0.1 / 3
-    first = np.array([1.4 + third, 0.6 + third, third]) / 2.1
-    np.testing.assert_allclose(found[0], first, rtol=1e-12)
-    assert found[1].argmax() == 1  # a class without a trusted example keeps its label
-    np.testing.assert_allclose(found.sum(axis=1), 1)
-
-
-def test_em_finds_the_transition_where_classes_are_known() -> None:
-    """With p one-hot the likeliest T is the table of counts."""
-    random = np.random.default_rng(0)
-    right = random.integers(0, 3, 500)
-    given = np.array([random.choice(3, p=CONFUSED[k]) for k in right])
-    counts = np.zeros((3, 3))
-    np.add.at(counts, (right, given), 1)
-    expected = counts / counts.sum(axis=1, keepdims=True)
-    start = np.full((3, 3), 1 / 3)
-    found = noise.likeliest_transition(np.eye(3)[right], given, start)
-    np.testing.assert_allclose(found, expected, atol=1e-6)
-
-
-def test_em_reaches_a_stationary_point_of_the_likelihood() -> None:
-    """At the maximum over the simplex each row's gradient is equal where T > 0."""
-    random = np.random.default_rng(1)
-    p = random.dirichlet([0.3, 0.3, 0.3], 2000)
-    right = np.array([random.choice(3, p=row) for row in p])
-    given = np.array([random.choice(3, p=CONFUSED[k]) for k in right])
-    found = noise.likeliest_transition(p, given, np.full((3, 3), 1 / 3), 5000)
-    explained = np.take_along_axis(p @ found, given[:, None], axis=1)
-    gradient = np.zeros((3, 3))
-    for label in range(3):
-        gradient[:, label] = (p / explained)[given == label].sum(axis=0)
-    inside = found > 1e-3
-    for row, used in zip(gradient, inside, strict=True):
-        np.testing.assert_allclose(row[used], row[used].mean(), rtol=0.02)
-    np.testing.assert_allclose(found, CONFUSED, atol=0.06)
-
-
-def test_posterior_is_bayes_rule() -> None:
-    p = np.array([[0.5, 0.3, 0.2]])
-    found = noise.posterior(p, CONFUSED, np.array([1]))
-    joint = np.array([0.5 * 0.4, 0.3 * 0.7, 0.2 * 0.2])
-    np.testing.assert_allclose(found[0], joint / joint.sum())
-
-
-def test_noise_is_harmless_if_a_label_is_likeliest_where_it_is_right() -> None:
-    symmetric = np.full((10, 10), 0.08 / 0.9 * 0.5)
-    np.fill_diagonal(symmetric, 0.6)
-    assert noise.harmless(symmetric)
-    to_next = 0.45 * np.eye(10) + 0.55 * np.roll(np.eye(10), 1, axis=1)
-    assert not noise.harmless(to_next)
-    # The given label is likeliest where it is right, but one other class stands out.
-    assert not noise.harmless(0.6 * np.eye(10) + 0.4 * np.roll(np.eye(10), 1, axis=1))
-    assert not noise.harmless(np.array([[0.4, 0.6], [0.6, 0.4]]))
-    assert noise.harmless(np.array([[0.7, 0.3], [0.3, 0.7]]))
-    assert noise.share(symmetric, np.arange(10)) == pytest.approx(0.4)
-
-
-def test_sharpness_is_the_one_that_held_out_labels_ask_for() -> None:
-    random = np.random.default_rng(3)
-    p = random.dirichlet([2.0, 2.0, 2.0], 3000)
-    right = np.array([random.choice(3, p=row) for row in p])
-    flat = p**0.5 / (p**0.5).sum(axis=1, keepdims=True)  # too unsure by s = 2
-    np.testing.assert_allclose(noise.sharpened(flat, 2.0), p, rtol=1e-6)
-    assert abs(noise.sharpness(flat, right) - 2) < 0.15
-    assert abs(noise.sharpness(p, right) - 1) < 0.1
-    assert noise.sharpness(p[:0], right[:0]) == 1
-    # Two examples say little: the answer stays near 1.
-    assert 0.6 < noise.sharpness(flat[:2], p[:2].argmin(axis=1)) <= 1
-
-
-def test_models_of_the_noise_are_compared_at_their_best_sharpness() -> None:
-    """-log (p T)[given] does not change if p was made flatter or surer before."""
-    random = np.random.default_rng(5)
-    p = random.dirichlet([1.0, 1.0, 1.0], 4000)
-    given = np.array([random.choice(3, p=row) for row in p @ CONFUSED])
-    expected = -np.log((p @ CONFUSED)[np.arange(4000), given]).mean()
-    for power in (0.5, 1.0, 2.0):
-        changed = noise.sharpened(p, power)
-        found = noise.unseen_log_losses(changed, CONFUSED, given).mean()
-        assert abs(found - expected) < 2e-3, power
-
-
-def test_as_sure_undoes_a_sharpness() -> None:
-    p = np.random.default_rng(4).dirichlet([4.0, 4.0, 4.0], 200)
-    for power in (0.4, 2.0):
-        changed = p**power / (p**power).sum(axis=1, keepdims=True)
-        np.testing.assert_allclose(noise.as_sure(changed, p), p, atol=1e-5)
-
-
-def test_noise_is_noticed_if_given_labels_are_predicted_otherwise() -> None:
-    on_sure = np.array([[0.8, 0.2], [0.4, 0.6], [0.3, 0.7], [0.9, 0.1]])
-    right = np.array([0, 1, 1, 0])
-    losses = -np.log([0.8, 0.6, 0.7, 0.9])
-    limit = losses.mean() + losses.std() / 2  # one standard error above
-    assert noise.noticed(np.array([limit + 1e-9]), on_sure, right)
-    assert not noise.noticed(np.array([limit - 1e-9]), on_sure, right)
-    # Much easier than right ones, by more than three standard errors: learned errors.
-    limit = losses.mean() - 3 * losses.std() / 2
-    assert noise.noticed(np.array([limit - 1e-9]), on_sure, right)
-    assert not noise.noticed(np.array([limit + 1e-9]), on_sure, right)
-
-
-def test_one_network_is_clearly_better_by_two_standard_errors() -> None:
-    """Right with probability p or 1 - p in two classes, where sharpness cannot help."""
-    right = np.zeros(100, int)
-
-    def of(shares: np.ndarray) -> np.ndarray:
-        return np.stack([shares, 1 - shares], axis=1)
-
-    random = np.random.default_rng(7)
-    one, other = random.uniform(0.3, 0.9, (2, 100))
-    same = np.eye(2)
-    gained = noise.unseen_log_losses(of(other), same, right)
-    gained = gained - noise.unseen_log_losses(of(one), same, right)
-    errors = gained.mean() / (gained.std(ddof=1) / 10)
-    assert 0.2 < abs(errors) < 2  # so little says nothing
-    assert not noise.clearly_better(of(one), of(other), right)
-    assert not noise.clearly_better(of(other), of(one), right)
-    better = of(np.where(random.random(100) < 0.9, 0.8, 0.2))
-    worse = of(np.where(random.random(100) < 0.6, 0.8, 0.2))
-    assert noise.clearly_better(better, worse, right)
-    assert not noise.clearly_better(worse, better, right)
-    # How sure they are is not compared.
-    assert not noise.clearly_better(better, noise.sharpened(better, 0.3), right)
-    assert not noise.clearly_better(better[:1], worse[:1], right[:1])
-
-
-class Told:
-    """Stands in for `Trainings`: every training gives the p that it is told."""
-
-    def __init__(self, p: dict[str, np.ndarray], given: np.ndarray, fitted: int):
-        self.told, self.given, self.classes = p, given, 3
-        half = len(given) // 2
-        rows = np.arange(len(given))
-        self.split = Split((rows[:half], rows[half:]), rows, fitted)
-        self.sure = Rows(np.zeros((len(given), 2)), given)
-        self.fitted, self.held = given[:fitted], given[fitted:]
-        self.ran: dict[str, np.ndarray] = {}
-
-    def run(self, name, start, targets, trust, known, rows=None) -> None:
-        self.ran[name] = targets.values[:, 0]
-
-    def p(self) -> np.ndarray:
-        return self.told[list(self.ran)[-1].split()[0]]
-
-    def on_held(self) -> np.ndarray:
-        return self.p()[self.split.fitted :]
-
-    def weights(self) -> list:
-        return []
-
-
-@pytest.mark.parametrize("misled", [False, True])
-def test_a_correction_that_made_it_worse_is_left_out(misled: bool) -> None:
-    """Held-out labels decide: T said that classes are confused, and they are not."""
-    random = np.random.default_rng(8)
-    right = random.integers(0, 3, 300)
-    good = noise.sharpened(0.6 * np.eye(3)[right] + 0.4 / 3, 1.5)
-    bad = noise.sharpened(0.6 * np.eye(3)[(right + 1) % 3] + 0.4 / 3, 1.5)
-    told = {"start": bad if misled else good, "as": good, "corrected": good}
-    trainings = Told(told, right, 200)
-    plain = np.eye(3)[right]
-    never = np.full(300, np.inf)
-    seen = stages.Given(good, good, [], np.zeros(300))
-    alone = stages.Alone(bad, bad[200:], CONFUSED, never)
-    wrong = 0.4 * np.eye(3) + 0.6 * np.roll(np.eye(3), 1, axis=1)
-    found = stages.corrected(trainings, seen, wrong, alone)
-    np.testing.assert_allclose(trainings.ran["start"], wrong[:, right].T, rtol=1e-6)
-    assert ("as given" in trainings.ran) == misled
-    if misled:
-        np.testing.assert_array_equal(trainings.ran["as given"], plain)
-        np.testing.assert_array_equal(trainings.ran["corrected 2"], plain)
-        assert not found.forward
-    # No label is wrong, and EM sees it.
-    np.testing.assert_allclose(found.transition, np.eye(3), atol=0.05)
-
-
-def test_without_trusted_labels_most_given_ones_must_be_right() -> None:
-    assert noise.mostly_right(CONFUSED)
-    assert not noise.mostly_right(CONFUSED[[1, 0, 2]])
-    # Class 1 is called 0 as often as class 0 is, and more.
-    assert not noise.mostly_right(np.array([[0.6, 0.4], [0.7, 0.3]]))
-    random = np.random.default_rng(9)
-    right = random.integers(0, 3, 600)
-    given = np.array([random.choice(3, p=CONFUSED[k]) for k in right])
-    trainings = Told({}, given, 0)
-    p = 0.8 * np.eye(3)[right] + 0.2 / 3
-    former = 0.7 * np.eye(3) + 0.1
-    known = stages.likeliest(trainings, p, former)
-    np.testing.assert_allclose(known, CONFUSED, atol=0.1)
-    # Networks that exchange two classes explain the labels as well.
-    exchanged = stages.likeliest(trainings, p[:, [1, 0, 2]], former)
-    np.testing.assert_allclose(exchanged, CONFUSED[[1, 0, 2]], atol=0.1)
-    trainings.sure = Rows(trainings.sure.x[:0], given[:0])
-    found = stages.likeliest(trainings, p[:, [1, 0, 2]], former)
-    np.testing.assert_array_equal(found, former)
-    np.testing.assert_allclose(stages.likeliest(trainings, p, former), known)
-
-
-def test_trainings_get_shorter_only_where_unseen_labels_ask_for_it() -> None:
-    def losses(*means: float) -> np.ndarray:
-        """Of four labels each, which grow by 0.8, 1.2, 0.8 and 1.2 times the mean."""
-        return np.array(means)[:, None] * [0.8, 1.2, 0.8, 1.2]
-
-    assert stages.shortened(losses(3.0, 2.0, 2.5, 4.0)) == 0.5
-    assert stages.shortened(losses(3.0, 2.5, 2.0, 2.1)) == 1.0  # the end is near
-    assert stages.shortened(losses(1.0)) == 1.0
-    # The end is worse by 0.5 on average, with a standard error of 0.3: not clearly.
-    unclear = np.array([[3.0] * 4, [2.0] * 4, [2.5] * 4, [1.9, 3.1, 1.9, 3.1]])
-    assert stages.shortened(unclear) == 1.0
-    assert stages.shortened(unclear + [[0], [0], [0], [0.2]]) == 0.5  # 0.7 is
-
-
-def test_opinion_mixes_two_views_and_weighs_them_by_the_given_label() -> None:
-    views = np.array([[[0.6, 0.3, 0.1], [0.2, 0.2, 0.6]]])
-    mixed = 0.75 * views[0, 0] + 0.25 * views[0, 1]
-    factors = CONFUSED[:, 1]
-    expected = mixed * factors / (mixed @ factors)
-    found = opinion_of(views, factors[None], 0.25)
-    np.testing.assert_allclose(found, expected[None], rtol=1e-12)
-
-
-def test_a_given_label_is_not_counted_twice() -> None:
-    random = np.random.default_rng(6)
-    classes = random.integers(0, 3, 3000)
-    given = np.array([random.choice(3, p=CONFUSED[k]) for k in classes])
-    unseen = 0.5 * random.dirichlet([1.0, 1.0, 1.0], 3000) + 0.5 * np.eye(3)[classes]
-    evidence = CONFUSED[:, given].T
-    bayes = unseen * evidence / (unseen * evidence).sum(axis=1, keepdims=True)
-
-    def of(predicted: np.ndarray) -> np.ndarray | None:
-        return noise.seen_posterior(
-            noise.as_sure(predicted, unseen), unseen, CONFUSED, given
-        )
-
-    # A network that has heard nothing of the given label needs it whole. How sure it is
-    # does not matter.
-    for sharpness in (0.5, 1.0, 2.0):
-        found = of(noise.sharpened(unseen, sharpness))
-        assert found is not None
-        np.testing.assert_allclose(found, bayes, atol=0.02)
-    # One that has heard all of it, or half of it, needs the remaining part. (0.01 of
-    # the wrong labels may be called right too many.)
-    for heard in (1.0, 0.5):
-        predicted = noise.sharpened(unseen * evidence**heard, 0.7)
-        found = of(predicted / predicted.sum(axis=1, keepdims=True))
-        assert found is not None
-        np.testing.assert_allclose(found, bayes, atol=0.05)
-        assert np.abs(noise.posterior(predicted, CONFUSED, given) - bayes).max() > 0.15
-    # One that says the given label whatever the example is has learned it by heart.
-    assert of(0.9 * np.eye(3)[given] + 0.1 / 3) is None
-
-
 def noise_layer() -> Any:
     """A random augmentation, whose layer counts its calls."""
     layer = keras.layers.GaussianNoise(0.1, seed=1)
@@ -384,7 +123,7 @@ def test_random_augmentation_depends_on_training_and_batch_alone() -> None:
 
 def test_target_loss_by_hand() -> None:
     p = np.array([[0.7, 0.2, 0.1]])
-    targets = Targets.of(CONFUSED[:, [1]].T, np.array([[0.0, 1.0, 0.0]]), 0.25)
+    targets = Targets.of(np.array([[0.4, 0.7, 0.2]]), np.array([[0.0, 1.0, 0.0]]), 0.25)
     found = target_loss(tf.constant(targets.values), tf.math.log(tf.constant(p)))
     forward = -np.log(0.7 * 0.4 + 0.2 * 0.7 + 0.1 * 0.2)
     np.testing.assert_allclose(found, [0.75 * forward - 0.25 * np.log(0.2)], rtol=1e-6)
