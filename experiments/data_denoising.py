@@ -50,11 +50,13 @@ import sklearn.metrics
 import tensorflow as tf
 from common import cleaning
 from common.classifiers import NETS
+from common.importances import Renormalise, importance, renormalised, to_logits
 from settings.data_denoising import (
+    BASELINE_EPOCHS,
     BASELINES,
     DATASETS,
-    DEFAULTS,
     METHODS,
+    PRESETS,
     Settings,
 )
 
@@ -92,6 +94,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--data-file", type=pathlib.Path, help="svhn: made by data_prep/svhn.py")
     add("--net", choices=NETS, help="by data set")
     add("--method", choices=METHODS + BASELINES, default="penalty")
+    add(
+        "--preset",
+        choices=PRESETS,
+        default="published",
+        help="hour: what two processor cores do in one",
+    )
     add("--noise", type=float, help="share of wrong labels, in [0, 1); by data set")
     add("--train-size", type=above(int), help="by data set")
     add("--validation-size", type=above(int), help="by data set")
@@ -103,7 +111,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     Settings.add_flags(parser, "epochs")
     add("--pretrain-epochs", type=above(int), help="on validation data; by data set")
     add("--pretrain-lr", type=above(float), help="default 0.001")
-    add("--baseline-epochs", type=above(int), help="default 100")
+    add("--baseline-epochs", type=above(int), help="default 100; --preset hour: 20")
     add("--baseline-lr", type=above(float), help="default 0.001")
     add(
         "--retrain-threshold",
@@ -154,7 +162,12 @@ def reject_ineffective_flags(parser: common.Parser, args: argparse.Namespace) ->
 def complete(parser: common.Parser, args: argparse.Namespace) -> argparse.Namespace:
     """Fill in what follows from the data set and the method; check for errors."""
     dataset = DATASETS[args.dataset]
-    published = DEFAULTS.get((args.method, args.dataset), Settings())
+    if args.preset == "hour" and dataset.net == "logistic":
+        parser.error(
+            f"--preset hour is for the large data sets, got --dataset {args.dataset}, "
+            "which takes minutes as it is"
+        )
+    published = PRESETS[args.preset].get((args.method, args.dataset), Settings())
     parser.reject_unused_flags(args, [published], f"--method {args.method}")
     reject_ineffective_flags(parser, args)
     if args.noise is not None and args.method == "val-only":
@@ -162,7 +175,7 @@ def complete(parser: common.Parser, args: argparse.Namespace) -> argparse.Namesp
     args = common.filled(args, published)
     defaults = {
         "pretrain_lr": 1e-3,
-        "baseline_epochs": 100,
+        "baseline_epochs": BASELINE_EPOCHS[args.preset],
         "baseline_lr": 1e-3,
         "retrain_epochs": 500,
         "retrain_lr": 1e-4,
@@ -347,33 +360,6 @@ def predict(net: keras.Model, pixels: np.ndarray) -> np.ndarray:
 
 
 # The bilevel problem.
-
-
-def importance(a: Any) -> Any:
-    return 0.5 * (tf.tanh(a) + 1)
-
-
-def to_logits(importances: np.ndarray) -> np.ndarray:
-    return np.arctanh(2 * importances - 1)
-
-
-def renormalised(a: np.ndarray) -> np.ndarray:
-    """Importances with mean 1/2, clipped to [1e-5, 1 - 1e-5]."""
-    importances = 0.5 * (np.tanh(a.astype(np.float64)) + 1)
-    importances *= 0.5 / max(importances.mean(), 1e-12)
-    return to_logits(np.clip(importances, 1e-5, 1 - 1e-5)).astype(a.dtype)
-
-
-class Renormalise(keras.callbacks.Callback):
-    """Applies `renormalised` after each epoch, before the importances are evaluated."""
-
-    def __init__(self, logits: keras.Variable, every: int):
-        super().__init__()
-        self.logits, self.every = logits, every
-
-    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        if self.model.outer_step % self.every == 0:
-            self.logits.assign(renormalised(self.logits.numpy()))
 
 
 def build_model(

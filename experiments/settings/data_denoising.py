@@ -1,7 +1,7 @@
 """Importance learning: the data sets' experiments and the methods' settings."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from common.inversion_free import InversionFree
 
@@ -43,7 +43,7 @@ def approxgrad(
     )
 
 
-DEFAULTS = {
+PUBLISHED = {
     ("penalty", "mnist-small"): penalty(100, 1e-4),
     ("penalty", "mnist"): penalty(101, 1e-6),
     ("penalty", "cifar10"): penalty(200, 1e-4),
@@ -55,6 +55,36 @@ DEFAULTS = {
     ("approxgrad", "svhn"): approxgrad(101, 1e-6, 1e-5),
     ("approxgrad", "digits"): approxgrad(100, 1e-6, 1e-5),
 }
+
+
+def in_an_hour(settings: Settings, epochs: int) -> Settings:
+    """One inner step at a larger rate, more weight of the training data, a smaller
+    upper rate: chosen on 12,000 images of MNIST, half of them with a wrong label."""
+    chosen: dict[str, Any] = {"epochs": epochs, "upper_lr": 0.3, "lower_lr": 1e-3}
+    if settings.solver_lr is None:
+        chosen |= {"inner_steps": 1, "lower_weight": 1.0}
+    else:
+        chosen |= {"inner_steps": 2, "solver_lr": 1e-3}
+    return dataclasses.replace(settings, **chosen)
+
+
+# Epochs that take 400 to 550 teraflop of convolutions and dense layers: an hour of two
+# slow processor cores. The smaller data sets take minutes as they are.
+HOUR = {
+    ("penalty", "mnist"): 10,
+    ("penalty", "cifar10"): 4,
+    ("penalty", "svhn"): 3,
+    ("approxgrad", "mnist"): 6,
+    ("approxgrad", "cifar10"): 3,
+    ("approxgrad", "svhn"): 2,
+}
+PRESETS = {
+    "published": PUBLISHED,
+    "hour": {
+        chosen: in_an_hour(PUBLISHED[chosen], epochs) for chosen, epochs in HOUR.items()
+    },
+}
+BASELINE_EPOCHS = {"published": 100, "hour": 20}
 
 
 class Dataset(NamedTuple):

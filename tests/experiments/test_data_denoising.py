@@ -89,6 +89,46 @@ def test_published_settings_are_the_defaults():
     )
 
 
+def forward_operations(net):
+    """Multiplications and additions of convolutions and dense layers, one image."""
+    total = 0
+    for layer in net.layers:
+        places = 1
+        if isinstance(layer, keras.layers.Conv2D):
+            places = np.prod(layer.output.shape[1:3])
+        elif not isinstance(layer, keras.layers.Dense):
+            continue
+        total += 2 * places * np.prod(layer.kernel.shape)
+    return total
+
+
+@pytest.mark.parametrize(
+    "dataset, shape, steps",
+    [
+        ("mnist", (28, 28, 1), 295),
+        ("cifar10", (32, 32, 3), 200),
+        ("svhn", (32, 32, 1), 361),
+    ],
+)
+def test_the_preset_of_an_hour_fits_in_one(dataset, shape, steps):
+    """On the slowest machine so far: 225 billion operations per second (docs/measured),
+    of which an update reached four fifths. A gradient is 3 forward passes, a product
+    with the Hessian 6."""
+    flags = ["--dataset", dataset, "--preset", "hour"]
+    flags += ["--data-file", "x"] * (dataset == "svhn")
+    for method in ("penalty", "approxgrad"):
+        args = parse(*flags, "--method", method)
+        t = args.inner_steps
+        passes = (t + 1) * 12  # both gradients and a product
+        if method == "approxgrad":  # per solver step a residual and its gradient
+            passes = 3 * (t + 2) + 6 * (2 * t + 1)
+        each = forward_operations(denoising.build_net(args.net, shape, 0))
+        operations = args.epochs * steps * args.batch_size * passes * each
+        assert 2200 < operations / (0.8 * 225e9) < 3400, (method, operations)
+    assert parse(*flags, "--method", "oracle").baseline_epochs == 20
+    assert parse(*flags, "--epochs", "7").epochs == 7
+
+
 def test_approxgrad_halves_both_rates_by_epochs_and_goes_on_with_adam():
     """specs: penalty 2.2. 20 updates of y in each of x, 295 of x in an epoch."""
     args = parse("--dataset", "mnist", "--method", "approxgrad", "--halve-every", "20")
@@ -469,6 +509,7 @@ def test_cifar10_from_its_published_files(tmp_path):
         (["--test-size", "2001"], "--test-size must fit in 2000"),
         (["--lower-weight", "-1"], "at least 0"),
         (["--resume"], "folder with a run"),
+        (["--preset", "hour"], "--preset hour is for the large data sets"),
     ],
 )
 def test_bad_flags_are_one_line_and_leave_nothing(flags, message, tmp_path, capsys):
