@@ -287,6 +287,60 @@ def test_constraints_that_do_not_fit(
         method.step(PROBLEM, x, y, FULL, method.init(PROBLEM, x, y))
 
 
+# One constraint to an example of the lower batch, of which there are ten in fours.
+BOUNDS = np.linspace(1, 2, 10)
+IN_FOURS = tf.data.Dataset.from_tensor_slices(BOUNDS).batch(4)
+ONCE = tf.data.Dataset.from_tensors(0.0)
+BOUNDED = tb.Problem(
+    lambda x, y, batch: (x - 1.0) ** 2 + (y - 2.0) ** 2,
+    lambda x, y, batch: 0.5 * tf.reduce_mean(batch * (y - 3.0) ** 2),
+)
+
+
+def of_examples(initial: Any) -> tb.GAFFA:
+    def bounds(x: Any, y: Any, batch: Any) -> Any:
+        return batch * (y - x)
+
+    return tb.GAFFA(SGD(0.1), bounds, initial_multiplier=initial)
+
+
+def bounded_end(batches: Any, steps: int) -> float:
+    method, (x, y) = of_examples(np.full([4], 0.2)), float64(0.0, 0.0)
+    found = tb.minimize(BOUNDED, method, x, y, SGD(0.1), batches, steps)
+    assert found.state[0]["multiplier"].shape == [4]
+    return float(found.upper)
+
+
+def test_batches_of_several_sizes_are_refused_before_the_first_step() -> None:
+    """And not when the smaller one comes, in the words of some operation."""
+    message = r"`constraints` must return values of static shapes(.|\n)*"
+    message += r"drop_remainder=True(.|\n)*Received: shape \(None,\)"
+    with pytest.raises(ValueError, match=message):
+        bounded_end(tb.pair(ONCE, IN_FOURS), 1)
+    method, (x, y) = of_examples(np.zeros(4)), float64(0.0, 0.0)
+    batches = tb.Batches(tf.constant(0.0), tf.constant(BOUNDS[:3]))
+    message = r"for every lower batch \(all(.|\n)*drop_remainder=True(.|\n)*"
+    message += r"Received: constraints of shape \(3,\)(.|\n)* where shape \(4,\)"
+    with pytest.raises(ValueError, match=message):
+        method.step(BOUNDED, x, y, batches, method.init(BOUNDED, x, y))
+
+
+@pytest.mark.slow
+def test_what_is_said_of_batches_of_several_sizes_helps() -> None:
+    """Stacked batches are filled up from the next pass; or the remainder is dropped."""
+    rows = np.resize(BOUNDS, [2, 2, 4])  # ten, and again from the start
+    wanted = bounded_end(lambda k: tb.StackedBatches(0.0, tf.gather(rows, k)), 2)
+    np.testing.assert_allclose(
+        bounded_end(tb.pair(ONCE, IN_FOURS, lower_batches=2), 2), wanted, rtol=1e-12
+    )
+    dropped = tf.data.Dataset.from_tensor_slices(BOUNDS).batch(4, drop_remainder=True)
+    rows = BOUNDS[:8].reshape(2, 4)
+    wanted = bounded_end(lambda k: tb.Batches(0.0, tf.gather(rows, k % 2)), 3)
+    np.testing.assert_allclose(
+        bounded_end(tb.pair(ONCE, dropped.repeat()), 3), wanted, rtol=1e-12
+    )
+
+
 def test_numbers_in_a_nest_of_multipliers_are_not_rounded() -> None:
     """0.1 in float32 is 1.5e-9 more."""
     method = tb.GAFFA(

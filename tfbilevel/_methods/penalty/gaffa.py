@@ -78,7 +78,7 @@ class GAFFA(MovesCopy):
     The first step of theta uses slice 0 of a stacked lower batch, all else slice 1
     (`tb.pair(..., lower_batches=2)`). Constraints that read the batch have one
     multiplier each, so a constraint must be at the same place in every batch, and all
-    batches have one size.
+    batches have one size, which is known (`drop_remainder=True`).
 
     The metrics hold `gap` (G at this theta, at most the true one), `violation` (the
     largest h, at least 0), `weight` (c_k), `truncated` (1 if a multiplier is r: it is
@@ -105,10 +105,10 @@ class GAFFA(MovesCopy):
 
     Raises:
         ValueError: for an unsupported optimizer, constraints that are not a function or
-            an argument out of its range; in `init` over tasks, for values without a
-            static shape, and for constraints of a batch without a nest as
-            `initial_multiplier`; for values that are not floating, or not like the
-            multipliers; on several replicas for constraints of a batch.
+            an argument out of its range; in `init` over tasks, and for constraints of a
+            batch without a nest as `initial_multiplier`; for values that are not
+            floating, without a static shape, or not like the multipliers; on several
+            replicas for constraints of a batch.
 
     Example:
         >>> problem = tb.Problem(

@@ -15,6 +15,11 @@ from tfbilevel._core.prepared import Prepared
 from tfbilevel._core.problem import Problem
 from tfbilevel._randomness.seeds import LOWER_LOSS, ROLE, Noisy, as_seed, folded
 
+ONE_SIZE = (
+    "all batches need one size: .batch(size, drop_remainder=True), or "
+    "tb.pair(..., lower_batches=2), which fills up the last one"
+)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LowerConstraints:
@@ -43,6 +48,9 @@ class LowerConstraints:
     def values(self, here: Prepared, y: Nest, multiplier: Nest, draw: Any) -> Any:
         """h in the multipliers' dtype, after a check that it is like them.
 
+        Its shapes must be static: a batch of another size would fail in the middle of
+        a run otherwise, in whichever operation meets it first.
+
         Args:
             here: the problem of this outer step.
             y: the lower variables.
@@ -54,11 +62,11 @@ class LowerConstraints:
         dtype = tf.nest.flatten(multiplier)[0].dtype
         values = tf.nest.map_structure(lambda v: tf.cast(v, dtype), values)
         rule = "return values like the multipliers"
+        if self.reads_batches:
+            rule += f" for every lower batch ({ONE_SIZE})"
         structure.require_like(values, multiplier, "constraints", rule)
-        # The number of examples in a batch, and with it of values, may not be static.
-        return tf.nest.map_structure(
-            lambda v, m: tf.ensure_shape(v, m.shape), values, multiplier
-        )
+        _require_static(values, self.reads_batches)
+        return values
 
     def begun(self, problem: Problem, upper: Nest, lower: Nest, initial: Any) -> Any:
         """Multipliers at the start, in the dtype of y.
@@ -89,13 +97,7 @@ class LowerConstraints:
         seed = folded(as_seed(problem.seed), ROLE, LOWER_LOSS)
         values = problem._evaluated(self, upper, lower, Noisy(None, seed))
         _require_floating(values)
-        for leaf in tf.nest.flatten(values):
-            if not leaf.shape.is_fully_defined():
-                raise ValueError(
-                    "`constraints` must return values of static shapes, because each "
-                    "has a multiplier. Set their shapes. "
-                    f"Received: shape {leaf.shape}"
-                )
+        _require_static(values, False)
         like = tf.nest.map_structure(lambda v: tf.cast(v, dtype), values)
         if number:
             return tf.nest.map_structure(
@@ -141,4 +143,21 @@ def _require_floating(values: Any) -> None:
                 "`constraints` must be floating: return h, which must not be positive, "
                 "and not whether it is. "
                 f"Received: shape {leaf.shape}, dtype {leaf.dtype.name}"
+            )
+
+
+def _require_static(values: Any, of_batch: bool) -> None:
+    """Raise unless all shapes are known while the step is traced.
+
+    Args:
+        values: h.
+        of_batch: whether it is a function of the lower batch.
+    """
+    for leaf in tf.nest.flatten(values):
+        if not leaf.shape.is_fully_defined():
+            batches = f" If the size of the lower batch is not fixed, {ONE_SIZE}."
+            raise ValueError(
+                "`constraints` must return values of static shapes, because each has a "
+                f"multiplier. Set their shapes.{batches * of_batch} "
+                f"Received: shape {leaf.shape}"
             )
