@@ -17,6 +17,7 @@ from tfbilevel._core.nonfinite import NonFiniteError, first_nonfinite, warn_dive
 from tfbilevel._core.problem import Problem, require_problem
 from tfbilevel._optimizers.update_rule import UpdateRule, configuration, widest
 from tfbilevel._workarounds.memory_optimizer import without_memory_rewrites
+from tfbilevel._workarounds.row_exchange import called_in_loop
 
 
 class Point(NamedTuple):
@@ -235,9 +236,11 @@ def _compile(
         # Trace one step first, to know the structure of its results.
         first = source.first(data)
         require_second_derivatives(problem, method, *_specs((x, y, first)))
-        compiled = tf.function(outer_step, autograph=False).get_concrete_function(
-            *_specs((tf.constant(0), x, y, carried)), _specs(first)
-        )
+        given = *_specs((tf.constant(0), x, y, carried)), _specs(first)
+        with called_in_loop():
+            compiled = tf.function(outer_step, autograph=False).get_concrete_function(
+                *given
+            )
         like = compiled.structured_outputs
         record = tf.function(recorded, autograph=False).get_concrete_function(
             _specs(like[0])

@@ -1,5 +1,6 @@
 """SABA against SAGA in NumPy, its limit, and batches without numbers."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -47,8 +48,11 @@ def directions(i: int, j: int, x: Any, y: Any, v: Any) -> list:
     return [*lower, y - TARGETS[j], 2 * (1 + TARGETS[j, 0]) * x]
 
 
-@pytest.mark.parametrize("xla", fast_where(lambda xla: not xla, [False, True]))
-def test_steps_are_those_of_saga(xla: bool) -> None:
+ORDER = [(2, 1), (0, 1), (2, 0), (3, 2), (1, 1), (2, 1), (0, 0)]
+
+
+def saga() -> Iterator[tuple]:
+    """x, y and the table of g_y after each step."""
     x, y, v = X, Y, np.zeros_like(Y)
     tables = [
         np.zeros((count, size))
@@ -56,13 +60,7 @@ def test_steps_are_those_of_saga(xla: bool) -> None:
             (LOWER,) * 3 + (UPPER,) * 2, (3, 3, 2, 3, 2), strict=True
         )
     ]
-    saba = method()
-    upper, lower = tf.constant(X), tf.constant(Y)
-    state = saba.init(PROBLEM, upper, lower)
-    step = tf.function(
-        lambda *a: PROBLEM.step(saba, *a), autograph=False, jit_compile=xla
-    )
-    for i, j in [(2, 1), (0, 1), (2, 0), (3, 2), (1, 1), (2, 1), (0, 0)]:
+    for i, j in ORDER:
         corrected = []
         for table, row, now in zip(
             tables, (i, i, i, j, j), directions(i, j, x, y, v), strict=True
@@ -71,12 +69,44 @@ def test_steps_are_those_of_saga(xla: bool) -> None:
             table[row] = now
         g_y, curved, mixed, f_y, f_x = corrected
         x, y, v = x - 0.1 * (f_x - mixed), y - 0.3 * g_y, v - 0.25 * (curved - f_y)
+        yield x, y, tables[0]
+
+
+@pytest.mark.parametrize("xla", fast_where(lambda xla: not xla, [False, True]))
+def test_steps_are_those_of_saga(xla: bool) -> None:
+    saba = method()
+    upper, lower = tf.constant(X), tf.constant(Y)
+    state = saba.init(PROBLEM, upper, lower)
+    step = tf.function(
+        lambda *a: PROBLEM.step(saba, *a), autograph=False, jit_compile=xla
+    )
+    for (i, j), (x, y, table) in zip(ORDER, saga(), strict=True):
         made = step(upper, lower, batches(i, j), state)
         upper, lower, state = upper - 0.1 * made.upper_gradient, made.lower, made.state
         np.testing.assert_allclose(upper, x, rtol=1e-10)
         np.testing.assert_allclose(lower, y, rtol=1e-10)
-    np.testing.assert_allclose(state["lower_table"].rows[0], tables[0], rtol=1e-10)
+        np.testing.assert_allclose(state["lower_table"].rows[0], table, rtol=1e-10)
     assert step.experimental_get_tracing_count() == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("xla", [False, True])
+def test_steps_of_a_loop_are_those_of_saga(xla: bool) -> None:
+    """There the tables are changed in place."""
+    lower, upper = np.transpose(ORDER)
+
+    def batch(k: Any) -> tb.Batches:
+        i, j = tf.gather(lower, k), tf.gather(upper, k)
+        data = tf.gather(HESSIANS, i), tf.gather(COUPLINGS, i), i
+        return tb.Batches((tf.gather(TARGETS, j), j), data)
+
+    saba, given, rate = method(), (tf.constant(X), tf.constant(Y)), SGD(0.1)
+    found = tb.minimize(PROBLEM, saba, *given, rate, batch, len(ORDER), jit_compile=xla)
+    *_, (x, y, table) = saga()
+    np.testing.assert_allclose(found.upper, x, rtol=1e-10)
+    np.testing.assert_allclose(found.lower, y, rtol=1e-10)
+    made = found.state[0]["lower_table"].rows[0]
+    np.testing.assert_allclose(made, table, rtol=1e-10)
 
 
 def hypergradient(x: Any) -> Any:

@@ -16,6 +16,7 @@ from tfbilevel._core.problem import Problem
 from tfbilevel._core.projection import fixed_projection
 from tfbilevel._methods.stochastic.directions import followed, of_lower, spoiled
 from tfbilevel._methods.stochastic.followed_solution import FollowedSolution
+from tfbilevel._workarounds.row_exchange import exchanged
 
 
 def last_part(batch: Any) -> Any:
@@ -50,19 +51,10 @@ class _Table(NamedTuple):
         there = (number >= 0) & (number < count)
         now = structure.scale(tf.where(there, 1.0, np.nan), now)
         number = tf.clip_by_value(number, 0, count - 1)
-        old = tf.nest.map_structure(lambda rows: tf.gather(rows, number), self.rows)
+        old, rows = exchanged(self.rows, number, now)
         change = structure.subtract(now, old)
-        after = _Table(
-            tf.nest.map_structure(
-                lambda rows, row: tf.tensor_scatter_nd_update(
-                    rows, number[None, None], row[None]
-                ),
-                self.rows,
-                now,
-            ),
-            structure.add_scaled(self.mean, 1 / count, change),
-        )
-        return structure.add(change, self.mean), after
+        mean = structure.add_scaled(self.mean, 1 / count, change)
+        return structure.add(change, self.mean), _Table(rows, mean)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -83,7 +75,8 @@ class SABA(FollowedSolution):
         tb.index_batches(n, 1).map(lambda i: (x[i[0]], y[i[0]], i[0]))
 
     Cost: as `SOBA`. Memory: n (2 |y| + |x|) + m (|y| + |x|) numbers for n lower and m
-    upper batches, of which every step makes a copy. Prefer `SOBA` for data that is
+    upper batches. `minimize`, other loops and `fit` under XLA change them in place;
+    without XLA every step of `fit` makes a copy. Prefer `SOBA` for data that is
     augmented, for large networks, or if a rough solution is enough.
 
     The metrics are those of `SOBA`, from the corrected directions.
