@@ -209,6 +209,7 @@ def _compile(
         function = source
         source = _Source(lambda k, _: function(k), lambda _: function(tf.constant(0)))
 
+    @called_in_loop()
     def outer_step(
         k: tf.Tensor, x: Nest, y: Nest, carried: State, batch: Batches
     ) -> tuple:
@@ -236,11 +237,9 @@ def _compile(
         # Trace one step first, to know the structure of its results.
         first = source.first(data)
         require_second_derivatives(problem, method, *_specs((x, y, first)))
-        given = *_specs((tf.constant(0), x, y, carried)), _specs(first)
-        with called_in_loop():
-            compiled = tf.function(outer_step, autograph=False).get_concrete_function(
-                *given
-            )
+        compiled = tf.function(outer_step, autograph=False).get_concrete_function(
+            *_specs((tf.constant(0), x, y, carried)), _specs(first)
+        )
         like = compiled.structured_outputs
         record = tf.function(recorded, autograph=False).get_concrete_function(
             _specs(like[0])
@@ -270,12 +269,10 @@ def _compile(
         ) -> tuple:
             number = start + k
             after, s, bad, now = compiled(number, x, y, s, source.at(number, data))
-            diverged = after.metrics.get("diverged", tf.constant(0.0))
-            diverged = tf.reduce_any(diverged > 0)
+            diverged = tf.reduce_any(after.metrics.get("diverged", 0.0) > 0)
             diverged = tf.where(diverged & (seen[1] < 0), number, seen[1])
             taken = taken + tf.cast(~done, tf.int32)
-            frozen = done if done.shape.rank else tf.constant(False)
-            frozen = frozen | (bad >= 0)
+            frozen = (bad >= 0) | (done if done.shape.rank else False)
             x = structure.where(frozen, x, after.upper)
             y = structure.where(frozen, y, after.lower)
             kept = recorded(Point(number + 1, x, y, after.metrics))

@@ -17,8 +17,8 @@ _in_loop = contextvars.ContextVar("_in_loop", default=False)
 
 @contextlib.contextmanager
 def called_in_loop() -> Iterator[None]:
-    """Says of a function that is traced within that a loop calls it with what it
-    carries."""
+    """Says of a function that is traced within, or decorated by it, that a loop calls
+    it with what the loop carries."""
     token = _in_loop.set(True)
     try:
         yield
