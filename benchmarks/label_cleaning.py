@@ -8,9 +8,12 @@
 or 1,000 trusted images, three seeds; 20 Newsgroups, symmetric 40. One default setting,
 and the control (`learn=False`): the same trainings up to the learned belief, and the
 final one with the belief as at the start. Each cell is one JSON file in OUT/peers and
-one in OUT/cleaner; a run that was stopped goes on with the missing ones. `--table`
-trains nothing and prints, for every cell, what the best other way had. CPU seconds are
-of one thread.
+one in OUT/cleaner; a run that was stopped goes on with the missing ones. CPU seconds
+are of one thread.
+
+`--table` trains nothing and prints, for every setting, the mean over the seeds and what
+the best other way had. With `--results FILE` it adds the cells of OUT to those in FILE
+(docs/results/label_cleaning.json), so that seeds can be measured one after the other.
 
 `--published` measures the published split instead: MNIST, 5,000 doubtful, 5,000
 trusted, 10,000 test images, 784-300-10. Data: $TFDS_DATA_DIR and $SCIKIT_LEARN_DATA.
@@ -23,6 +26,7 @@ import pathlib
 import shutil
 import tempfile
 import time
+from typing import NamedTuple
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -36,6 +40,13 @@ import tfbilevel as tb
 from data_prep import label_noise
 
 WAYS = ("learned", "control")
+FOLDERS = ("peers", "cleaner")
+COLUMNS = {
+    "accuracy": "accuracy",
+    "right": "right labels",
+    "f1": "F1 of wrong labels",
+    "cpu": "CPU seconds",
+}
 MARGINS = {"accuracy": 0.5, "right": 1.0}
 NOT_COMPARED = ("plain", "oracle")  # no way of cleaning, and one that knows the truth
 
@@ -130,72 +141,121 @@ def on_published(seed: int, epochs: int = 30) -> dict[str, float]:
     return {"accuracy": accuracy, **found, "seconds": round(seconds, 1)}
 
 
-def table(out: pathlib.Path) -> list[dict]:
-    """One row per cell that is measured, with the best other way in each column."""
-    rows = []
-    for cell in all_cells():
-        name = str(cell).replace("/", "_") + ".json"
-        if not all((out / way / name).exists() for way in ("peers", "cleaner")):
-            continue
-        peers, own = (
-            json.loads((out / way / name).read_text()) for way in ("peers", "cleaner")
+def measured(out: pathlib.Path, results: pathlib.Path | None) -> dict[str, dict]:
+    """Cell -> way -> column -> value: what is in `results`, and over it what is in OUT.
+
+    A cell is left out while the other ways or the cleaner are missing.
+    """
+    found: dict[str, dict] = {}
+    if results is not None and results.exists():
+        kept = json.loads(results.read_text())
+        kept.pop("columns")
+        for cell, ways in kept.items():
+            found[cell] = {
+                k: dict(zip(COLUMNS, v, strict=True)) for k, v in ways.items()
+            }
+    for cell in map(str, all_cells()):
+        paths = [out / way / f"{cell.replace('/', '_')}.json" for way in FOLDERS]
+        if all(path.exists() for path in paths):
+            found[cell] = {}
+            for path in paths:
+                found[cell] |= json.loads(path.read_text())
+    return found
+
+
+def save(found: dict[str, dict], results: pathlib.Path) -> None:
+    """One line per cell; see `measured`."""
+    rows = {"columns": list(COLUMNS.values())} | {
+        cell: {k: [v[column] for column in COLUMNS] for k, v in sorted(ways.items())}
+        for cell, ways in sorted(found.items())
+    }
+    lines = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in rows.items()]
+    results.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+class Mean(NamedTuple):
+    """A row of the table: the mean over the seeds of one setting.
+
+    Attributes:
+        setting: data, noise and number of trusted examples.
+        seeds: how many were measured.
+        ways: way -> column -> mean.
+    """
+
+    setting: str
+    seeds: int
+    ways: dict[str, dict[str, float]]
+
+    def best(self, column: str) -> str:
+        """The way of the others that is best in a column."""
+        others = set(self.ways) - {*NOT_COMPARED, *WAYS}
+        return max(sorted(others), key=lambda way: self.ways[way][column])
+
+    def ahead(self, column: str) -> float:
+        """The lead over the best other way."""
+        own = self.ways[WAYS[0]][column]
+        return own - self.ways[self.best(column)][column]
+
+    @property
+    def times(self) -> float:
+        """Processor seconds in plain trainings."""
+        return self.ways[WAYS[0]]["cpu"] / self.ways["plain"]["cpu"]
+
+
+def means(found: dict[str, dict]) -> list[Mean]:
+    """The settings, in the order of the cells."""
+    seeds: dict[str, list] = {}
+    for cell in map(str, all_cells()):
+        if cell in found:
+            seeds.setdefault(cell.rpartition("/")[0], []).append(found[cell])
+    return [
+        Mean(setting, len(rows), {
+            way: {c: float(np.mean([row[way][c] for row in rows])) for c in COLUMNS}
+            for way in rows[0]
+        })
+        for setting, rows in seeds.items()
+    ]  # fmt: skip
+
+
+def show(rows: list[Mean]) -> None:
+    """The table as Markdown, and the means over its rows."""
+    print("| setting | seeds | `LabelCleaner` | control | best other accuracy | "
+          "best other labels | times plain |")  # fmt: skip
+    print("|---|---|---|---|---|---|---|")
+    for row in rows:
+        own, control = (row.ways[way] for way in WAYS)
+        bold = {c: "**" * (row.ahead(c) >= -margin) for c, margin in MARGINS.items()}
+        print(
+            f"| {row.setting} | {row.seeds} |",
+            " / ".join(f"{bold[c]}{own[c]:.1f}{bold[c]}" for c in MARGINS),
+            "|",
+            " / ".join(f"{control[c]:.1f}" for c in MARGINS),
+            *(f"| {row.ways[row.best(c)][c]:.1f} ({row.best(c)})" for c in MARGINS),
+            f"| {row.times:.1f} |",
         )
-        others = {k: v for k, v in peers.items() if k not in NOT_COMPARED}
-        row = {"cell": str(cell)}
-        for column in MARGINS:
-            best = max(others, key=lambda k: others[k][column])
-            row[column] = own["learned"][column]
-            row[f"{column}_control"] = own["control"][column]
-            row[f"{column}_best"] = others[best][column]
-            row[f"{column}_by"] = best
-        row["times"] = own["learned"]["cpu"] / peers["plain"]["cpu"]
-        rows.append(row)
-    return rows
-
-
-def show(out: pathlib.Path) -> None:
-    """The table as Markdown, and the means over the cells."""
-    rows = table(out)
-    print(
-        "| cell | `LabelCleaner` | control | best other in each column | times plain |"
-    )
-    print("|---|---|---|---|---|")
-    for row in rows:
-        marks = {
-            column: "**" if row[column] >= row[f"{column}_best"] - margin else ""
-            for column, margin in MARGINS.items()
-        }
-        own = " / ".join(f"{m}{row[c]:.1f}{m}" for c, m in marks.items())
-        control = " / ".join(f"{row[f'{c}_control']:.1f}" for c in MARGINS)
-        best = " / ".join(f"{row[f'{c}_best']:.1f} {row[f'{c}_by']}" for c in MARGINS)
-        print(f"| {row['cell']} | {own} | {control} | {best} | {row['times']:.1f} |")
-    if not rows:
-        return
     for column, margin in MARGINS.items():
-        near = [row[column] >= row[f"{column}_best"] - margin for row in rows]
-        print(f"{column}: within {margin} of the best in {sum(near)} of {len(rows)}")
-    print("means over these cells, accuracy / right:")
-    totals: dict[str, list] = {}
-    for row in rows:
-        name = row["cell"].replace("/", "_") + ".json"
-        for way in ("cleaner", "peers"):
-            for key, value in json.loads((out / way / name).read_text()).items():
-                totals.setdefault(key, []).append([value[c] for c in MARGINS])
-    for key, values in totals.items():
-        mean = np.mean(values, axis=0)
-        print(f"  {key:18}{mean[0]:6.2f} / {mean[1]:.2f}")
+        near = sum(row.ahead(column) >= -margin for row in rows)
+        print(f"{column}: within {margin} of the best in {near} of {len(rows)}")
+    print("means over these settings, accuracy / right:")
+    for way in rows[0].ways if rows else ():
+        mean = [np.mean([row.ways[way][c] for row in rows]) for c in MARGINS]
+        print(f"  {way:18}{mean[0]:6.2f} / {mean[1]:.2f}")
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--cells", nargs="+", type=Cell.of, default=all_cells())
-    parser.add_argument("--ways", nargs="+", default=["peers", "cleaner"])
+    parser.add_argument("--ways", nargs="+", choices=FOLDERS, default=FOLDERS)
     parser.add_argument("--table", action="store_true")
+    parser.add_argument("--results", type=pathlib.Path, help="of --table, see above")
     parser.add_argument("--published", action="store_true")
     args = parser.parse_args(argv)
     if args.table:
-        show(args.out)
+        found = measured(args.out, args.results)
+        if args.results is not None:
+            save(found, args.results)
+        show(means(found))
         return
     tf.config.threading.set_intra_op_parallelism_threads(1)
     tf.config.threading.set_inter_op_parallelism_threads(1)
