@@ -111,7 +111,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     Settings.add_flags(parser, "epochs")
     add("--pretrain-epochs", type=above(int), help="on validation data; by data set")
     add("--pretrain-lr", type=above(float), help="default 0.001")
-    add("--baseline-epochs", type=above(int), help="default 100; --preset hour: 20")
+    add("--baseline-epochs", type=above(int), help="default 100; --preset hour: 10")
     add("--baseline-lr", type=above(float), help="default 0.001")
     add(
         "--retrain-threshold",

@@ -105,16 +105,46 @@ def test_as_sure_undoes_a_sharpness() -> None:
 
 
 def test_noise_is_noticed_if_given_labels_are_predicted_otherwise() -> None:
-    on_sure = np.array([[0.8, 0.2], [0.4, 0.6], [0.3, 0.7], [0.9, 0.1]])
-    right = np.array([0, 1, 1, 0])
     losses = -np.log([0.8, 0.6, 0.7, 0.9])
-    limit = losses.mean() + losses.std() / 2  # one standard error above
-    assert noise.noticed(np.array([limit + 1e-9]), on_sure, right)
-    assert not noise.noticed(np.array([limit - 1e-9]), on_sure, right)
+    limit = losses.mean() + losses.std()  # two standard errors above
+    assert noise.noticed(np.array([limit + 1e-9]), losses)
+    assert not noise.noticed(np.array([limit - 1e-9]), losses)
     # Much easier than right ones, by more than three standard errors: learned errors.
     limit = losses.mean() - 3 * losses.std() / 2
-    assert noise.noticed(np.array([limit - 1e-9]), on_sure, right)
-    assert not noise.noticed(np.array([limit + 1e-9]), on_sure, right)
+    assert noise.noticed(np.array([limit - 1e-9]), losses)
+    assert not noise.noticed(np.array([limit + 1e-9]), losses)
+
+
+class Halves:
+    """Stands in for `Trainings`: two networks, told what they say of everything."""
+
+    def __init__(self, p: np.ndarray, given: np.ndarray):
+        self.told, self.given, self.classes, self.fitted = p, given, p.shape[2], []
+        rows = np.arange(len(given))
+        self.split = Split((rows[::2], rows[1::2]), rows, 0)
+        self.x, self.sure = "doubtful", Rows(np.zeros((len(given), 2)), given)
+        self.network = -1
+
+    def run(self, name, *arguments, **options) -> None:
+        self.network += 1
+
+    def seen(self, x) -> tuple:
+        return self.told[self.network], None, None
+
+
+def test_without_noise_given_labels_are_predicted_as_well_as_trusted_ones() -> None:
+    """Two networks err independently. Their mean probability errs less than each does,
+    and given labels have one network alone: noise must not be seen in that."""
+    random = np.random.default_rng(5)
+    labels = random.integers(0, 3, 2000)
+    logits = np.eye(3)[labels] * 2 + random.normal(size=(2, 2000, 3)) * 1.5
+    p = np.exp(logits) / np.exp(logits).sum(axis=2, keepdims=True)
+    found = stages.given_labels(Halves(p, labels), False)
+    each = -np.log(p[:, np.arange(2000), labels])
+    np.testing.assert_allclose(found.sure_losses, each.mean(axis=0), rtol=1e-6)
+    assert not noise.noticed(-noise.log_likelihoods(found.p, labels), found.sure_losses)
+    together = -np.log(found.on_sure[np.arange(2000), labels])
+    assert noise.noticed(-noise.log_likelihoods(found.p, labels), together)
 
 
 def test_one_network_is_clearly_better_by_two_standard_errors() -> None:
@@ -178,7 +208,7 @@ def test_a_correction_that_made_it_worse_is_left_out(misled: bool) -> None:
     trainings = Told(told, right, 200)
     plain = np.eye(3)[right]
     never = np.full(300, np.inf)
-    seen = stages.Given(good, good, [], np.zeros(300))
+    seen = stages.Given(good, good, np.zeros(300), [], np.zeros(300))
     alone = stages.Alone(bad, bad[200:], CONFUSED, never)
     wrong = 0.4 * np.eye(3) + 0.6 * np.roll(np.eye(3), 1, axis=1)
     found = stages.corrected(trainings, seen, wrong, alone)

@@ -185,22 +185,21 @@ def as_sure(predicted: np.ndarray, other: np.ndarray) -> np.ndarray:
     return sharpened(predicted, np.exp(low))
 
 
-def noticed(of_given: np.ndarray, on_sure: np.ndarray, right: np.ndarray) -> bool:
+def noticed(of_given: np.ndarray, of_right: np.ndarray) -> bool:
     """Whether given labels are not predicted as well as right ones: there is noise.
 
-    Right labels must have a mean log-loss that is smaller by more than one standard
-    error: random errors cannot be predicted. Or larger by more than three: errors were
+    Right labels must have a mean log-loss that is smaller by more than two standard
+    errors: random errors cannot be predicted. Or larger by more than three: errors were
     learned.
 
     Args:
         of_given: log-losses of given labels, by networks that did not see them, [n].
-        on_sure: probabilities of the trusted examples by the same networks, [m, K].
-        right: the classes of the trusted examples, [m].
+        of_right: of trusted labels, the mean of the same networks' log-losses, [m].
+            (The loss of their mean probability would be smaller than that of one.)
     """
-    of_right = -log_likelihoods(on_sure, right)
-    error = of_right.std() / np.sqrt(len(right))
+    error = of_right.std() / np.sqrt(len(of_right))
     smaller = of_given.mean() - of_right.mean()
-    return bool(smaller > error or smaller < -3 * error)
+    return bool(smaller > 2 * error or smaller < -3 * error)
 
 
 def mostly_right(transition: np.ndarray) -> bool:

@@ -61,6 +61,7 @@ class Given(NamedTuple):
     Attributes:
         p: of the doubtful examples, [n, K].
         on_sure: of the trusted examples, the mean of both, [m, K].
+        sure_losses: log-losses of the trusted labels, the mean of both, [m].
         layers: of each network: features of the doubtful and of the trusted examples,
             and the last layer.
         losses: log-losses of the given labels, [n].
@@ -68,6 +69,7 @@ class Given(NamedTuple):
 
     p: np.ndarray
     on_sure: np.ndarray
+    sure_losses: np.ndarray
     layers: list
     losses: np.ndarray
 
@@ -134,16 +136,17 @@ def run(trainings: Trainings, learn: bool, callbacks: Any, choose: bool) -> Outc
         scores["class-dependent"] = float(min(by_class, alone.losses.mean()))
     # Without noise both are the same, and T says which labels are wrong.
     if len(sure):
-        noisy = noise.noticed(seen.losses, seen.on_sure, sure)
+        of_given = -noise.log_likelihoods(seen.p, given)
+        noisy = noise.noticed(of_given, seen.sure_losses)
     else:
         noisy = noise.share(transition, given) > LITTLE
     by_features = scores["feature-dependent"] < scores["class-dependent"]
     feature_dependent = bool(noisy and by_features)
 
-    of_given = transition[:, given].T
-    factors = np.ones_like(of_given) if feature_dependent else of_given
+    of_class = transition[:, given].T
+    factors = np.ones_like(of_class) if feature_dependent else of_class
     forward = found.forward and not feature_dependent
-    likelihoods = of_given if forward else np.eye(classes)[given]
+    likelihoods = of_class if forward else np.eye(classes)[given]
     belief, trusted_scores = START, {}
     if not len(sure):
         belief = dataclasses.replace(START, alone=0.0)
@@ -221,19 +224,21 @@ def given_labels(trainings: Trainings, choose: bool) -> Given:
         )
         trainings.length = trainings.history["length"]["share"][0]
     p, layers = np.zeros((len(given), classes)), []
-    on_sure = np.zeros((len(trainings.sure.labels), classes))
+    sure = trainings.sure.labels
+    on_sure, sure_losses = np.zeros((len(sure), classes)), np.zeros(len(sure))
     for number, half in enumerate(halves):
         if number or not choose or trainings.length < 1:
             trainings.run(f"given {number + 1}", 0, plain, 0.0, fitted, rows=half)
         other = halves[1 - number]
         now, features, weights = trainings.seen(trainings.x)
         p[other] = now[other]
-        if len(on_sure):
+        if len(sure):
             of_sure, sure_features, _ = trainings.seen(trainings.sure.x)
             on_sure += of_sure / 2
+            sure_losses -= noise.log_likelihoods(of_sure, sure) / 2
             layers.append((features, sure_features, weights))
     losses_of_p = noise.unseen_log_losses(p, np.eye(classes), given)
-    return Given(p, on_sure, layers, losses_of_p)
+    return Given(p, on_sure, sure_losses, layers, losses_of_p)
 
 
 def shortened(losses: np.ndarray) -> float:
