@@ -1,7 +1,7 @@
 """Importance learning: which training labels a large network should trust.
 
     python experiments/data_denoising.py --out runs/denoising
-    python experiments/data_denoising.py --dataset mnist --noise 0.5 --seconds 3600 \\
+    python experiments/data_denoising.py --dataset mnist --noise 0.5 --preset hour \\
         --out runs/mnist-50
 
 Upper variables: one number a_i per training example, its importance
@@ -394,7 +394,7 @@ def measure(
     """A function that evaluates the model after an epoch."""
 
     def evaluate() -> dict[str, float]:
-        s = 0.5 * (np.tanh(model.upper.logits.numpy()) + 1)
+        s = importance(model.upper.logits.value).numpy()
         predicted = predict(model.lower, data.train.images)
         values = {
             "test_accuracy": accuracy(model.lower, data.test),
@@ -454,7 +454,7 @@ def denoise(args: argparse.Namespace, run: common.Run, data: Data) -> dict:
         model.upper.logits.assign(renormalised(model.upper.logits.numpy()))
         after = measure(args, model, data)()
         after["f1"] = after["f1_at_0.5"]
-    s = 0.5 * (np.tanh(model.upper.logits.numpy()) + 1)
+    s = importance(model.upper.logits.value).numpy()
     np.savez_compressed(run.out / "importances.npz", importance=s, clean=data.clean)
     draw_importances(run.out / "importances.png", s, data.clean)
     draw_distrusted(run.out / "distrusted.png", s, data, net)
