@@ -13,6 +13,7 @@ from tfbilevel._jobs.cleaning import stages
 from tfbilevel._jobs.cleaning.label_cleaner import _say
 from tfbilevel._jobs.cleaning.rows import data_of
 from tfbilevel._jobs.cleaning.training import Targets, Training, target_loss
+from tfbilevel._jobs.cleaning.trainings import Trainings
 from tfbilevel._jobs.last_layer import LastLayer, log_probabilities_of
 
 
@@ -194,8 +195,17 @@ def test_the_control_believes_what_it_did_at_the_start() -> None:
 
 
 @pytest.mark.slow
-def test_noise_that_depends_on_the_example_is_seen() -> None:
+def test_noise_that_depends_on_the_example_is_seen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Of each cluster the upper half is called by the next class: T is of no use."""
+    run, targets = Trainings.run, {}
+
+    def noted(self: Trainings, name: str, start: list, values: Targets, *rest, **more):
+        targets[name] = values.values
+        run(self, name, start, values, *rest, **more)
+
+    monkeypatch.setattr(Trainings, "run", noted)
     x, right, _ = blobs(900, 0, 0.0)
     centers = np.array([2.0, -1.0, -1.0])
     given = np.where(x[:, 1] > centers[right], (right + 1) % 3, right)
@@ -212,6 +222,12 @@ def test_noise_that_depends_on_the_example_is_seen() -> None:
     assert cleaner.choice_.name == "feature-dependent"
     assert np.mean(given == right) < 0.6
     assert np.mean(cleaner.corrected_labels_ == right) > 0.9
+    # The final network hears a given label as far as the opinion believes it.
+    labels, opinion = targets["final"][:, 0], targets["final"][:, 1]
+    believed = (opinion / opinion.sum(axis=1, keepdims=True))[np.arange(900), given]
+    expected = np.where(np.eye(3)[given] == 1, 1.0, 1 - believed[:, None])
+    np.testing.assert_allclose(labels, expected, atol=1e-6)
+    assert believed.min() < 0.1
 
 
 @pytest.mark.slow

@@ -4,8 +4,16 @@ import numpy as np
 import pytest
 
 from tfbilevel._jobs.cleaning import noise, stages
-from tfbilevel._jobs.cleaning.learned_noise import opinion_of
+from tfbilevel._jobs.cleaning.learned_noise import (
+    Belief,
+    HeldOut,
+    Views,
+    doubted,
+    learned_belief,
+    opinion_of,
+)
 from tfbilevel._jobs.cleaning.rows import Rows
+from tfbilevel._jobs.cleaning.training import Targets, target_loss
 from tfbilevel._jobs.cleaning.trainings import Split
 
 CONFUSED = np.array([[0.5, 0.4, 0.1], [0.0, 0.7, 0.3], [0.2, 0.2, 0.6]])
@@ -265,6 +273,42 @@ def test_opinion_mixes_two_views_and_weighs_them_by_the_given_label() -> None:
     expected = mixed * factors / (mixed @ factors)
     found = opinion_of(views, factors[None], 0.25)
     np.testing.assert_allclose(found, expected[None], rtol=1e-12)
+
+
+def test_a_doubted_label_counts_as_far_as_it_is_believed() -> None:
+    opinion = np.array([[0.25, 0.7, 0.05], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
+    labels = np.eye(3)[[0, 0, 0]]
+    found = doubted(labels, opinion).numpy()
+    expected = [[1.0, 0.75, 0.75], [1.0, 0.0, 0.0], [1.0, 1.0, 1.0]]
+    np.testing.assert_allclose(found, expected)
+    # Its loss: -log(q p_label + 1 - q), which is 0 for a label that is surely wrong.
+    p = np.array([0.4, 0.5, 0.1])
+    targets, log_p = Targets.of(found).values, np.log([p, p, p]).astype(np.float32)
+    losses = -np.log([0.25 * 0.4 + 0.75, 0.4, 1.0])
+    np.testing.assert_allclose(target_loss(targets, log_p), losses, atol=1e-6)
+
+
+def test_the_belief_does_not_hear_labels_that_are_surely_wrong() -> None:
+    random = np.random.default_rng(0)
+    right = np.arange(40) % 4
+    sure, n = np.eye(4)[right], len(right)
+    features = (sure + 0.3 * random.normal(size=(n, 4))).astype(np.float32)
+    halves = np.arange(n // 2), np.arange(n // 2, n)
+    few = np.stack([features[:8], features[:8]])
+    held = HeldOut(features, halves, few, few, np.stack([np.eye(4)] * 2).astype("f"))
+
+    def losses(shift: int, doubt: bool) -> np.ndarray:
+        labels = np.eye(4)[(right + shift) % 4]
+        both = np.stack([sure, sure], axis=1)
+        views = Views(both, np.ones((n, 4)), 0.9 * both[:8] + 0.025, doubted=doubt)
+        start = Belief(trust=0.3, given=0.5, alone=0.2)
+        trusted = right[:8]
+        _, found = learned_belief(held, start, labels, views, trusted, trusted, 0)
+        return np.array([found["learned"], found["start"]])
+
+    one, other = losses(1, True), losses(2, True)
+    np.testing.assert_allclose(one, other, rtol=1e-5)
+    assert (losses(1, False)[:, 5:] > one[:, 5:] + 0.01).all()  # there they do harm
 
 
 def test_a_given_label_is_not_counted_twice() -> None:

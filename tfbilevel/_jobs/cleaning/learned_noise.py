@@ -58,11 +58,13 @@ class Views:
         doubtful: p and p' of the doubtful examples, [n, 2, K].
         factors: of the doubtful examples, [n, K].
         held: p and p' of the trusted examples that trained neither, [b, 2, K].
+        doubted: whether a given label counts as far as the opinion believes it.
     """
 
     doubtful: np.ndarray
     factors: np.ndarray
     held: np.ndarray
+    doubted: bool = False
 
 
 def opinion_of(views: Any, factors: Any, alone: Any) -> Any:
@@ -71,6 +73,21 @@ def opinion_of(views: Any, factors: Any, alone: Any) -> Any:
     weighed = mixed * factors
     total = tf.reduce_sum(weighed, axis=-1, keepdims=True)
     return weighed / tf.maximum(total, tf.cast(SMALLEST, total.dtype))
+
+
+def doubted(labels: Any, opinion: Any) -> Any:
+    """P(given label | class), up to a factor, if each label is doubted by itself.
+
+        r_k = q [k = label] + 1 - q,    q = opinion_label
+
+    A label that is surely wrong says nothing: -log sum_k p_k r_k is 0 for every p.
+
+    Args:
+        labels: the given labels, one-hot, [..., K]; NumPy arrays or tensors.
+        opinion: P(class), [..., K].
+    """
+    right = tf.reduce_sum(labels * opinion, axis=-1, keepdims=True)
+    return right * labels + (1 - right)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +137,8 @@ def learned_belief(
     Args:
         seen: the features.
         start: the belief at the start.
-        likelihoods: P(given label | class) of every doubtful example, [n, K].
+        likelihoods: P(given label | class) of every doubtful example, [n, K]; the given
+            labels, one-hot, if they are doubted.
         views: what two networks say.
         trusted, held: true classes of the trusted examples, [a] and [b].
         seed: the seed of the batches.
@@ -157,8 +175,10 @@ def learned_belief(
         opinion = opinion_of(
             tf.gather(two, of_rows), tf.gather(factors, of_rows), alone
         )
-        opinion = (1 - given) * opinion
-        targets = tf.stack([tf.gather(likelihood, of_rows), opinion], axis=2)
+        labels = tf.gather(likelihood, of_rows)
+        if views.doubted:
+            labels = doubted(labels, opinion)
+        targets = tf.stack([labels, (1 - given) * opinion], axis=2)
         outputs = log_p(tf.gather(features, of_rows), heads)
         doubtful = target_loss(
             tf.reshape(targets, [-1, 2, classes]), tf.reshape(outputs, [-1, classes])

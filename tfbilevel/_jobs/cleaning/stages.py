@@ -12,6 +12,7 @@ from tfbilevel._jobs.cleaning.learned_noise import (
     Belief,
     HeldOut,
     Views,
+    doubted,
     learned_belief,
     opinion_of,
 )
@@ -155,6 +156,7 @@ def run(trainings: Trainings, learn: bool, callbacks: Any, choose: bool) -> Outc
             np.stack([found.first, alone.p], axis=1),
             factors,
             np.stack([found.on_held, alone.on_held], axis=1),
+            doubted=feature_dependent,
         )
         belief, trusted_scores = believed(trainings, seen, likelihoods, views)
 
@@ -165,6 +167,8 @@ def run(trainings: Trainings, learn: bool, callbacks: Any, choose: bool) -> Outc
         p_alone = trainings.p()
     views = np.stack([found.unseen, p_alone], axis=1)
     opinion = opinion_of(views, factors, belief.alone).numpy()
+    if feature_dependent:
+        likelihoods = doubted(likelihoods, opinion).numpy()
     targets = Targets.of(likelihoods, opinion, 1 - belief.given)
     trust = belief.trust if len(sure) else 0.0
     trainings.run(
