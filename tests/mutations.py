@@ -408,6 +408,13 @@ FAULTS = [
         ("test_noise_models.py -k counted_twice",),
     ),
     Fault(
+        "belief-doubt",
+        "the belief hears labels that are surely wrong",
+        "labels = doubted(labels, opinion)",
+        "labels = labels",
+        ("test_noise_models.py -k surely_wrong",),
+    ),
+    Fault(
         "pair",
         "the lower batches that fill no whole group are left out",
         "math.ceil(length / count)",
