@@ -117,10 +117,31 @@ def test_noise_is_noticed_if_given_labels_are_predicted_otherwise() -> None:
     limit = losses.mean() + losses.std()  # two standard errors above
     assert noise.noticed(np.array([limit + 1e-9]), losses)
     assert not noise.noticed(np.array([limit - 1e-9]), losses)
+    # If it is suspected, any larger loss will do.
+    assert noise.noticed(np.array([losses.mean() + 1e-9]), losses, suspected=True)
+    assert not noise.noticed(np.array([losses.mean() - 1e-9]), losses, suspected=True)
     # Much easier than right ones, by more than three standard errors: learned errors.
     limit = losses.mean() - 3 * losses.std() / 2
     assert noise.noticed(np.array([limit - 1e-9]), losses)
     assert not noise.noticed(np.array([limit + 1e-9]), losses)
+
+
+def test_the_network_of_trusted_examples_may_suspect_noise() -> None:
+    """Given labels are predicted nearly as well as right ones, but T alone is not I."""
+    given, losses = np.array([0, 1, 2, 0]), -np.log([0.8, 0.6, 0.7, 0.9])
+    p = np.full((4, 3), 0.15)
+    p[np.arange(4), given] = 0.7  # a loss of 0.36; right ones have 0.30 +- 0.08
+    none = np.zeros(0)
+
+    def noisy(transition: np.ndarray, sure_losses: np.ndarray = losses) -> bool:
+        seen = stages.Given(p, none, sure_losses, [], none)
+        alone = stages.Alone(none, none, transition, none)
+        return stages.has_noise(given, seen, alone, CONFUSED)
+
+    tenth = np.eye(3) * 0.85 + 0.05  # calls 10 percent wrong
+    assert not noisy(tenth + 1e-9 * np.eye(3))
+    assert noisy(tenth - 0.01 * np.eye(3))
+    assert noisy(np.eye(3), none)  # without trusted examples T itself decides
 
 
 class Halves:

@@ -185,21 +185,25 @@ def as_sure(predicted: np.ndarray, other: np.ndarray) -> np.ndarray:
     return sharpened(predicted, np.exp(low))
 
 
-def noticed(of_given: np.ndarray, of_right: np.ndarray) -> bool:
+def noticed(
+    of_given: np.ndarray, of_right: np.ndarray, suspected: bool = False
+) -> bool:
     """Whether given labels are not predicted as well as right ones: there is noise.
 
     Right labels must have a mean log-loss that is smaller by more than two standard
     errors: random errors cannot be predicted. Or larger by more than three: errors were
-    learned.
+    learned. Where another network suspects noise, any smaller loss will do: errors that
+    depend on the example can be predicted nearly as well as right labels.
 
     Args:
         of_given: log-losses of given labels, by networks that did not see them, [n].
         of_right: of trusted labels, the mean of the same networks' log-losses, [m].
             (The loss of their mean probability would be smaller than that of one.)
+        suspected: whether the network of the trusted examples alone suspects noise.
     """
     error = of_right.std() / np.sqrt(len(of_right))
     smaller = of_given.mean() - of_right.mean()
-    return bool(smaller > 2 * error or smaller < -3 * error)
+    return bool(smaller > (0 if suspected else 2 * error) or smaller < -3 * error)
 
 
 def mostly_right(transition: np.ndarray) -> bool:

@@ -136,11 +136,7 @@ def run(trainings: Trainings, learn: bool, callbacks: Any, choose: bool) -> Outc
     if explains_best(alone, seen):
         scores["class-dependent"] = float(min(by_class, alone.losses.mean()))
     # Without noise both are the same, and T says which labels are wrong.
-    if len(sure):
-        of_given = -noise.log_likelihoods(seen.p, given)
-        noisy = noise.noticed(of_given, seen.sure_losses)
-    else:
-        noisy = noise.share(transition, given) > LITTLE
+    noisy = has_noise(given, seen, alone, transition)
     by_features = scores["feature-dependent"] < scores["class-dependent"]
     feature_dependent = bool(noisy and by_features)
 
@@ -294,6 +290,17 @@ def explains_best(alone: Alone, seen: Given) -> bool:
     """Whether the trusted examples alone explain the given labels better than networks
     of the given labels do. (Neither has seen the labels that it is to explain.)"""
     return bool(alone.losses.mean() < seen.losses.mean())
+
+
+def has_noise(
+    given: np.ndarray, seen: Given, alone: Alone, transition: np.ndarray
+) -> bool:
+    """Whether some given labels are wrong, as far as can be seen."""
+    if not len(seen.sure_losses):
+        return noise.share(transition, given) > LITTLE
+    suspected = noise.share(alone.transition, given) > LITTLE
+    of_given = -noise.log_likelihoods(seen.p, given)
+    return noise.noticed(of_given, seen.sure_losses, suspected)
 
 
 def corrected(
