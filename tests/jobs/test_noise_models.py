@@ -133,15 +133,24 @@ def test_the_network_of_trusted_examples_may_suspect_noise() -> None:
     p[np.arange(4), given] = 0.7  # a loss of 0.36; right ones have 0.30 +- 0.08
     none = np.zeros(0)
 
-    def noisy(transition: np.ndarray, sure_losses: np.ndarray = losses) -> bool:
+    def noisy(
+        transition: np.ndarray, errors: int = 0, sure_losses: np.ndarray = losses
+    ) -> bool:
+        held = np.zeros(10, int)
+        on_held = np.eye(3)[(np.arange(10) < errors).astype(int)]
         seen = stages.Given(p, none, sure_losses, [], none)
-        alone = stages.Alone(none, none, transition, none)
-        return stages.has_noise(given, seen, alone, CONFUSED)
+        alone = stages.Alone(none, on_held, transition, none)
+        return stages.has_noise(given, held, seen, alone, CONFUSED)
 
-    tenth = np.eye(3) * 0.85 + 0.05  # calls 10 percent wrong
-    assert not noisy(tenth + 1e-9 * np.eye(3))
+    tenth, third = np.eye(3) * 0.85 + 0.05, np.eye(3) * 0.5 + 1 / 6
+    assert not noisy(tenth + 1e-9 * np.eye(3))  # calls 10 percent wrong
     assert noisy(tenth - 0.01 * np.eye(3))
-    assert noisy(np.eye(3), none)  # without trusted examples T itself decides
+    # Not if the network itself errs so often: 0.11 against a third of 0.4.
+    assert not noisy(tenth - 0.01 * np.eye(3), errors=4)
+    assert noisy(third, errors=4)
+    assert not noisy(third, errors=5)  # it knows too little to be asked
+    # Without trusted examples T itself decides.
+    assert noisy(np.eye(3), sure_losses=none)
 
 
 class Halves:

@@ -20,7 +20,6 @@ from tfbilevel._jobs.cleaning.training import Targets
 from tfbilevel._jobs.cleaning.trainings import Split, Trainings
 
 START = Belief(trust=0.3, given=0.5, alone=0.2)
-LITTLE = 0.1  # a share of wrong labels of which T is believed
 # Labels by which the length of the trainings is chosen.
 MEASURED = 2000
 # Below this share the opinion of the trusted examples needs no training of its own.
@@ -136,7 +135,7 @@ def run(trainings: Trainings, learn: bool, callbacks: Any, choose: bool) -> Outc
     if explains_best(alone, seen):
         scores["class-dependent"] = float(min(by_class, alone.losses.mean()))
     # Without noise both are the same, and T says which labels are wrong.
-    noisy = has_noise(given, seen, alone, transition)
+    noisy = has_noise(given, trainings.held, seen, alone, transition)
     by_features = scores["feature-dependent"] < scores["class-dependent"]
     feature_dependent = bool(noisy and by_features)
 
@@ -293,13 +292,17 @@ def explains_best(alone: Alone, seen: Given) -> bool:
 
 
 def has_noise(
-    given: np.ndarray, seen: Given, alone: Alone, transition: np.ndarray
+    given: np.ndarray,
+    held: np.ndarray,
+    seen: Given,
+    alone: Alone,
+    transition: np.ndarray,
 ) -> bool:
     """Whether some given labels are wrong, as far as can be seen."""
     if not len(seen.sure_losses):
-        return noise.share(transition, given) > LITTLE
-    suspected = noise.share(alone.transition, given) > LITTLE
+        return noise.share(transition, given) > noise.LITTLE
     of_given = -noise.log_likelihoods(seen.p, given)
+    suspected = noise.suspected(alone.transition, given, alone.on_held, held)
     return noise.noticed(of_given, seen.sure_losses, suspected)
 
 
