@@ -35,6 +35,7 @@ Writes stochastic-PART.json, .md (a table) and .png (a picture, with matplotlib)
 
 import argparse
 import json
+import math
 import os
 import pathlib
 import subprocess
@@ -243,6 +244,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--look", type=float, help="seconds, of the grid")
     parser.add_argument("--quick", action="store_true", help="one setting, briefly")
     arguments = parser.parse_args(argv)
+    for name in ("condition", "seconds", "look"):
+        value = getattr(arguments, name)
+        if value is not None and not 0.0 < value < math.inf:
+            parser.error(f"--{name} must be positive and finite, got {value}")
     part, plan = arguments.part, planned(arguments.part, arguments)
     folder = arguments.out / part
     folder.mkdir(parents=True, exist_ok=True)

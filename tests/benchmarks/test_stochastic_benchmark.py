@@ -171,3 +171,19 @@ def test_other_options_are_refused(
     with pytest.raises(SystemExit, match="has results of other options"):
         suite.main([*options, f"--out={out}", "--methods", *METHODS])
     assert {path: path.read_bytes() for path in (out / "a").iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"), [("look", "-1"), ("seconds", "nan"), ("condition", "0")]
+)
+def test_bad_number_is_refused_before_anything_is_written(
+    suite: Any,
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+    flag: str,
+    value: str,
+) -> None:
+    with pytest.raises(SystemExit):
+        run(suite, tmp_path / "new", "a", "SOBA", f"--{flag}", value)
+    assert f"--{flag} must be positive and finite, got" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
