@@ -28,10 +28,11 @@ script, all examples that ever had the same position in a batch share them).
 Reproduces the denoising experiments of Mehra and Hamm (2021), arXiv:1911.03432: MNIST
 small (logistic regression, finally retrained on the trusted examples) and large,
 CIFAR10 and SVHN, with the networks and settings of the published code as defaults.
-`digits` is included in the installed packages and takes a minute. The tolerance of the
-penalty method applies to the gradient's norm. The published script compares the norm's
-fourth power, so its numbers appear here as their square roots. SVHN needs --data-file,
-made by data_prep/svhn.py.
+FashionMNIST, which is not published, has those of MNIST. `digits` is included in the
+installed packages and takes a minute. The tolerance of the penalty method applies to
+the gradient's norm. The published script compares the norm's fourth power, so its
+numbers appear here as their square roots. SVHN needs --data-file, made by
+data_prep/svhn.py.
 
 `test_accuracy` is that of the last epoch (mnist-small and digits: after retraining).
 """

@@ -89,6 +89,15 @@ def test_published_settings_are_the_defaults():
     )
 
 
+@pytest.mark.parametrize("method", ["penalty", "approxgrad", "oracle"])
+@pytest.mark.parametrize("preset", ["published", "hour"])
+def test_fashion_mnist_has_the_settings_of_mnist(method, preset):
+    flags = ["--method", method, "--preset", preset, "--dataset"]
+    made, other = (vars(parse(*flags, name)) for name in ("fashion_mnist", "mnist"))
+    assert made.pop("dataset") == "fashion_mnist" and other.pop("dataset") == "mnist"
+    assert made == other
+
+
 def forward_operations(net):
     """Multiplications and additions of convolutions and dense layers, one image."""
     total = 0
@@ -106,6 +115,7 @@ def forward_operations(net):
     "dataset, shape, steps",
     [
         ("mnist", (28, 28, 1), 295),
+        ("fashion_mnist", (28, 28, 1), 295),
         ("cifar10", (32, 32, 3), 200),
         ("svhn", (32, 32, 1), 361),
     ],
@@ -143,7 +153,7 @@ def test_approxgrad_halves_both_rates_by_epochs_and_goes_on_with_adam():
         assert float(rate(unit)) == pytest.approx(first / 2)
 
 
-@pytest.mark.parametrize("dataset", ["digits", "mnist", "mnist-small"])
+@pytest.mark.parametrize("dataset", ["digits", "mnist", "mnist-small", "fashion_mnist"])
 def test_the_parts_share_no_image(dataset, monkeypatch):
     """Numbered ones."""
 
