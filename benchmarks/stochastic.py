@@ -35,7 +35,6 @@ Writes stochastic-PART.json, .md (a table) and .png (a picture, with matplotlib)
 
 import argparse
 import json
-import math
 import os
 import pathlib
 import subprocess
@@ -56,6 +55,8 @@ from stochastic_library import ENTRIES, sizes_of  # noqa: E402
 from stochastic_problems import PARTS, load  # noqa: E402
 from stochastic_protocol import Plan, Setting, read  # noqa: E402
 from workers import pinned, processor, worker_environment  # noqa: E402
+
+from data_prep.command_line import positive  # noqa: E402
 
 JAX = ("SOBA", "StocBiO", "F2SA")
 AT_ONCE = 2  # processes
@@ -239,15 +240,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--part", choices=PARTS, default="a")
     parser.add_argument("--methods", nargs="+", choices=ENTRIES, default=list(ENTRIES))
-    parser.add_argument("--condition", type=float, default=10.0, help="of part (a)")
-    parser.add_argument("--seconds", type=float, help="of a run; default by part")
-    parser.add_argument("--look", type=float, help="seconds, of the grid")
+    above = positive(float)
+    parser.add_argument("--condition", type=above, default=10.0, help="of part (a)")
+    parser.add_argument("--seconds", type=above, help="of a run; default by part")
+    parser.add_argument("--look", type=above, help="seconds, of the grid")
     parser.add_argument("--quick", action="store_true", help="one setting, briefly")
     arguments = parser.parse_args(argv)
-    for name in ("condition", "seconds", "look"):
-        value = getattr(arguments, name)
-        if value is not None and not 0.0 < value < math.inf:
-            parser.error(f"--{name} must be positive and finite, got {value}")
     part, plan = arguments.part, planned(arguments.part, arguments)
     folder = arguments.out / part
     folder.mkdir(parents=True, exist_ok=True)
