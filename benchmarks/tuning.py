@@ -69,7 +69,7 @@ def tuned(trainer: Trainer, **options: Any) -> Row:
     )
     seconds = time.process_time() - begun
     found = trainer.measured(tuner.model_, tuner.best_)
-    return {"seconds": seconds, "refitted": tuner.refitted_, **found}
+    return {"seconds": seconds, "choice": tuner.choice_, **found}
 
 
 def make(trainer: Trainer, way: str) -> Row:
@@ -79,7 +79,7 @@ def make(trainer: Trainer, way: str) -> Row:
         return trainer(trainer.values(lambda name, one: _without(one)))
     if way == "starts":
         return trainer(trainer.values(lambda name, one: one.start))
-    return tuned(trainer, **({} if way == "tuner" else {"refit": False}))
+    return tuned(trainer, **({} if way == "tuner" else {"guard": False}))
 
 
 def _without(one: Any) -> float:

@@ -11,15 +11,16 @@ import tensorflow as tf
 from tuning_problems import Problem
 
 import tfbilevel as tb
+from tfbilevel._jobs.tuning.fixed_training import FixedTraining
 from tfbilevel._jobs.tuning.hyperparameter import Hyperparameter, Setting
 from tfbilevel._jobs.tuning.job import of_arrays
-from tfbilevel._jobs.tuning.losses import FixedTraining, Losses
+from tfbilevel._jobs.tuning.losses import Losses
 
 Row = dict[str, Any]
 
 
 class Trainer:
-    """One training at fixed values, as `tb.HyperparameterTuner` makes its refit.
+    """One training at fixed values, as `tb.HyperparameterTuner` makes those of its guard.
 
     Args:
         problem: what is trained.

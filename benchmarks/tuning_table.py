@@ -13,7 +13,7 @@ WAYS = {
     "plain": "no regularisation",
     "starts": "the tuner's starts, not tuned",
     "tuner": "**tuner**, its defaults",
-    "tuner of the search": "**tuner**, `refit=False`",
+    "tuner of the search": "**tuner**, `guard=False`",
     "random": "keras-tuner, random",
     "bayesian": "keras-tuner, Bayesian",
     "randomized": "`RandomizedSearchCV`",

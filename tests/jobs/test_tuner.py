@@ -1,6 +1,7 @@
 """`tb.HyperparameterTuner`: what it finds, and what it takes."""
 
 import pathlib
+import types
 from typing import Any
 
 import keras
@@ -10,7 +11,6 @@ import tensorflow as tf
 
 import tfbilevel as tb
 from tfbilevel._jobs.tuning.job import of_arrays
-from tfbilevel._jobs.tuning.tuner import _measured
 
 hyper = tb.hyper
 layers = keras.layers
@@ -43,7 +43,7 @@ def test_ridge_regression_finds_the_best_penalty_of_a_grid() -> None:
         optimizer=keras.optimizers.SGD(0.1),
         inner_steps=30,
         horizon=30,
-        refit=False,
+        guard=False,
     )
     assert tuner.fit(
         x, y, validation_data=(xv, yv), epochs=100, batch_size=16, verbose=0
@@ -66,9 +66,7 @@ def images(generator: Any, n: int) -> tuple:
 
 
 @pytest.mark.slow
-def test_images_with_text_labels_from_arrays(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_images_with_text_labels_from_arrays(tmp_path: pathlib.Path) -> None:
     x, y = images(np.random.default_rng(1), 120)
     network = sequential(
         (6, 6, 1),
@@ -87,25 +85,26 @@ def test_images_with_text_labels_from_arrays(
         hyper.OptimizerOption("beta_1", 0.9, (0.5, 0.99), "complement"),
     ]
     tuner = tb.HyperparameterTuner(
-        network, search, optimizer=keras.optimizers.Adam(0.02)
+        network,
+        search,
+        optimizer=keras.optimizers.Adam(0.02),
+        refit="auto",
+        guard=False,
     )
     seen: list = []
     watch = keras.callbacks.LambdaCallback(
         on_epoch_end=lambda epoch, logs: seen.append(logs["val_accuracy"])
     )
-    measured: list = []
-
-    def measure(*arguments: Any) -> dict:
-        measured.append(_measured(*arguments))
-        return measured[-1]
-
-    monkeypatch.setattr("tfbilevel._jobs.tuning.tuner._measured", measure)
     fitted = tuner.fit(x, y, epochs=5, batch_size=16, callbacks=[watch], verbose=0)
     assert fitted is tuner and len(seen) == 5
     assert tuner.history_["val_accuracy"] == seen
     assert tuner.score(x, y) > 0.9
-    # Of the network of the search and the new one, that with the lower loss is kept.
-    assert tuner.refitted_ == (measured[-1]["loss"] < measured[-2]["loss"])
+    # Of the network of the search and the new one, the better one is kept.
+    assert list(tuner.scores_) == ["search", "refit"]
+    assert tuner.scores_["search"]["accuracy"] == seen[-1]
+    kept = tuner.scores_.pop(tuner.choice_)
+    (other,) = tuner.scores_.values()
+    assert (kept["accuracy"], -kept["loss"]) >= (other["accuracy"], -other["loss"])
     assert tuner.predict(x[:3]).tolist() == y[:3].tolist()
     chances = tuner.predict_proba(x)
     np.testing.assert_allclose(chances.sum(axis=1), 1.0, rtol=1e-5)
@@ -169,6 +168,11 @@ def test_datasets_several_outputs_and_a_refit_on_everything() -> None:
     assert np.mean(classes == kind) == pytest.approx(found["accuracy"])
     assert np.corrcoef(numbers, amount)[0, 1] > 0.9
     assert tuner.best_["loss_weights"].shape == (2,)
+    # With two outputs the loss decides; what is kept is trained again on everything.
+    losses = {name: one["loss"] for name, one in tuner.scores_.items()}
+    assert set(losses) == {"search", "starts"}
+    better = min(losses, key=losses.__getitem__)
+    assert tuner.choice_ == {"search": "refit", "starts": "starts"}[better]
 
 
 @pytest.mark.slow
@@ -188,7 +192,7 @@ def test_a_short_horizon_makes_the_learning_rate_too_small() -> None:
             optimizer=keras.optimizers.SGD(0.1),
             inner_steps=20,
             horizon=horizon,
-            refit=False,
+            guard=False,
         )
         tuner.fit(x, y, epochs=30, batch_size=8, verbose=0)
         rates[horizon] = tuner.best_["learning_rate"]
@@ -208,6 +212,68 @@ def test_a_short_horizon_makes_the_learning_rate_too_small() -> None:
     # The larger rate is the worse one after one step, and the better one in the end.
     assert loss(rates[1], 1) < loss(rates[40], 1)
     assert loss(rates[1], 300) > 2 * loss(rates[40], 300)
+
+
+def regression() -> tuple[np.ndarray, ...]:
+    """16 rows to train on, 16 to tune on; the columns differ in size."""
+    generator = np.random.default_rng(4)
+    x, xv = generator.normal(size=(2, 16, 3)).astype("float32")
+    weights = np.array([[1.0], [-2.0], [0.5]])
+    noise = generator.normal(size=(2, 16, 1)) / 2
+    return x, x @ weights + noise[0], xv, xv @ weights + noise[1]
+
+
+def test_what_makes_matters_worse_is_not_kept() -> None:
+    """A search that goes uphill ends at the strongest penalty. The network kept instead
+    is gradient descent by hand at the penalty of the start."""
+    x, y, xv, yv = regression()
+    uphill = keras.optimizers.SGD(-100.0)
+    options = {"optimizer": keras.optimizers.SGD(0.1), "upper_optimizer": uphill}
+    network = sequential(
+        (3,), layers.Dense(1, use_bias=False, kernel_initializer="zeros")
+    )
+    search = [hyper.L2("global", start=0.01, range=(1e-4, 1.0))]
+    data = {"validation_data": (xv, yv), "epochs": 60, "batch_size": 16, "verbose": 0}
+    unguarded = tb.HyperparameterTuner(network, search, guard=False, **options)
+    assert unguarded.fit(x, y, **data).choice_ == "search"
+    assert unguarded.best_["l2"] > 0.9 and list(unguarded.scores_) == ["search"]
+    tuner = tb.HyperparameterTuner(network, search, **options).fit(x, y, **data)
+    assert tuner.choice_ == "starts" and list(tuner.scores_) == ["search", "starts"]
+    assert tuner.scores_["search"] == unguarded.scores_["search"]
+    assert tuner.best_["l2"] == pytest.approx(0.01, rel=1e-5)
+    w = np.zeros((3, 1))
+    for _ in range(60):
+        w -= 0.1 * (x.T @ (x @ w - y) / 8 + 2 * 0.01 * w)
+    np.testing.assert_allclose(tuner.model_.get_weights()[0], w, rtol=1e-4)
+    loss = np.mean((xv @ w - yv) ** 2)
+    r2 = 1 - loss / np.var(yv)
+    for found in (tuner.scores_["starts"], tuner.evaluate(xv, yv)):
+        assert found == pytest.approx({"loss": loss, "r2": r2}, rel=1e-4)
+    assert tuner.score(xv, yv) > unguarded.score(xv, yv) + 0.1
+
+
+@pytest.mark.parametrize(
+    ("monitor", "outputs", "scores", "kept"),
+    [
+        ("auto", 1, {"search": (0.4, 0.8), "starts": (0.5, 0.9)}, "starts"),
+        ("score", 2, {"search": (0.4, 0.8), "starts": (0.5, 0.9)}, "starts"),
+        ("loss", 1, {"search": (0.4, 0.8), "starts": (0.5, 0.9)}, "search"),
+        ("auto", 2, {"search": (0.4, 0.8), "starts": (0.5, 0.9)}, "search"),
+        ("auto", 1, {"search": (0.5, 0.8), "refit": (0.4, 0.8)}, "refit"),
+        ("auto", 1, {"search": (0.5, 0.8), "starts": (0.5, 0.8)}, "search"),
+        ("auto", 1, {"search": (np.nan, 0.9), "starts": (2.0, 0.1)}, "starts"),
+        ("loss", 1, {"search": (np.nan, 0.9), "starts": (2.0, 0.1)}, "starts"),
+    ],
+)
+def test_which_network_is_kept(monitor, outputs, scores, kept) -> None:
+    tuner = tb.HyperparameterTuner(monitor=monitor)
+    tuner.scores_ = {
+        name: {"loss": loss, "accuracy": accuracy}
+        for name, (loss, accuracy) in scores.items()
+    }
+    job = types.SimpleNamespace(outputs=[types.SimpleNamespace(metric="accuracy")])
+    job.outputs *= outputs
+    assert tuner._best(job) == kept
 
 
 def test_parameters_are_those_of_scikit_learn() -> None:
@@ -241,6 +307,8 @@ L2 = [hyper.L2()]
             (X, Y),
             "`refit` must be one of 'auto', False, True, 'all'",
         ),
+        (TWO, {"guard": "yes"}, (X, Y), "`guard` must be one of True, False"),
+        (TWO, {"monitor": "auc"}, (X, Y), "`monitor` must be one of 'auto', 'score'"),
         (3, {}, (X, Y), "`model` must be a Keras model, or a function"),
         (TWO, {}, (X, Y[:5]), "one entry for each example. Received: 5 for 8"),
         (TWO, {}, (X * np.nan, Y), "NaN or infinity.*8 such rows, the first is 0"),

@@ -106,6 +106,8 @@ def tune(options: argparse.Namespace) -> None:
                 zip(("training", "validation", "test"), counts, strict=True)
             ),
             "best": _best(tuner),
+            "choice": tuner.choice_,
+            "scores": tuner.scores_,
             "accuracy": {
                 "plain": _accuracy(plain, test),
                 "tuned": _accuracy(tuner.model_, test),
@@ -208,6 +210,12 @@ def _report(folder: pathlib.Path, summary: dict[str, Any], table: dict) -> None:
     if plain["low"] <= tuned["high"] and tuned["low"] <= plain["high"]:
         count = summary["examples"]["test"]
         notes.append(f"With {count:,} examples such a difference can be chance.")
+    if summary["choice"] == "starts":
+        notes.append(
+            "The network trained with the values at the start predicted the tuning "
+            "examples best, so it was kept. The search minimises the loss, in which it "
+            "may be ahead."
+        )
     rows = [(name, f"{value:.4g}") for name, value in summary["best"].items()]
     counts = summary["examples"]
     write_training_report(
@@ -217,7 +225,11 @@ def _report(folder: pathlib.Path, summary: dict[str, Any], table: dict) -> None:
         notes=notes,
         tables=[
             Table("Accuracy", ("", "accuracy", "95\u00a0% interval"), accuracies),
-            Table("The values found", ("hyperparameter", "value"), rows),
+            Table(
+                "The values of the network that was kept",
+                ("hyperparameter", "value"),
+                rows,
+            ),
         ],
         curves={name: values for name, values in table.items() if name != "epoch"},
         first_epoch=0,

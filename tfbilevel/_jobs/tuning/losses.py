@@ -1,4 +1,4 @@
-"""The losses of both levels, and a training with fixed hyperparameters."""
+"""The losses of both levels."""
 
 import contextlib
 import dataclasses
@@ -9,6 +9,7 @@ import keras
 import tensorflow as tf
 
 from tfbilevel._jobs.tuning.hyperparameter import Hyperparameter, Setting
+from tfbilevel._jobs.tuning.job import Job
 from tfbilevel._jobs.tuning.outputs import Output
 
 
@@ -25,6 +26,18 @@ class Losses:
     search: Sequence[Hyperparameter]
     outputs: Sequence[Output]
     setting: Setting
+
+    @classmethod
+    def of(
+        cls,
+        job: Job,
+        search: Sequence[Hyperparameter],
+        optimizer: keras.optimizers.Optimizer,
+    ) -> "Losses":
+        """The losses of a new network of the job."""
+        network = job.network()
+        setting = Setting(network, job.classes, job.deviation, job.shape, optimizer)
+        return cls(tuple(search), tuple(job.outputs), setting)
 
     def training(self, values: dict[str, Any], x: Any, y: Any) -> tf.Tensor:
         """The loss of a training batch, without the network's own regularisers."""
@@ -61,30 +74,3 @@ class Losses:
         outputs = self.predicted(values, x, training)
         each = zip(self.outputs, tf.nest.flatten(y), outputs, strict=True)
         return [one.losses(target, output) for one, target, output in each]
-
-
-class FixedTraining(keras.Model):
-    """A network in training at fixed hyperparameters, for Keras's `fit`.
-
-    Its input is (x, y) and its output the loss.
-    """
-
-    def __init__(self, losses: Losses, values: dict[str, Any]):
-        super().__init__(name="training")
-        self._losses_of, self._values = losses, values
-        self.network = losses.setting.network
-        self.built = True
-
-    def call(self, inputs: Any, training: bool | None = None) -> Any:
-        values = {k: tf.constant(v, tf.float32) for k, v in self._values.items()}
-        return self._losses_of.training(values, *inputs)
-
-    def compute_loss(
-        self,
-        x: Any = None,
-        y: Any = None,
-        y_pred: Any = None,
-        sample_weight: Any = None,
-        training: bool = True,
-    ) -> Any:
-        return tf.add_n([y_pred, *(tf.cast(t, y_pred.dtype) for t in self.losses)])

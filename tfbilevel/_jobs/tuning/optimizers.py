@@ -45,13 +45,18 @@ def optimizer_for(
     return optimizer
 
 
-def upper_optimizer(warmup: float, steps: int) -> keras.optimizers.Optimizer:
-    """The default for the hyperparameters.
+def upper_optimizer(
+    given: Any, warmup: float, steps: int
+) -> keras.optimizers.Optimizer:
+    """The optimizer of the hyperparameters: a copy of the tuner's, or the default.
 
     Args:
+        given: of the tuner. A copy, because Keras's serve one set of variables only.
         warmup: the share of the steps without a change.
         steps: number of all steps.
     """
+    if given is not None:
+        return with_options(optimizer_of(given, "upper_optimizer"), {})
     rate: Any = UPPER_RATE
     if round(warmup * steps):
         rate = keras.optimizers.schedules.PiecewiseConstantDecay(
@@ -61,8 +66,8 @@ def upper_optimizer(warmup: float, steps: int) -> keras.optimizers.Optimizer:
     return keras.optimizers.Adam(rate, beta_2=0.9)
 
 
-def with_found(
+def with_options(
     optimizer: keras.optimizers.Optimizer, options: dict[str, float]
 ) -> keras.optimizers.Optimizer:
-    """A new optimizer like this one, with the options found."""
+    """A new optimizer like this one, with other values of some options."""
     return type(optimizer).from_config(configuration(optimizer) | options)

@@ -10,14 +10,17 @@ from tfbilevel._core.arguments import require_choice, require_count, require_num
 from tfbilevel._core.inner_solver import InnerSolver
 from tfbilevel._jobs.estimator import Estimator
 from tfbilevel._jobs.random_state import random_state_kept
-from tfbilevel._jobs.tuning.hyperparameter import Hyperparameter, Setting
+from tfbilevel._jobs.tuning.fixed_training import Trained, Trainer
+from tfbilevel._jobs.tuning.hyperparameter import Hyperparameter
 from tfbilevel._jobs.tuning.job import Job, of_arrays, of_datasets
-from tfbilevel._jobs.tuning.losses import FixedTraining, Losses
-from tfbilevel._jobs.tuning.optimizers import (
-    optimizer_for,
-    upper_optimizer,
-    with_found,
+from tfbilevel._jobs.tuning.losses import Losses
+from tfbilevel._jobs.tuning.metrics import (
+    MEASURED,
+    metrics,
+    softmax,
+    validation_metrics,
 )
+from tfbilevel._jobs.tuning.optimizers import optimizer_for, upper_optimizer
 from tfbilevel._jobs.tuning.record import Recorder, columns, picture, table
 from tfbilevel._jobs.tuning.streams import inputs
 from tfbilevel._jobs.tuning.values import Values
@@ -26,7 +29,7 @@ from tfbilevel._keras.pair import pair
 from tfbilevel._methods.hypergradient.unroll import Unroll
 
 REFIT = ("auto", False, True, "all")
-MEASURED = 1000  # examples in a batch that is only evaluated
+MONITOR = ("auto", "score", "loss")
 
 
 class HyperparameterTuner(Estimator):
@@ -45,10 +48,15 @@ class HyperparameterTuner(Estimator):
     help, while the network does not overfit yet. Take a longer `horizon` for
     `tb.hyper.LearningRate`. [The guide](tuning.md) shows the bias in numbers.
 
-    Cost: about two trainings of the network with the defaults, and one more with
-    `refit`; memory about that of four training batches, and of `horizon` copies of the
-    weights. Choices that are no numbers (layers, units) stay with a search such as
-    keras-tuner's, see the guide.
+    The search minimises the validation loss, and that is not the accuracy: smooth
+    labels, for instance, raise both. So a network is also trained at the starts of the
+    hyperparameters, and kept if it has the higher validation score (`guard`). Where the
+    starts are good, this happens.
+
+    Cost: about two trainings of the network for the search, one for the guard, and one
+    more with `refit`; memory about that of four training batches, and of `horizon`
+    copies of the weights. Choices that are no numbers (layers, units) stay with a
+    search such as keras-tuner's, see the guide.
 
     Args:
         model: a Keras model, which is cloned; or a function () -> Keras model, or
@@ -70,18 +78,25 @@ class HyperparameterTuner(Estimator):
             looks harmful. Only for the default `upper_optimizer`.
         upper_optimizer: a Keras optimizer for the hyperparameters' variables without
             bounds. `None`: Adam(0.1, beta_2=0.9), after the warm-up.
-        refit: True: train a new network with the values found. False: keep the network
-            that was trained while they changed. "auto": train a new one, and keep that
-            of the two with the lower validation loss. "all": train a new one on the
-            validation data too; nothing is then left to measure it by.
+        refit: False: the network that was trained while the values changed takes part
+            in the choice. True: a new one, trained with the values found. "auto": both.
+            "all": the network kept is trained again on the validation data too;
+            nothing is then left to measure it by.
+        guard: whether a network trained with the starts takes part in the choice.
+        monitor: what the choice goes by, on the validation data. "score": the accuracy,
+            for numbers R^2, of the first output; of equal ones the lower loss. "loss".
+            "auto": the score, and the loss for a network with several outputs.
         jit_compile: as in `tb.BilevelModel.compile`.
         seed: of the weights, the batches and the split.
 
     Attributes:
-        best_: name -> number, or array for a hyperparameter with several; the mean over
-            the last fifth of the epochs.
+        best_: name -> number, or array for a hyperparameter with several: of what was
+            kept. Values found are the mean over the last fifth of the epochs.
         names_: name -> the names of these numbers; `None` for one number.
-        refitted_: whether `model_` was trained with the values found from its start.
+        choice_: what was kept: "search", the network that was trained while the values
+            changed; "refit", a new one with the values found; "starts", the guard's.
+        scores_: the validation metrics of all that took part in the choice, by these
+            names.
         model_: the tuned network, a Keras model; dropout rates are set, input scales
             are built in.
         history_: the losses and validation metrics of each epoch.
@@ -124,7 +139,9 @@ class HyperparameterTuner(Estimator):
         horizon: int = 1,
         warmup: float = 0.25,
         upper_optimizer: Any = None,
-        refit: bool | str = "auto",
+        refit: bool | str = False,
+        guard: bool = True,
+        monitor: str = "auto",
         jit_compile: bool | str = False,
         seed: int = 0,
     ):
@@ -137,6 +154,8 @@ class HyperparameterTuner(Estimator):
         self.warmup = warmup
         self.upper_optimizer = upper_optimizer
         self.refit = refit
+        self.guard = guard
+        self.monitor = monitor
         self.jit_compile = jit_compile
         self.seed = seed
 
@@ -183,21 +202,37 @@ class HyperparameterTuner(Estimator):
             job = of_arrays(
                 self.model, loss, x, y, validation_data, validation_split, self.seed
             )
-        tuned, values, found = self._tuned(job, epochs, batch_size, callbacks, verbose)
-        best = tuned
-        if self.refit:
-            best = self._refitted(job, values, found, epochs, batch_size, verbose)
-        if self.refit == "auto":
-            best = min(
-                (tuned, best), key=lambda one: _measured(one, found, job)["loss"]
-            )
-        self.refitted_ = best is not tuned
-        network = best.setting.network
+        tuned, starts = self._tuned(job, epochs, batch_size, callbacks, verbose)
+        train = Trainer(
+            job,
+            self.search,
+            lambda steps: optimizer_for(self.model, self.optimizer, self.search, steps),
+            epochs,
+            batch_size,
+            self.seed,
+            self.jit_compile,
+            verbose,
+        )
+        made = {"search": tuned} if self.refit in (False, "auto", "all") else {}
+        if self.refit in (True, "auto"):
+            made["refit"] = train(tuned.values)
+        if self.guard:
+            made["starts"] = train(starts)
+        self.scores_ = {
+            name: validation_metrics(one.losses, one.values, job)
+            for name, one in made.items()
+        }
+        self.choice_ = self._best(job)
+        best = made[self.choice_]
+        if self.refit == "all":
+            best = train(best.values, everything=True)
+            self.choice_ = "refit" if self.choice_ == "search" else self.choice_
+        network = best.losses.setting.network
         for one in self.search:
-            network = one.built_in(found[one.name], network)
+            network = one.built_in(best.values[one.name], network)
         self.outputs_ = job.outputs
         self.model_ = network
-        self.best_ = {k: v if v.ndim else float(v) for k, v in found.items()}
+        self.best_ = {k: v if v.ndim else float(v) for k, v in best.values.items()}
         first = job.outputs[0].classes
         if first is not None:
             self.classes_ = first.values
@@ -226,22 +261,37 @@ class HyperparameterTuner(Estimator):
         require_count(self.inner_steps, "inner_steps")
         require_count(self.horizon, "horizon")
         require_choice(self.refit, "refit", REFIT)
+        require_choice(self.guard, "guard", (True, False))
+        require_choice(self.monitor, "monitor", MONITOR)
         rule = "from 0 to below 1"
         require_number(self.warmup, "warmup", lambda v: 0 <= v < 1, rule)
 
+    def _best(self, job: Job) -> str:
+        """The name of the network to keep; the first of equal ones."""
+        by_loss = self.monitor == "loss"
+        if self.monitor == "auto":
+            by_loss = len(job.outputs) > 1
+
+        def rank(name: str) -> tuple[float, float]:
+            found = self.scores_[name]
+            score = 0.0 if by_loss else found[job.outputs[0].metric]
+            ranked = score, -found["loss"]
+            return ranked if np.isfinite(ranked).all() else (-np.inf, -np.inf)
+
+        return max(self.scores_, key=rank)
+
     def _tuned(
         self, job: Job, epochs: int, batch_size: int, callbacks: Any, verbose: Any
-    ) -> tuple:
-        """The losses with their network, and the hyperparameters, after training on
-        both levels."""
+    ) -> tuple[Trained, dict]:
+        """The network of the search with the values found, and their starts."""
         steps = max(self.inner_steps, self.horizon)
         per_epoch = max(1, round(job.counts(batch_size)[0] / steps))
         total = epochs * per_epoch * steps
-        network = job.network()
         optimizer = optimizer_for(self.model, self.optimizer, self.search, total)
-        setting = Setting(network, job.classes, job.deviation, job.shape, optimizer)
-        values = Values(self.search, setting)
-        losses = Losses(tuple(self.search), tuple(job.outputs), setting)
+        losses = Losses.of(job, self.search, optimizer)
+        network = losses.setting.network
+        values = Values(self.search, losses.setting)
+        starts = values.numbers()
         learns = bool(values.options())
         inner = InnerSolver(
             optimizer,
@@ -257,10 +307,12 @@ class HyperparameterTuner(Estimator):
         )
         model.compile(
             Unroll(inner, last=self.horizon),
-            self.upper_optimizer or upper_optimizer(self.warmup, epochs * per_epoch),
+            upper_optimizer(self.upper_optimizer, self.warmup, epochs * per_epoch),
             jit_compile=self.jit_compile,
         )
-        recorder = Recorder(values, lambda: _measured(losses, values.numbers(), job))
+        recorder = Recorder(
+            values, lambda: validation_metrics(losses, values.numbers(), job)
+        )
         upper = job.validation(batch_size, self.seed + 1)
         stream = pair(upper, job.training(batch_size, self.seed), lower_batches=steps)
         history = model.fit(
@@ -277,41 +329,7 @@ class HyperparameterTuner(Estimator):
         self.names_ = {k: v and tuple(v) for k, v in values.entries.items()}
         last = recorder.positions[-max(1, epochs // 5) :]
         values.assign({k: np.mean([p[k] for p in last], axis=0) for k in last[0]})
-        return losses, values, values.numbers()
-
-    def _refitted(
-        self,
-        job: Job,
-        values: Values,
-        found: dict[str, np.ndarray],
-        epochs: int,
-        batch_size: int,
-        verbose: Any,
-    ) -> Losses:
-        """The losses with a new network, trained with the values found."""
-        everything = self.refit == "all"
-        counts = job.counts(batch_size)
-        per_epoch = counts[2] if everything else counts[0]
-        network = job.network()
-        optimizer = optimizer_for(
-            self.model, self.optimizer, self.search, epochs * per_epoch
-        )
-        options = {k: float(v) for k, v in values.options().items()}
-        setting = Setting(network, job.classes, job.deviation, job.shape, optimizer)
-        losses = Losses(tuple(self.search), tuple(job.outputs), setting)
-        training = FixedTraining(losses, found)
-        training.compile(
-            optimizer=with_found(optimizer, options), jit_compile=self.jit_compile
-        )
-        stream = (job.everything if everything else job.training)(batch_size, self.seed)
-        training.fit(
-            stream.map(lambda x, y: ((x, y),)),
-            epochs=epochs,
-            steps_per_epoch=per_epoch,
-            shuffle=False,
-            verbose=verbose,
-        )
-        return losses
+        return Trained(losses, values.numbers()), starts
 
     def plot(self) -> Any:
         """A matplotlib figure of the hyperparameters over training.
@@ -343,7 +361,7 @@ class HyperparameterTuner(Estimator):
                     "`predict_proba` is for a classification. Use `predict`. "
                     "Received: a regression"
                 )
-            made.append(output if one.probabilities else _softmax(output))
+            made.append(output if one.probabilities else softmax(output))
         return made if len(made) > 1 else made[0]
 
     def evaluate(self, x: Any, y: Any) -> dict[str, float]:
@@ -353,7 +371,7 @@ class HyperparameterTuner(Estimator):
             one.targets(each, "y")
             for one, each in zip(self.outputs_, labels, strict=True)
         ]
-        return _metrics(self.outputs_, targets, self._outputs(x))
+        return metrics(self.outputs_, targets, self._outputs(x))
 
     def score(self, x: Any, y: Any) -> float:
         """The accuracy; for numbers R^2; of the first output."""
@@ -362,29 +380,3 @@ class HyperparameterTuner(Estimator):
     def _outputs(self, x: Any) -> list[np.ndarray]:
         made = self.model_.predict(inputs(x, "x"), batch_size=MEASURED, verbose=0)
         return [np.asarray(part) for part in tf.nest.flatten(made)]
-
-
-def _measured(losses: Losses, values: dict, job: Job) -> dict[str, float]:
-    """The metrics of all validation examples."""
-    made, targets = [], []
-    for x, y in job.measured(MEASURED):
-        made.append([np.asarray(o) for o in losses.predicted(values, x)])
-        targets.append([part.numpy() for part in tf.nest.flatten(y)])
-    joined = [
-        [np.concatenate(p) for p in zip(*e, strict=True)] for e in (targets, made)
-    ]
-    return _metrics(losses.outputs, *joined)
-
-
-def _metrics(outputs: Any, targets: list, made: list) -> dict[str, float]:
-    each = list(zip(outputs, targets, made, strict=True))
-    result = {"loss": sum(float(np.mean(o.losses(t, m))) for o, t, m in each)}
-    for number, (one, target, output) in enumerate(each):
-        name = one.metric if number == 0 else f"{one.metric}_{number}"
-        result[name] = one.score(target, output)
-    return result
-
-
-def _softmax(logits: np.ndarray) -> np.ndarray:
-    shifted = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    return shifted / shifted.sum(axis=-1, keepdims=True)

@@ -63,9 +63,11 @@ class Values(keras.layers.Layer):
 
     def options(self) -> dict[str, Any]:
         """All options of the optimizer."""
-        values = self.values()
-        return {
-            k: v
-            for one in self.search
-            for k, v in one.options(values[one.name]).items()
-        }
+        return options_of(self.search, self.values())
+
+
+def options_of(
+    search: Sequence[Hyperparameter], values: dict[str, Any]
+) -> dict[str, Any]:
+    """The options of the optimizer at these values."""
+    return {k: v for one in search for k, v in one.options(values[one.name]).items()}
