@@ -20,7 +20,7 @@ Row = dict[str, Any]
 
 
 class Trainer:
-    """One training at fixed values, as `tb.HyperparameterTuner` makes those of its guard.
+    """One training at fixed values, as `tb.HyperparameterTuner` makes for its guard.
 
     Args:
         problem: what is trained.

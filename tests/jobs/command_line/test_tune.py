@@ -52,7 +52,7 @@ def test_rows():
     report = pathlib.Path("out/report.html").read_text()
     assert f"{100 * summary['accuracy']['tuned']['share']:.1f}\u00a0% tuned" in report
     assert report.count("<polyline") == 4
-    # The guard: the higher accuracy on the tuning examples, of equal ones the lower loss.
+    # The guard: the higher accuracy on the tuning examples; if equal, the lower loss.
     assert set(summary["scores"]) == {"search", "starts"}
     ranks = {k: (v["accuracy"], -v["loss"]) for k, v in summary["scores"].items()}
     assert summary["choice"] == max(ranks, key=ranks.__getitem__)
