@@ -29,7 +29,8 @@ def positive(kind: type) -> Callable[[str], Any]:
     def parse(text: str) -> Any:
         value = kind(text)
         if not (math.isfinite(value) and value > 0):
-            raise argparse.ArgumentTypeError(f"must be above zero, got {text}")
+            rule = "must be above zero" + (" and finite" if kind is float else "")
+            raise argparse.ArgumentTypeError(f"{rule}, got {text}")
         return value
 
     parse.__name__ = f"positive {kind.__name__}"

@@ -415,6 +415,13 @@ FAULTS = [
         ("test_noise_models.py -k surely_wrong",),
     ),
     Fault(
+        "tuner-guard",
+        "the guard trains at the values found, not at the starts",
+        'made["starts"] = train(starts)',
+        'made["starts"] = train(tuned.values)',
+        ("test_tuner.py -k worse",),
+    ),
+    Fault(
         "pair",
         "the lower batches that fill no whole group are left out",
         "math.ceil(length / count)",

@@ -185,6 +185,6 @@ def test_bad_number_is_refused_before_anything_is_written(
 ) -> None:
     with pytest.raises(SystemExit):
         run(suite, tmp_path / "new", "a", "SOBA", f"--{flag}", value)
-    rule = f"argument --{flag}: must be above zero, got {value}"
+    rule = f"argument --{flag}: must be above zero and finite, got {value}"
     assert rule in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
