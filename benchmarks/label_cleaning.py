@@ -16,7 +16,9 @@ the best other way had. With `--results FILE` it adds the cells of OUT to those 
 (docs/results/label_cleaning.json), so that seeds can be measured one after the other.
 
 `--published` measures the published split instead: MNIST, 5,000 doubtful, 5,000
-trusted, 10,000 test images, 784-300-10, 200 epochs of each training. Data: $TFDS_DATA_DIR and $SCIKIT_LEARN_DATA.
+trusted, 10,000 test images, 784-300-10, 200 epochs of each training.
+
+Data: $TFDS_DATA_DIR and $SCIKIT_LEARN_DATA.
 """
 
 import argparse
