@@ -59,6 +59,7 @@ from settings.data_denoising import (
     METHODS,
     PRESETS,
     Settings,
+    dataset_of,
 )
 
 import tfbilevel as tb
@@ -124,7 +125,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--augment",
         action=argparse.BooleanOptionalAction,
-        help="rotate, shift, zoom and flip; default for cifar10 only",
+        help="rotate, shift, zoom and flip; by data set and preset",
     )
     add("--dropout", action=argparse.BooleanOptionalAction, help="default: none")
     add("--jit", choices=common.JIT, help="default auto")
@@ -162,7 +163,7 @@ def reject_ineffective_flags(parser: common.Parser, args: argparse.Namespace) ->
 
 def complete(parser: common.Parser, args: argparse.Namespace) -> argparse.Namespace:
     """Fill in what follows from the data set and the method; check for errors."""
-    dataset = DATASETS[args.dataset]
+    dataset = dataset_of(args.dataset, args.preset)
     if args.preset == "hour" and dataset.net == "logistic":
         parser.error(
             f"--preset hour is for the large data sets, got --dataset {args.dataset}, "
@@ -187,7 +188,7 @@ def complete(parser: common.Parser, args: argparse.Namespace) -> argparse.Namesp
         "validation_size": dataset.sizes[1],
         "pretrain_epochs": dataset.pretrain_epochs,
         "retrain_threshold": dataset.retrain_threshold or 0.0,
-        "augment": args.dataset == "cifar10",
+        "augment": dataset.augment,
         "dropout": False,
     }
     for name, value in defaults.items():

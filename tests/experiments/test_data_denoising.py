@@ -60,6 +60,8 @@ def test_published_settings_are_the_defaults():
     assert method.initial_multiplier == 1e-6
     assert not args.augment and args.retrain_threshold == 0
     assert parse("--dataset", "cifar10").augment
+    hour = parse("--dataset", "cifar10", "--preset", "hour")
+    assert not hour.augment and hour.pretrain_epochs == 20
     small = parse("--dataset", "mnist-small")
     assert (small.retrain_threshold, small.net, small.noise) == (0.9, "logistic", 0.5)
     assert (small.train_size, small.validation_size) == (5000, 5000)
