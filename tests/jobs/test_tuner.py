@@ -307,6 +307,7 @@ L2 = [hyper.L2()]
             (X, Y),
             "`refit` must be one of 'auto', False, True, 'all'",
         ),
+        (TWO, {"upper_optimizer": 3}, (X, Y), "`upper_optimizer` must be a Keras opt"),
         (TWO, {"guard": "yes"}, (X, Y), "`guard` must be one of True, False"),
         (TWO, {"monitor": "auc"}, (X, Y), "`monitor` must be one of 'auto', 'score'"),
         (3, {}, (X, Y), "`model` must be a Keras model, or a function"),

@@ -56,7 +56,10 @@ def upper_optimizer(
         steps: number of all steps.
     """
     if given is not None:
-        return with_options(optimizer_of(given, "upper_optimizer"), {})
+        optimizer = optimizer_of(given, "upper_optimizer")
+        if not isinstance(optimizer, keras.optimizers.Optimizer):
+            return optimizer  # `BilevelModel.compile` says what is wrong
+        return with_options(optimizer, {})
     rate: Any = UPPER_RATE
     if round(warmup * steps):
         rate = keras.optimizers.schedules.PiecewiseConstantDecay(
