@@ -26,6 +26,7 @@ import sys
 import threading
 import time
 import webbrowser
+from collections.abc import Collection
 from typing import Any
 
 import filelock
@@ -253,15 +254,19 @@ def run_all(args: argparse.Namespace) -> list[str]:
     names = sorted(args.only, key=lambda name: -GALLERY[name].cost)
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
     ended, lock = 0, threading.Lock()
+    running: set[str] = set()
 
     def one(name: str) -> None:
         nonlocal ended
+        with lock:  # the page that another one is writing has the former result
+            running.add(name)
         folder = args.out / name
         kept = is_complete(folder, GALLERY[name])
         if not kept:
             print(f"{name}: started", flush=True)
         made = run(folder, GALLERY[name], threads)
         with lock:
+            running.discard(name)
             ended += 1
             place = f"[{ended}/{len(names)}] {name}:"
             if made["exit"] == 0:
@@ -270,7 +275,7 @@ def run_all(args: argparse.Namespace) -> list[str]:
             else:
                 failed.append(name)
                 print(f"{place} failed: {reason(folder, made)}", flush=True)
-            write(args.out / "index.html", page(args, len(names) - ended))
+            write(args.out / "index.html", page(args, len(names) - ended, running))
 
     pool = concurrent.futures.ThreadPoolExecutor(args.jobs)
     try:
@@ -296,24 +301,34 @@ def reason(folder: pathlib.Path, made: dict[str, Any]) -> str:
 # The page.
 
 
-def page(args: argparse.Namespace, left: int) -> str:
-    """The page of the chosen experiments that have ended, with all that it shows."""
+def page(
+    args: argparse.Namespace, left: int, running: Collection[str] = frozenset()
+) -> str:
+    """The page of the chosen experiments that have ended, with all that it shows.
+
+    Args:
+        args: of the command.
+        left: how many have not ended.
+        running: which of them are writing their files now.
+    """
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     ended = {name: result(args.out / name) for name in GALLERY if name in args.only}
     sections = [
-        section(name, args.out / name)
+        section(name, args.out / name, made)
         for name, made in ended.items()
-        if "exit" in made and made["flags"] == GALLERY[name].flags
+        if name not in running
+        and "exit" in made
+        and made["flags"] == GALLERY[name].flags
     ]
     return template.render(sections=sections, left=left)
 
 
-def section(name: str, folder: pathlib.Path) -> dict[str, Any]:
-    """What the page shows of an experiment."""
-    entry, made, own = GALLERY[name], result(folder), folder / "run"
+def section(name: str, folder: pathlib.Path, made: dict[str, Any]) -> dict[str, Any]:
+    """What the page shows of an experiment, which ended as `made` says."""
+    entry, own = GALLERY[name], folder / "run"
     printed = (folder / "stdout.txt").read_text(errors="replace").splitlines()
     summary = own / "summary.json"
     pictures = {

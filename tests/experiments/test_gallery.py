@@ -7,6 +7,7 @@ import pathlib
 import shlex
 import shutil
 import sys
+import threading
 import types
 from typing import Any
 
@@ -108,6 +109,44 @@ def test_a_failure_is_named_and_the_others_go_on(
     assert len(starts(out, "one")) == 1
     begun, continued = starts(out, "two")
     assert continued == f"{begun} --resume"
+
+
+def test_the_page_is_of_those_that_write_nothing_now(
+    scripts: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that failed is started again while the page of another is written."""
+    make(tmp_path, "one")
+    args = gallery.parse_args(["--out", str(tmp_path), "--only", "one", "two"])
+    assert "First." in gallery.page(args, left=1)
+    assert "First." not in gallery.page(args, left=2, running={"one"})
+    ended, started = (gallery.result(tmp_path / "one") for _ in range(2))
+    del started["exit"]  # what the folder says from the start on
+    read = iter([ended, {}, *[started] * 9])
+    monkeypatch.setattr(gallery, "result", lambda folder: next(read))
+    assert "First." in gallery.page(args, left=1)
+
+
+def test_those_that_run_are_named_to_the_page(
+    scripts: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The page of "one" is written while "two" runs."""
+    begun, written, named = threading.Event(), threading.Event(), []
+
+    def run(folder: pathlib.Path, entry: Any, threads: int) -> dict[str, Any]:
+        if folder.name == "two":
+            begun.set()
+        assert (written if folder.name == "two" else begun).wait(60)
+        return {"flags": entry.flags, "exit": 0, "seconds": 0.0}
+
+    def page(args: Any, left: int, running: set[str]) -> str:
+        named.append((left, {*running}))
+        written.set()
+        return ""
+
+    monkeypatch.setattr(gallery, "run", run)
+    monkeypatch.setattr(gallery, "page", page)
+    gallery.main(["--out", str(tmp_path / "gallery"), "--jobs", "2"])
+    assert named == [(1, {"two"}), (0, set())]
 
 
 def test_another_command_begins_again(
